@@ -1,0 +1,26 @@
+"""The errors that a user can cause: each says which file, what was met and what was expected."""
+
+from __future__ import annotations
+
+
+class GpupipeError(Exception):
+    """Something that is not the user's input went wrong in a way gpupipe understands (exit code 1)."""
+
+
+class InputError(GpupipeError, ValueError):
+    """A file, option or array that the user gave cannot be used as it is (exit code 2).
+
+    The message is one line. It names the file or argument, what was met and what was expected.
+    """
+
+
+class CheckpointError(InputError):
+    """A checkpoint that is unreadable, unsafe, incomplete or of another network."""
+
+
+class DeviceError(InputError):
+    """A device, engine or codec that was asked for by name and is not there."""
+
+
+class OutputError(InputError):
+    """An output that cannot be written."""

@@ -1,0 +1,119 @@
+"""Reading checkpoints: tensors only, and every key where it belongs."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from gpupipe.errors import CheckpointError
+from gpupipe.models.unet328 import AUDIO_SHAPES, CHANNELS, MODES, Mode, UNet328
+
+
+def load_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from ``.pth`` (a zip of tensors, never an arbitrary pickle) or ``.safetensors``, on the CPU.
+
+    A ``.pth`` that wraps its state dict under ``"state_dict"`` or ``"model"`` is unwrapped, and a ``module.`` prefix
+    that every key has (as ``DataParallel`` saves) is dropped.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable, or holds anything but named tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint file")
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds something other than tensors, or is not a checkpoint; expected a state dict of tensors"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not state:
+        raise CheckpointError(f"{path}: holds {type(state).__name__}; expected a state dict, name → tensor")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{path}: entry {name!r} is {type(value).__name__}; expected a tensor under a name")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return dict(state)
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Copy ``state`` into ``module``; ``path`` is only named in errors.
+
+    ``num_batches_tracked`` counters take no part in inference: they may be missing.
+
+    Raises:
+        CheckpointError: a key is missing, extra or misshapen, or a value is not finite.
+    """
+    own = module.state_dict()
+    needed = {name for name in own if not name.endswith("num_batches_tracked")}
+    for problem, names in (("lacks", needed - state.keys()), ("has unexpected", state.keys() - own.keys())):
+        if names:
+            first = sorted(names)[0]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{path}: {problem} {first}{more}; expected the {len(own)} entries of {_name(module)}"
+            )
+    for name, value in state.items():
+        if value.shape != own[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(value.shape)}; expected {tuple(own[name].shape)} for {_name(module)}"
+            )
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(f"{path}: {name} holds NaN or infinite values")
+    module.load_state_dict(dict(state), strict=False)
+
+
+def load_unet(path: str | Path, mode: Mode = "ave") -> UNet328:
+    """Read a U-Net checkpoint of any width into float32, in ``eval`` mode, on the CPU.
+
+    Raises:
+        CheckpointError: see :func:`load_state_dict` and :func:`load_into`; a checkpoint of another mode is named as such.
+    """
+    state = load_state_dict(path)
+    head = state.get("inc.inconv.0.conv.6.weight")
+    if head is None or head.dim() != 4:
+        raise CheckpointError(f"{path}: lacks inc.inconv.0.conv.6.weight; expected a checkpoint of the 328 U-Net")
+    width = head.shape[0] / CHANNELS[0]
+    possible = _modes_of(state)
+    if possible and mode not in possible:
+        raise CheckpointError(f"{path}: is a checkpoint of mode {' or '.join(possible)}; expected mode {mode}")
+    try:
+        network = UNet328(mode, width=width)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {head.shape[0]} channels after inc; {error}") from error
+    load_into(network, state, path)
+    return network.eval().requires_grad_(False)
+
+
+def _modes_of(state: Mapping[str, Tensor]) -> tuple[Mode, ...]:
+    """The modes whose audio branch has the first shape of ``state``'s; empty if it has none.
+
+    AVE and HuBERT checkpoints agree in every shape (they differ in one stride, which no checkpoint records), so that
+    neither can be told from the other.
+    """
+    first = state.get("audio_model.conv1.conv.0.weight")
+    if first is None or first.dim() != 4:
+        return ()
+    return tuple(mode for mode in MODES if AUDIO_SHAPES[mode][0] == first.shape[1])
+
+
+def _name(module: nn.Module) -> str:
+    if isinstance(module, UNet328):
+        return f"the 328 U-Net (mode {module.mode!r}, width {module.width:g})"
+    return f"the {type(module).__name__}"
