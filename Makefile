@@ -22,8 +22,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The type checker does not know setuptools' package-dir mapping: give it the package as it is installed, by links.
 types: setup
-	$(BIN)/mypy
+	mkdir -p build/types/gpupipe
+	ln -sfn $(wildcard $(CURDIR)/gpupipe/*) $(CURDIR)/kernels $(CURDIR)/models build/types/gpupipe/
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,4 +1,4 @@
-"""The networks as they are trained, and how their checkpoints are read. They know nothing of clips, files or commands."""
+"""The networks as they are trained, and how their checkpoints are read; nothing of clips or commands."""
 
 from gpupipe.models.checkpoint import load_state_dict, load_unet
 from gpupipe.models.unet328 import AUDIO_SHAPES, MODES, Mode, UNet328

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -27,6 +28,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint file")
+    state: Any
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
@@ -83,7 +85,7 @@ def load_unet(path: str | Path, mode: Mode = "ave") -> UNet328:
     """Read a U-Net checkpoint of any width into float32, in ``eval`` mode, on the CPU.
 
     Raises:
-        CheckpointError: see :func:`load_state_dict` and :func:`load_into`; a checkpoint of another mode is named as such.
+        CheckpointError: as :func:`load_state_dict` and :func:`load_into`; also for a checkpoint of another mode.
     """
     state = load_state_dict(path)
     head = state.get("inc.inconv.0.conv.6.weight")

@@ -1,0 +1,1 @@
+"""The face that `gpupipe demo` shows."""
