@@ -178,6 +178,7 @@ class UNet328(nn.Module):
         if width <= 0 or (width * 8) % 1:
             raise ValueError(f"width is {width}; expected a positive multiple of 1/8")
         self.mode: Mode = mode
+        self.audio_shape = AUDIO_SHAPES[mode]
         self.width = width
         c0, c1, c2, c3, c4 = channels = tuple(int(c * width) for c in CHANNELS)
         self.audio_model = AudioBranch(mode, channels)

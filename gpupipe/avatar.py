@@ -1,0 +1,104 @@
+"""A template prepared for a network: everything that depends on the template frame alone, computed once per frame."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpupipe.engine import Engine
+from gpupipe.errors import InputError
+from gpupipe.frame_cache import FrameCache, Tensors
+from gpupipe.kernels.crop_resize import crop_resize, network_input
+from gpupipe.kernels.nv12 import to_nv12
+from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
+from gpupipe.models.unet328 import Features
+from gpupipe.template import Template
+
+PixelFormat = Literal["bgr", "nv12"]
+Blend = Literal["feather", "none"]
+
+FEATHER = 8.0
+"""Default width of the feathered seam, in pixels of the frame."""
+
+
+def feather_width(blend: Blend, feather: float = FEATHER) -> float:
+    """Width of the seam in pixels: 0 for ``blend="none"``.
+
+    Raises:
+        InputError: an unknown ``blend``, or a width that is negative or not finite.
+    """
+    if blend not in ("feather", "none"):
+        raise InputError(f"blend is {blend!r}; expected feather or none")
+    if not 0 <= feather < float("inf"):
+        raise InputError(f"feather is {feather}; expected a width in pixels, 0 or more")
+    return feather if blend == "feather" else 0.0
+
+
+class Avatar:
+    """Renders frames of one template with one network.
+
+    Per template frame it keeps, within the template's budget of memory: the 328-pixel crop, the features that the
+    network's template side makes of it, and for ``"nv12"`` the converted background.
+
+    Args:
+        template: on the engine's device.
+        pixel_format: of the finished frames.
+        feather: width of the seam in pixels; 0 pastes hard.
+    """
+
+    def __init__(
+        self, template: Template, engine: Engine, *, pixel_format: PixelFormat = "bgr", feather: float = FEATHER
+    ) -> None:
+        self.template = template
+        self.engine = engine
+        self.pixel_format = pixel_format
+        self.feather = feather
+        self._derived = FrameCache(template.length, self._derive, budget=template.memory_left, device=template.device)
+
+    @torch.inference_mode()
+    def render(self, frames: NDArray[np.int64], audio: Tensor) -> Tensor:
+        """Render a batch.
+
+        Args:
+            frames: template frame of each sample, (B,).
+            audio: window of each sample, (B, *audio_shape), on any device.
+
+        Returns:
+            uint8 (B, H, W, 3) BGR, or (B, H·3/2, W) NV12.
+        """
+        derived = self._derived.gather(frames)
+        mouth = self.engine.decode(_features(derived), audio.to(self.template.device, non_blocking=True))
+        kept, index = self.template.frames.lookup(frames)
+        boxes = self.template.boxes[torch.from_numpy(frames).to(self.template.device)]
+        if self.pixel_format == "bgr":
+            return paste_blend(
+                mouth, derived["crop"], kept["frame"], index, boxes, feather=self.feather, keep=kept.get("keep")
+            )
+        return paste_blend_nv12(
+            mouth,
+            derived["crop"],
+            kept["frame"],
+            index,
+            boxes,
+            derived["nv12"],
+            feather=self.feather,
+            keep=kept.get("keep"),
+        )
+
+    def _derive(self, frames: NDArray[np.int64]) -> Tensors:
+        kept, index = self.template.frames.lookup(frames)
+        boxes = self.template.boxes[torch.from_numpy(frames).to(self.template.device)]
+        crop = crop_resize(kept["frame"], index, boxes)
+        features = self.engine.encode(network_input(crop, dtype=self.engine.dtype))
+        derived = {"crop": crop, **{f"x{i}": value for i, value in enumerate(features, start=1)}}
+        if self.pixel_format == "nv12":
+            derived["nv12"] = to_nv12(kept["frame"].index_select(0, index))
+        return derived
+
+
+def _features(derived: Tensors) -> Features:
+    return derived["x1"], derived["x2"], derived["x3"], derived["x4"], derived["x5"], derived["x6"]

@@ -1,0 +1,151 @@
+"""Speech features, one row a video frame, from a file or an array, and the windows that the network sees.
+
+A file is read in pieces as the frames are rendered: memory does not grow with its length.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from gpupipe.errors import InputError
+from gpupipe.files import replacing
+from gpupipe.models import AUDIO_SHAPES, MODES, Mode
+from gpupipe.schedule import WINDOW_ROWS, window_rows
+
+Float32 = NDArray[np.float32]
+
+FRAME_RATES: dict[Mode, int] = {"ave": 25, "hubert": 25, "wenet": 20}
+"""Rows of features a second, by mode."""
+
+_CHECK_BYTES = 1 << 24
+
+
+class SpeechFeatures:
+    """The windows of speech features of a clip.
+
+    Args:
+        source: a ``.npy`` file of float32, or an array or tensor: ``(N, …)`` with 512 (ave), 2·1024 (hubert) or 16·512
+            (wenet) values a row, or already windowed ``(N, *AUDIO_SHAPES[mode])``.
+        mode: the kind of features.
+
+    Raises:
+        InputError: a file that is missing or not a ``.npy``; another shape or dtype; no rows; NaN or infinite values.
+    """
+
+    def __init__(self, source: str | Path | ArrayLike | Tensor, mode: Mode = "ave") -> None:
+        if mode not in MODES:
+            raise InputError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+        self.mode: Mode = mode
+        self.audio_shape = AUDIO_SHAPES[mode]
+        self._array: Float32 | None = None
+        self._path: Path | None = None
+        if isinstance(source, (str, Path)):
+            self._path = Path(source)
+            self.name = str(source)
+            self.shape, self._offset = self._open(self._path)
+        else:
+            array = source.detach().cpu().numpy() if isinstance(source, Tensor) else np.asarray(source)
+            self.name = "audio features"
+            if array.dtype.kind != "f":
+                raise InputError(f"{self.name}: dtype is {array.dtype}; expected float32")
+            self._array = np.ascontiguousarray(array, dtype=np.float32)
+            self.shape = self._array.shape
+        row = math.prod(self.audio_shape) // WINDOW_ROWS
+        self.windowed = len(self.shape) == 4 and self.shape[1:] == self.audio_shape
+        if not self.windowed and (len(self.shape) < 2 or math.prod(self.shape[1:]) != row):
+            windows = ", ".join(map(str, self.audio_shape))
+            raise InputError(
+                f"{self.name}: shape is {self.shape}; expected (N, {row}) or (N, {windows}) for mode {mode}"
+            )
+        if self.shape[0] == 0:
+            raise InputError(f"{self.name}: has no rows; expected one a video frame")
+        self._check_finite()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def windows(self, start: int, stop: int) -> Tensor:
+        """The windows of frames ``[start, stop)``: float32 (stop − start, *AUDIO_SHAPES[mode]), on the CPU.
+
+        Frame i sees rows ``[i − 8, i + 8)``; rows outside the clip are zeros.
+        """
+        if self.windowed:
+            return torch.from_numpy(self.rows(start, stop).reshape(-1, *self.audio_shape))
+        low, high = window_rows(start, stop)
+        inside = self.rows(max(low, 0), min(high, len(self)))
+        rows = np.zeros((high - low, inside.shape[1]), dtype=np.float32)
+        rows[max(-low, 0) : max(-low, 0) + len(inside)] = inside
+        windows = torch.from_numpy(rows).unfold(0, WINDOW_ROWS, 1).mT
+        return windows.reshape(stop - start, *self.audio_shape)
+
+    def rows(self, start: int, stop: int) -> Float32:
+        """Rows ``[start, stop)`` as they are stored: float32 (stop − start, values a row)."""
+        width = math.prod(self.shape[1:])
+        if self._array is not None:
+            return self._array[start:stop].reshape(stop - start, width).copy()
+        assert self._path is not None
+        rows = np.fromfile(self._path, "<f4", (stop - start) * width, offset=self._offset + 4 * start * width)
+        if rows.size != (stop - start) * width:
+            raise InputError(f"{self._path}: ends before row {stop}; its header promises {len(self)} rows")
+        return rows.reshape(stop - start, width).astype(np.float32, copy=False)
+
+    def _open(self, path: Path) -> tuple[tuple[int, ...], int]:
+        """Read the header: the shape, and where the values begin. A file in another order is read whole."""
+        try:
+            with path.open("rb") as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = read(file)
+                offset = file.tell()
+                size = file.seek(0, 2)
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such file of audio features") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: not a .npy file of audio features ({str(error).splitlines()[0]})") from error
+        if dtype.kind != "f" or dtype.itemsize != 4:
+            raise InputError(f"{path}: dtype is {dtype}; expected float32")
+        if size - offset < 4 * math.prod(shape):
+            raise InputError(f"{path}: is cut short; its header promises shape {shape}")
+        if fortran or dtype.byteorder == ">":
+            self._array = np.ascontiguousarray(np.load(path, allow_pickle=False), dtype=np.float32)
+        return shape, offset
+
+    def _check_finite(self) -> None:
+        step = max(1, _CHECK_BYTES // (4 * math.prod(self.shape[1:])))
+        for start in range(0, len(self), step):
+            finite = np.isfinite(self.rows(start, min(start + step, len(self)))).all(axis=1)
+            if not finite.all():
+                raise InputError(f"{self.name}: row {start + int(finite.argmin())} holds NaN or infinite values")
+
+
+def audio_windows(features: ArrayLike | Tensor, mode: Mode = "ave") -> Tensor:
+    """All windows of a clip's features, one a video frame: float32 (N, *AUDIO_SHAPES[mode]).
+
+    Args:
+        features: (N, …), one row a video frame, as :class:`SpeechFeatures` takes it.
+    """
+    speech = SpeechFeatures(features, mode)
+    return speech.windows(0, len(speech))
+
+
+def save_features_bin(features: ArrayLike, path: str | Path) -> Path:
+    """Write features for programs in other languages: ``path`` and ``path`` + ``.json``.
+
+    The first holds the values, little-endian float32 in C order; the second ``num_frames``, ``feature_size`` (values a
+    row) and ``shape``. Returns ``path``.
+    """
+    path = Path(path)
+    values = np.ascontiguousarray(features, dtype="<f4")
+    facts = {"num_frames": values.shape[0], "feature_size": math.prod(values.shape[1:]), "shape": list(values.shape)}
+    with replacing(path) as temporary:
+        values.tofile(temporary)
+    with replacing(path.with_name(path.name + ".json")) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2) + "\n")
+    return path

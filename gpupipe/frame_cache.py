@@ -1,0 +1,107 @@
+"""What is known of each template frame, kept on the device within a budget of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+
+
+class FrameCache:
+    """Tensors per template frame, computed when they are first asked for and kept until the budget is full.
+
+    Nothing is ever evicted. A template is walked there and back, so each frame comes round twice a period: which C of
+    the L frames are kept makes no difference to the number of hits, and keeping the first C costs no copies.
+
+    Args:
+        length: number of template frames L.
+        compute: frame numbers (distinct) → tensors, each with the frames along its first axis.
+        budget: bytes that the kept tensors may take.
+        device: where ``compute`` leaves its tensors.
+    """
+
+    def __init__(
+        self, length: int, compute: Callable[[NDArray[np.int64]], Tensors], *, budget: int, device: torch.device
+    ) -> None:
+        self.length = length
+        self.budget = budget
+        self.device = device
+        self.capacity: int | None = None  # frames that fit, known once a frame has been computed
+        self.bytes_used = 0
+        self._compute = compute
+        self._bank: Tensors = {}
+        self._slot = np.full(length, -1, dtype=np.int64)
+        self._kept = 0
+
+    def lookup(self, frames: Sequence[int] | NDArray[np.int64]) -> tuple[Tensors, Tensor]:
+        """Tensors and an index into them: ``tensors[name][index[k]]`` belongs to ``frames[k]``.
+
+        When all frames are kept, the tensors are the whole bank, and nothing is copied.
+
+        Returns:
+            the tensors, and int64 (len(frames),) on the device.
+        """
+        wanted, inverse = np.unique(np.asarray(frames, dtype=np.int64), return_inverse=True)
+        missing = wanted[self._slot[wanted] < 0]
+        computed = self._compute(missing) if len(missing) else {}
+        stored = self._store(missing, computed)
+        if stored == len(missing):
+            return self._bank, self._index(self._slot[wanted][inverse])
+        # Some do not fit: put kept and computed rows of this batch together.
+        position = np.empty(len(wanted), dtype=np.int64)
+        kept = self._slot[wanted] >= 0
+        position[kept] = np.arange(kept.sum())
+        position[~kept] = kept.sum() + np.arange(len(missing) - stored)
+        slots = self._index(self._slot[wanted[kept]])
+        together = {
+            name: torch.cat([self._bank[name].index_select(0, slots), value[stored:]]) if kept.any() else value[stored:]
+            for name, value in computed.items()
+        }
+        return together, self._index(position[inverse])
+
+    def gather(self, frames: Sequence[int] | NDArray[np.int64]) -> Tensors:
+        """As :meth:`lookup`, each tensor with one row for each of ``frames``."""
+        tensors, index = self.lookup(frames)
+        return {name: value.index_select(0, index) for name, value in tensors.items()}
+
+    def _store(self, frames: NDArray[np.int64], computed: Tensors) -> int:
+        """Keep as many of the computed frames as fit; how many."""
+        if not len(frames):
+            return 0
+        if self.capacity is None:
+            size = sum(value[0].nbytes for value in computed.values())
+            self.capacity = min(self.length, max(0, self.budget) // max(1, size))
+            self.bytes_used = self.capacity * size
+            self._bank = {name: value.new_empty(self.capacity, *value.shape[1:]) for name, value in computed.items()}
+        stored = min(len(frames), self.capacity - self._kept)
+        for name, value in computed.items():
+            self._bank[name][self._kept : self._kept + stored] = value[:stored]
+        self._slot[frames[:stored]] = np.arange(self._kept, self._kept + stored)
+        self._kept += stored
+        return stored
+
+    def _index(self, values: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes that the caches may take on a device: half of a GPU's free memory, a quarter of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return _available_host_memory() // 4
+
+
+def _available_host_memory() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 4 << 30  # no such file outside Linux: assume a small machine

@@ -1,0 +1,182 @@
+"""The batch loop: template frames and speech in, finished frames out, on the device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from gpupipe.avatar import FEATHER, Avatar, Blend, PixelFormat, feather_width
+from gpupipe.errors import InputError
+from gpupipe.features import SpeechFeatures
+from gpupipe.image_processor import Image, ImageProcessor
+from gpupipe.models import AUDIO_SHAPES, Mode
+from gpupipe.schedule import WINDOW_ROWS, template_indices
+from gpupipe.template import Template
+from gpupipe.unet_model import UNetModel
+from gpupipe.video.images import write_frames
+
+logger = logging.getLogger(__name__)
+
+BATCH_SIZES = {"cuda": 64, "cpu": 4}
+"""Default frames in a batch, by kind of device."""
+
+
+class FrameGenerator:
+    """Renders frames with a network.
+
+    Args:
+        unet_model: the network.
+        mode: the kind of speech features; must be the model's.
+        blend: ``"feather"`` fades the seam, ``"none"`` pastes hard as the reference does.
+        feather: width of the seam in pixels of the frame.
+        batch_size: frames rendered at once; None takes the device's default.
+        memory_budget: bytes for what is kept per template frame; None lets the device decide.
+
+    Raises:
+        InputError: a mode that is not the model's, or an option out of range.
+    """
+
+    def __init__(
+        self,
+        unet_model: UNetModel,
+        mode: Mode = "ave",
+        *,
+        blend: Blend = "feather",
+        feather: float = FEATHER,
+        batch_size: int | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        if mode != unet_model.mode:
+            raise InputError(f"mode is {mode!r}; expected the model's, {unet_model.mode!r}")
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch size is {batch_size}; expected 1 or more")
+        self.unet_model = unet_model
+        self.mode: Mode = mode
+        self.blend: Blend = blend
+        self.feather = feather
+        self.batch_size = batch_size or BATCH_SIZES[unet_model.device.type]
+        self.memory_budget = memory_budget
+        self._seam = feather_width(blend, feather)
+        self._processor = ImageProcessor()
+
+    def generate_frame(
+        self,
+        template_image: Image | Tensor,
+        landmarks: ArrayLike,
+        audio_features: ArrayLike | Tensor,
+        parsing_image: Image | Tensor | None = None,
+    ) -> Image:
+        """Render one frame.
+
+        Args:
+            template_image: uint8 (H, W, 3), BGR.
+            landmarks: (n, 2) points in pixels, n ≥ 53.
+            audio_features: the frame's window: (1, *audio_shape), audio_shape, or its 16 raw rows.
+            parsing_image: (H, W, 3), BGR; where it is (0, 0, 255) or (255, 255, 255) the template's pixel stays.
+
+        Returns:
+            uint8 (H, W, 3), BGR.
+
+        Raises:
+            InputError: a box outside the image, or audio that is not one window (:func:`gpupipe.audio_windows` makes
+                all windows of a clip).
+        """
+        crop, box = self._processor.crop_face_region(template_image, landmarks)
+        size = (box[2] - box[0], box[3] - box[1])
+        image, _ = self._processor.prepare_input_tensors(self._processor.resize_image(crop, (328, 328)))
+        mouth = self.unet_model.predict(image, self._window(audio_features))
+        return self._processor.process_frame_with_parsing(
+            template_image, mouth, box, size, parsing_image, blend=self.blend, feather=self.feather
+        )
+
+    def generate_frames_from_template_sequence(
+        self,
+        img_dir: str | Path,
+        lms_dir: str | Path,
+        audio_features: str | Path | ArrayLike | Tensor,
+        start_frame: int = 0,
+        parsing_dir: str | Path | None = None,
+        fps: float = 25,
+    ) -> list[Image]:
+        """Render a clip into memory: one frame for each row of features.
+
+        Args:
+            img_dir, lms_dir, parsing_dir: ``0.jpg`` …, ``0.lms`` … and, if given, ``0.png`` ….
+            audio_features: (N, …), as :class:`~gpupipe.features.SpeechFeatures` takes it.
+            start_frame: first template frame of the walk there and back.
+            fps: kept for the seed's callers; frames do not depend on it.
+
+        Returns:
+            N frames uint8 (H, W, 3), BGR. For long clips use :meth:`stream`, whose memory does not grow.
+        """
+        template = self.open_template(img_dir, lms_dir, parsing_dir)
+        speech = SpeechFeatures(audio_features, self.mode)
+        batches = self.stream(template, speech, start_frame=start_frame)
+        return [frame for batch in batches for frame in batch.cpu().numpy()]
+
+    def save_frames(self, frames: list[Image], output_dir: str | Path, prefix: str = "frame") -> list[str]:
+        """Write frames as ``<prefix>_00000.jpg`` … and return their paths.
+
+        Raises:
+            OutputError: the folder cannot be made or written.
+        """
+        return write_frames(frames, output_dir, prefix)
+
+    def open_template(
+        self, img_dir: str | Path, lms_dir: str | Path, parsing_dir: str | Path | None = None
+    ) -> Template:
+        """Open and check a template for this generator's device, precision and memory budget."""
+        model = self.unet_model
+        return Template(
+            img_dir, lms_dir, parsing_dir, device=model.device, exact=model.exact, memory_budget=self.memory_budget
+        )
+
+    def stream(
+        self,
+        template: Template,
+        speech: SpeechFeatures,
+        *,
+        start_frame: int = 0,
+        pixel_format: PixelFormat = "bgr",
+    ) -> Iterator[Tensor]:
+        """Render a clip batch by batch.
+
+        Args:
+            start_frame: first template frame of the walk there and back.
+            pixel_format: of the finished frames.
+
+        Yields:
+            uint8 (b, H, W, 3) BGR or (b, H·3/2, W) NV12 on the device; b is the batch size but for the last.
+
+        Raises:
+            InputError: ``start_frame`` outside the template, before anything is rendered.
+        """
+        template_indices(0, 1, template.length, start_frame)  # raises now, not at the first frame
+        avatar = Avatar(template, self.unet_model.engine, pixel_format=pixel_format, feather=self._seam)
+        return self._batches(avatar, speech, start_frame)
+
+    def _batches(self, avatar: Avatar, speech: SpeechFeatures, start_frame: int) -> Iterator[Tensor]:
+        for start in range(0, len(speech), self.batch_size):
+            stop = min(start + self.batch_size, len(speech))
+            frames = template_indices(start, stop, avatar.template.length, start_frame)
+            yield avatar.render(frames, speech.windows(start, stop))
+            logger.debug("rendered frames %d to %d", start, stop - 1)
+
+    def _window(self, audio: ArrayLike | Tensor) -> Tensor:
+        """One frame's audio as (1, *audio_shape)."""
+        shape = AUDIO_SHAPES[self.mode]
+        values = torch.as_tensor(audio if isinstance(audio, Tensor) else np.asarray(audio, dtype=np.float32)).float()
+        size = int(np.prod(shape))
+        if values.numel() == size and (values.shape[-3:] == shape or len(values) == WINDOW_ROWS):
+            return values.reshape(1, *shape)
+        raise InputError(
+            f"audio_features: shape is {tuple(values.shape)}; expected one window, {(1, *shape)}, {shape} or its"
+            f" {WINDOW_ROWS} rows ({WINDOW_ROWS}, {size // WINDOW_ROWS});"
+            f" gpupipe.audio_windows(features, {self.mode!r}) makes all windows of a clip"
+        )

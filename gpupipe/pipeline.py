@@ -1,0 +1,276 @@
+"""One clip, from files to a file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpupipe.avatar import FEATHER, Avatar, Blend, PixelFormat
+from gpupipe.engine import EngineName
+from gpupipe.errors import InputError
+from gpupipe.features import SpeechFeatures, save_features_bin
+from gpupipe.files import make_folder, replacing
+from gpupipe.frame_generator import FrameGenerator
+from gpupipe.kernels.nv12 import to_nv12
+from gpupipe.models import Mode
+from gpupipe.onnx_export import OPSET_VERSION
+from gpupipe.schedule import template_indices
+from gpupipe.template import Template
+from gpupipe.unet_model import UNetModel
+from gpupipe.video.encode import VideoWriter
+from gpupipe.video.images import frame_path, save_image, write_frames
+from gpupipe.video.sound import open_sound
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], Any]
+"""Called after each batch with the frames done and the frames in all."""
+
+
+@dataclass
+class Clip:
+    """What one call renders: a checked template and checked features."""
+
+    template: Template
+    speech: SpeechFeatures
+    start_frame: int
+
+
+@dataclass
+class RenderRecord:
+    """Facts of the last finished render.
+
+    ``stages`` holds seconds: ``open`` (template and features), ``render`` (compute, and waiting for the encoder),
+    ``finish`` (the encoder's last frames and the muxer).
+    """
+
+    frames: int
+    seconds: float
+    stages: dict[str, float]
+    device: str
+    engine: str
+    codec: str | None
+
+    @property
+    def frames_per_second(self) -> float:
+        """Frames over all of ``seconds``."""
+        return self.frames / self.seconds
+
+
+class FrameGenerationPipeline:
+    """Renders clips with a checkpoint.
+
+    Args:
+        checkpoint_path, mode, device, engine, exact: as :class:`~gpupipe.unet_model.UNetModel` takes them.
+        blend, feather, batch_size, memory_budget: as :class:`~gpupipe.frame_generator.FrameGenerator` takes them.
+
+    Attributes:
+        last_render: a :class:`RenderRecord` of the last finished call, or None.
+
+    Raises:
+        InputError: a checkpoint, device or option that cannot be used.
+    """
+
+    def __init__(
+        self,
+        checkpoint_path: str | Path,
+        mode: Mode = "ave",
+        device: str | torch.device | None = None,
+        *,
+        engine: EngineName = "auto",
+        exact: bool | None = None,
+        blend: Blend = "feather",
+        feather: float = FEATHER,
+        batch_size: int | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        self.unet_model = UNetModel(checkpoint_path, mode, device, engine=engine, exact=exact)
+        self.mode: Mode = mode
+        self.generator = FrameGenerator(
+            self.unet_model, mode, blend=blend, feather=feather, batch_size=batch_size, memory_budget=memory_budget
+        )
+        self.last_render: RenderRecord | None = None
+
+    def generate_video(
+        self,
+        audio_features_path: str | Path,
+        template_dir: str | Path,
+        audio_path: str | Path | None,
+        output_path: str | Path,
+        start_frame: int = 0,
+        fps: float = 25,
+        use_parsing: bool = False,
+        crf: int = 20,
+        save_frames: bool = False,
+        frames_dir: str | Path | None = None,
+        *,
+        codec: str = "auto",
+        progress: Progress | None = None,
+    ) -> str:
+        """Render a clip to a video with sound, in one pass.
+
+        Args:
+            audio_features_path: ``.npy``, one row a video frame.
+            template_dir: ``full_body_img/``, ``landmarks/`` and, with ``use_parsing``, ``parsing/``.
+            audio_path: any file that FFmpeg reads with a sound track; None renders a silent video.
+            output_path: ``.mp4``, ``.mkv`` or ``.mov``; appears only when it is whole.
+            start_frame: first template frame of the walk there and back.
+            fps: frames a second of the video.
+            crf: quality, 0 (best) to 51.
+            save_frames: keep the frames as JPEGs too, in ``frames_dir`` or beside the video in ``<name>_frames``.
+            codec: see :data:`gpupipe.video.encode.CODECS`.
+            progress: called after each batch.
+
+        Returns:
+            ``output_path``.
+
+        Raises:
+            InputError: input that cannot be used, before a frame is rendered where it can be known then.
+            OutputError: a file that cannot be written; nothing is left of it.
+        """
+        times = {"start": time.perf_counter()}
+        output_path = Path(output_path)
+        if audio_path is not None:
+            open_sound(audio_path).close()
+        clip = self._open(audio_features_path, template_dir, start_frame, use_parsing)
+        size = {"width": clip.template.width, "height": clip.template.height}
+        with VideoWriter(output_path, **size, fps=fps, codec=codec, crf=crf, sound=audio_path) as writer:
+            times["open"] = time.perf_counter()
+            if save_frames:
+                folder = make_folder(frames_dir or output_path.with_name(f"{output_path.stem}_frames"))
+                batches = _saving(self._stream(clip, "bgr", progress), folder)
+            else:
+                batches = self._stream(clip, "nv12", progress)
+            for batch in batches:
+                writer.write(batch)
+            times["render"] = time.perf_counter()
+        times["finish"] = time.perf_counter()
+        self.last_render = self._record(len(clip.speech), times, writer.encoder)
+        _compare_lengths(output_path, len(clip.speech) / fps, writer.sound_seconds, fps)
+        return str(output_path)
+
+    def generate_frames_only(
+        self,
+        audio_features_path: str | Path,
+        template_dir: str | Path,
+        output_dir: str | Path,
+        start_frame: int = 0,
+        fps: float = 25,
+        use_parsing: bool = False,
+        *,
+        progress: Progress | None = None,
+    ) -> list[str]:
+        """Render a clip to ``frame_00000.jpg`` … in ``output_dir`` and return their paths.
+
+        ``fps`` is kept for the seed's callers: frames do not depend on it.
+        """
+        times = {"start": time.perf_counter()}
+        clip = self._open(audio_features_path, template_dir, start_frame, use_parsing)
+        times["open"] = time.perf_counter()
+        batches = self._stream(clip, "bgr", progress)
+        frames = (frame for batch in batches for frame in batch.cpu().numpy())
+        paths = write_frames(frames, output_dir)
+        times["render"] = time.perf_counter()
+        self.last_render = self._record(len(paths), times)
+        return paths
+
+    def export_model_to_onnx(self, output_path: str | Path, opset_version: int = OPSET_VERSION) -> str:
+        """As :meth:`UNetModel.export_to_onnx`."""
+        return self.unet_model.export_to_onnx(output_path, opset_version)
+
+    def generate_reference_outputs(
+        self,
+        audio_features_path: str | Path,
+        template_dir: str | Path,
+        output_dir: str | Path,
+        num_sample_frames: int = 5,
+    ) -> dict[str, Any]:
+        """Write sample frames, pasted hard, for programs in other languages to compare with.
+
+        ``num_sample_frames`` frames spread evenly over the clip, its first and last included, go to
+        ``reference_<i>.png`` (lossless; ``i`` is the frame's number), the features to ``audio_features.bin`` (see
+        :func:`~gpupipe.features.save_features_bin`), and the facts to ``metadata.json``.
+
+        Returns:
+            the facts: ``num_total_frames``, ``sample_indices``, ``reference_frames`` (paths),
+            ``audio_features_shape``, ``mode``, ``frame_size`` ([width, height]).
+        """
+        if num_sample_frames < 1:
+            raise InputError(f"number of sample frames is {num_sample_frames}; expected 1 or more")
+        clip = self._open(audio_features_path, template_dir, 0, use_parsing=False)
+        speech = clip.speech
+        folder = make_folder(output_dir)
+        indices = sorted(set(np.linspace(0, len(speech) - 1, num_sample_frames).round().astype(int).tolist()))
+        avatar = Avatar(clip.template, self.unet_model.engine, feather=0)
+        paths = []
+        for i in indices:
+            template_frame = template_indices(i, i + 1, clip.template.length)
+            frame = avatar.render(template_frame, speech.windows(i, i + 1))[0].cpu().numpy()
+            paths.append(str(save_image(frame, folder / f"reference_{i:05d}.png")))
+        save_features_bin(np.asarray(speech.rows(0, len(speech))).reshape(speech.shape), folder / "audio_features.bin")
+        facts = {
+            "num_total_frames": len(speech),
+            "sample_indices": indices,
+            "reference_frames": paths,
+            "audio_features_shape": list(speech.shape),
+            "mode": self.mode,
+            "frame_size": [clip.template.width, clip.template.height],
+        }
+        with replacing(folder / "metadata.json") as temporary:
+            temporary.write_text(json.dumps(facts, indent=2) + "\n")
+        return facts
+
+    def _open(self, features_path: str | Path, template_dir: str | Path, start_frame: int, use_parsing: bool) -> Clip:
+        speech = SpeechFeatures(features_path, self.mode)
+        model = self.unet_model
+        template = Template.from_directory(
+            template_dir,
+            use_parsing=use_parsing,
+            device=model.device,
+            exact=model.exact,
+            memory_budget=self.generator.memory_budget,
+        )
+        return Clip(template, speech, start_frame)
+
+    def _stream(self, clip: Clip, pixel_format: PixelFormat, progress: Progress | None) -> Iterator[Tensor]:
+        done = 0
+        for batch in self.generator.stream(
+            clip.template, clip.speech, start_frame=clip.start_frame, pixel_format=pixel_format
+        ):
+            yield batch
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(clip.speech))
+
+    def _record(self, frames: int, times: dict[str, float], codec: str | None = None) -> RenderRecord:
+        """A record from the moments at which stages ended; the first entry is the start."""
+        moments = list(times.items())
+        stages = {name: end - moments[i][1] for i, (name, end) in enumerate(moments[1:])}
+        return RenderRecord(
+            frames, sum(stages.values()), stages, str(self.unet_model.device), self.unet_model.engine.name, codec
+        )
+
+
+def _saving(batches: Iterator[Tensor], folder: Path) -> Iterator[Tensor]:
+    """Save BGR batches as numbered JPEGs on their way, and pass them on as NV12."""
+    number = 0
+    for batch in batches:
+        for frame in batch.cpu().numpy():
+            save_image(frame, frame_path(folder, number))
+            number += 1
+        yield to_nv12(batch)
+
+
+def _compare_lengths(path: str | Path, picture: float, sound: float | None, fps: float) -> None:
+    """Say aloud that sound and picture differ by more than one frame."""
+    if sound is not None and abs(sound - picture) > 1 / fps:
+        logger.warning("%s: sound lasts %.2f s and the picture %.2f s (%+.2f s)", path, sound, picture, sound - picture)

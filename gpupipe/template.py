@@ -1,0 +1,148 @@
+"""One avatar's template: its frames, where the mouth is in each, and what is not to be painted over."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpupipe.errors import InputError
+from gpupipe.frame_cache import FrameCache, Tensors, default_budget
+from gpupipe.landmarks import crop_box, read_landmarks
+from gpupipe.video.decode import read_image, read_images
+
+logger = logging.getLogger(__name__)
+
+_LOAD_BATCH = 16
+
+
+class Template:
+    """Template frames on a device, every file checked before the first frame is rendered.
+
+    ``image_dir`` holds ``0.jpg``, ``1.jpg`` … without gaps, ``landmark_dir`` a ``.lms`` and ``parsing_dir`` (if given)
+    a ``.png`` of the same number for each. Frames are kept as uint8 BGR; those that do not fit in the budget are
+    decoded again when they come round.
+
+    Args:
+        device: where frames, boxes and masks are kept.
+        exact: decode JPEGs on the CPU even for a CUDA device.
+        memory_budget: bytes for all that is kept per template frame; None lets the device decide
+            (:func:`~gpupipe.frame_cache.default_budget`).
+
+    Attributes:
+        length: number of frames L.
+        width, height: of every frame, in pixels.
+        boxes: int64 (L, 4) on ``device``: half-open (xmin, ymin, xmax, ymax), clamped to the frame.
+        memory_left: bytes of the budget that the frames leave for what is derived from them.
+
+    Raises:
+        InputError: anything missing, unreadable or inconsistent; the message names the file.
+    """
+
+    def __init__(
+        self,
+        image_dir: str | Path,
+        landmark_dir: str | Path,
+        parsing_dir: str | Path | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        exact: bool = True,
+        memory_budget: int | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.name = str(image_dir)
+        self._exact = exact
+        self._images = numbered_files(Path(image_dir), ".jpg", "template frame")
+        self.length = len(self._images)
+        self._parsing: list[Path] | None = None
+        if parsing_dir is not None:
+            self._parsing = [Path(parsing_dir) / f"{i}.png" for i in range(self.length)]
+        first = read_image(self._images[0])
+        self.height, self.width = first.shape[:2]
+        boxes = [
+            crop_box(read_landmarks(path), self.width, self.height, name=str(path))
+            for path in (Path(landmark_dir) / f"{i}.lms" for i in range(self.length))
+        ]
+        self.boxes = torch.tensor(boxes, dtype=torch.int64, device=self.device)
+        budget = default_budget(self.device) if memory_budget is None else memory_budget
+        self.frames = FrameCache(self.length, self._read, budget=budget, device=self.device)
+        for start in range(0, self.length, _LOAD_BATCH):  # decodes, and so checks, every frame
+            self.frames.lookup(range(start, min(start + _LOAD_BATCH, self.length)))
+        self.memory_left = budget - self.frames.bytes_used
+        logger.debug(
+            "%s: %d frames of %d×%d, %d kept", self.name, self.length, self.width, self.height, self.frames.capacity
+        )
+
+    @classmethod
+    def from_directory(
+        cls,
+        directory: str | Path,
+        *,
+        use_parsing: bool = False,
+        device: torch.device | str = "cpu",
+        exact: bool = True,
+        memory_budget: int | None = None,
+    ) -> Template:
+        """Open a template directory: ``full_body_img/``, ``landmarks/`` and, if ``use_parsing``, ``parsing/``."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise InputError(f"{directory}: no such template directory")
+        return cls(
+            directory / "full_body_img",
+            directory / "landmarks",
+            directory / "parsing" if use_parsing else None,
+            device=device,
+            exact=exact,
+            memory_budget=memory_budget,
+        )
+
+    def _read(self, frames: NDArray[np.int64]) -> Tensors:
+        """Decode frames, and their masks if there are any."""
+        paths = [self._images[i] for i in frames]
+        pixels = read_images(paths, device=self.device, exact=self._exact)
+        self._check_size(paths[0], pixels)
+        tensors = {"frame": pixels}
+        if self._parsing is not None:
+            paths = [self._parsing[i] for i in frames]
+            parsing = read_images(paths, device=self.device)
+            self._check_size(paths[0], parsing)
+            tensors["keep"] = keep_mask(parsing)
+        return tensors
+
+    def _check_size(self, path: Path, pixels: Tensor) -> None:
+        if pixels.shape[1:3] != (self.height, self.width):
+            raise InputError(
+                f"{path}: is {pixels.shape[2]}×{pixels.shape[1]}; expected {self.width}×{self.height} as"
+                f" {self._images[0]}"
+            )
+
+
+def numbered_files(directory: Path, suffix: str, what: str) -> list[Path]:
+    """``0<suffix>``, ``1<suffix>`` … of a directory.
+
+    Raises:
+        InputError: no such directory, no file, or a gap in the numbers.
+    """
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory; expected one with 0{suffix}, 1{suffix}, …")
+    numbers = {int(path.stem) for path in directory.glob(f"*{suffix}") if path.stem.isdecimal()}
+    if not numbers:
+        raise InputError(f"{directory}: holds no {what}; expected 0{suffix}, 1{suffix}, …")
+    last = max(numbers)
+    for number in range(last):
+        if number not in numbers:
+            raise InputError(f"{directory / f'{number}{suffix}'}: no such {what}; expected 0 to {last} without gaps")
+    return [directory / f"{number}{suffix}" for number in range(len(numbers))]
+
+
+def keep_mask(parsing: Tensor) -> Tensor:
+    """Pixels that keep the template's: parsing colour BGR (0, 0, 255) or (255, 255, 255).
+
+    uint8 (…, H, W, 3) BGR → bool (…, H, W).
+    """
+    blue, green, red = parsing.unbind(-1)
+    return (red == 255) & (blue == green) & ((blue == 0) | (blue == 255))

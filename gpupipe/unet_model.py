@@ -1,0 +1,121 @@
+"""A checkpoint, ready to paint mouths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpupipe.engine import EngineName, make_engine
+from gpupipe.errors import DeviceError, InputError
+from gpupipe.models import AUDIO_SHAPES, MODES, Mode, load_unet
+from gpupipe.models.unet328 import INPUT_SIZE
+from gpupipe.onnx_export import OPSET_VERSION, export_unet
+
+Float32 = NDArray[np.float32]
+
+
+class UNetModel:
+    """The 328 U-Net of a checkpoint, on one device.
+
+    Args:
+        checkpoint_path: ``.pth`` or ``.safetensors`` state dict, of any width; only tensors are read.
+        mode: the kind of speech features it was trained on: ``"ave"``, ``"hubert"`` or ``"wenet"``.
+        device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …; None takes a CUDA GPU if there is one.
+        engine: how the network is run; see :mod:`gpupipe.engine`.
+        exact: float32 with TF32 off, and JPEGs decoded on the CPU; None means exact on the CPU, half precision on CUDA.
+
+    Attributes:
+        engine: what runs the network.
+
+    Raises:
+        CheckpointError: a checkpoint that cannot be used, or one of another mode.
+        DeviceError: a device or engine that is not there.
+    """
+
+    def __init__(
+        self,
+        checkpoint_path: str | Path,
+        mode: Mode = "ave",
+        device: str | torch.device | None = None,
+        *,
+        engine: EngineName = "auto",
+        exact: bool | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise InputError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+        self.mode: Mode = mode
+        self.device = find_device(device)
+        self.exact = self.device.type == "cpu" if exact is None else exact
+        self.network = load_unet(checkpoint_path, mode)
+        self.engine = make_engine(self.network, device=self.device, engine=engine, exact=self.exact)
+
+    def predict(self, image_tensor: Tensor | Float32, audio_features: Tensor | Float32) -> NDArray[np.uint8]:
+        """Paint mouths.
+
+        Args:
+            image_tensor: (B, 6, 320, 320) or (6, 320, 320) in [0, 1], BGR: the inner crop, and the same with its mouth
+                masked; see :meth:`ImageProcessor.prepare_input_tensors`.
+            audio_features: (B, *audio_shape) or audio_shape: the window of each frame.
+
+        Returns:
+            uint8 (320, 320, 3) for a batch of one, (B, 320, 320, 3) for more; BGR.
+
+        Raises:
+            InputError: shapes that do not fit, or batches that differ.
+        """
+        image = self._batch(image_tensor, (6, INPUT_SIZE, INPUT_SIZE), "image_tensor")
+        audio = self._batch(audio_features, AUDIO_SHAPES[self.mode], "audio_features")
+        if len(image) != len(audio):
+            raise InputError(f"image_tensor has {len(image)} samples and audio_features {len(audio)}; expected as many")
+        features = self.engine.encode(image.to(self.device, self.engine.dtype))
+        mouth = self.engine.decode(features, audio.to(self.device, self.engine.dtype))
+        pixels = (mouth.float() * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return pixels[0] if len(pixels) == 1 else pixels
+
+    def export_to_onnx(self, output_path: str | Path, opset_version: int = OPSET_VERSION) -> str:
+        """Write the network as ONNX (inputs ``image``, ``audio``; output ``output``; dynamic batch), checked on export.
+
+        Returns:
+            the path.
+        """
+        return str(export_unet(self.network, output_path, opset_version=opset_version))
+
+    def get_input_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the image and the audio of a batch of one: (1, 6, 320, 320) and (1, *audio_shape)."""
+        return (1, 6, INPUT_SIZE, INPUT_SIZE), (1, *AUDIO_SHAPES[self.mode])
+
+    @staticmethod
+    def _batch(value: Tensor | np.ndarray, shape: tuple[int, ...], name: str) -> Tensor:
+        tensor = torch.as_tensor(value)
+        if tuple(tensor.shape) == shape:
+            tensor = tensor[None]
+        if tensor.dim() != len(shape) + 1 or tuple(tensor.shape[1:]) != shape or not len(tensor):
+            wanted = ", ".join(map(str, shape))
+            raise InputError(f"{name}: shape is {tuple(tensor.shape)}; expected (B, {wanted})")
+        return tensor.float()
+
+
+def find_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of a name; None means a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        DeviceError: an unknown name, or a GPU that is not there.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f"device is {device!r}; expected cpu, cuda or cuda:N") from error
+    if found.type not in {"cpu", "cuda"}:
+        raise DeviceError(f"device is {str(device)!r}; expected cpu, cuda or cuda:N")
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError(f"device is {str(device)!r}, but no CUDA GPU is available here; expected cpu")
+        if (found.index or 0) >= torch.cuda.device_count():
+            raise DeviceError(f"device is {str(device)!r}; expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return found
