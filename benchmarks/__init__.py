@@ -1,0 +1,1 @@
+"""The reference loop and the measurements: run from the repository, never installed."""

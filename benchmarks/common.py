@@ -1,0 +1,218 @@
+"""What every benchmark shares: timing, the facts of the machine, and rows that say how a figure came about."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("gpupipe", "torch", "torchvision", "triton", "onnxruntime", "av", "numpy", "opencv-python-headless")
+
+
+# ── timing ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The 20th, 50th and 80th percentile of ``n`` measurements."""
+
+    p20: float
+    p50: float
+    p80: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Percentiles by linear interpolation; with two or three values that is a range, not a statistic."""
+        p20, p50, p80 = (float(p) for p in np.percentile(values, [20, 50, 80]))
+        return cls(p20, p50, p80, len(values))
+
+    def map(self, function: Callable[[float], float]) -> Spread:
+        """The spread of another unit, for a monotonous function: seconds a frame → frames a second, say."""
+        p20, p50, p80 = sorted(function(p) for p in (self.p20, self.p50, self.p80))
+        return Spread(p20, p50, p80, self.n)
+
+
+def measure(
+    function: Callable[[], object], *, rounds: int, warmup: int = 1, device: str | torch.device = "cpu"
+) -> tuple[Spread, float]:
+    """Seconds of one call over ``rounds`` calls, and the seconds of the warm-up apart (compilation, caches, files).
+
+    On a CUDA device each call is waited for: launch and idle time count, as they do for who waits for the result.
+    """
+    cuda = torch.device(device).type == "cuda"
+
+    def once() -> float:
+        if cuda:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        function()
+        if cuda:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    first = sum(once() for _ in range(warmup))
+    return Spread.of([once() for _ in range(rounds)]), first
+
+
+# ── the machine ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def device_name(device: str | torch.device = "cpu") -> str:
+    """The GPU's name, or the CPU's with the number of cores this process may use."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()}, {_cores()} cores"
+
+
+def driver_version(device: str | torch.device = "cpu") -> str | None:
+    """Of the GPU's driver; None for the CPU, or where the driver does not say."""
+    if torch.device(device).type != "cuda":
+        return None
+    lines = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return lines.splitlines()[0].strip() if lines else None
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Python and the packages that a figure depends on, those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+@cache
+def commit() -> str:
+    """The commit that is measured, with ``-dirty`` where a tracked file differs; results themselves do not count."""
+    head = _output_of("git", "rev-parse", "--short=12", "HEAD")
+    if not head:
+        return "unknown"
+    changed = _output_of("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return f"{head.strip()}-dirty" if changed else head.strip()
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return named.group(1).strip() if named else platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _output_of(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure with all that is needed to judge it or to repeat it.
+
+    Attributes:
+        what: the thing measured: ``end_to_end``, or a kernel's noun.
+        provider: who did it: ``reference_loop``, ``gpupipe``, ``triton``, ``torch`` …
+        metric: ``throughput``, ``latency``, ``bandwidth``, ``ratio`` …
+        unit: of the percentiles.
+        axis: what is varied over the rows of one table (``batch``, ``frames``, ``stage``).
+        value: this row's place on the axis.
+        p20: 20th percentile of the measurements; None, with the other two, where ``error`` says why there is none.
+        p50: the median.
+        p80: 80th percentile.
+        n: how many measurements.
+        config: every other choice: sizes, precision, engine, codec, template.
+        device: see :func:`device_name`; driver, versions, commit and time (UTC) likewise.
+        error: why there is no figure. A loss or a failure is a result too.
+    """
+
+    what: str
+    provider: str
+    metric: str
+    unit: str
+    axis: str
+    value: float | str
+    p20: float | None
+    p50: float | None
+    p80: float | None
+    n: int
+    config: dict[str, Any]
+    device: str
+    driver: str | None = None
+    versions: dict[str, str] = field(default_factory=versions)
+    commit: str = field(default_factory=commit)
+    time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    error: str | None = None
+
+
+def row(
+    spread: Spread | None,
+    *,
+    what: str,
+    provider: str,
+    metric: str,
+    unit: str,
+    axis: str,
+    value: float | str,
+    config: dict[str, Any],
+    device: str | torch.device = "cpu",
+    error: str | None = None,
+) -> Row:
+    """A row with the machine's facts filled in. Without a ``spread`` it must say why (``error``)."""
+    if (spread is None) == (error is None):
+        raise ValueError(f"spread is {spread} and error {error!r}; expected exactly one of them")
+    return Row(
+        what=what,
+        provider=provider,
+        metric=metric,
+        unit=unit,
+        axis=axis,
+        value=value,
+        p20=spread.p20 if spread else None,
+        p50=spread.p50 if spread else None,
+        p80=spread.p80 if spread else None,
+        n=spread.n if spread else 0,
+        config=config,
+        device=device_name(device),
+        driver=driver_version(device),
+        error=error,
+    )
+
+
+def append_rows(rows: Iterable[Row], folder: Path = RESULTS) -> list[Path]:
+    """Append each row as a line of JSON to ``<folder>/<device>.jsonl``; returns the files written to."""
+    lines: dict[Path, list[str]] = {}
+    for one in rows:
+        slug = re.sub(r"[^a-z0-9]+", "-", one.device.lower()).strip("-")
+        lines.setdefault(folder / f"{slug}.jsonl", []).append(json.dumps(asdict(one), ensure_ascii=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, new in lines.items():
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in new)
+    return list(lines)

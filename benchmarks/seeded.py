@@ -1,0 +1,53 @@
+"""A network to measure and to test with when nobody brings a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gpupipe.models import AUDIO_SHAPES, Mode, UNet328
+from gpupipe.models.unet328 import INPUT_SIZE
+
+
+@torch.no_grad()
+def seeded_network(mode: Mode = "ave", *, width: float = 1.0, seed: int = 0) -> UNet328:
+    """A U-Net with fixed random weights, in ``eval`` mode, whose outputs vary visibly with the image and the sound.
+
+    PyTorch's own initialisation would give a flat grey, in which an error of a whole stage could hide. Here every batch
+    norm takes its mean and variance from a made-up batch, so that no layer drowns or saturates the next, and has a
+    random scale and offset; the head is scaled by what it gives there, so that pixels use the middle of their range.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    network = UNet328(mode, width=width)
+    for name, value in network.named_parameters():
+        if value.dim() == 4:
+            value.copy_(torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5)
+        elif name.endswith("weight"):
+            value.copy_(0.5 + torch.rand(value.shape, generator=generator))
+        else:
+            value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    mouth = network.train()(*_made_up_batch(mode, generator))
+    for norm in norms:
+        norm.momentum = 0.1
+
+    logits = torch.logit(mouth.double(), eps=1e-9).float()
+    gain = 1.2 / logits.std(dim=(0, 2, 3))
+    head = network.outc.conv
+    assert head.bias is not None
+    head.bias.copy_((head.bias - logits.mean(dim=(0, 2, 3))) * gain)
+    head.weight.mul_(gain[:, None, None, None])
+    return network.eval().requires_grad_(False)
+
+
+def _made_up_batch(mode: Mode, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two smooth, slightly noisy images beside themselves with the middle black, and two windows of features."""
+    coarse = torch.rand(2, 3, 10, 10, generator=generator)
+    inner = nn.functional.interpolate(coarse, (INPUT_SIZE, INPUT_SIZE), mode="bilinear")
+    inner = 0.8 * inner + 0.2 * torch.rand(inner.shape, generator=generator)
+    masked = inner.clone()
+    masked[:, :, 5:-10, 5:-5] = 0
+    return torch.cat([inner, masked], dim=1), torch.randn(2, *AUDIO_SHAPES[mode], generator=generator).abs()

@@ -1,0 +1,175 @@
+"""What tests share: markers, the golden files, seeded checkpoints and synthetic templates."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+# The benchmarks are not installed, and the parity tests' oracle is among them.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.seeded import seeded_network
+from gpupipe.models import Mode
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+MakeCheckpoint = Callable[..., Path]
+MakeTemplate = Callable[..., Path]
+
+
+# ── markers ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="also run the tests marked slow (minutes)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "shared" in getattr(item, "fixturenames", ()):
+            item.add_marker("shared")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("slow") and not item.config.getoption("--run-slow"):
+        pytest.skip("takes minutes; run with --run-slow")
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        if os.environ.get("GPUPIPE_FAIL_WITHOUT_CUDA") == "1":
+            pytest.fail("needs a CUDA GPU, and GPUPIPE_FAIL_WITHOUT_CUDA=1 forbids to skip", pytrace=False)
+        pytest.skip("needs a CUDA GPU")
+    if item.get_closest_marker("shared") and not SHARED.is_dir():
+        pytest.skip(f"needs {SHARED}: the golden files and the real template are kept beside the project")
+
+
+# ── the golden files and the real template ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of golden files and real data beside the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"needs {SHARED}: the golden files and the real template are kept beside the project")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden_weights(shared: Path) -> ModuleType:
+    """The module that makes the golden weights and inputs: ``state_dict``, ``unet_inputs``, ``wave``."""
+    spec = importlib.util.spec_from_file_location("golden_weights", shared / "golden" / "weights.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def speaker(shared: Path) -> Path:
+    """The real template directory: 150 frames of 1280×720, with landmarks and ``features_ave.npy``."""
+    return shared / "data" / "speaker"
+
+
+# ── checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint(golden_weights: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """``golden_checkpoint(mode="ave", seed=0)`` → .pth of the full-width golden weights, written once a session."""
+    folder = tmp_path_factory.mktemp("golden_checkpoints")
+
+    def make(mode: Mode = "ave", seed: int = 0) -> Path:
+        path = folder / f"{mode}-{seed}.pth"
+        if not path.exists():
+            state = golden_weights.state_dict(f"unet328-{mode}", seed)
+            torch.save({name: torch.from_numpy(value) for name, value in state.items()}, path)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """``tiny_checkpoint(mode="ave", seed=0, width=1/8)`` → .pth of a small seeded U-Net, written once a session."""
+    folder = tmp_path_factory.mktemp("tiny_checkpoints")
+
+    def make(mode: Mode = "ave", seed: int = 0, width: float = 1 / 8) -> Path:
+        path = folder / f"{mode}-{seed}-{width:g}.pth"
+        if not path.exists():
+            torch.save(seeded_network(mode, width=width, seed=seed).state_dict(), path)
+        return path
+
+    return make
+
+
+# ── synthetic templates ───────────────────────────────────────────────────────────────────────────────────────────────
+
+BoxSpec = tuple[int, int, int]
+"""xmin, ymin and the side, in pixels; may stand over the frame's edge."""
+
+PARSING_COLOURS = ((0, 0, 255), (255, 255, 255), (0, 0, 254), (255, 0, 0), (0, 0, 0))
+"""BGR. The first two keep the template's pixels; the third is one step from doing so, and must not."""
+
+
+@pytest.fixture(scope="session")
+def make_template() -> MakeTemplate:
+    """``make_template(folder, frames=5, *, size=(W, H), box=(xmin, ymin, side), parsing=False, seed=0)`` → folder.
+
+    ``box`` is one for all frames or a list of one a frame; None puts half the height's square in the middle.
+    """
+    return write_template
+
+
+def write_template(
+    folder: Path,
+    frames: int = 5,
+    *,
+    size: tuple[int, int] = (192, 128),
+    box: BoxSpec | list[BoxSpec] | None = None,
+    parsing: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Write JPEG frames that all differ, landmark files of 110 lines, and parsing images on request."""
+    width, height = size
+    if box is None:
+        box = ((width - height // 2) // 2, height // 4, height // 2)
+    boxes: list[BoxSpec] = [box] * frames if isinstance(box, tuple) else list(box)
+    assert len(boxes) == frames, f"{len(boxes)} boxes; expected one a frame, {frames}"
+    rng = np.random.default_rng(seed)
+    names = ("full_body_img", "landmarks", "parsing") if parsing else ("full_body_img", "landmarks")
+    for name in names:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for i, place in enumerate(boxes):
+        cv2.imwrite(str(folder / "full_body_img" / f"{i}.jpg"), _texture(rng, width, height))
+        write_landmarks(folder / "landmarks" / f"{i}.lms", place, rng)
+        if parsing:
+            cells = rng.integers(len(PARSING_COLOURS), size=(8, 12))
+            colours = np.array(PARSING_COLOURS, dtype=np.uint8)[cells]
+            image = cv2.resize(colours, size, interpolation=cv2.INTER_NEAREST)
+            cv2.imwrite(str(folder / "parsing" / f"{i}.png"), image)
+    return folder
+
+
+def write_landmarks(path: Path, box: BoxSpec, rng: np.random.Generator | None = None) -> None:
+    """Write 110 points with fractions, of which 1, 31 and 52 give ``box`` once truncated; the others mislead."""
+    xmin, ymin, side = box
+    rng = rng or np.random.default_rng(0)
+    points = np.array([xmin, ymin]) + rng.integers(-20, side + 20, size=(110, 2))
+    points[1, 0], points[31, 0], points[52, 1] = xmin, xmin + side, ymin
+    fractions = np.where(points < 0, -0.75, 0.75)  # truncation is towards zero, rounding would be away from it
+    path.write_text("".join(f"{x} {y}\n" for x, y in points + fractions))
+
+
+def _texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Coarse random colours, smoothed, with a little fine noise: neither flat nor what a JPEG cannot hold."""
+    coarse = rng.integers(256, size=(6, 9, 3)).astype(np.float32)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.clip(smooth + rng.normal(scale=6, size=smooth.shape), 0, 255).astype(np.uint8)

@@ -1,0 +1,261 @@
+"""Checkpoints: what is read, what is refused, and that nothing in a file is ever run."""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from benchmarks.seeded import seeded_network
+from gpupipe.errors import CheckpointError
+from gpupipe.models import MODES, Mode, load_state_dict, load_unet
+
+State = dict[str, Tensor]
+HEAD = "outc.conv.weight"
+
+
+@pytest.fixture(scope="module")
+def seeded_state() -> State:
+    return dict(seeded_network(width=1 / 8).state_dict())
+
+
+@pytest.fixture
+def state(seeded_state: State) -> State:
+    """A fresh copy: tests take keys out and change values."""
+    return {name: value.clone() for name, value in seeded_state.items()}
+
+
+def refusal(path: Path, mode: Mode = "ave") -> str:
+    """The message with which ``path`` is refused: one line that names the file."""
+    with pytest.raises(CheckpointError) as caught:
+        load_unet(path, mode)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+    return message
+
+
+# ── what is read ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def as_pth(state: State, folder: Path) -> Path:
+    torch.save(state, folder / "unet.pth")
+    return folder / "unet.pth"
+
+
+def as_safetensors(state: State, folder: Path) -> Path:
+    safetensors.torch.save_file(state, folder / "unet.safetensors")
+    return folder / "unet.safetensors"
+
+
+def as_old_pth(state: State, folder: Path) -> Path:
+    """Before PyTorch 1.6 a checkpoint was a plain pickle, not a zip."""
+    torch.save(OrderedDict(state), folder / "old.pth", _use_new_zipfile_serialization=False)
+    return folder / "old.pth"
+
+
+def as_wrapped(state: State, folder: Path) -> Path:
+    torch.save({"epoch": 7, "state_dict": state}, folder / "wrapped.pth")
+    return folder / "wrapped.pth"
+
+
+def as_data_parallel(state: State, folder: Path) -> Path:
+    torch.save({f"module.{name}": value for name, value in state.items()}, folder / "parallel.pth")
+    return folder / "parallel.pth"
+
+
+def as_half(state: State, folder: Path) -> Path:
+    """A checkpoint kept in half precision is read back into float32."""
+    for name, value in state.items():
+        state[name] = value.half().float()
+    halves = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
+    torch.save(halves, folder / "half.pth")
+    return folder / "half.pth"
+
+
+def without_counters(state: State, folder: Path) -> Path:
+    for name in [name for name in state if name.endswith("num_batches_tracked")]:
+        del state[name]
+    return as_pth(state, folder)
+
+
+@pytest.mark.parametrize(
+    "save", [as_pth, as_safetensors, as_old_pth, as_wrapped, as_data_parallel, as_half, without_counters]
+)
+def test_reads_back_what_was_saved(save: Callable[[State, Path], Path], state: State, tmp_path: Path) -> None:
+    network = load_unet(save(state, tmp_path))
+    assert not network.training
+    assert network.width == 1 / 8
+    loaded = network.state_dict()
+    for name, value in state.items():
+        assert loaded[name].dtype == (torch.int64 if name.endswith("num_batches_tracked") else torch.float32)
+        assert torch.equal(loaded[name], value), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reads_the_full_width_of_each_mode(mode: Mode, golden_checkpoint: Callable[..., Path]) -> None:
+    network = load_unet(golden_checkpoint(mode), mode)
+    assert (network.mode, network.width) == (mode, 1)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_path_may_be_a_string(state: State, tmp_path: Path) -> None:
+    assert load_state_dict(str(as_pth(state, tmp_path))).keys() == state.keys()
+
+
+# ── what is refused ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_missing_key(state: State, tmp_path: Path) -> None:
+    del state["up3.conv.double_conv.0.conv.0.weight"]
+    assert "lacks up3.conv.double_conv.0.conv.0.weight;" in refusal(as_pth(state, tmp_path))
+
+
+def test_many_missing_keys_are_counted(state: State, tmp_path: Path) -> None:
+    for name in [name for name in state if name.startswith("up5.")]:
+        if not name.endswith("num_batches_tracked"):
+            del state[name]
+    message = refusal(as_pth(state, tmp_path))
+    assert "lacks up5." in message
+    assert "and 29 more;" in message
+
+
+def test_extra_key(state: State, tmp_path: Path) -> None:
+    state["up6.conv.weight"] = torch.zeros(1)
+    assert "has unexpected up6.conv.weight;" in refusal(as_pth(state, tmp_path))
+
+
+def test_misshapen_key(state: State, tmp_path: Path) -> None:
+    state[HEAD] = torch.zeros(4, 2, 1, 1)
+    message = refusal(as_pth(state, tmp_path))
+    assert f"{HEAD} has shape (4, 2, 1, 1); expected (3, 2, 1, 1)" in message
+
+
+def test_first_key_of_another_rank(state: State, tmp_path: Path) -> None:
+    """The width is read from this one, before any shape is compared."""
+    state["inc.inconv.0.conv.6.weight"] = torch.zeros(4)
+    assert "inc.inconv.0.conv.6.weight" in refusal(as_pth(state, tmp_path))
+
+
+def test_impossible_width(state: State, tmp_path: Path) -> None:
+    state["inc.inconv.0.conv.6.weight"] = torch.zeros(5, 12, 1, 1)
+    message = refusal(as_pth(state, tmp_path))
+    assert "5 channels after inc" in message
+    assert "multiple of 1/8" in message
+
+
+@pytest.mark.parametrize(
+    ("saved", "asked", "named"),
+    [("wenet", "ave", "wenet"), ("wenet", "hubert", "wenet"), ("ave", "wenet", "ave or hubert")],
+)
+def test_checkpoint_of_another_mode(saved: Mode, asked: Mode, named: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    message = refusal(tiny_checkpoint(saved), asked)
+    assert f"is a checkpoint of mode {named}; expected mode {asked}" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_value_that_is_not_finite(value: float, state: State, tmp_path: Path) -> None:
+    state[HEAD][1, 1, 0, 0] = value
+    assert f"{HEAD} holds NaN or infinite values" in refusal(as_pth(state, tmp_path))
+
+
+def test_checkpoint_of_another_network(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(3, 4).state_dict(), tmp_path / "linear.pth")
+    assert "expected a checkpoint of the 328 U-Net" in refusal(tmp_path / "linear.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "met"),
+    [
+        ({}, "holds dict"),
+        (torch.zeros(3), "holds Tensor"),
+        ([torch.zeros(3)], "holds list"),
+        ({"epoch": 3}, "entry 'epoch' is int; expected a tensor"),
+        ({0: torch.zeros(3)}, "entry 0 is Tensor; expected a tensor under a name"),
+        ({"state_dict": {"lr": 0.1}}, "entry 'lr' is float; expected a tensor"),
+    ],
+)
+def test_content_that_is_no_state_dict(content: Any, met: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "other.pth")
+    assert met in refusal(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("save", [as_pth, as_old_pth, as_safetensors])
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.99])
+def test_truncated_file(kept: float, save: Callable[[State, Path], Path], state: State, tmp_path: Path) -> None:
+    path = save(state, tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    refusal(path)
+
+
+@pytest.mark.parametrize("name", ["text.pth", "text.safetensors"])
+@pytest.mark.parametrize(
+    "content", [b"not a checkpoint\n", b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", b"PK\x03\x04" + bytes(64)]
+)
+def test_file_that_is_something_else(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    refusal(tmp_path / name)
+
+
+def test_missing_file_and_directory(tmp_path: Path) -> None:
+    assert "no such checkpoint file" in refusal(tmp_path / "absent.pth")
+    refusal(tmp_path)
+
+
+# ── nothing in a file is run ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Armed:
+    """Unpickling it creates a file: whatever else an attacker would have it do, this one can be seen."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.mark,)
+
+
+def armed_zip(armed: Armed, path: Path) -> None:
+    torch.save({HEAD: torch.zeros(1), "payload": armed}, path)
+
+
+def armed_old_format(armed: Armed, path: Path) -> None:
+    torch.save({HEAD: torch.zeros(1), "payload": armed}, path, _use_new_zipfile_serialization=False)
+
+
+def armed_plain_pickle(armed: Armed, path: Path) -> None:
+    path.write_bytes(pickle.dumps({HEAD: armed}))
+
+
+@pytest.mark.parametrize("name", ["armed.pth", "armed.pt", "armed", "armed.safetensors"])
+@pytest.mark.parametrize("save", [armed_zip, armed_old_format, armed_plain_pickle])
+def test_code_in_a_checkpoint_is_refused_and_not_run(
+    save: Callable[[Armed, Path], None], name: str, tmp_path: Path
+) -> None:
+    path, mark = tmp_path / name, tmp_path / "code-was-run"
+    save(Armed(mark), path)
+    refusal(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("save", [armed_zip, armed_old_format])
+def test_armed_checkpoint_would_run_if_it_were_trusted(save: Callable[[Armed, Path], None], tmp_path: Path) -> None:
+    """Else the test above would pass whatever the loader did."""
+    path, mark = tmp_path / "armed.pth", tmp_path / "code-was-run"
+    save(Armed(mark), path)
+    torch.load(path, weights_only=False)
+    assert mark.exists()
+
+
+def test_whole_network_instead_of_its_state(tmp_path: Path) -> None:
+    """``torch.save(network)`` keeps references to classes, which only an untrusting reader can refuse."""
+    torch.save(seeded_network(width=1 / 8), tmp_path / "network.pth")
+    assert "other than tensors" in refusal(tmp_path / "network.pth")

@@ -1,0 +1,111 @@
+"""The wheel: built once, installed into an empty environment, and used from there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "gpupipe", "kernels", "models")
+PACKAGE_DIRS = {"gpupipe": "gpupipe", "kernels": "gpupipe/kernels", "models": "gpupipe/models"}
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Standard output; what the command said if it fails."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: a build folder in the repository would let files that are gone into the wheel."""
+    for needed in ("pip", "setuptools"):
+        if importlib.util.find_spec(needed) is None:
+            pytest.skip(f"{needed} is not installed")
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    command = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
+    run(sys.executable, *command, "--wheel-dir", output, source, cwd=output)
+    (built,) = output.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment with the wheel in it; the dependencies are seen through a path, last.
+
+    A ``.pth`` file puts this environment's packages behind the new one's own, and does not follow the ``.pth`` files
+    among them: an editable gpupipe stays unseen.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False, symlinks=os.name != "nt")
+    scripts = Path(sysconfig.get_path("scripts", "venv", vars={"base": str(folder)}))
+    interpreter = scripts / Path(sys.executable).name
+    site = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder)}))
+    command = ("-m", "pip", "--quiet", "--python", interpreter, "install", "--no-deps", "--no-index")
+    run(sys.executable, *command, wheel, cwd=folder)
+    here = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))
+    (site / "dependencies.pth").write_text("".join(f"{path}\n" for path in here))
+    return interpreter
+
+
+def test_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
+    """A package that pyproject.toml does not list, or data that it does not name, would be missed only by users."""
+    expected = {
+        f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
+        for folder, package in PACKAGE_DIRS.items()
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+    }
+    assert "gpupipe/kernels/__init__.py" in expected
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == expected
+
+
+def test_wheel_claims_one_top_level_name(wheel: Path) -> None:
+    tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"gpupipe"}
+
+
+def test_imports_come_from_the_wheel(python: Path, tmp_path: Path) -> None:
+    code = (
+        "import gpupipe as g, gpupipe.kernels, gpupipe.models; print(g.__file__, g.kernels.__file__, g.models.__file__)"
+    )
+    files = run(python, "-c", code, cwd=tmp_path).split()
+    environment = python.parent.parent
+    assert [Path(file).relative_to(environment).parts[-2:] for file in files] == [
+        ("gpupipe", "__init__.py"),
+        ("kernels", "__init__.py"),
+        ("models", "__init__.py"),
+    ]
+
+
+def test_network_runs_from_the_wheel(python: Path, tmp_path: Path) -> None:
+    code = (
+        "import torch; from gpupipe.models import UNet328; "
+        "print(tuple(UNet328(width=0.125).eval()(torch.zeros(1, 6, 320, 320), torch.zeros(1, 32, 16, 16)).shape))"
+    )
+    assert run(python, "-c", code, cwd=tmp_path).strip() == "(1, 3, 320, 320)"
+
+
+def test_console_command_is_installed_and_answers(python: Path, tmp_path: Path) -> None:
+    command = python.parent / ("gpupipe.exe" if os.name == "nt" else "gpupipe")
+    assert command.is_file()
+    said = run(command, "--help", cwd=tmp_path)
+    for name in ("render", "demo", "doctor"):
+        assert name in said
