@@ -10,21 +10,22 @@ Times: a mel column is 200 samples (12.5 ms); a row of features is 40 ms of vide
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import av
 import numpy as np
 import torch
 from torch import Tensor
 
-from gpupipe.errors import InputError, OutputError
-from gpupipe.models.audio_encoder import FEATURES, MEL_BANDS, MEL_COLUMNS, AudioEncoder, load_audio_encoder
+from gpupipe.errors import InputError
+from gpupipe.features import save_features_bin
+from gpupipe.files import replacing
+from gpupipe.models.audio_encoder import MEL_BANDS, MEL_COLUMNS, AudioEncoder, load_audio_encoder
+from gpupipe.video.sound import open_sound
 
 logger = logging.getLogger("gpupipe.speech")
 
@@ -57,24 +58,20 @@ def audio_chunks(path: str | Path, *, samples: int = 1 << 18) -> Iterator[np.nda
         InputError: the file is missing, unreadable, has no sound track, or a sound track without a sample.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such sound file")
     count, held, pending = 0, 0, []
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.audio:
-                raise InputError(f"{path}: has no sound track; expected a file with sound")
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+        with open_sound(path) as container:
+            # Channels are averaged here: FFmpeg's own mix to mono is 3 dB louder for a voice that is in both.
+            resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
             for frame in _then_none(container.decode(container.streams.audio[0])):
                 for piece in resampler.resample(frame):
-                    pending.append(piece.to_ndarray().reshape(-1).astype(np.float32, copy=False))
+                    pending.append(piece.to_ndarray().mean(axis=0, dtype=np.float32))
                     held += len(pending[-1])
                 if held >= samples:
                     yield np.concatenate(pending)
                     count, held, pending = count + held, 0, []
-    except (av.error.FFmpegError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"{path}: cannot be decoded as sound ({reason})") from error
+    except av.error.FFmpegError as error:
+        raise InputError(f"{path}: sound cannot be decoded ({error})") from error
     if held:
         yield np.concatenate(pending)
     if not count + held:
@@ -286,12 +283,12 @@ class SpeechEncoder:
 def save_features(features: np.ndarray | Tensor, path: str | Path, *, bin: bool = False) -> list[Path]:
     """Write features as ``.npy``; with ``bin`` also as the pair for programs in other languages.
 
-    The pair is ``NAME.bin`` (little-endian float32, C order) and ``NAME.bin.json`` (``num_frames``, ``feature_size``,
-    ``shape``), beside the ``.npy``. Each file appears under its name only when it is whole.
+    The pair is ``NAME.bin`` and ``NAME.bin.json`` beside ``NAME.npy``: see :func:`gpupipe.features.save_features_bin`.
+    Each file appears under its name only when it is whole.
 
     Args:
-        features: ``(N, …)``.
-        path: of the ``.npy``; its folder must exist.
+        features: ``(N, …)``, written as float32.
+        path: of the ``.npy`` (the suffix is added if it is not there); its folder must exist.
         bin: write the pair too.
 
     Returns:
@@ -305,31 +302,15 @@ def save_features(features: np.ndarray | Tensor, path: str | Path, *, bin: bool 
     path = Path(path)
     if path.suffix != ".npy":
         path = path.with_name(path.name + ".npy")
-    outputs: dict[Path, Any] = {path: lambda file: np.save(file, array)}
-    if bin:
-        about = {
-            "num_frames": array.shape[0],
-            "feature_size": int(np.prod(array.shape[1:])),
-            "shape": list(array.shape),
-        }
-        raw = path.with_suffix(".bin")
-        outputs[raw] = lambda file: file.write(array.tobytes())
-        outputs[raw.with_name(raw.name + ".json")] = lambda file: file.write(json.dumps(about, indent=2).encode())
-    for target, write in outputs.items():
-        part = target.with_name(f".{target.name}.{uuid4().hex[:8]}.part")
-        try:
-            with part.open("wb") as file:
-                write(file)
-            part.replace(target)
-        except OSError as error:
-            raise OutputError(f"{target}: cannot be written ({error.strerror or error})") from error
-        finally:
-            part.unlink(missing_ok=True)
-    return list(outputs)
+    with replacing(path) as temporary:
+        np.save(temporary, array)
+    if not bin:
+        return [path]
+    raw = save_features_bin(array, path.with_suffix(".bin"))
+    return [path, raw, raw.with_name(raw.name + ".json")]
 
 
 __all__ = [
-    "FEATURES",
     "SpeechEncoder",
     "audio_chunks",
     "load_audio",

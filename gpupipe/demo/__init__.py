@@ -1,1 +1,116 @@
-"""The face that `gpupipe demo` shows."""
+"""The bundled avatar: a drawn character, its networks and a spoken sample, ready to render.
+
+from gpupipe.demo import render_demo
+render_demo("speech.wav", "speech.mp4")
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import torch
+
+from gpupipe.demo.sheet import write_contact_sheet
+from gpupipe.errors import InputError
+from gpupipe.pipeline import FrameGenerationPipeline, Progress, RenderRecord
+from gpupipe.speech import SpeechEncoder, save_features
+from gpupipe.video.sound import open_sound
+
+logger = logging.getLogger("gpupipe.demo")
+
+BUNDLE = Path(__file__).parent / "bundle"
+"""``unet.safetensors``, ``encoder.safetensors``, ``template/``, ``sample.flac``, ``training.json``, ``README.md``."""
+
+
+@dataclass
+class Demo:
+    """What :func:`render_demo` made: the video, a contact sheet of it, and the pipeline's record of the render."""
+
+    video: Path
+    sheet: Path
+    record: RenderRecord
+
+
+def render_demo(
+    audio: str | Path | None = None,
+    output: str | Path = "demo.mp4",
+    seconds: float | None = None,
+    progress: Progress | None = None,
+    *,
+    device: str | torch.device | None = None,
+    crf: int = 20,
+    codec: str = "auto",
+) -> Demo:
+    """Have the bundled avatar speak a sound.
+
+    Args:
+        audio: any file with sound that FFmpeg reads; None takes the bundled sample (about 6 s).
+        output: the video; the contact sheet is left beside it as ``<name>.png``.
+        seconds: stop after so much of the sound; None takes it whole.
+        progress: called after each batch with the frames done and the frames in all.
+        device, crf, codec: as :class:`gpupipe.FrameGenerationPipeline` and its ``generate_video`` take them.
+
+    Raises:
+        InputError: the sound cannot be used, or ``seconds`` is not positive.
+        OutputError: the video or the sheet cannot be written.
+    """
+    if seconds is not None and not seconds > 0:
+        raise InputError(f"seconds is {seconds}; expected more than 0")
+    output = Path(output)
+    sound = Path(audio) if audio is not None else BUNDLE / "sample.flac"
+    with tempfile.TemporaryDirectory(prefix="gpupipe-demo-") as folder:
+        if seconds is not None:
+            sound = cut_sound(sound, Path(folder) / "cut.wav", seconds)
+        pipeline = FrameGenerationPipeline(BUNDLE / "unet.safetensors", "ave", device)
+        encoder = SpeechEncoder(BUNDLE / "encoder.safetensors", pipeline.unet_model.device)
+        features = encoder.features(sound)
+        if seconds is not None:  # the encoder looks a little past the end; the picture need not
+            features = features[: max(1, round(seconds * 25))]
+        [rows] = save_features(features, Path(folder) / "features.npy")
+        pipeline.generate_video(rows, BUNDLE / "template", sound, output, crf=crf, codec=codec, progress=progress)
+        record = pipeline.last_render
+        assert record is not None
+        sheet = write_contact_sheet(output, sound, output.with_suffix(".png"))
+    logger.debug("demo: %s and %s", output, sheet)
+    return Demo(output, sheet, record)
+
+
+def cut_sound(source: str | Path, target: str | Path, seconds: float) -> Path:
+    """The first ``seconds`` of a sound, at its own rate, as 16-bit ``.wav``.
+
+    Raises:
+        InputError: ``source`` is missing, unreadable or has no sound.
+    """
+    target = Path(target)
+    try:
+        with open_sound(source) as sound, av.open(str(target), "w") as out:
+            track = sound.streams.audio[0]
+            layout = "mono" if track.channels == 1 else "stereo"
+            stream = out.add_stream("pcm_s16le", rate=track.rate, layout=layout)
+            assert isinstance(stream, av.AudioStream)
+            resampler = av.AudioResampler(format="s16", layout=layout, rate=track.rate)
+            left = max(1, round(seconds * track.rate))
+            at = 0
+            for decoded in sound.decode(track):
+                for frame in resampler.resample(decoded):
+                    if frame.samples > left:
+                        values = frame.to_ndarray()[:, : left * len(stream.layout.channels)]
+                        frame = av.AudioFrame.from_ndarray(values, format="s16", layout=layout)  # noqa: PLW2901
+                        frame.rate = track.rate
+                    frame.pts, frame.time_base = at, Fraction(1, track.rate)
+                    out.mux(stream.encode(frame))
+                    at, left = at + frame.samples, left - frame.samples
+                if left <= 0:
+                    break
+            out.mux(stream.encode(None))
+    except av.error.FFmpegError as error:
+        raise InputError(f"{source}: sound cannot be decoded ({error})") from error
+    return target
+
+
+__all__ = ["BUNDLE", "Demo", "render_demo"]

@@ -1,0 +1,327 @@
+"""Sound to features: the golden mel and features, pieces that join to the whole, files of every kind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from gpupipe import speech
+from gpupipe.errors import InputError, OutputError
+from gpupipe.models.audio_encoder import AudioEncoder
+from gpupipe.speech import SpeechEncoder, audio_chunks, load_audio, mel_spectrogram, save_features
+
+MEL_ERROR = 1e-3
+FEATURE_ERROR = 1e-3  # of the largest golden feature
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> SpeechEncoder:
+    """An encoder with seeded weights, as it is initialised."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
+    torch.save(AudioEncoder().state_dict(), path)
+    return SpeechEncoder(path, "cpu")
+
+
+def tone(seconds: float, rate: int = 16000, hz: float = 300.0) -> np.ndarray:
+    t = np.arange(round(seconds * rate)) / rate
+    return (0.5 * np.sin(2 * np.pi * hz * t)).astype(np.float32)
+
+
+def babble(seconds: float, seed: int = 0) -> np.ndarray:
+    """Noise whose loudness and colour change: every column of its mel spectrogram differs."""
+    rng = np.random.default_rng(seed)
+    n = round(seconds * 16000)
+    noise = np.cumsum(rng.standard_normal(n)) * 0.02 + rng.standard_normal(n)
+    gate = np.interp(np.arange(n), np.linspace(0, n, int(seconds * 6) + 2), rng.random(int(seconds * 6) + 2))
+    return (0.1 * noise * gate).astype(np.float32)
+
+
+def rows(encoder: SpeechEncoder, chunks: list[np.ndarray]) -> np.ndarray:
+    return torch.cat(list(encoder.feature_rows(chunks))).numpy()
+
+
+# ── against the golden files ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def mel_error(mel: torch.Tensor, shared: Path) -> float:
+    golden = np.load(shared / "golden" / "ave-encoder.npz")["mel"]
+    return float(np.abs(mel.numpy() - golden).max()) if mel.shape == golden.shape else np.inf
+
+
+def test_golden_mel(shared: Path, golden_weights: ModuleType) -> None:
+    mel = mel_spectrogram(golden_weights.wave(0))
+    assert mel.dtype == torch.float32
+    assert mel_error(mel, shared) <= MEL_ERROR
+
+
+@pytest.mark.parametrize("wrong", ["pre-emphasis", "window", "highest band", "gain"])
+def test_the_mel_bound_catches(
+    wrong: str, shared: Path, golden_weights: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wave = golden_weights.wave(0)
+    if wrong == "pre-emphasis":
+        monkeypatch.setattr(speech, "PRE_EMPHASIS", 0.95)
+    elif wrong == "window":
+        monkeypatch.setattr(speech, "_hann", lambda device: torch.hann_window(800, periodic=False, device=device))
+    elif wrong == "highest band":
+        monkeypatch.setattr(speech, "MEL_RANGE_HZ", (55.0, 8000.0))
+        monkeypatch.setattr(speech, "mel_filters", speech.mel_filters.__wrapped__)
+    else:
+        wave = wave * 1.01
+    assert mel_error(mel_spectrogram(wave), shared) > MEL_ERROR
+
+
+def test_golden_features(shared: Path, golden_weights: ModuleType, tmp_path: Path) -> None:
+    state = {name: torch.from_numpy(value) for name, value in golden_weights.state_dict("ave-encoder").items()}
+    torch.save(state, tmp_path / "encoder.pth")
+    encoder = SpeechEncoder(tmp_path / "encoder.pth", "cpu")
+    golden = np.load(shared / "golden" / "ave-encoder.npz")["features"]
+    wave = golden_weights.wave(0)
+    bound = FEATURE_ERROR * np.abs(golden).max()
+    features = rows(encoder, [wave])
+    assert features.shape == (len(golden), 512)
+    assert np.abs(features[:, ::4] - golden).max() <= bound
+    late = rows(encoder, [np.concatenate([np.zeros(40, np.float32), wave[:-40]])])  # 2.5 ms
+    assert np.abs(late[:, ::4] - golden).max() > bound
+
+
+# ── in pieces ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("samples", [16000 * 4, 16000 * 4 + 137, 16000 * 3 + 199])
+@pytest.mark.parametrize("chunk", [1000, 7777, 10**6])
+def test_pieces_join_to_the_whole(
+    encoder: SpeechEncoder, monkeypatch: pytest.MonkeyPatch, samples: int, chunk: int
+) -> None:
+    wave = babble(4.1)[:samples]
+    mel = mel_spectrogram(wave)
+    whole = rows(encoder, [wave])
+    monkeypatch.setattr(speech, "_PIECE_COLUMNS", 37)
+    monkeypatch.setattr(speech, "_BATCH_WINDOWS", 11)
+    chunks = [wave[at : at + chunk] for at in range(0, len(wave), chunk)]
+    pieces = list(speech.mel_pieces(chunks))
+    assert max(piece.shape[1] for piece in pieces) <= 37
+    torch.testing.assert_close(torch.cat(pieces, dim=1), mel, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(rows(encoder, chunks), whole, atol=1e-5)
+    assert np.abs(whole[1:-1] - whole[:-2]).max() > 1e-3, "rows that hardly differ would join in any order"
+
+
+def test_rows_come_out_while_sound_goes_in(encoder: SpeechEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speech, "_PIECE_COLUMNS", 80)
+    taken, most = 0, 0
+
+    def sound() -> Iterator[np.ndarray]:
+        nonlocal taken
+        for _ in range(40):
+            taken += 1
+            yield babble(0.5)
+
+    seen = 0
+    for piece in encoder.feature_rows(sound()):
+        seen += len(piece)
+        most = max(most, taken * 12.5 - seen)
+    assert taken == 40
+    assert most < 75, f"{most:.0f} rows' worth of sound was held; expected less than three seconds' worth"
+
+
+def test_windows_follow_the_formula() -> None:
+    columns = 400
+    mel = torch.arange(columns, dtype=torch.float32).expand(80, columns)
+    windows = torch.cat(list(speech.mel_windows([mel[:, :100], mel[:, 100:101], mel[:, 101:]])))
+    expected = [min(int(80.0 * i / 25), columns - 16) for i in range(int((columns - 16) / 80 * 25) + 2)]
+    assert windows[:, 0, 0, 0].tolist() == expected
+    assert torch.equal(windows[:, 0, 5, 15] - windows[:, 0, 5, 0], torch.full((len(windows),), 15.0))
+
+
+# ── sounds of every kind ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("samples", [1, 200, 2999, 3000, 3001, 3200])
+def test_short_sound_makes_rows(encoder: SpeechEncoder, samples: int) -> None:
+    mel = mel_spectrogram(tone(1)[:samples])
+    assert mel.shape[1] == max(16, 1 + samples // 200)
+    features = rows(encoder, [tone(1)[:samples]])
+    assert features.shape == (int((mel.shape[1] - 16) / 80 * 25) + 4, 512)
+    assert np.isfinite(features).all()
+
+
+def test_first_and_last_row_come_twice(encoder: SpeechEncoder) -> None:
+    features = rows(encoder, [babble(2.0)])
+    assert (features[0] == features[1]).all()
+    assert (features[-1] == features[-2]).all()
+    assert (features[1] != features[2]).any()
+
+
+def test_silence_is_the_floor(encoder: SpeechEncoder) -> None:
+    mel = mel_spectrogram(np.zeros(16000, np.float32))
+    assert (mel == -4).all()
+    assert np.isfinite(rows(encoder, [np.zeros(16000, np.float32)])).all()
+
+
+def write_sound(path: Path, channels: np.ndarray, rate: int, codec: str = "pcm_s16le") -> Path:
+    """Channels (c, n) in [−1, 1] → a sound file."""
+    layout = {1: "mono", 2: "stereo"}[len(channels)]
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=rate, layout=layout)
+        values = (channels.T.reshape(1, -1) * 32767).astype(np.int16)
+        if values.size:
+            frame = av.AudioFrame.from_ndarray(values, format="s16", layout=layout)
+            frame.rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+def loudest_hz(wave: np.ndarray) -> float:
+    spectrum = np.abs(np.fft.rfft(wave * np.hanning(len(wave))))
+    return float(np.argmax(spectrum) * 16000 / len(wave))
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_rates_and_channels(tmp_path: Path, encoder: SpeechEncoder, rate: int, channels: int) -> None:
+    path = write_sound(tmp_path / "tone.wav", np.stack([tone(1.5, rate, 440.0)] * channels), rate)
+    wave = load_audio(path)
+    assert wave.dtype == np.float32
+    assert abs(len(wave) - 24000) <= 32
+    assert abs(loudest_hz(wave) - 440) < 2
+    assert abs(np.abs(wave[2000:-2000]).max() - 0.5) < 0.02
+    assert len(encoder.features(path)) == len(rows(encoder, [wave]))
+
+
+def test_channels_are_averaged(tmp_path: Path) -> None:
+    left = tone(0.5)
+    both = load_audio(write_sound(tmp_path / "both.wav", np.stack([left, left / 2]), 16000))
+    np.testing.assert_allclose(both, left * 0.75, atol=1e-3)
+    against = load_audio(write_sound(tmp_path / "against.wav", np.stack([left, -left]), 16000))
+    assert np.abs(against).max() < 1e-3, "one channel alone would be heard"
+
+
+def test_features_of_a_file_are_those_of_its_samples(tmp_path: Path, encoder: SpeechEncoder) -> None:
+    path = write_sound(tmp_path / "b.wav", babble(2.0).clip(-1, 1)[None], 16000)
+    features = encoder.features(path)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, rows(encoder, [load_audio(path)]), atol=1e-6)
+    np.testing.assert_array_equal(np.concatenate([p.numpy() for p in encoder.iter_features(path)]), features)
+
+
+def test_chunks_are_pieces_of_the_file(tmp_path: Path) -> None:
+    path = write_sound(tmp_path / "b.wav", babble(3.0).clip(-1, 1)[None], 16000)
+    chunks = list(audio_chunks(path, samples=4000))
+    assert len(chunks) > 5
+    assert max(map(len, chunks)) < 12000
+    np.testing.assert_array_equal(np.concatenate(chunks), load_audio(path))
+
+
+def write_video(path: Path, *, sound: bool) -> Path:
+    """One second of grey, with or without a 440 Hz tone."""
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("mpeg4", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        audio = out.add_stream("aac", rate=44100, layout="stereo") if sound else None
+        for i in range(25):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 9 * i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, 25)
+            out.mux(video.encode(frame))
+        out.mux(video.encode(None))
+        if audio is not None:
+            values = np.stack([tone(1.0, 44100, 440.0)] * 2)
+            frame = av.AudioFrame.from_ndarray(values, format="fltp", layout="stereo")
+            frame.rate, frame.pts, frame.time_base = 44100, 0, Fraction(1, 44100)
+            out.mux(audio.encode(frame))
+            out.mux(audio.encode(None))
+    return path
+
+
+def test_the_sound_track_of_a_video(tmp_path: Path, encoder: SpeechEncoder) -> None:
+    path = write_video(tmp_path / "v.mp4", sound=True)
+    wave = load_audio(path)
+    assert abs(loudest_hz(wave) - 440) < 4
+    assert 0.95 * 16000 < len(wave) < 1.1 * 16000
+    assert len(encoder.features(path)) >= 24
+
+
+# ── files that cannot be used ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def missing(folder: Path) -> Path:
+    return folder / "nothing.wav"
+
+
+def silent_video(folder: Path) -> Path:
+    return write_video(folder / "mute.mp4", sound=False)
+
+
+def text(folder: Path) -> Path:
+    path = folder / "words.wav"
+    path.write_text("not a sound\n" * 50)
+    return path
+
+
+def empty(folder: Path) -> Path:
+    path = folder / "empty.wav"
+    path.touch()
+    return path
+
+
+def no_samples(folder: Path) -> Path:
+    return write_sound(folder / "none.wav", np.zeros((1, 0), np.float32), 16000)
+
+
+@pytest.mark.parametrize("make", [missing, silent_video, text, empty, no_samples])
+def test_files_without_sound_are_named(make: Callable[[Path], Path], tmp_path: Path, encoder: SpeechEncoder) -> None:
+    path = make(tmp_path)
+    with pytest.raises(InputError) as raised:
+        encoder.features(path)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_more_than_one_channel_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected one channel"):
+        mel_spectrogram(np.zeros((2, 16000), np.float32))
+
+
+# ── features to files ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_save_features(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).random((7, 512), dtype=np.float32)
+    paths = save_features(torch.from_numpy(features), tmp_path / "out.npy", bin=True)
+    assert [path.name for path in paths] == ["out.npy", "out.bin", "out.bin.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
+    np.testing.assert_array_equal(np.load(paths[0]), features)
+    np.testing.assert_array_equal(np.fromfile(paths[1], dtype="<f4").reshape(7, 512), features)
+    assert json.loads(paths[2].read_text()) == {"num_frames": 7, "feature_size": 512, "shape": [7, 512]}
+
+
+def test_save_features_adds_the_suffix_and_leaves_the_pair_out(tmp_path: Path) -> None:
+    assert save_features(np.zeros((2, 512)), tmp_path / "out") == [tmp_path / "out.npy"]
+    assert np.load(tmp_path / "out.npy").dtype == np.float32
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "no" / "out.npy"
+    with pytest.raises(OutputError) as raised:
+        save_features(np.zeros((2, 512)), path)
+    assert str(path) in str(raised.value)
+
+
+@pytest.mark.cuda
+def test_on_the_gpu_as_on_the_cpu(encoder: SpeechEncoder, tmp_path: Path) -> None:
+    torch.save(encoder.encoder.state_dict(), tmp_path / "e.pth")
+    wave = babble(3.0)
+    gpu = torch.cat(list(SpeechEncoder(tmp_path / "e.pth", "cuda").feature_rows([wave])))
+    assert gpu.device.type == "cuda"
+    cpu = rows(encoder, [wave])
+    np.testing.assert_allclose(gpu.cpu().numpy(), cpu, atol=2e-3 * np.abs(cpu).max())
