@@ -15,7 +15,6 @@ from gpupipe.frame_cache import FrameCache, Tensors
 from gpupipe.kernels.crop_resize import crop_resize, network_input
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
-from gpupipe.models.unet328 import Features
 from gpupipe.template import Template
 
 PixelFormat = Literal["bgr", "nv12"]
@@ -70,35 +69,23 @@ class Avatar:
         Returns:
             uint8 (B, H, W, 3) BGR, or (B, H·3/2, W) NV12.
         """
-        derived = self._derived.gather(frames)
-        mouth = self.engine.decode(_features(derived), audio.to(self.template.device, non_blocking=True))
+        derived, row = self._derived.lookup(frames)
+        mouth = self.engine.decode(derived, row, audio.to(self.template.device, non_blocking=True))
+        crops = derived["crop"].index_select(0, row)
         kept, index = self.template.frames.lookup(frames)
         boxes = self.template.boxes[torch.from_numpy(frames).to(self.template.device)]
+        seam, keep = self.feather, kept.get("keep")
         if self.pixel_format == "bgr":
-            return paste_blend(
-                mouth, derived["crop"], kept["frame"], index, boxes, feather=self.feather, keep=kept.get("keep")
-            )
-        return paste_blend_nv12(
-            mouth,
-            derived["crop"],
-            kept["frame"],
-            index,
-            boxes,
-            derived["nv12"],
-            feather=self.feather,
-            keep=kept.get("keep"),
-        )
+            return paste_blend(mouth, crops, kept["frame"], index, boxes, feather=seam, keep=keep)
+        background = derived["nv12"].index_select(0, row)
+        return paste_blend_nv12(mouth, crops, kept["frame"], index, boxes, background, feather=seam, keep=keep)
 
     def _derive(self, frames: NDArray[np.int64]) -> Tensors:
         kept, index = self.template.frames.lookup(frames)
         boxes = self.template.boxes[torch.from_numpy(frames).to(self.template.device)]
         crop = crop_resize(kept["frame"], index, boxes)
-        features = self.engine.encode(network_input(crop, dtype=self.engine.dtype))
-        derived = {"crop": crop, **{f"x{i}": value for i, value in enumerate(features, start=1)}}
+        derived = self.engine.encode(network_input(crop, dtype=self.engine.dtype))
+        derived["crop"] = crop
         if self.pixel_format == "nv12":
             derived["nv12"] = to_nv12(kept["frame"].index_select(0, index))
         return derived
-
-
-def _features(derived: Tensors) -> Features:
-    return derived["x1"], derived["x2"], derived["x3"], derived["x4"], derived["x5"], derived["x6"]

@@ -3,7 +3,7 @@
 | engine        | runs                                          | where     |
 | ------------- | --------------------------------------------- | --------- |
 | `torch`       | eager PyTorch, batch norms folded             | anywhere  |
-| `onnxruntime` | two ONNX graphs (template side, speech side)  | CPU       |
+| `onnxruntime` | ONNX Runtime, the network in hoisted halves   | CPU       |
 
 Every engine runs the network in two halves, so that the half that sees only the template can be cached.
 """
@@ -22,13 +22,17 @@ from torch import Tensor, nn
 
 from gpupipe.errors import DeviceError
 from gpupipe.models.fold import fold_batch_norms
-from gpupipe.models.unet328 import INPUT_SIZE, Features, UNet328
+from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
+from gpupipe.models.unet328 import INPUT_SIZE, UNet328
 from gpupipe.onnx_export import export_onnx
 
 logger = logging.getLogger(__name__)
 
 EngineName = Literal["auto", "torch", "onnxruntime"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+
+Features = dict[str, Tensor]
+"""What the network makes of template frames, before it hears anything: tensors by name, frames along the first axis."""
 
 
 class Engine(Protocol):
@@ -39,11 +43,20 @@ class Engine(Protocol):
     dtype: torch.dtype
 
     def encode(self, image: Tensor) -> Features:
-        """Template side: image (B, 6, 320, 320) in [0, 1] of ``dtype`` on ``device`` → x1 … x6."""
+        """Template's half: image (B, 6, 320, 320) in [0, 1] on ``device`` → features of each frame, by name."""
         ...
 
-    def decode(self, features: Features, audio: Tensor) -> Tensor:
-        """Speech side: x1 … x6 and audio (B, *audio_shape) → mouth (B, 3, 320, 320) in (0, 1)."""
+    def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
+        """Speech's half.
+
+        Args:
+            features: what :meth:`encode` made of L frames.
+            index: int64 (B,), which of them each sample takes.
+            audio: (B, *audio_shape).
+
+        Returns:
+            mouth (B, 3, 320, 320) in (0, 1), floating.
+        """
         ...
 
 
@@ -60,25 +73,29 @@ class TorchEngine:
         self.device = device
         self.exact = exact
         self.dtype = torch.float16 if device.type == "cuda" and not exact else torch.float32
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        self._layout = layout
-        self._network = fold_batch_norms(network).to(device, self.dtype).to(memory_format=layout)
+        self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        self._network = fold_batch_norms(network).to(device, self.dtype).to(memory_format=self._layout)
 
     @torch.inference_mode()
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`."""
         with torch.backends.cudnn.flags(allow_tf32=not self.exact):
-            return self._network.encode(image.to(self.device, self.dtype, memory_format=self._layout))
+            features = self._network.encode(image.to(self.device, self.dtype, memory_format=self._layout))
+        return {f"x{i}": value for i, value in enumerate(features, start=1)}
 
     @torch.inference_mode()
-    def decode(self, features: Features, audio: Tensor) -> Tensor:
+    def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
         """As :meth:`Engine.decode`."""
+        x1, x2, x3, x4, x5, x6 = (features[f"x{i}"].index_select(0, index) for i in range(1, 7))
         with torch.backends.cudnn.flags(allow_tf32=not self.exact):
-            return self._network.decode(features, audio.to(self.device, self.dtype))
+            return self._network.decode((x1, x2, x3, x4, x5, x6), audio.to(self.device, self.dtype))
 
 
 class OnnxRuntimeEngine:
-    """ONNX Runtime on the CPU, float32: five times eager PyTorch's speed there.
+    """ONNX Runtime on the CPU, float32, on the network in its two hoisted halves.
+
+    It runs frame by frame: a batch gains nothing on CPU cores, a frame's features are read where they lie, and with all
+    shapes fixed ONNX Runtime fuses the halves' sums into their convolutions.
 
     Args:
         threads: of one inference; None takes all cores.
@@ -89,63 +106,45 @@ class OnnxRuntimeEngine:
     def __init__(self, network: UNet328, *, threads: int | None = None) -> None:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
-        network = fold_batch_norms(network)
+        template, speech = TemplateHalf(network).eval(), SpeechHalf(network).eval()
         image = torch.zeros(1, 6, INPUT_SIZE, INPUT_SIZE)
-        features = network.encode(image)
+        features = template(image)
         audio = torch.zeros(1, *network.audio_shape)
-        self._names = [f"x{i}" for i in range(1, len(features) + 1)]
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or os.cpu_count() or 1
-        # Idle workers would spin on the cores that decode and encode video beside the network.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self._encode = _session(_Encode(network), (image,), ["image"], self._names, options)
-        self._decode = _session(_Decode(network), (*features, audio), [*self._names, "audio"], ["output"], options)
+        names = list(TEMPLATE_FEATURES)
+        self._template = _session(template, (image,), ["image"], names, threads)
+        self._speech = _session(speech, (*features, audio), [*names, "audio"], ["mouth"], threads)
 
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`."""
-        outputs = self._encode.run(None, {"image": _array(image)})
-        x1, x2, x3, x4, x5, x6 = (torch.from_numpy(value) for value in outputs)
-        return x1, x2, x3, x4, x5, x6
+        rows = [self._template.run(None, {"image": sample}) for sample in _samples(image)]
+        columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*rows, strict=True))
+        return dict(zip(TEMPLATE_FEATURES, columns, strict=True))
 
-    def decode(self, features: Features, audio: Tensor) -> Tensor:
+    def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
         """As :meth:`Engine.decode`."""
-        inputs = {name: _array(value) for name, value in zip(self._names, features, strict=True)}
-        return torch.from_numpy(self._decode.run(None, {**inputs, "audio": _array(audio)})[0])
-
-
-class _Encode(nn.Module):
-    def __init__(self, network: UNet328) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: Tensor) -> Features:
-        return self.network.encode(image)
-
-
-class _Decode(nn.Module):
-    def __init__(self, network: UNet328) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        x1, x2, x3, x4, x5, x6, audio = inputs
-        return self.network.decode((x1, x2, x3, x4, x5, x6), audio)
+        arrays = {name: features[name].numpy() for name in TEMPLATE_FEATURES}
+        mouths = [
+            self._speech.run(None, {"audio": window, **{name: value[i : i + 1] for name, value in arrays.items()}})[0]
+            for i, window in zip(index.tolist(), _samples(audio), strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(mouths))
 
 
 def _session(
-    module: nn.Module,
-    arguments: tuple[Tensor, ...],
-    inputs: list[str],
-    outputs: list[str],
-    options: onnxruntime.SessionOptions,
+    module: nn.Module, arguments: tuple[Tensor, ...], inputs: list[str], outputs: list[str], threads: int | None
 ) -> onnxruntime.InferenceSession:
     graph = io.BytesIO()
-    export_onnx(module, arguments, graph, inputs=inputs, outputs=outputs)
+    export_onnx(module, arguments, graph, inputs=inputs, outputs=outputs, dynamic_batch=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    # Idle workers would spin on the cores that decode and encode video beside the network.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(graph.getvalue(), options, providers=["CPUExecutionProvider"])
 
 
-def _array(value: Tensor) -> np.ndarray:
-    return value.to("cpu", torch.float32).contiguous().numpy()
+def _samples(batch: Tensor) -> list[np.ndarray]:
+    """The samples of a batch as float32 batches of one."""
+    return [sample[None] for sample in batch.to("cpu", torch.float32).contiguous().numpy()]
 
 
 def make_engine(network: UNet328, *, device: torch.device, engine: EngineName = "auto", exact: bool = True) -> Engine:

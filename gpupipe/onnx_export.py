@@ -32,8 +32,13 @@ def export_onnx(
     inputs: list[str],
     outputs: list[str],
     opset_version: int = OPSET_VERSION,
+    dynamic_batch: bool = True,
 ) -> None:
-    """Write ``module`` as ONNX; the first axis of every input and output is the dynamic ``batch``."""
+    """Write ``module`` as ONNX.
+
+    Args:
+        dynamic_batch: the first axis of every input and output is the dynamic ``batch``; otherwise shapes are fixed.
+    """
     with warnings.catch_warnings():
         # The tracing exporter is marked as deprecated; the new one takes 5 times as long for the same graph.
         warnings.simplefilter("ignore")
@@ -44,7 +49,7 @@ def export_onnx(
             destination,  # type: ignore[arg-type]  # the tracing exporter writes to a BytesIO as well
             input_names=inputs,
             output_names=outputs,
-            dynamic_axes={name: {0: "batch"} for name in inputs + outputs},
+            dynamic_axes={name: {0: "batch"} for name in inputs + outputs} if dynamic_batch else None,
             opset_version=opset_version,
             dynamo=False,
         )

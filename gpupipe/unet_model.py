@@ -72,7 +72,8 @@ class UNetModel:
         if len(image) != len(audio):
             raise InputError(f"image_tensor has {len(image)} samples and audio_features {len(audio)}; expected as many")
         features = self.engine.encode(image.to(self.device, self.engine.dtype))
-        mouth = self.engine.decode(features, audio.to(self.device, self.engine.dtype))
+        index = torch.arange(len(image), device=self.device)
+        mouth = self.engine.decode(features, index, audio.to(self.device, self.engine.dtype))
         pixels = (mouth.float() * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return pixels[0] if len(pixels) == 1 else pixels
 

@@ -43,6 +43,8 @@ class InvertedResidual(nn.Module):
         residual: add the input to the output; shapes must agree.
     """
 
+    conv: nn.Sequential
+
     def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, residual: bool = False) -> None:
         super().__init__()
         hidden = 2 * in_channels
