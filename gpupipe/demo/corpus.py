@@ -32,7 +32,8 @@ _WHO = """
 """
 _DOES = """
     whispers about|paints|has forgotten|would rather eat|always argues with|is looking for|carried away
-    never understood|sings to|throws|measures|bought|should fix|dreams of|polishes|hid|wants to show you|calls|pulls up|chews
+    never understood|sings to|throws|measures|bought|should fix|dreams of|polishes|hid|wants to show you
+    calls|pulls up|chews
 """
 _WHAT = """
     a wooden boat|the blue teapot|eleven apples|those noisy engines|a bowl of hot soup|the moon|her favourite shoe

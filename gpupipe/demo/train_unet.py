@@ -35,17 +35,13 @@ CODE = len(PARAMETERS)  # channels of the audio map that stage 2 uses; the rest 
 
 
 def norm_pairs(network: nn.Module) -> list[tuple[str, str]]:
-    """Names of every convolution and the batch norm that follows it, in order."""
+    """Names of every convolution and the batch norm that was made after it, which is the one that follows it."""
     pairs, last = [], None
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
             last = name
         elif isinstance(module, nn.BatchNorm2d) and last is not None:
             pairs.append((last, name))
-    by_name = dict(network.named_modules())
-    if "audio_model.conv3" in by_name:  # there the norms stand beside their convolutions, not after them
-        pairs = [p for p in pairs if p[1] not in ("audio_model.bn3", "audio_model.bn5")]
-        pairs += [("audio_model.conv3", "audio_model.bn3"), ("audio_model.conv5", "audio_model.bn5")]
     return pairs
 
 
@@ -72,6 +68,9 @@ def unfolded_state(state: dict[str, Tensor], like: nn.Module, pairs: list[tuple[
         bias = state[f"{conv_name}.bias"]
         if f"{conv_name}.bias" in own:
             out[f"{conv_name}.bias"] = torch.zeros_like(bias)
+        norm = like.get_submodule(norm_name)
+        assert isinstance(norm, nn.BatchNorm2d)
+        out[f"{conv_name}.weight"] = state[f"{conv_name}.weight"] * (1 + norm.eps) ** 0.5  # the norm divides by it
         out[f"{norm_name}.weight"] = torch.ones_like(bias)
         out[f"{norm_name}.bias"] = bias
         out[f"{norm_name}.running_mean"] = torch.zeros_like(bias)
@@ -331,8 +330,8 @@ def join(painter: UNet328, pairs: list[tuple[str, str]], listener: Listener) -> 
     """Give the painter, in place, the listener's audio branch; nothing is lost but the listener's own error.
 
     The first convolution after the bottleneck saw the code in three channels of the map: W·code + b. The listener
-    reads that code from its branch's map by its 1×1 head, code = 2·(H·map + h) − 1. So the convolution that does both is
-    (W·2H)·map + (b + W·(2h − 1)).
+    reads that code from its branch's map by its 1×1 head, code = 2·(H·map + h) − 1. So the convolution that does both
+    is (W·2H)·map + (b + W·(2h − 1)).
 
     Returns:
         The folded pairs of the whole network, the branch's among them.

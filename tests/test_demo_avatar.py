@@ -1,0 +1,228 @@
+"""The bundled avatar follows sound that it never heard, and the character behind it is what it says it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpupipe import FrameGenerator, UNetModel
+from gpupipe.demo import BUNDLE, cut_sound, render_demo, rig
+from gpupipe.demo.evaluate import Agreement, agreement
+from gpupipe.demo.mouth import mouth_track
+from gpupipe.demo.sheet import GAP, TILE, TILES, WAVE
+from gpupipe.demo.train import read_template
+from gpupipe.errors import InputError
+from gpupipe.models.checkpoint import load_state_dict
+from gpupipe.schedule import template_indices
+from gpupipe.speech import SpeechEncoder, load_audio
+
+FRAMES = 75  # of the sample, 3 s
+SHIFT = 5
+MEBIBYTE = 1 << 20
+
+
+# ── held out ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Rendered:
+    """The sample, which trained nothing, rendered by the pipeline's own frame generator."""
+
+    frames: list[np.ndarray]
+    template: np.ndarray
+    indices: list[int]
+    mouths: np.ndarray
+
+    def against(self, mouths: np.ndarray) -> Agreement:
+        return agreement(self.frames, self.template, self.indices, mouths)
+
+    @cached_property
+    def result(self) -> Agreement:
+        return self.against(self.mouths[:FRAMES])
+
+
+@pytest.fixture(scope="module")
+def rendered() -> Rendered:
+    features = SpeechEncoder(BUNDLE / "encoder.safetensors", "cpu").features(BUNDLE / "sample.flac")[: FRAMES + 8]
+    generator = FrameGenerator(UNetModel(BUNDLE / "unet.safetensors", "ave", "cpu"), blend="none")
+    template = BUNDLE / "template"
+    frames = generator.generate_frames_from_template_sequence(
+        template / "full_body_img", template / "landmarks", features
+    )[:FRAMES]
+    indices = [int(i) for i in template_indices(0, FRAMES, rig.FRAMES)]
+    mouths = mouth_track(load_audio(BUNDLE / "sample.flac"), frames=FRAMES + SHIFT)
+    return Rendered(frames, read_template(template)[0], indices, mouths)
+
+
+def test_the_mouth_follows_unheard_sound(rendered: Rendered) -> None:
+    assert rendered.result.good, rendered.result
+
+
+def test_the_check_fails_five_frames_late(rendered: Rendered) -> None:
+    late = rendered.against(rendered.mouths[SHIFT:])
+    assert late.correlation < 0.9
+    assert late.mouth_psnr < 28
+    assert not late.good
+
+
+def test_the_check_fails_for_a_mouth_at_rest(rendered: Rendered) -> None:
+    still = agreement(
+        [rendered.template[i] for i in rendered.indices], rendered.template, rendered.indices, rendered.mouths[:FRAMES]
+    )
+    assert not still.good
+    assert still.mouth_psnr < rendered.result.mouth_psnr - 3
+
+
+def test_nothing_but_the_box_changes(rendered: Rendered) -> None:
+    landmarks = read_template(BUNDLE / "template")[1]
+    for frame, index in zip(rendered.frames[::15], rendered.indices[::15], strict=True):
+        xmin, ymin, xmax, ymax = rig.crop_box(landmarks[index])
+        changed = (frame != rendered.template[index]).any(axis=2)
+        assert changed[ymin:ymax, xmin:xmax].any()
+        changed[ymin:ymax, xmin:xmax] = False
+        assert not changed.any()
+
+
+# ── the bundle ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_bundle_is_small_and_half_precision() -> None:
+    sizes = {path: path.stat().st_size for path in BUNDLE.rglob("*") if path.is_file()}
+    assert sum(sizes.values()) < 12 * MEBIBYTE
+    for name in ("unet.safetensors", "encoder.safetensors"):
+        state = load_state_dict(BUNDLE / name)
+        assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float16}
+    for name in ("README.md", "training.json", "sample.flac"):
+        assert BUNDLE / name in sizes
+
+
+def test_the_bundled_template_is_what_the_rig_draws() -> None:
+    frames, landmarks = read_template(BUNDLE / "template")
+    assert frames.shape == (rig.FRAMES, rig.HEIGHT, rig.WIDTH, 3)
+    for index in (0, 20, 71):
+        drawn = rig.draw_frame(index)
+        assert np.abs(frames[index].astype(int) - drawn).mean() < 2  # the JPEG's doing
+        assert np.abs(frames[(index + 5) % rig.FRAMES].astype(int) - drawn).mean() > 2
+        np.testing.assert_allclose(landmarks[index], rig.landmarks(index), atol=0.006)
+
+
+# ── the rig ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_boxes_are_inside_the_frame_and_hold_every_mouth() -> None:
+    for index in range(rig.FRAMES):
+        xmin, ymin, xmax, ymax = rig.crop_box(rig.landmarks(index))
+        assert 0 <= xmin < xmax <= rig.WIDTH
+        assert 0 <= ymin < ymax <= rig.HEIGHT
+        y0, y1, x0, x1 = rig.mouth_patch(index)
+        assert ymin < y0 < y1 < ymax
+        assert xmin < x0 < x1 < xmax
+
+
+def test_a_mouth_changes_its_patch_only() -> None:
+    shut, wide = (rig.draw_frame(7, mouth) for mouth in ((0.0, 0.35, 0.0), (1.0, 0.8, 0.0)))
+    y0, y1, x0, x1 = rig.mouth_patch(7)
+    differs = (shut != wide).any(axis=2)
+    assert differs[y0:y1, x0:x1].mean() > 0.2
+    edge = np.ones_like(differs)
+    edge[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] = False
+    assert not (differs & edge).any(), "the patch cuts the mouth off"
+
+
+@pytest.mark.parametrize(
+    "mouth", [(0.1, 0.3, 0.0), (0.5, 0.9, 0.0), (0.5, 0.1, 1.0), (0.8, 0.5, 0.3), (1.0, 0.35, 0.0)]
+)
+def test_the_measured_gap_is_the_drawn_one(mouth: tuple[float, float, float]) -> None:
+    for index in (0, 30, 64):
+        measured = rig.measure_gap(rig.draw_frame(index, mouth), index)
+        assert abs(measured - rig.lip_gap(mouth[0])) < 2.5
+        assert abs(measured - rig.lip_gap(mouth[0] + 0.2)) > 2.5
+
+
+def test_frames_outside_the_rig_are_refused() -> None:
+    with pytest.raises(ValueError, match="frame is 96"):
+        rig.pose(rig.FRAMES)
+
+
+# ── the true mouth ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def vowel(first_hz: float, second_hz: float, seconds: float = 0.4) -> np.ndarray:
+    """Harmonics of 120 Hz under two resonances."""
+    t = np.arange(int(16000 * seconds)) / 16000
+    hz = 120 * np.arange(1, 30)[:, None]
+    gain = 1 / (1 + ((hz - first_hz) / 90) ** 2) + 0.7 / (1 + ((hz - second_hz) / 120) ** 2)
+    sound = (gain * np.sin(2 * np.pi * hz * t)).sum(axis=0)
+    return (0.5 * sound / np.abs(sound).max()).astype(np.float32)
+
+
+def middle(wave: np.ndarray) -> np.ndarray:
+    track = mouth_track(wave)
+    return track[len(track) // 2]
+
+
+def test_vowels_have_their_shapes() -> None:
+    ah, ee, oo = middle(vowel(750, 1250)), middle(vowel(280, 2300)), middle(vowel(300, 750))
+    assert ah[0] > ee[0] + 0.2
+    assert ee[1] > oo[1] + 0.2
+    assert oo[2] > max(ah[2], ee[2]) + 0.2
+    assert middle(np.zeros(8000, np.float32))[0] == 0
+
+
+def test_the_mouth_is_local_in_time() -> None:
+    first, second = vowel(750, 1250, 2.0), vowel(750, 1250, 2.0)
+    second[16000:] *= 0.1
+    a, b = mouth_track(first), mouth_track(second)
+    assert np.abs(a - b)[:20].max() < 1e-6
+    assert np.abs(a - b)[27:].max() > 0.1
+
+
+def test_louder_opens_wider() -> None:
+    gaps = [middle(gain * vowel(750, 1250))[0] for gain in (0.02, 0.1, 0.3, 1.0)]
+    assert gaps == sorted(gaps)
+    assert gaps[-1] > gaps[0] + 0.3
+
+
+# ── the demo ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_render_demo(tmp_path: Path) -> None:
+    import av
+    from PIL import Image
+
+    seen: list[tuple[int, int]] = []
+    demo = render_demo(None, tmp_path / "out.mp4", 0.6, lambda done, total: seen.append((done, total)), device="cpu")
+    assert seen[-1] == (15, 15)
+    assert demo.record.frames == 15
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mp4", "out.png"]
+    with av.open(str(demo.video)) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 15
+        assert abs(float(video.streams.audio[0].duration * video.streams.audio[0].time_base) - 0.6) < 0.06
+    sheet = np.asarray(Image.open(demo.sheet))
+    assert sheet.shape == (TILE + GAP + WAVE, TILES * TILE + (TILES - 1) * GAP, 3)
+    tiles = [sheet[:TILE, k * (TILE + GAP) :][:, :TILE].astype(int) for k in range(TILES)]
+    assert all(tile.std() > 20 for tile in tiles)
+    assert np.abs(tiles[0] - tiles[-1]).mean() > 0.2, "the same moment eight times"
+
+
+def test_cut_sound(tmp_path: Path) -> None:
+    whole = load_audio(BUNDLE / "sample.flac")
+    cut = load_audio(cut_sound(BUNDLE / "sample.flac", tmp_path / "cut.wav", 1.25))
+    assert abs(len(cut) - 20000) <= 32
+    n = len(cut) - 200
+    assert np.corrcoef(cut[:n], whole[:n])[0, 1] > 0.999
+    assert np.corrcoef(cut[:n], whole[100 : n + 100])[0, 1] < 0.9
+    assert len(load_audio(cut_sound(BUNDLE / "sample.flac", tmp_path / "long.wav", 99))) == len(whole)
+
+
+def test_bad_input_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="seconds is 0"):
+        render_demo(None, tmp_path / "out.mp4", 0)
+    with pytest.raises(InputError, match=r"nothing\.wav"):
+        render_demo(tmp_path / "nothing.wav", tmp_path / "out.mp4")
+    assert not list(tmp_path.iterdir())
