@@ -14,7 +14,7 @@ def seeded_network(mode: Mode = "ave", *, width: float = 1.0, seed: int = 0) -> 
     """A U-Net with fixed random weights, in ``eval`` mode, whose outputs vary visibly with the image and the sound.
 
     PyTorch's own initialisation would give a flat grey, in which an error of a whole stage could hide. Here every batch
-    norm takes its mean and variance from a made-up batch, so that no layer drowns or saturates the next, and has a
+    norm takes its mean and variance from a made-up frame, so that no layer drowns or saturates the next, and has a
     random scale and offset; the head is scaled by what it gives there, so that pixels use the middle of their range.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -30,7 +30,7 @@ def seeded_network(mode: Mode = "ave", *, width: float = 1.0, seed: int = 0) -> 
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 1.0
-    mouth = network.train()(*_made_up_batch(mode, generator))
+    mouth = network.train()(*_made_up_frame(mode, generator))
     for norm in norms:
         norm.momentum = 0.1
 
@@ -43,11 +43,11 @@ def seeded_network(mode: Mode = "ave", *, width: float = 1.0, seed: int = 0) -> 
     return network.eval().requires_grad_(False)
 
 
-def _made_up_batch(mode: Mode, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two smooth, slightly noisy images beside themselves with the middle black, and two windows of features."""
-    coarse = torch.rand(2, 3, 10, 10, generator=generator)
+def _made_up_frame(mode: Mode, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A smooth, slightly noisy image beside itself with the middle black, and a window of features."""
+    coarse = torch.rand(1, 3, 10, 10, generator=generator)
     inner = nn.functional.interpolate(coarse, (INPUT_SIZE, INPUT_SIZE), mode="bilinear")
     inner = 0.8 * inner + 0.2 * torch.rand(inner.shape, generator=generator)
     masked = inner.clone()
     masked[:, :, 5:-10, 5:-5] = 0
-    return torch.cat([inner, masked], dim=1), torch.randn(2, *AUDIO_SHAPES[mode], generator=generator).abs()
+    return torch.cat([inner, masked], dim=1), torch.randn(1, *AUDIO_SHAPES[mode], generator=generator).abs()

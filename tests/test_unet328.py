@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -148,6 +149,12 @@ def test_bound_fails_on_a_near_miss_of_the_audio_branch(
 # ── without the golden files ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+@cache
+def tiny_network(mode: Mode = "ave") -> UNet328:
+    """Made once: tests do not change it."""
+    return seeded_network(mode, width=1 / 8)
+
+
 def inputs(mode: Mode, batch: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     image = torch.rand(batch, 6, 320, 320, generator=generator)
@@ -157,30 +164,29 @@ def inputs(mode: Mode, batch: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_encode_then_decode_is_forward(mode: Mode) -> None:
-    network = seeded_network(mode, width=1 / 8)
-    image, audio = inputs(mode, 2)
+    network = tiny_network(mode)
+    image, audio = inputs(mode, 1)
     assert torch.equal(network.decode(network.encode(image), audio), network(image, audio))
 
 
 @torch.no_grad()
-def test_encode_sees_the_image_alone_and_decode_the_sound() -> None:
-    """A template frame's features can be kept: with another sound they give that sound's picture."""
-    network = seeded_network(width=1 / 8)
+def test_features_of_a_template_frame_serve_every_sound() -> None:
+    network = tiny_network()
     image, audio = inputs("ave", 2)
-    features = network.encode(image)
-    first, second = (network.decode(features, sound) for sound in (audio, audio.flip(0)))
-    assert not torch.equal(first, second)
-    assert torch.equal(second, network(image, audio.flip(0)))
+    features = network.encode(image[:1])
+    first, second = (network.decode(features, audio[i : i + 1]) for i in range(2))
+    assert (first - second).abs().max() > 0.01
+    assert torch.equal(second, network(image[:1], audio[1:]))
 
 
 @torch.no_grad()
 def test_frames_of_a_batch_do_not_see_each_other() -> None:
-    network = seeded_network(width=1 / 8)
-    image, audio = inputs("ave", 3)
+    network = tiny_network()
+    image, audio = inputs("ave", 2)
     batch = network(image, audio)
-    alone = torch.cat([network(image[i : i + 1], audio[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(batch, alone, atol=BOUND, rtol=0)
-    assert (batch[0] - batch[1]).abs().max() > 10 * BOUND
+    alone = torch.cat([network(image[i : i + 1], audio[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(batch, alone, atol=1e-4, rtol=0)
+    assert (batch[0] - batch[1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -195,15 +201,16 @@ def test_width_scales_the_channels(mode: Mode, width: float, channels: int) -> N
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_features_and_output_have_their_shapes(mode: Mode) -> None:
-    network = seeded_network(mode, width=0.25)
+    network = tiny_network(mode)
     image, audio = inputs(mode, 1)
     features = network.encode(image)
-    sizes = ((8, 320), (8, 160), (16, 80), (32, 40), (64, 20), (128, 10))
+    sizes = ((4, 320), (4, 160), (8, 80), (16, 40), (32, 20), (64, 10))
     assert [tuple(x.shape) for x in features] == [(1, channels, side, side) for channels, side in sizes]
-    assert tuple(network.audio_model(audio).shape) == (1, 128, 10, 10)
+    assert tuple(network.audio_model(audio).shape) == (1, 64, 10, 10)
     output = network.decode(features, audio)
     assert tuple(output.shape) == (1, 3, 320, 320)
-    assert 0 < output.min() < output.max() < 1
+    assert 0 <= output.min() < output.max() - 0.1
+    assert output.max() <= 1
 
 
 @pytest.mark.parametrize("arguments", [{"mode": "mel"}, {"width": 0}, {"width": -0.5}, {"width": 0.3}])
