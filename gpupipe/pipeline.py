@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -17,6 +18,7 @@ from torch import Tensor
 from gpupipe.avatar import FEATHER, Avatar, Blend, PixelFormat
 from gpupipe.engine import EngineName
 from gpupipe.errors import InputError
+from gpupipe.fallbacks import fallbacks
 from gpupipe.features import SpeechFeatures, save_features_bin
 from gpupipe.files import make_folder, replacing
 from gpupipe.frame_generator import FrameGenerator
@@ -26,6 +28,7 @@ from gpupipe.onnx_export import OPSET_VERSION
 from gpupipe.schedule import template_indices
 from gpupipe.template import Template
 from gpupipe.unet_model import UNetModel
+from gpupipe.versions import versions
 from gpupipe.video.encode import VideoWriter
 from gpupipe.video.images import frame_path, save_image, write_frames
 from gpupipe.video.sound import open_sound
@@ -64,6 +67,15 @@ class RenderRecord:
     def frames_per_second(self) -> float:
         """Frames over all of ``seconds``."""
         return self.frames / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record that `--json` prints: these facts, the rate, ``versions`` and ``fallbacks``."""
+        facts = dataclasses.asdict(self)
+        return facts | {
+            "frames_per_second": self.frames_per_second,
+            "versions": versions(),
+            "fallbacks": fallbacks(),
+        }
 
 
 class FrameGenerationPipeline:

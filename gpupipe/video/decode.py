@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file
 
 from gpupipe.errors import InputError
-
-logger = logging.getLogger(__name__)
+from gpupipe.fallbacks import note_fallback
 
 JpegDecoder = Literal["cpu", "nvjpeg"]
 
@@ -39,8 +37,12 @@ def read_image(path: str | Path) -> Tensor:
     try:
         rgb = decode_image(read_file(str(path)), mode=ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition(", ")[2] or "unreadable"
+        reason = str(error).splitlines()[0].split(", ", 2)[-1]  # after the C++ function and line
+        if reason.startswith("Unsupported image file"):
+            reason = "not an image"
         raise InputError(f"{path}: cannot be decoded ({reason}); expected a whole JPEG or PNG image") from error
+    if rgb.dim() != 3:
+        raise InputError(f"{path}: is an animation of {len(rgb)} pictures; expected a whole JPEG or PNG image")
     return _to_bgr(rgb)
 
 
@@ -89,7 +91,8 @@ def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
         torch.cuda.synchronize(device)
         return torch.stack(images).flip(1).permute(0, 2, 3, 1).contiguous()
     except RuntimeError as error:
-        logger.warning("nvJPEG refused %s … (%s); decoding on the CPU", paths[0], str(error).splitlines()[0])
+        reason = str(error).splitlines()[0]
+        note_fallback(f"nvJPEG refused a batch ({reason}): the CPU decodes what it refuses")
         return None
 
 

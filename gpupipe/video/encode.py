@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -14,14 +15,18 @@ from types import TracebackType
 import av
 import av.error
 import numpy as np
+import torch
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from torch import Tensor
 
-from gpupipe.errors import DeviceError, GpupipeError, InputError, OutputError
+from gpupipe.errors import DeviceError, InputError, OutputError
+from gpupipe.fallbacks import note_fallback
 from gpupipe.files import replacing
 from gpupipe.video.sound import SoundTrack
 
 logger = logging.getLogger(__name__)
+
+os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 prints its settings unless the environment says: errors only
 
 CODECS: dict[str, tuple[str, ...]] = {
     "auto": ("h264_nvenc", "libx264"),
@@ -33,7 +38,7 @@ CODECS: dict[str, tuple[str, ...]] = {
 
 _OPTIONS: dict[str, dict[str, str]] = {
     "libx264": {"preset": "veryfast", "crf": "{crf}", "x264-params": "chromaloc=1"},
-    "libx265": {"preset": "fast", "crf": "{crf}", "x265-params": "log-level=error:chromaloc=1"},
+    "libx265": {"preset": "fast", "crf": "{crf}", "x265-params": "log-level=none:chromaloc=1"},
     "libsvtav1": {"preset": "9", "crf": "{crf}"},
     "h264_nvenc": {"preset": "p4", "rc": "vbr", "cq": "{crf}", "b": "0"},
     "hevc_nvenc": {"preset": "p4", "rc": "vbr", "cq": "{crf}", "b": "0"},
@@ -119,17 +124,15 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._error = self._error or error  # the thread stops at the next batch
-        with contextlib.suppress(GpupipeError):
-            self._put(None)
-        self._thread.join()
-        if error is not None:
-            self._resources.__exit__(kind, error, trace)
-            return
         with self._resources:
-            if self._error is not None:
-                raise self._error
+            try:
+                self._stop(error)
+            except KeyboardInterrupt as interrupt:  # while the last frames are encoded
+                self._stop(interrupt)
+                raise
+            failure = error or self._error
+            if failure is not None:
+                raise failure
 
     @property
     def sound_seconds(self) -> float | None:
@@ -145,8 +148,7 @@ class VideoWriter:
 
     def _add_video_stream(self) -> av.VideoStream:
         width, height = self.size
-        options = {key: value.format(crf=self._crf) for key, value in _OPTIONS.get(self.encoder, {}).items()}
-        stream = self._output.add_stream(self.encoder, rate=self.rate, options=options)
+        stream = self._output.add_stream(self.encoder, rate=self.rate, options=_options(self.encoder, self._crf))
         assert isinstance(stream, av.VideoStream)
         context = stream.codec_context
         context.width, context.height = width, height
@@ -169,6 +171,17 @@ class VideoWriter:
                 return
             except queue.Full:
                 continue
+
+    def _stop(self, error: BaseException | None) -> None:
+        """Wait for the thread: until all is written or, after an error, until it has seen that."""
+        self._error = self._error or error
+        while self._error is None:
+            with contextlib.suppress(queue.Full):
+                self._batches.put(None, timeout=0.5)
+                break
+        with contextlib.suppress(queue.Full):  # after an error the thread may be waiting for a batch
+            self._batches.put_nowait(None)
+        self._thread.join()
 
     def _run(self) -> None:
         try:
@@ -207,6 +220,10 @@ def pixel_format(encoder: str) -> str:
     return next((name for name in ("nv12", "yuv420p") if name in formats), formats[0] if formats else "yuv420p")
 
 
+def _options(encoder: str, crf: int) -> dict[str, str]:
+    return {key: value.format(crf=crf) for key, value in _OPTIONS.get(encoder, {}).items()}
+
+
 def choose_encoder(codec: str = "auto", width: int = 1280, height: int = 720) -> str:
     """The first encoder behind ``codec`` that opens on this machine at this size.
 
@@ -217,6 +234,8 @@ def choose_encoder(codec: str = "auto", width: int = 1280, height: int = 720) ->
     for encoder in CODECS.get(codec, (codec,)):
         try:
             with _probe(encoder, width, height):
+                if reasons and torch.cuda.is_available():
+                    note_fallback(f"{'; '.join(reasons)}: {encoder} encodes instead")
                 return encoder
         except (av.error.FFmpegError, ValueError) as error:
             reasons.append(f"{encoder}: {error}")
@@ -238,5 +257,6 @@ def _probe(encoder: str, width: int, height: int) -> Iterator[None]:
     context.pix_fmt = pixel_format(encoder)
     context.time_base = Fraction(1, 25)
     context.framerate = Fraction(25)
+    context.options = _options(encoder, crf=20)
     context.open()
     yield

@@ -1,0 +1,345 @@
+"""The command line: words → one call each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from gpupipe import __version__
+from gpupipe.avatar import FEATHER, Blend
+from gpupipe.demo import render_demo
+from gpupipe.doctor import examine
+from gpupipe.engine import EngineName
+from gpupipe.errors import GpupipeError, InputError
+from gpupipe.features import FRAME_RATES
+from gpupipe.models import Mode, load_unet
+from gpupipe.onnx_export import export_unet
+from gpupipe.pipeline import FrameGenerationPipeline, RenderRecord
+from gpupipe.speech import SpeechEncoder, save_features
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console(stderr=True)
+
+Checkpoint = Annotated[Path, typer.Option(help="U-Net checkpoint, .pth or .safetensors.")]
+Template = Annotated[Path, typer.Option(help="Template directory: full_body_img/, landmarks/, optional parsing/.")]
+Features = Annotated[Path, typer.Option(help="Speech features, .npy, one row a video frame.")]
+ModeOption = Annotated[Mode, typer.Option(help="Kind of speech features.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU if there is one.")]
+StartFrame = Annotated[int, typer.Option(help="First template frame of the walk there and back.")]
+UseParsing = Annotated[bool, typer.Option("--use-parsing", help="Keep the template where parsing/ says so.")]
+EngineOption = Annotated[EngineName, typer.Option(help="How the network is run.")]
+Exact = Annotated[bool, typer.Option("--exact", help="float32, TF32 off, JPEGs decoded on the CPU.")]
+BlendOption = Annotated[Blend, typer.Option(help="How the mouth's seam is pasted; none for the reference's hard edge.")]
+Feather = Annotated[float, typer.Option(help="Width of the feathered seam, in pixels of the frame.")]
+BatchSize = Annotated[int | None, typer.Option(help="Frames rendered at once; the device's default.")]
+Budget = Annotated[int | None, typer.Option(help="MB for what is kept per template frame; the device decides.")]
+Crf = Annotated[int, typer.Option(help="Quality, 0 (best) to 51.")]
+Codec = Annotated[str, typer.Option(help="auto, h264, hevc, av1, or the name of an FFmpeg encoder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable record as the last line.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Log every batch; show tracebacks.")]
+OutputDir = Annotated[Path, typer.Option(help="Folder that the files are written to.")]
+
+
+@app.command()
+def render(
+    checkpoint: Checkpoint,
+    template: Template,
+    output: Annotated[Path, typer.Option(help="The video: .mp4, .mkv or .mov.")],
+    audio_features: Annotated[Path | None, typer.Option(help="Speech features, .npy, one row a frame.")] = None,
+    encoder: Annotated[Path | None, typer.Option(help="AVE encoder checkpoint: makes the features.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Sound: any file that FFmpeg reads.")] = None,
+    mode: ModeOption = "ave",
+    device: Device = None,
+    start_frame: StartFrame = 0,
+    fps: Annotated[float | None, typer.Option(help="Frames a second; 25, and 20 for wenet.")] = None,
+    crf: Crf = 20,
+    codec: Codec = "auto",
+    blend: BlendOption = "feather",
+    feather: Feather = FEATHER,
+    use_parsing: UseParsing = False,
+    batch_size: BatchSize = None,
+    memory_budget: Budget = None,
+    engine: EngineOption = "auto",
+    exact: Exact = False,
+    save_frames: Annotated[bool, typer.Option("--save-frames", help="Keep the frames as JPEGs too.")] = False,
+    frames_dir: Annotated[Path | None, typer.Option(help="Where to; <output>_frames beside the video.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Render a clip: checkpoint, template and speech to a video with sound."""
+
+    with _reporting(debug):
+        if (audio_features is None) == (encoder is None):
+            raise InputError("expected either --audio-features or --encoder (with --audio), not both or neither")
+        if encoder is not None and audio is None:
+            raise InputError("--encoder makes features from sound; expected --audio with it")
+        pipeline = _pipeline(checkpoint, mode, device, engine, exact, blend, feather, batch_size, memory_budget)
+        with _features(audio_features, encoder, audio, pipeline) as features, _progress() as progress:
+            pipeline.generate_video(
+                features,
+                template,
+                audio,
+                output,
+                start_frame,
+                fps if fps is not None else FRAME_RATES[mode],
+                use_parsing,
+                crf,
+                save_frames,
+                frames_dir,
+                codec=codec,
+                progress=progress,
+            )
+        _finish(pipeline.last_render, output, as_json)
+
+
+@app.command()
+def frames(
+    checkpoint: Checkpoint,
+    template: Template,
+    audio_features: Features,
+    output_dir: OutputDir,
+    mode: ModeOption = "ave",
+    device: Device = None,
+    start_frame: StartFrame = 0,
+    blend: BlendOption = "feather",
+    feather: Feather = FEATHER,
+    use_parsing: UseParsing = False,
+    batch_size: BatchSize = None,
+    memory_budget: Budget = None,
+    engine: EngineOption = "auto",
+    exact: Exact = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Render a clip to numbered JPEGs."""
+    with _reporting(debug):
+        pipeline = _pipeline(checkpoint, mode, device, engine, exact, blend, feather, batch_size, memory_budget)
+        with _progress() as progress:
+            pipeline.generate_frames_only(
+                audio_features, template, output_dir, start_frame, use_parsing=use_parsing, progress=progress
+            )
+        _finish(pipeline.last_render, output_dir, as_json)
+
+
+@app.command()
+def features(
+    sound: Annotated[Path, typer.Argument(help="Sound: any file that FFmpeg reads.")],
+    encoder: Annotated[Path, typer.Option(help="AVE encoder checkpoint.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The features, .npy.")],
+    bin_pair: Annotated[bool, typer.Option("--bin", help="Write the .bin and .bin.json pair too.")] = False,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Make speech features from sound."""
+
+    with _reporting(debug):
+        rows = SpeechEncoder(encoder, device).features(sound)
+        for path in save_features(rows, output, bin=bin_pair):
+            console.print(f"{path}: {len(rows)} rows", highlight=False)
+
+
+@app.command()
+def export(
+    checkpoint: Checkpoint,
+    output: Annotated[Path, typer.Option(help="The ONNX file.")],
+    mode: ModeOption = "ave",
+    debug: Debug = False,
+) -> None:
+    """Write the network as ONNX, checked against PyTorch."""
+
+    with _reporting(debug):
+        export_unet(load_unet(checkpoint, mode), output)
+        console.print(f"{output}: written, equal to PyTorch on random inputs", highlight=False)
+
+
+@app.command()
+def reference(
+    checkpoint: Checkpoint,
+    template: Template,
+    audio_features: Features,
+    output_dir: OutputDir,
+    num_sample_frames: Annotated[int, typer.Option(help="How many frames, spread over the clip.")] = 5,
+    mode: ModeOption = "ave",
+    device: Device = None,
+    engine: EngineOption = "auto",
+    debug: Debug = False,
+) -> None:
+    """Write sample frames, features and facts for programs in other languages to compare with."""
+    with _reporting(debug):
+        pipeline = _pipeline(checkpoint, mode, device, engine, True, "none", 0.0, None, None)
+        facts = pipeline.generate_reference_outputs(audio_features, template, output_dir, num_sample_frames)
+        console.print(f"{output_dir}: {len(facts['sample_indices'])} frames and metadata.json", highlight=False)
+
+
+@app.command()
+def demo(
+    audio: Annotated[Path | None, typer.Option(help="Your own sound; the bundled sample by default.")] = None,
+    output: Annotated[Path, typer.Option(help="The video.")] = Path("demo.mp4"),
+    seconds: Annotated[float | None, typer.Option(help="Stop after so much of the sound.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Render the bundled avatar, speaking."""
+
+    with _reporting(debug), _progress() as progress:
+        made = render_demo(audio, output, seconds, progress, device=device)
+        console.print(f"{made.sheet}: some frames over the waveform", highlight=False)
+        _finish(made.record, made.video, as_json)
+
+
+@app.command()
+def doctor(device: Device = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Tell what this machine can do, and which way a render would take here."""
+
+    with _reporting(debug):
+        facts = examine(device)
+        if as_json:
+            print(json.dumps(facts))
+            return
+        table = Table(box=None, show_header=False)
+        for section, lines in facts.items():
+            table.add_row(f"[bold]{section}")
+            for name, value in lines.items() if isinstance(lines, dict) else enumerate(lines or ["none"], 1):
+                table.add_row(f"  {name}", str(value))
+        Console().print(table)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line: exit 0 when done, 2 for wrong input, 1 for anything else."""
+    app()
+
+
+def _pipeline(
+    checkpoint: Path,
+    mode: Mode,
+    device: str | None,
+    engine: EngineName,
+    exact: bool,
+    blend: Blend,
+    feather: float,
+    batch_size: int | None,
+    memory_budget: int | None,
+) -> FrameGenerationPipeline:
+
+    return FrameGenerationPipeline(
+        checkpoint,
+        mode,
+        device,
+        engine=engine,
+        exact=True if exact else None,
+        blend=blend,
+        feather=feather,
+        batch_size=batch_size,
+        memory_budget=None if memory_budget is None else memory_budget * 1_000_000,
+    )
+
+
+@contextlib.contextmanager
+def _features(
+    path: Path | None, encoder: Path | None, sound: Path | None, pipeline: FrameGenerationPipeline
+) -> Iterator[Path]:
+    """The file of features: the one given, or one made from the sound for as long as it is needed."""
+    if path is not None:
+        yield path
+        return
+
+    assert encoder is not None and sound is not None
+    if pipeline.mode != "ave":
+        raise InputError(f"--encoder makes ave features and mode is {pipeline.mode!r}; expected --audio-features")
+    with tempfile.TemporaryDirectory(prefix="gpupipe-") as folder:
+        rows = SpeechEncoder(encoder, pipeline.unet_model.device).features(sound)
+        yield save_features(rows, Path(folder) / "features.npy")[0]
+
+
+@contextlib.contextmanager
+def _reporting(debug: bool) -> Iterator[None]:
+    """Turn errors into one line and an exit code, and logging on."""
+    handler = RichHandler(console=console, show_time=debug, show_path=debug, show_level=True)
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("gpupipe").setLevel(logging.DEBUG if debug else logging.INFO)
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        console.print("gpupipe: interrupted; nothing half-written is left", highlight=False)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        wrong_input = isinstance(error, InputError)
+        known = isinstance(error, (GpupipeError, OSError, MemoryError))
+        line = " ".join(str(error).split()) or type(error).__name__
+        console.print(
+            f"gpupipe: {line if known else f'{type(error).__name__}: {line}'}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(2 if wrong_input else 1) from None
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} frames/s" if task.speed else "")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """A function of (frames done, frames in all): a bar on a terminal, a line every few seconds otherwise."""
+    if not console.is_terminal:
+        started = last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done == total or now - last >= 5:
+                last = now
+                rate = done / (now - started)
+                left = (total - done) / rate
+                print(f"{done}/{total} frames, {rate:.1f} frames/s, {left:.0f} s left", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _finish(record: RenderRecord | None, output: Path, as_json: bool) -> None:
+    """Say what was made; with ``--json`` the record is the last line of the standard output."""
+    assert record is not None
+    console.print(
+        f"{output}: {record.frames} frames in {record.seconds:.1f} s, {record.frames_per_second:.1f} frames/s"
+        f" ({record.device}, {record.engine}{f', {record.codec}' if record.codec else ''})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if as_json:
+        print(json.dumps(record.as_dict()))

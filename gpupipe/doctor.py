@@ -1,0 +1,97 @@
+"""What this machine can do, and which way a render would take here."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import av
+import av.codec.hwaccel
+import torch
+
+from gpupipe.avatar import FEATHER
+from gpupipe.errors import DeviceError
+from gpupipe.fallbacks import fallbacks
+from gpupipe.frame_cache import default_budget
+from gpupipe.frame_generator import BATCH_SIZES
+from gpupipe.unet_model import find_device
+from gpupipe.versions import versions
+from gpupipe.video.decode import jpeg_decoder
+from gpupipe.video.encode import choose_encoder
+
+_ENCODERS = ("h264_nvenc", "hevc_nvenc", "av1_nvenc", "libx264", "libx265", "libsvtav1", "ffv1")
+
+
+def examine(device: str | None = None) -> dict[str, Any]:
+    """Look at the machine.
+
+    Args:
+        device: the device that a render would be asked to use; None for the one it would take by itself.
+
+    Returns:
+        ``versions``; ``device`` (name, memory, cores); ``can`` (each ability: yes, or why not); ``render`` (the way
+        that a render would take, and why); ``fallbacks``.
+    """
+    chosen = find_device(device)
+    can: dict[str, str] = {}
+    cuda = torch.cuda.is_available()
+    no_gpu = "no: no CUDA GPU is available"
+    can["Triton kernels"] = "yes" if cuda and versions()["triton"] != "missing" else no_gpu
+    can["nvJPEG"] = "yes" if cuda else no_gpu
+    can["NVDEC"] = _nvdec() if cuda else no_gpu
+    for encoder in _ENCODERS:
+        try:
+            choose_encoder(encoder)
+            can[encoder] = "yes"
+        except DeviceError as error:
+            can[encoder] = f"no: {_reason(error, encoder)}"
+    exact = chosen.type == "cpu"
+    codec = choose_encoder("auto")
+    return {
+        "versions": versions(),
+        "device": _device_facts(chosen),
+        "can": can,
+        "render": {
+            "device": f"{chosen}: " + ("asked for" if device else "a CUDA GPU" if cuda else "there is no CUDA GPU"),
+            "engine": "onnxruntime: the fastest on a CPU" if exact else "torch: half precision, channels-last",
+            "precision": "float32" if exact else "float16; --exact for float32",
+            "jpeg": jpeg_decoder(chosen, exact=exact),
+            "kernels": "plain torch",
+            "codec": f"{codec}: " + ("NVENC opens" if codec.endswith("nvenc") else "NVENC does not open"),
+            "batch": f"{BATCH_SIZES[chosen.type]} frames",
+            "seam": f"feathered over {FEATHER:g} pixels",
+            "memory budget": f"{default_budget(chosen) / 1e9:.1f} GB for what is kept per template frame",
+        },
+        "fallbacks": fallbacks(),
+    }
+
+
+def _device_facts(device: torch.device) -> dict[str, str]:
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        return {
+            "name": facts.name,
+            "memory": f"{facts.total_memory / 1e9:.1f} GB",
+            "architecture": f"sm_{facts.major}{facts.minor}, {facts.multi_processor_count} multiprocessors",
+        }
+    return {"name": _processor(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as facts:  # noqa: PTH123
+            for line in facts:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _nvdec() -> str:
+    return "yes" if "cuda" in av.codec.hwaccel.hwdevices_available() else "no: this FFmpeg has no CUDA decoder"
+
+
+def _reason(error: DeviceError, encoder: str) -> str:
+    return str(error).partition(f"{encoder}: ")[2].partition("); expected")[0]
