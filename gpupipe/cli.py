@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -28,6 +29,7 @@ from gpupipe.engine import EngineName
 from gpupipe.errors import GpupipeError, InputError
 from gpupipe.features import FRAME_RATES
 from gpupipe.models import Mode, load_unet
+from gpupipe.models.audio_encoder import FEATURES
 from gpupipe.onnx_export import export_unet
 from gpupipe.pipeline import FrameGenerationPipeline, RenderRecord
 from gpupipe.speech import SpeechEncoder, save_features
@@ -37,7 +39,7 @@ console = Console(stderr=True)
 
 Checkpoint = Annotated[Path, typer.Option(help="U-Net checkpoint, .pth or .safetensors.")]
 Template = Annotated[Path, typer.Option(help="Template directory: full_body_img/, landmarks/, optional parsing/.")]
-Features = Annotated[Path, typer.Option(help="Speech features, .npy, one row a video frame.")]
+FeaturesOption = Annotated[Path, typer.Option(help="Speech features, .npy, one row a video frame.")]
 ModeOption = Annotated[Mode, typer.Option(help="Kind of speech features.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU if there is one.")]
 StartFrame = Annotated[int, typer.Option(help="First template frame of the walk there and back.")]
@@ -111,7 +113,7 @@ def render(
 def frames(
     checkpoint: Checkpoint,
     template: Template,
-    audio_features: Features,
+    audio_features: FeaturesOption,
     output_dir: OutputDir,
     mode: ModeOption = "ave",
     device: Device = None,
@@ -171,7 +173,7 @@ def export(
 def reference(
     checkpoint: Checkpoint,
     template: Template,
-    audio_features: Features,
+    audio_features: FeaturesOption,
     output_dir: OutputDir,
     num_sample_frames: Annotated[int, typer.Option(help="How many frames, spread over the clip.")] = 5,
     mode: ModeOption = "ave",
@@ -262,18 +264,19 @@ def _pipeline(
 @contextlib.contextmanager
 def _features(
     path: Path | None, encoder: Path | None, sound: Path | None, pipeline: FrameGenerationPipeline
-) -> Iterator[Path]:
-    """The file of features: the one given, or one made from the sound for as long as it is needed."""
+) -> Iterator[Path | np.ndarray]:
+    """The file of features, or features made from the sound, on disk for as long as they are needed."""
     if path is not None:
         yield path
         return
-
     assert encoder is not None and sound is not None
     if pipeline.mode != "ave":
         raise InputError(f"--encoder makes ave features and mode is {pipeline.mode!r}; expected --audio-features")
-    with tempfile.TemporaryDirectory(prefix="gpupipe-") as folder:
-        rows = SpeechEncoder(encoder, pipeline.unet_model.device).features(sound)
-        yield save_features(rows, Path(folder) / "features.npy")[0]
+    with tempfile.TemporaryFile(prefix="gpupipe-") as rows:
+        for piece in SpeechEncoder(encoder, pipeline.unet_model.device).iter_features(sound):
+            rows.write(piece.cpu().numpy().tobytes())
+        rows.flush()
+        yield np.memmap(rows, dtype=np.float32, mode="r").reshape(-1, FEATURES)
 
 
 @contextlib.contextmanager

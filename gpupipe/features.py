@@ -20,6 +20,8 @@ from gpupipe.models import AUDIO_SHAPES, MODES, Mode
 from gpupipe.schedule import WINDOW_ROWS, window_rows
 
 Float32 = NDArray[np.float32]
+FeatureSource = str | Path | ArrayLike | Tensor
+"""A ``.npy`` file of speech features, or the features themselves."""
 
 FRAME_RATES: dict[Mode, int] = {"ave": 25, "hubert": 25, "wenet": 20}
 """Rows of features a second, by mode."""
@@ -39,7 +41,7 @@ class SpeechFeatures:
         InputError: a file that is missing or not a ``.npy``; another shape or dtype; no rows; NaN or infinite values.
     """
 
-    def __init__(self, source: str | Path | ArrayLike | Tensor, mode: Mode = "ave") -> None:
+    def __init__(self, source: FeatureSource, mode: Mode = "ave") -> None:
         if mode not in MODES:
             raise InputError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
         self.mode: Mode = mode

@@ -19,7 +19,7 @@ from gpupipe.avatar import FEATHER, Avatar, Blend, PixelFormat
 from gpupipe.engine import EngineName
 from gpupipe.errors import InputError
 from gpupipe.fallbacks import fallbacks
-from gpupipe.features import SpeechFeatures, save_features_bin
+from gpupipe.features import FeatureSource, SpeechFeatures, save_features_bin
 from gpupipe.files import make_folder, replacing
 from gpupipe.frame_generator import FrameGenerator
 from gpupipe.kernels.nv12 import to_nv12
@@ -114,7 +114,7 @@ class FrameGenerationPipeline:
 
     def generate_video(
         self,
-        audio_features_path: str | Path,
+        audio_features_path: FeatureSource,
         template_dir: str | Path,
         audio_path: str | Path | None,
         output_path: str | Path,
@@ -131,7 +131,7 @@ class FrameGenerationPipeline:
         """Render a clip to a video with sound, in one pass.
 
         Args:
-            audio_features_path: ``.npy``, one row a video frame.
+            audio_features_path: ``.npy``, or the features themselves; one row a video frame.
             template_dir: ``full_body_img/``, ``landmarks/`` and, with ``use_parsing``, ``parsing/``.
             audio_path: any file that FFmpeg reads with a sound track; None renders a silent video.
             output_path: ``.mp4``, ``.mkv`` or ``.mov``; appears only when it is whole.
@@ -172,7 +172,7 @@ class FrameGenerationPipeline:
 
     def generate_frames_only(
         self,
-        audio_features_path: str | Path,
+        audio_features_path: FeatureSource,
         template_dir: str | Path,
         output_dir: str | Path,
         start_frame: int = 0,
@@ -201,7 +201,7 @@ class FrameGenerationPipeline:
 
     def generate_reference_outputs(
         self,
-        audio_features_path: str | Path,
+        audio_features_path: FeatureSource,
         template_dir: str | Path,
         output_dir: str | Path,
         num_sample_frames: int = 5,
@@ -241,7 +241,9 @@ class FrameGenerationPipeline:
             temporary.write_text(json.dumps(facts, indent=2) + "\n")
         return facts
 
-    def _open(self, features_path: str | Path, template_dir: str | Path, start_frame: int, use_parsing: bool) -> Clip:
+    def _open(
+        self, features_path: FeatureSource, template_dir: str | Path, start_frame: int, use_parsing: bool
+    ) -> Clip:
         speech = SpeechFeatures(features_path, self.mode)
         model = self.unet_model
         template = Template.from_directory(
