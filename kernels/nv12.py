@@ -33,11 +33,25 @@ def _matrix() -> Tensor:
     return torch.stack([y * 219 / 255, cb * 224 / 255, cr * 224 / 255])
 
 
+FRACTION_BITS = 23
+"""Binary digits after the point of :func:`yuv_weights`: as many as int32 has room for."""
+
+_CHUNK = 1 << 18
+"""Pixels converted at a time on the CPU, so that what is between the steps stays in the cache."""
+
+
 @functools.cache
-def yuv_matrix(order: ColorOrder) -> tuple[tuple[float, float, float], ...]:
-    """Rows Y, Cb, Cr; columns in the frame's colour order; offsets 16, 128, 128 are added apart."""
-    matrix = _matrix() if order == "rgb" else _matrix().flip(1)
-    return tuple(tuple(row) for row in matrix.tolist())
+def yuv_weights(order: ColorOrder) -> tuple[tuple[int, int, int], ...]:
+    """BT.709 in whole numbers: rows Y, Cb, Cr; columns in the frame's colour order.
+
+    Y is in units of 2⁻²³ of a pixel's value; Cb and Cr too, of the *sum* of a cell's four pixels. Whole numbers are as
+    exact here as float32 is, and add up to the same bits in whatever order and on whatever device. The chroma rows sum
+    to 0, so that grey is exactly 128.
+    """
+    matrix = (_matrix() if order == "rgb" else _matrix().flip(1)) * (1 << FRACTION_BITS)
+    y = [round(v) for v in matrix[0].tolist()]
+    cb, cr = ([round(v / 4) for v in row] for row in matrix[1:].tolist())
+    return (y[0], y[1], y[2]), (cb[0], -cb[0] - cb[2], cb[2]), (cr[0], -cr[0] - cr[2], cr[2])
 
 
 def luma_chroma(pixels: Tensor, *, order: ColorOrder = "bgr") -> tuple[Tensor, Tensor]:
@@ -51,13 +65,27 @@ def luma_chroma(pixels: Tensor, *, order: ColorOrder = "bgr") -> tuple[Tensor, T
         luma uint8 (B, H, W) and chroma uint8 (B, H/2, W/2, 2), Cb then Cr.
     """
     b, h, w, _ = pixels.shape
-    y_row, cb_row, cr_row = yuv_matrix(order)
-    values = pixels.float()
-    c0, c1, c2 = values.unbind(-1)
-    luma = (c0 * y_row[0] + c1 * y_row[1] + c2 * y_row[2] + 16.5).to(torch.uint8)
-    m0, m1, m2 = values.view(b, h // 2, 2, w // 2, 2, 3).sum(dim=(2, 4)).unbind(-1)
-    chroma = [((m0 * row[0] + m1 * row[1] + m2 * row[2]) / 4 + 128.5).to(torch.uint8) for row in (cb_row, cr_row)]
-    return luma, torch.stack(chroma, dim=-1)
+    luma = pixels.new_empty(b * h, w)
+    chroma = pixels.new_empty(b * h // 2, w // 2, 2)
+    rows = pixels.reshape(b * h, w, 3)  # H is even: no cell stands in two frames
+    step = max(2, _CHUNK // w // 2 * 2) if pixels.device.type == "cpu" else b * h
+    y_weights, *chroma_weights = yuv_weights(order)
+    for first in range(0, b * h, step):
+        # Plane by plane: each step below then runs over neighbouring numbers.
+        planes = [plane.to(torch.int32) for plane in rows[first : first + step].unbind(-1)]
+        luma[first : first + step] = _weighted_sum(planes, y_weights, offset=16)
+        cells = [plane[0::2] + plane[1::2] for plane in planes]
+        cells = [plane[:, 0::2] + plane[:, 1::2] for plane in cells]
+        for channel, weights in enumerate(chroma_weights):
+            chroma[first // 2 : (first + step) // 2, :, channel] = _weighted_sum(cells, weights, offset=128)
+    return luma.view(b, h, w), chroma.view(b, h // 2, w // 2, 2)
+
+
+def _weighted_sum(planes: list[Tensor], weights: tuple[int, int, int], offset: int) -> Tensor:
+    """``offset`` + the weighted sum of int32 planes, rounded half up; int32 in 0 … 255."""
+    total = planes[0] * weights[0]
+    total.add_(planes[1], alpha=weights[1]).add_(planes[2], alpha=weights[2])
+    return total.add_((2 * offset + 1) << (FRACTION_BITS - 1)).bitwise_right_shift_(FRACTION_BITS)
 
 
 def to_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
@@ -73,15 +101,25 @@ def to_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
     return torch.cat([luma, chroma.reshape(b, h // 2, w)], dim=1)
 
 
+INVERSE_BITS = 21
+"""Binary digits after the point of :func:`rgb_weights`."""
+
+
+@functools.cache
+def rgb_weights(order: ColorOrder) -> tuple[tuple[int, int, int], ...]:
+    """The inverse of BT.709 in units of 2⁻²¹: rows in the frame's colour order; columns Y − 16, Cb − 128, Cr − 128."""
+    inverse = torch.linalg.inv(_matrix()) * (1 << INVERSE_BITS)
+    rows = [(round(y), round(u), round(v)) for y, u, v in inverse.tolist()]
+    return tuple(rows if order == "rgb" else reversed(rows))
+
+
 def from_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
-    """NV12 uint8 (B, H·3/2, W) → uint8 (B, H, W, 3); chroma is repeated over its 2×2 pixels, results are rounded."""
+    """NV12 uint8 (B, H·3/2, W) → uint8 (B, H, W, 3); chroma is repeated over its 2×2 pixels; rounded half up."""
     height = frames.shape[1] * 2 // 3
     b, w = frames.shape[0], frames.shape[2]
-    luma = frames[:, :height].double() - 16
-    chroma = frames[:, height:].double().view(b, height // 2, w // 2, 2) - 128
-    chroma = chroma.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
-    yuv = torch.cat([luma[..., None], chroma], dim=-1)
-    rgb = yuv @ torch.linalg.inv(_matrix()).T.to(frames.device)
-    if order == "bgr":
-        rgb = rgb.flip(-1)
-    return rgb.round().clamp(0, 255).to(torch.uint8)
+    luma = frames[:, :height].to(torch.int32) - 16
+    chroma = frames[:, height:].to(torch.int32).view(b, height // 2, w // 2, 2) - 128
+    cb, cr = chroma.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).unbind(-1)
+    half = 1 << (INVERSE_BITS - 1)
+    channels = [(luma * y + cb * u + cr * v + half) >> INVERSE_BITS for y, u, v in rgb_weights(order)]
+    return torch.stack(channels, dim=-1).clamp_(0, 255).to(torch.uint8)
