@@ -41,7 +41,7 @@ def read_landmarks(path: str | Path) -> NDArray[np.int32]:
             x, y = (float(word) for word in line.split())
         except ValueError as error:
             raise InputError(f"{path}: line {number} is {line[:40]!r}; expected two numbers, 'x y'") from error
-        if not (abs(x) < 2**31 and abs(y) < 2**31):  # false for NaN too
+        if not (abs(x) < 2**30 and abs(y) < 2**30):  # false for NaN too; what int32 holds, with room to spare
             raise InputError(f"{path}: line {number} is {line[:40]!r}; expected finite coordinates in pixels")
         points.append((x, y))
     if len(points) < MIN_POINTS:

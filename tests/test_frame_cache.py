@@ -1,0 +1,148 @@
+"""The cache of what is known of template frames: the same results under any budget, and no work done twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpupipe.frame_cache import FrameCache, default_budget
+from gpupipe.schedule import template_indices
+
+CPU = torch.device("cpu")
+LENGTH = 9
+FRAME_BYTES = 4 * 6 + 5
+"""Of what :class:`Recorder` makes of one frame."""
+
+
+class Recorder:
+    """Computes two tensors of other shapes and dtypes for each frame, and keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+
+    def __call__(self, frames: NDArray[np.int64]) -> dict[str, Tensor]:
+        self.calls.append(frames.tolist())
+        assert len(set(self.calls[-1])) == len(frames) > 0
+        numbers = torch.from_numpy(frames)
+        return {
+            "features": (100 * numbers[:, None] + torch.arange(6)).float().view(-1, 2, 3),
+            "keep": numbers[:, None].to(torch.uint8) + torch.arange(5, dtype=torch.uint8),
+        }
+
+    @property
+    def computed(self) -> list[int]:
+        return [frame for call in self.calls for frame in call]
+
+
+def cache(budget: int) -> tuple[FrameCache, Recorder]:
+    recorder = Recorder()
+    return FrameCache(LENGTH, recorder, budget=budget, device=CPU), recorder
+
+
+def assert_right(cache: FrameCache, frames: Sequence[int] | NDArray[np.int64]) -> None:
+    expected = Recorder()
+    found = cache.gather(frames)
+    assert found.keys() == {"features", "keep"}
+    for row, frame in enumerate(frames):
+        for name, value in expected(np.array([frame])).items():
+            assert torch.equal(found[name][row], value[0]), f"{name} of frame {frame}"
+
+
+BUDGETS = [0, FRAME_BYTES - 1, FRAME_BYTES, 4 * FRAME_BYTES + 3, LENGTH * FRAME_BYTES, 10**9]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("batch", [1, 4, 7, 20])
+def test_walk_gives_the_same_under_any_budget(budget: int, batch: int) -> None:
+    frames, _ = cache(budget)
+    for start in range(0, 60, batch):
+        assert_right(frames, template_indices(start, start + batch, LENGTH))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_and_repeats(budget: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    frames, _ = cache(budget)
+    for _ in range(20):
+        assert_right(frames, rng.integers(LENGTH, size=rng.integers(1, 12)))
+
+
+def test_nothing_is_computed_twice_when_all_fit() -> None:
+    frames, recorder = cache(LENGTH * FRAME_BYTES)
+    for start in range(0, 80, 3):
+        frames.lookup(template_indices(start, start + 3, LENGTH))
+    assert sorted(recorder.computed) == list(range(LENGTH))
+
+
+def test_frames_that_fit_are_computed_once_and_the_others_each_time() -> None:
+    frames, recorder = cache(4 * FRAME_BYTES)
+    for _ in range(3):
+        frames.lookup(range(LENGTH))
+    counts = [recorder.computed.count(frame) for frame in range(LENGTH)]
+    assert counts == [1] * 4 + [3] * 5
+
+
+def test_a_frame_asked_for_twice_in_a_batch_is_computed_once() -> None:
+    frames, recorder = cache(0)
+    frames.lookup([5, 5, 2, 5])
+    assert recorder.calls == [[2, 5]]
+
+
+def test_bank_is_not_copied_when_all_fit() -> None:
+    frames, _ = cache(10**9)
+    bank, _ = frames.lookup(range(LENGTH))
+    again, index = frames.lookup([3, 1, 3])
+    assert all(again[name].data_ptr() == bank[name].data_ptr() for name in bank)
+    assert index.tolist() == [3, 1, 3]
+    assert index.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("budget", "capacity"),
+    [(-5, 0), (0, 0), (FRAME_BYTES - 1, 0), (2 * FRAME_BYTES, 2), (3 * FRAME_BYTES - 1, 2), (10**9, LENGTH)],
+)
+def test_budget_is_kept(budget: int, capacity: int) -> None:
+    frames, _ = cache(budget)
+    frames.lookup([8, 0])
+    assert frames.capacity == capacity
+    assert frames.bytes_used == capacity * FRAME_BYTES <= max(0, budget)
+    for frame in range(LENGTH):
+        frames.lookup([frame])
+    assert frames.bytes_used == capacity * FRAME_BYTES
+
+
+def test_results_stay_when_others_are_computed() -> None:
+    """What a lookup returned is not written over by the next one."""
+    for budget in (0, 3 * FRAME_BYTES, 10**9):
+        frames, _ = cache(budget)
+        first, index = frames.lookup([1, 2])
+        before = {name: value.index_select(0, index).clone() for name, value in first.items()}
+        frames.lookup(range(LENGTH))
+        assert all(torch.equal(first[name].index_select(0, index), before[name]) for name in before)
+
+
+def test_failed_computation_leaves_the_cache_as_it_was() -> None:
+    recorder = Recorder()
+    broken = True
+
+    def compute(frames: NDArray[np.int64]) -> dict[str, Tensor]:
+        if broken:
+            raise RuntimeError("decoder")
+        return recorder(frames)
+
+    frames = FrameCache(LENGTH, compute, budget=10**9, device=CPU)
+    with pytest.raises(RuntimeError, match="decoder"):
+        frames.lookup([0, 1])
+    broken = False
+    assert_right(frames, [1, 0])
+
+
+def test_default_budget_is_a_part_of_the_memory_there_is() -> None:
+    budget = default_budget(CPU)
+    assert 1 << 20 < budget < 1 << 44
