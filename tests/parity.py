@@ -1,0 +1,49 @@
+"""How near "the same" is: the bounds of the parity tests, each in one place, so that tests and controls share them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Images agree when no value differs by more than ``steps`` and at least the share ``equal`` of them not at all."""
+
+    steps: int
+    equal: float
+
+    def holds(self, found: np.ndarray, expected: np.ndarray) -> bool:
+        return self.fault(found, expected) is None
+
+    def check(self, found: np.ndarray, expected: np.ndarray, what: object = "images") -> None:
+        fault = self.fault(found, expected)
+        assert fault is None, f"{what}: {fault}"
+
+    def fault(self, found: np.ndarray, expected: np.ndarray) -> str | None:
+        found, expected = np.asarray(found), np.asarray(expected)
+        assert found.dtype == expected.dtype == np.uint8
+        assert found.shape == expected.shape
+        difference = np.abs(found.astype(np.int16) - expected)
+        worst, equal = int(difference.max()), float((difference == 0).mean())
+        if worst <= self.steps and equal >= self.equal:
+            return None
+        return f"differ by up to {worst} steps, {equal:.4%} are equal; expected ≤ {self.steps}, ≥ {self.equal:.1%}"
+
+
+EXACT_RESIZE = Bound(1, 0.999)
+"""crop328 and paste-back alone, against OpenCV."""
+
+EXACT_FRAME = Bound(2, 0.99)
+"""Inside the box of a whole frame, against OpenCV and PyTorch in float32; outside it frames are bit-equal."""
+
+
+def check_frame(found: np.ndarray, expected: np.ndarray, box: tuple[int, int, int, int], what: object) -> None:
+    """The bound of a whole frame: :data:`EXACT_FRAME` inside ``box``, bit-equal outside."""
+    xmin, ymin, xmax, ymax = box
+    inside = np.s_[ymin:ymax, xmin:xmax]
+    EXACT_FRAME.check(found[inside], expected[inside], what)
+    outside = np.ones(expected.shape[:2], dtype=bool)
+    outside[inside] = False
+    assert np.array_equal(found[outside], expected[outside]), f"{what}: differ outside the box"

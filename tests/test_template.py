@@ -1,0 +1,362 @@
+"""The template directory: decoded as OpenCV does, checked whole before the first frame, the same under any budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torchvision.io import decode_image, encode_jpeg
+
+from gpupipe import InputError, Template
+from gpupipe.template import keep_mask
+from gpupipe.video.decode import read_image, read_images
+
+MakeTemplate = Callable[..., Path]
+
+WIDTH, HEIGHT = 192, 128
+
+
+@pytest.fixture
+def template(make_template: MakeTemplate, tmp_path: Path) -> Path:
+    """Five frames of 192×128 with parsing images: each test spoils its own copy."""
+    return make_template(tmp_path / "avatar", frames=5, size=(WIDTH, HEIGHT), parsing=True)
+
+
+def frame_file(template: Path, i: int) -> Path:
+    return template / "full_body_img" / f"{i}.jpg"
+
+
+def landmark_file(template: Path, i: int) -> Path:
+    return template / "landmarks" / f"{i}.lms"
+
+
+def refusal(template: Path, named: Path, *, use_parsing: bool = False) -> str:
+    """The message with which a template is refused on opening: one line that begins with the file's name."""
+    with pytest.raises(InputError) as caught:
+        Template.from_directory(template, use_parsing=use_parsing)
+    message = str(caught.value)
+    assert message.startswith(f"{named}: ")
+    assert "\n" not in message
+    return message
+
+
+# ── what is read ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_frames_boxes_and_masks(make_template: MakeTemplate, tmp_path: Path) -> None:
+    boxes = [(10, 20, 60), (-10, 5, 50), (150, 100, 61), (0, 0, 400), (40, -30, 99)]
+    folder = make_template(tmp_path, frames=5, size=(WIDTH, HEIGHT), box=boxes, parsing=True)
+    template = Template.from_directory(str(folder), use_parsing=True)
+    assert (template.length, template.width, template.height) == (5, WIDTH, HEIGHT)
+    assert template.boxes.tolist() == [
+        [10, 20, 70, 80],
+        [0, 5, 40, 55],
+        [150, 100, 192, 128],
+        [0, 0, 192, 128],
+        [40, 0, 139, 69],
+    ]
+    found = template.frames.gather(range(5))
+    for i in range(5):
+        assert np.array_equal(found["frame"][i].numpy(), cv2.imread(str(frame_file(folder, i))))
+        parsing = cv2.imread(str(folder / "parsing" / f"{i}.png"))
+        keep = (parsing == (0, 0, 255)).all(axis=2) | (parsing == (255, 255, 255)).all(axis=2)
+        assert 0 < keep.sum() < keep.size
+        assert np.array_equal(found["keep"][i].numpy(), keep)
+
+
+def test_without_parsing_there_is_no_mask(template: Path) -> None:
+    assert Template.from_directory(template).frames.gather([0]).keys() == {"frame"}
+
+
+def test_other_files_are_left_alone(template: Path) -> None:
+    for name in ("notes.txt", "cover.jpg", "0.jpg.bak", "-1.jpg"):
+        (template / "full_body_img" / name).write_text("not a frame\n")
+    (template / "landmarks" / "5.lms").write_text("")
+    assert Template.from_directory(template).length == 5
+
+
+def test_more_frames_than_one_loading_batch_in_order(make_template: MakeTemplate, tmp_path: Path) -> None:
+    folder = make_template(tmp_path, frames=37, size=(64, 48))
+    template = Template.from_directory(folder)
+    assert template.length == 37
+    for i in (0, 9, 10, 15, 16, 36):
+        assert np.array_equal(template.frames.gather([i])["frame"][0].numpy(), cv2.imread(str(frame_file(folder, i))))
+
+
+@pytest.mark.parametrize("fit", [0, 1, 3, 5])
+def test_a_template_larger_than_the_budget_gives_the_same_frames(fit: int, template: Path) -> None:
+    size = WIDTH * HEIGHT * 3
+    whole = Template.from_directory(template)
+    tight = Template.from_directory(template, memory_budget=fit * size + 10)
+    assert tight.frames.capacity == fit
+    assert tight.memory_left == 10
+    order = [1, 2, 3, 4, 3, 2, 1, 0, 1]
+    assert torch.equal(tight.frames.gather(order)["frame"], whole.frames.gather(order)["frame"])
+
+
+def test_real_template(speaker: Path) -> None:
+    frames = read_images([frame_file(speaker, i) for i in (0, 70, 149)])
+    for i, frame in zip((0, 70, 149), frames, strict=True):
+        assert np.array_equal(frame.numpy(), cv2.imread(str(frame_file(speaker, i))))
+
+
+# ── decoding ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """Smooth, without symmetry, 64×48."""
+    coarse = np.random.default_rng(3).integers(256, size=(4, 5, 3)).astype(np.float32)
+    return np.clip(cv2.resize(coarse, (64, 48), interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
+
+
+def with_orientation(jpeg: bytes, orientation: int) -> bytes:
+    """A JPEG with an EXIF block that holds nothing but the orientation."""
+    tiff = b"MM\0*\0\0\0\x08" + b"\0\x01" + b"\x01\x12\0\x03\0\0\0\x01" + bytes([0, orientation, 0, 0]) + bytes(4)
+    exif = b"Exif\0\0" + tiff
+    return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_as_opencv_does(orientation: int, picture: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "turned.jpg"
+    path.write_bytes(with_orientation(cv2.imencode(".jpg", picture)[1].tobytes(), orientation))
+    found = read_image(path).numpy()
+    assert np.array_equal(found, cv2.imread(str(path)))
+    unturned = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    assert np.array_equal(found, unturned) == (orientation == 1), "the block must be one that OpenCV heeds"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [cv2.IMWRITE_JPEG_PROGRESSIVE, 1],
+        [cv2.IMWRITE_JPEG_QUALITY, 30],
+        [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
+        [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422],
+        [cv2.IMWRITE_JPEG_RST_INTERVAL, 2],
+    ],
+    ids=["progressive", "coarse", "4:4:4", "4:2:2", "restart"],
+)
+def test_every_kind_of_jpeg(options: list[int], picture: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "frame.jpg"
+    cv2.imwrite(str(path), picture, options)
+    assert np.array_equal(read_image(path).numpy(), cv2.imread(str(path)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (63, 47)])
+def test_odd_sizes(size: tuple[int, int], picture: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "frame.jpg"
+    cv2.imwrite(str(path), cv2.resize(picture, size))
+    assert np.array_equal(read_image(str(path)).numpy(), cv2.imread(str(path)))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_grey_becomes_bgr(suffix: str, picture: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / f"grey{suffix}"
+    cv2.imwrite(str(path), picture[..., 0])
+    assert np.array_equal(read_image(path).numpy(), cv2.imread(str(path)))
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_every_kind_of_png(channels: int, depth: type, picture: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "parsing.png"
+    alpha = np.arange(48 * 64, dtype=np.uint8).reshape(48, 64, 1)
+    pixels = np.concatenate([picture, alpha], axis=2)[..., :channels].astype(depth) * (257 if depth == np.uint16 else 1)
+    cv2.imwrite(str(path), pixels)
+    assert np.array_equal(read_image(path).numpy(), cv2.imread(str(path)))
+
+
+def test_colours_are_bgr(tmp_path: Path) -> None:
+    blue = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    blue[2] = 250
+    (tmp_path / "blue.jpg").write_bytes(encode_jpeg(blue, quality=100).numpy().tobytes())
+    b, g, r = read_image(tmp_path / "blue.jpg")[8, 8].tolist()
+    assert b > 240
+    assert max(g, r) < 10
+    assert not np.array_equal(
+        decode_image(str(tmp_path / "blue.jpg")).permute(1, 2, 0), read_image(tmp_path / "blue.jpg")
+    )
+
+
+# ── bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_missing_directories(template: Path, tmp_path: Path) -> None:
+    assert "no such template directory" in refusal(tmp_path / "absent", tmp_path / "absent")
+    (template / "full_body_img").rename(template / "frames")
+    message = refusal(template, template / "full_body_img")
+    assert "no such directory; expected one with 0.jpg, 1.jpg, …" in message
+    with pytest.raises(InputError, match=r"0\.lms: no such landmark file"):
+        Template(template / "frames", template / "absent")
+
+
+def test_no_frames(template: Path) -> None:
+    for path in (template / "full_body_img").iterdir():
+        path.rename(path.with_suffix(".jpeg"))
+    assert "holds no template frame; expected 0.jpg, 1.jpg, …" in refusal(template, template / "full_body_img")
+
+
+@pytest.mark.parametrize("i", [0, 2])
+def test_gap(i: int, template: Path) -> None:
+    frame_file(template, i).unlink()
+    assert "no such template frame; expected 0 to 4 without gaps" in refusal(template, frame_file(template, i))
+
+
+@pytest.mark.parametrize("i", [0, 3, 4])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "cannot be decoded"),
+        (b"\xff\xd8", "cannot be decoded"),
+        (b"this is text, not a picture\n", "cannot be decoded (not an image)"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "cannot be decoded (not an image)"),
+        (b"GIF89a\x01\x00", "cannot be decoded"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(40), "cannot be decoded"),
+    ],
+    ids=["empty", "two_bytes", "text", "pdf", "gif", "png"],
+)
+def test_file_that_is_no_picture(i: int, content: bytes, reason: str, template: Path) -> None:
+    frame_file(template, i).write_bytes(content)
+    message = refusal(template, frame_file(template, i))
+    assert reason in message
+    assert "expected a whole JPEG or PNG image" in message
+
+
+@pytest.mark.parametrize("lost", [1, 2, 30, 0.5, 0.9])
+@pytest.mark.parametrize("progressive", [0, 1])
+def test_truncated_frame(progressive: int, lost: float, template: Path) -> None:
+    """OpenCV would give a picture whose end is grey, and say nothing."""
+    path = frame_file(template, 3)
+    cv2.imwrite(str(path), cv2.imread(str(path)), [cv2.IMWRITE_JPEG_PROGRESSIVE, progressive])
+    content = path.read_bytes()
+    kept = len(content) - lost if isinstance(lost, int) else int(len(content) * (1 - lost))
+    path.write_bytes(content[:kept])
+    assert "incomplete or truncated" in refusal(template, path)
+
+
+def test_frame_that_is_a_directory(template: Path) -> None:
+    frame_file(template, 3).unlink()
+    frame_file(template, 3).mkdir()
+    assert "no such image file" in refusal(template, frame_file(template, 3))
+
+
+@pytest.mark.parametrize("i", [1, 4])
+@pytest.mark.parametrize("size", [(WIDTH, HEIGHT + 2), (WIDTH - 2, HEIGHT), (HEIGHT, WIDTH)])
+def test_sizes_that_differ(size: tuple[int, int], i: int, template: Path) -> None:
+    path = frame_file(template, i)
+    cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), size))
+    assert f"is {size[0]}×{size[1]}; expected {WIDTH}×{HEIGHT} as" in refusal(template, path)
+
+
+def test_size_that_differs_in_another_loading_batch(make_template: MakeTemplate, tmp_path: Path) -> None:
+    folder = make_template(tmp_path, frames=18, size=(64, 48))
+    for i in (16, 17):
+        cv2.imwrite(str(frame_file(folder, i)), np.zeros((50, 64, 3), np.uint8))
+    assert "is 64×50; expected 64×48 as" in refusal(folder, frame_file(folder, 16))
+
+
+@pytest.mark.parametrize("i", [0, 2, 4])
+def test_missing_landmarks(i: int, template: Path) -> None:
+    landmark_file(template, i).unlink()
+    assert "no such landmark file" in refusal(template, landmark_file(template, i))
+
+
+def spoil_line(template: Path, i: int, number: int, line: str) -> None:
+    lines = landmark_file(template, i).read_text().splitlines()
+    lines[number] = line
+    landmark_file(template, i).write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("line", "met"),
+    [
+        ("12.0 twelve", "line 32 is '12.0 twelve'; expected two numbers"),
+        ("12.0", "line 32 is '12.0'; expected two numbers"),
+        ("nan 12.0", "line 32 is 'nan 12.0'; expected finite"),
+    ],
+)
+def test_bad_landmark(line: str, met: str, template: Path) -> None:
+    spoil_line(template, 4, 31, line)
+    assert met in refusal(template, landmark_file(template, 4))
+
+
+def test_short_landmarks(template: Path) -> None:
+    landmark_file(template, 4).write_text("1 2\n" * 52)
+    assert "has 52 points; expected at least 53" in refusal(template, landmark_file(template, 4))
+
+
+@pytest.mark.parametrize(
+    ("line", "met"),
+    [
+        ("0.5 50", "expected point 1 left of point 31"),
+        ("-40 50", "expected point 1 left of point 31"),
+    ],
+)
+def test_empty_and_inverted_box(line: str, met: str, template: Path) -> None:
+    spoil_line(template, 2, 1, "0.9 50")
+    spoil_line(template, 2, 31, line)
+    assert met in refusal(template, landmark_file(template, 2))
+
+
+@pytest.mark.parametrize("box", [(WIDTH, 0, 30), (-30, 0, 30), (0, HEIGHT, 30), (0, -30, 30)])
+def test_box_outside_the_frame(box: tuple[int, int, int], make_template: MakeTemplate, tmp_path: Path) -> None:
+    folder = make_template(tmp_path, frames=2, size=(WIDTH, HEIGHT), box=[(10, 10, 60), box])
+    message = refusal(folder, landmark_file(folder, 1))
+    assert "lies wholly outside the frame; expected it to overlap 192×128" in message
+
+
+@pytest.mark.parametrize("box", [(WIDTH - 1, 0, 30), (-29, 0, 30), (0, HEIGHT - 1, 30), (0, -29, 30)])
+def test_box_that_overlaps_by_a_pixel_is_legal(
+    box: tuple[int, int, int], make_template: MakeTemplate, tmp_path: Path
+) -> None:
+    folder = make_template(tmp_path, frames=1, size=(WIDTH, HEIGHT), box=box)
+    xmin, ymin, xmax, ymax = Template.from_directory(folder).boxes[0].tolist()
+    assert 1 in (xmax - xmin, ymax - ymin)
+
+
+# ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("colour", "kept"),
+    [
+        ((0, 0, 255), True),
+        ((255, 255, 255), True),
+        ((255, 0, 0), False),
+        ((0, 0, 254), False),
+        ((1, 0, 255), False),
+        ((0, 255, 255), False),
+        ((255, 0, 255), False),
+        ((254, 255, 255), False),
+        ((128, 128, 255), False),
+        ((0, 0, 0), False),
+    ],
+)
+def test_colours_that_keep_the_template_s_pixel(colour: tuple[int, int, int], kept: bool) -> None:
+    image = torch.tensor(colour, dtype=torch.uint8).expand(2, 3, 4, 3)
+    assert keep_mask(image).shape == (2, 3, 4)
+    assert bool(keep_mask(image).all()) == bool(keep_mask(image).any()) == kept
+
+
+def test_bad_parsing(template: Path) -> None:
+    path = template / "parsing" / "3.png"
+    good = path.read_bytes()
+    for content, met in ((good[:-60], "cannot be decoded"), (b"", "cannot be decoded"), (b"text", "not an image")):
+        path.write_bytes(content)
+        assert met in refusal(template, path, use_parsing=True)
+    cv2.imwrite(str(path), np.zeros((HEIGHT, WIDTH + 2, 3), np.uint8))
+    assert "is 194×128; expected 192×128" in refusal(template, path, use_parsing=True)
+    path.unlink()
+    assert "no such image file" in refusal(template, path, use_parsing=True)
+    assert Template.from_directory(template).length == 5, "who does not use parsing does not need it"
+
+
+def test_missing_parsing_directory(template: Path) -> None:
+    (template / "parsing").rename(template / "masks")
+    assert "no such" in refusal(template, template / "parsing" / "0.png", use_parsing=True)
