@@ -47,6 +47,7 @@ _OPTIONS: dict[str, dict[str, str]] = {
 """Encoder options; chroma stands in the middle of its 2×2 pixels, as kernels/nv12.py puts it."""
 
 _QUEUE = 2  # batches that may wait for the encoder
+_POLL = 0.2  # seconds between looks at whether the other side has given up
 
 
 class VideoWriter:
@@ -96,6 +97,7 @@ class VideoWriter:
         self.encoder = choose_encoder(codec, width, height)
         self._crf = crf
         self._error: BaseException | None = None
+        self._cancelled = threading.Event()
         self._batches: queue.Queue[Tensor | None] = queue.Queue(_QUEUE)
         self._resources = contextlib.ExitStack()
         with self._resources:
@@ -230,7 +232,7 @@ def choose_encoder(codec: str = "auto", width: int = 1280, height: int = 720) ->
     Raises:
         DeviceError: none does; the message gives each one's reason.
     """
-    reasons = []
+    reasons: list[str] = []
     for encoder in CODECS.get(codec, (codec,)):
         try:
             with _probe(encoder, width, height):
