@@ -47,7 +47,6 @@ _OPTIONS: dict[str, dict[str, str]] = {
 """Encoder options; chroma stands in the middle of its 2×2 pixels, as kernels/nv12.py puts it."""
 
 _QUEUE = 2  # batches that may wait for the encoder
-_POLL = 0.2  # seconds between looks at whether the other side has given up
 
 
 class VideoWriter:
@@ -97,7 +96,6 @@ class VideoWriter:
         self.encoder = choose_encoder(codec, width, height)
         self._crf = crf
         self._error: BaseException | None = None
-        self._cancelled = threading.Event()
         self._batches: queue.Queue[Tensor | None] = queue.Queue(_QUEUE)
         self._resources = contextlib.ExitStack()
         with self._resources:
