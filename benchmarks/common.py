@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
-import platform
 import re
 import subprocess
 import time
@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpupipe.versions import processor_name
+from gpupipe.versions import versions as gpupipe_versions
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("gpupipe", "torch", "torchvision", "triton", "onnxruntime", "av", "numpy", "opencv-python-headless")
 
 
 # ── timing ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -77,7 +79,7 @@ def device_name(device: str | torch.device = "cpu") -> str:
     """The GPU's name, or the CPU's with the number of cores this process may use."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_cpu_model()}, {_cores()} cores"
+    return f"{processor_name()}, {_cores()} cores"
 
 
 def driver_version(device: str | torch.device = "cpu") -> str | None:
@@ -91,12 +93,9 @@ def driver_version(device: str | torch.device = "cpu") -> str | None:
 @cache
 def versions() -> dict[str, str]:
     """Python and the packages that a figure depends on, those that are installed."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = {name: version for name, version in gpupipe_versions().items() if version != "missing"}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["opencv"] = importlib.metadata.version("opencv-python-headless")
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
@@ -110,12 +109,6 @@ def commit() -> str:
         return "unknown"
     changed = _output_of("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return f"{head.strip()}-dirty" if changed else head.strip()
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return named.group(1).strip() if named else platform.processor() or platform.machine()
 
 
 def _cores() -> int:

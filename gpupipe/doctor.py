@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from typing import Any
 
 import av
@@ -16,7 +15,7 @@ from gpupipe.fallbacks import fallbacks
 from gpupipe.frame_cache import default_budget
 from gpupipe.frame_generator import BATCH_SIZES
 from gpupipe.unet_model import find_device
-from gpupipe.versions import versions
+from gpupipe.versions import processor_name, versions
 from gpupipe.video.decode import jpeg_decoder
 from gpupipe.video.encode import choose_encoder
 
@@ -75,18 +74,7 @@ def _device_facts(device: torch.device) -> dict[str, str]:
             "memory": f"{facts.total_memory / 1e9:.1f} GB",
             "architecture": f"sm_{facts.major}{facts.minor}, {facts.multi_processor_count} multiprocessors",
         }
-    return {"name": _processor(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as facts:  # noqa: PTH123
-            for line in facts:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return {"name": processor_name(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
 
 
 def _nvdec() -> str:

@@ -1,9 +1,11 @@
-"""Versions of what does the work."""
+"""Which machine and which versions do the work."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
+from pathlib import Path
 
 import av
 
@@ -20,3 +22,10 @@ def versions() -> dict[str, str]:
             found[package] = "missing"
     found["ffmpeg"] = ".".join(map(str, av.library_versions["libavcodec"])) + " (libavcodec)"
     return found
+
+
+def processor_name() -> str:
+    """The CPU's model name."""
+    facts = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", facts.read_text(), re.MULTILINE) if facts.is_file() else None
+    return named.group(1).strip() if named else platform.processor() or platform.machine()
