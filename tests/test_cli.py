@@ -1,0 +1,198 @@
+"""The command line: what it writes, what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import wave
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from gpupipe import __version__
+from gpupipe.cli import app
+
+FRAMES = 5
+QUICK = ("--engine", "torch")  # builds in no time; what these tests look at comes before or after the network
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory, make_template: Any, tiny_checkpoint: Any) -> dict[str, Path]:
+    """Paths of a small clip's inputs: checkpoint, template, features and sound."""
+    folder = tmp_path_factory.mktemp("clip")
+    rng = np.random.default_rng(0)
+    np.save(folder / "features.npy", np.abs(rng.standard_normal((FRAMES, 512))).astype(np.float32))
+    with wave.open(str(folder / "tone.wav"), "wb") as tone:
+        tone.setnchannels(1)
+        tone.setsampwidth(2)
+        tone.setframerate(16000)
+        tone.writeframes((8000 * np.sin(np.arange(3200 * FRAMES // 5) / 8)).astype("<i2").tobytes())
+    return {
+        "checkpoint": tiny_checkpoint(),
+        "template": make_template(folder / "template", 3),
+        "features": folder / "features.npy",
+        "sound": folder / "tone.wav",
+    }
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def render_words(clip: dict[str, Path], output: Path, *more: object) -> list[object]:
+    return [
+        *("render", "--checkpoint", clip["checkpoint"], "--template", clip["template"], "--output", output),
+        *("--audio-features", clip["features"], "--audio", clip["sound"], *more),
+    ]
+
+
+def test_render_writes_a_video_with_sound_and_a_record(clip: dict[str, Path], tmp_path: Path) -> None:
+    result = run(*render_words(clip, tmp_path / "out.mp4", "--json", "--batch-size", 2))
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout.splitlines()[-1])
+    assert record["frames"] == FRAMES
+    assert record["frames_per_second"] == pytest.approx(FRAMES / record["seconds"])
+    assert sum(record["stages"].values()) == pytest.approx(record["seconds"])
+    assert record["engine"] and record["codec"] and record["device"] and record["fallbacks"] == []
+    assert record["versions"]["gpupipe"] == __version__
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == FRAMES
+        assert len(container.streams.audio) == 1
+
+
+def test_options_reach_the_render(clip: dict[str, Path], tmp_path: Path) -> None:
+    words = render_words(clip, tmp_path / "out.mkv", "--fps", 10, "--blend", "none", "--start-frame", 1, "--exact")
+    result = run(*words, "--engine", "torch", "--crf", 30, "--save-frames", "--frames-dir", tmp_path / "kept", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["engine"] == "torch"
+    assert len(list((tmp_path / "kept").glob("frame_*.jpg"))) == FRAMES
+    with av.open(str(tmp_path / "out.mkv")) as container:
+        assert container.streams.video[0].average_rate == 10
+
+
+def test_wenet_renders_at_20_frames_a_second(clip: dict[str, Path], tiny_checkpoint: Any, tmp_path: Path) -> None:
+    features = tmp_path / "wenet.npy"
+    np.save(features, np.zeros((3, 16 * 512), dtype=np.float32))
+    wenet = {**clip, "checkpoint": tiny_checkpoint("wenet"), "features": features}
+    result = run(*render_words(wenet, tmp_path / "out.mp4", "--mode", "wenet", *QUICK))
+    assert result.exit_code == 0, result.output
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert container.streams.video[0].average_rate == 20
+
+
+def test_render_makes_features_from_sound(clip: dict[str, Path], golden_weights: ModuleType, tmp_path: Path) -> None:
+    """The same video whether the features come from the encoder at once or through `gpupipe features`."""
+    import torch
+
+    encoder = tmp_path / "ave.pth"
+    state = golden_weights.state_dict("ave-encoder")
+    torch.save({name: torch.from_numpy(value) for name, value in state.items()}, encoder)
+    rows = tmp_path / "rows.npy"
+    assert run("features", clip["sound"], "--encoder", encoder, "-o", rows, "--bin").exit_code == 0
+    assert json.loads((tmp_path / "rows.bin.json").read_text())["num_frames"] == len(np.load(rows))
+    words = ["render", "--checkpoint", clip["checkpoint"], "--template", clip["template"], "--audio", clip["sound"]]
+    direct = run(*words, "--encoder", encoder, "--output", tmp_path / "a.mp4")
+    stored = run(*words, "--audio-features", rows, "--output", tmp_path / "b.mp4")
+    assert direct.exit_code == stored.exit_code == 0, direct.output + stored.output
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_frames(clip: dict[str, Path], tmp_path: Path) -> None:
+    words = ("--checkpoint", clip["checkpoint"], "--template", clip["template"], "--audio-features", clip["features"])
+    result = run("frames", *words, "--output-dir", tmp_path / "frames")
+    assert result.exit_code == 0, result.output
+    names = sorted(path.name for path in (tmp_path / "frames").iterdir())
+    assert names == [f"frame_{i:05d}.jpg" for i in range(FRAMES)]
+    assert cv2.imread(str(tmp_path / "frames" / names[0])).shape == (128, 192, 3)
+
+
+def test_export_and_reference(clip: dict[str, Path], tmp_path: Path) -> None:
+    result = run("export", "--checkpoint", clip["checkpoint"], "--output", tmp_path / "unet.onnx")
+    assert result.exit_code == 0 and (tmp_path / "unet.onnx").stat().st_size > 10_000, result.output
+    words = ("--checkpoint", clip["checkpoint"], "--template", clip["template"], "--audio-features", clip["features"])
+    result = run("reference", *words, "--output-dir", tmp_path / "reference", "--num-sample-frames", 2)
+    assert result.exit_code == 0, result.output
+    facts = json.loads((tmp_path / "reference" / "metadata.json").read_text())
+    assert facts["sample_indices"] == [0, FRAMES - 1]
+
+
+def test_doctor_names_the_way_a_render_takes(clip: dict[str, Path], tmp_path: Path) -> None:
+    result = run("doctor", "--json", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout.splitlines()[-1])
+    rendered = run(*render_words(clip, tmp_path / "out.mp4", "--json", "--device", "cpu"))
+    record = json.loads(rendered.stdout.splitlines()[-1])
+    assert facts["render"]["engine"].startswith(record["engine"])
+    assert facts["render"]["codec"].startswith(record["codec"])
+    assert facts["versions"] == record["versions"]
+    assert run("doctor").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checkpoint": Path("missing.pth")}, "missing.pth: no such checkpoint file"),
+        ({"template": Path("nowhere")}, "nowhere: no such template directory"),
+        ({"features": Path("missing.npy")}, "missing.npy: no such file of audio features"),
+        ({"sound": Path("missing.wav")}, "missing.wav: no such sound file"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_2(
+    clip: dict[str, Path], change: dict[str, Path], message: str, tmp_path: Path
+) -> None:
+    result = run(*render_words({**clip, **change}, tmp_path / "out.mp4", *QUICK))
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--device", "cuda:7"), "cuda:7"),
+        (("--codec", "h265000"), "h265000"),
+        (("--start-frame", 3), "start frame is 3"),
+        (("--crf", 99), "crf is 99"),
+        (("--batch-size", 0), "batch size is 0"),
+        (("--feather", -1), "feather is -1"),
+        (("--fps", 0), "fps is 0"),
+        (("--mode", "wenet"), "expected mode wenet"),
+        (("--mode", "deepspeech"), "deepspeech"),
+        (("--encoder", "x.pth"), "either --audio-features or --encoder"),
+    ],
+)
+def test_wrong_options_exit_2(clip: dict[str, Path], words: tuple[object, ...], message: str, tmp_path: Path) -> None:
+    result = run(*render_words(clip, tmp_path / "out.mp4", *QUICK, *words))
+    assert result.exit_code == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_anything_else_exits_1_and_debug_shows_where(
+    clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr("gpupipe.avatar.Avatar.render", broken)
+    result = run(*render_words(clip, tmp_path / "out.mp4", *QUICK))
+    assert result.exit_code == 1
+    assert "RuntimeError: a bug of ours" in result.stderr and "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert "Traceback" in run(*render_words(clip, tmp_path / "out.mp4", *QUICK, "--debug")).stderr
+
+
+def test_the_installed_command(tmp_path: Path) -> None:
+    command = Path(sys.executable).with_name("gpupipe")
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.strip() == __version__
+    failed = subprocess.run([command, "export"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert failed.returncode == 2
