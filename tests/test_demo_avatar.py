@@ -106,8 +106,8 @@ def test_the_bundled_template_is_what_the_rig_draws() -> None:
     assert frames.shape == (rig.FRAMES, rig.HEIGHT, rig.WIDTH, 3)
     for index in (0, 20, 71):
         drawn = rig.draw_frame(index)
-        assert np.abs(frames[index].astype(int) - drawn).mean() < 2  # the JPEG's doing
-        assert np.abs(frames[(index + 5) % rig.FRAMES].astype(int) - drawn).mean() > 2
+        assert np.abs(frames[index].astype(int) - drawn).mean() < 1.2  # the JPEG's doing
+        assert np.abs(frames[(index + 5) % rig.FRAMES].astype(int) - drawn).mean() > 1.2
         np.testing.assert_allclose(landmarks[index], rig.landmarks(index), atol=0.006)
 
 
@@ -131,7 +131,8 @@ def test_a_mouth_changes_its_patch_only() -> None:
     assert differs[y0:y1, x0:x1].mean() > 0.2
     edge = np.ones_like(differs)
     edge[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] = False
-    assert not (differs & edge).any(), "the patch cuts the mouth off"
+    cut = np.abs(shut.astype(int) - wide)[edge]
+    assert cut.max() <= 1, "the patch cuts the mouth off"
 
 
 @pytest.mark.parametrize(

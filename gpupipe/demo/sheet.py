@@ -8,10 +8,9 @@ import av
 import numpy as np
 import torch
 from torch.nn import functional as F
-from torchvision.io import encode_png
 
-from gpupipe.files import replacing
 from gpupipe.speech import SAMPLE_RATE, audio_chunks
+from gpupipe.video.images import save_image
 
 TILES = 8
 TILE = 180  # pixels, width and height
@@ -47,10 +46,7 @@ def write_contact_sheet(video: str | Path, sound: str | Path, path: str | Path, 
     for k in range(TILES):
         middle = k * (TILE + GAP) + TILE // 2
         sheet[TILE : TILE + GAP + 8, middle - 1 : middle + 1] = _SPEECH
-    path = Path(path)
-    with replacing(path) as temporary:
-        temporary.write_bytes(encode_png(torch.from_numpy(sheet).permute(2, 0, 1).contiguous()).numpy().tobytes())
-    return path
+    return save_image(sheet[..., ::-1], Path(path))
 
 
 def _frame_at(container: av.container.InputContainer, seconds: float) -> np.ndarray:

@@ -24,13 +24,14 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg, read_file
+from torchvision.io import encode_jpeg
 
 from gpupipe.demo import corpus, rig
 from gpupipe.demo.evaluate import agreement
 from gpupipe.demo.mouth import mouth_track
 from gpupipe.demo.train_encoder import Listener, make_sounds, train_encoder
 from gpupipe.demo.train_unet import Pictures, join, paste, train_joined, train_painter
+from gpupipe.image_processor import ImageProcessor
 from gpupipe.models.checkpoint import load_unet
 from gpupipe.models.unet328 import UNet328
 from gpupipe.speech import SpeechEncoder, load_audio
@@ -59,12 +60,10 @@ def write_template(folder: Path) -> None:
 
 def read_template(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Frames uint8 (96, 432, 768, 3), BGR, as decoded from the JPEGs, and landmarks float32 (96, 110, 2)."""
-    frames, points = [], []
-    for index in range(rig.FRAMES):
-        data = read_file(str(folder / "full_body_img" / f"{index}.jpg"))
-        frames.append(decode_jpeg(data, mode=ImageReadMode.RGB).permute(1, 2, 0).numpy()[:, :, ::-1])
-        points.append(np.loadtxt(folder / "landmarks" / f"{index}.lms", dtype=np.float32))
-    return np.ascontiguousarray(np.stack(frames)), np.stack(points)
+    processor = ImageProcessor()
+    frames = [processor.load_image(folder / "full_body_img" / f"{i}.jpg") for i in range(rig.FRAMES)]
+    points = [np.loadtxt(folder / "landmarks" / f"{i}.lms", dtype=np.float32) for i in range(rig.FRAMES)]
+    return np.stack(frames), np.stack(points)
 
 
 def write_sample(path: Path) -> None:
@@ -186,9 +185,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gpupipe.demo.train", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="work folder; the result is its folder bundle/")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--encoder-steps", type=int, default=500)
-    parser.add_argument("--painter-steps", type=int, default=2000)
-    parser.add_argument("--joined-steps", type=int, default=250)
+    parser.add_argument("--encoder-steps", type=int, default=320)
+    parser.add_argument("--painter-steps", type=int, default=700)
+    parser.add_argument("--joined-steps", type=int, default=300)
     parser.add_argument("--utterances", type=int, default=UTTERANCES, help="sounds to train on, about 10 s each")
     parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
     options = parser.parse_args()

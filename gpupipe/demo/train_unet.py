@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from gpupipe.demo import rig
 from gpupipe.demo.mouth import PARAMETERS
-from gpupipe.demo.train_encoder import AFTER, BEFORE, Listener, Sounds, row_windows
+from gpupipe.demo.train_encoder import AFTER, BEFORE, Listener, Sounds, rate_share, row_windows
 from gpupipe.models.audio_encoder import FEATURES, AudioEncoder
 from gpupipe.models.unet328 import UNet328
 
@@ -209,7 +209,7 @@ def fit(
     began, first = time.monotonic(), step
     while step < steps:
         for group in optimiser.param_groups:
-            group["lr"] = rate * _share(step / steps)
+            group["lr"] = rate * rate_share(step / steps)
         loss = loss_of(step)
         optimiser.zero_grad()
         loss.backward()
@@ -248,16 +248,6 @@ def fit(
             torch.save(state, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
     return state
-
-
-def _share(done: float) -> float:
-    """The learning rate's share of its peak: up over 4 %, level to 55 %, then down as a half cosine.
-
-    It depends on nothing but how far the training is, so that one that is stopped may go on with another length.
-    """
-    if done < 0.04:
-        return (done + 0.001) / 0.041
-    return 0.5 + 0.5 * float(np.cos(np.pi * max(0.0, done - 0.55) / 0.45))
 
 
 def weighted_l1(painted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
@@ -378,7 +368,7 @@ def train_joined(
     *,
     steps: int,
     batch: int = 4,
-    rate: float = 6e-4,
+    rate: float = 1.2e-3,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train the whole U-Net a little on real features, the encoder's as it is.
 
@@ -387,7 +377,7 @@ def train_joined(
     """
     encoder = encoder.eval()
     rng = np.random.default_rng(7)
-    known = rows_of(encoder, sounds, rng.permutation(len(sounds.row_at) - 1)[:64])
+    known = rows_of(encoder, sounds, rng.permutation(len(sounds.row_at) - 1)[:48])
     unknown = rows_of(encoder, held_out, np.arange(4))
 
     def draw(
