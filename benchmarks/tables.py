@@ -48,7 +48,18 @@ def end_to_end(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"end_to_end": end_to_end}
+def unet(rows: Rows) -> str:
+    """Milliseconds of the network alone, by device."""
+    newest = {(row["device"], row["provider"]): row for row in rows if row["what"] == "unet" and row["error"] is None}
+    lines = ["| machine | network at batch 1, float32 | ms a frame (p20–p80) | commit |", "| --- | --- | --- | --- |"]
+    for (device, provider), row in sorted(newest.items(), key=lambda item: (item[0][0], -item[1]["p50"])):
+        lines.append(
+            f"| {device} | {provider} | **{row['p50']:.0f}** ({row['p20']:.0f}–{row['p80']:.0f}) | `{row['commit']}` |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"end_to_end": end_to_end, "unet": unet}
 
 
 def fill(text: str, rows: Rows) -> str:
