@@ -8,39 +8,41 @@ from torch import nn
 from gpupipe.models import AUDIO_SHAPES, Mode, UNet328
 from gpupipe.models.unet328 import INPUT_SIZE
 
+LOGIT_SPREAD = 0.5
+"""Standard deviation before the sigmoid on the made-up frame: about 30 steps of 255 after it."""
+
 
 @torch.no_grad()
 def seeded_network(mode: Mode = "ave", *, width: float = 1.0, seed: int = 0) -> UNet328:
     """A U-Net with fixed random weights, in ``eval`` mode, whose outputs vary visibly with the image and the sound.
 
-    PyTorch's own initialisation would give a flat grey, in which an error of a whole stage could hide. Here every batch
-    norm takes its mean and variance from a made-up frame, so that no layer drowns or saturates the next, and has a
-    random scale and offset; the head is scaled by what it gives there, so that pixels use the middle of their range.
+    PyTorch's own initialisation would give a flat grey, in which an error of a whole stage could hide. Here the head is
+    scaled by what it gives for a made-up frame, so that pixels use the middle of their range. Batch norms keep fixed
+    statistics of about 1: fitted to the frame they would blow up what is small in it, and the network would answer one
+    step in one pixel with tens, as no trained network does.
     """
     generator = torch.Generator().manual_seed(seed)
     network = UNet328(mode, width=width)
-    for name, value in network.named_parameters():
+    for name, value in network.state_dict().items():
         if value.dim() == 4:
-            value.copy_(torch.randn(value.shape, generator=generator) * (2 / value[0].numel()) ** 0.5)
-        elif name.endswith("weight"):
+            value.copy_(torch.randn(value.shape, generator=generator) * (1.3 / value[0].numel()) ** 0.5)
+        elif name.endswith(("running_var", "weight")):
             value.copy_(0.5 + torch.rand(value.shape, generator=generator))
-        else:
+        elif value.is_floating_point():
             value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+    network.eval().requires_grad_(False)
 
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    mouth = network.train()(*_made_up_frame(mode, generator))
-    for norm in norms:
-        norm.momentum = 0.1
-
-    logits = torch.logit(mouth.double(), eps=1e-9).float()
-    gain = 1.2 / logits.std(dim=(0, 2, 3))
+    painted: list[torch.Tensor] = []
+    hook = network.outc.register_forward_hook(lambda module, inputs, output: painted.append(output))
+    network(*_made_up_frame(mode, generator))
+    hook.remove()
+    logits = painted[0]
+    gain = LOGIT_SPREAD / logits.std(dim=(0, 2, 3))
     head = network.outc.conv
     assert head.bias is not None
     head.bias.copy_((head.bias - logits.mean(dim=(0, 2, 3))) * gain)
     head.weight.mul_(gain[:, None, None, None])
-    return network.eval().requires_grad_(False)
+    return network
 
 
 def _made_up_frame(mode: Mode, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
