@@ -158,7 +158,7 @@ class VideoWriter:
         context.color_range = ColorRange.MPEG
         context.color_primaries = ColorPrimaries.BT709
         context.color_trc = ColorTrc.BT709
-        context.thread_count = 0
+        context.thread_count, context.thread_type = 0, "AUTO"  # all cores, frames beside each other
         return stream
 
     def _put(self, item: Tensor | None) -> None:
