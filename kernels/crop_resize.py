@@ -6,6 +6,9 @@
 
 Convention: frames are uint8 HWC BGR; boxes are half-open ``(xmin, ymin, xmax, ymax)`` inside the frame; taps are
 clamped to the crop's edge, not the frame's; no antialiasing; results are rounded half to even to uint8, then scaled.
+
+Here are the public functions and their plain-torch reference; on CUDA one Triton kernel does it all
+(:mod:`gpupipe.kernels.crop_resize_triton`).
 """
 
 from __future__ import annotations
@@ -14,12 +17,16 @@ import torch
 from torch import Tensor
 
 from gpupipe.kernels.cubic import cubic_weights, round_to_uint8
+from gpupipe.kernels.dispatch import backend
 
 CROP_SIZE = 328
 """Height and width of the resized crop."""
 
 RING = 4
 """Width of the crop's ring that the network neither sees nor paints."""
+
+INNER_SIZE = CROP_SIZE - 2 * RING
+"""Height and width of what the network sees."""
 
 MASK_ROWS = slice(5, 310)
 MASK_COLUMNS = slice(5, 315)
@@ -37,9 +44,60 @@ def crop_resize(frames: Tensor, index: Tensor, boxes: Tensor) -> Tensor:
     Returns:
         uint8 (B, 3, 328, 328), the frames' colour order.
     """
+    if backend(frames.device) == "triton":
+        from gpupipe.kernels.crop_resize_triton import crop_resize_triton
+
+        crops, _ = crop_resize_triton(frames, index, boxes)
+        assert crops is not None
+        return crops
+    return _crop_resize_torch(frames, index, boxes)
+
+
+def crop_and_input(
+    frames: Tensor,
+    index: Tensor,
+    boxes: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`crop_resize` and :func:`network_input` in one pass over the frames.
+
+    Args:
+        dtype: of the network's input.
+        channels_last: layout of the network's input; on CUDA for 16-bit types only.
+
+    Returns:
+        uint8 (B, 3, 328, 328) and ``dtype`` (B, 6, 320, 320).
+    """
+    if backend(frames.device) == "triton":
+        from gpupipe.kernels.crop_resize_triton import crop_resize_triton
+
+        crops, image = crop_resize_triton(frames, index, boxes, image=dtype, channels_last=channels_last)
+        assert crops is not None and image is not None
+        return crops, image
+    crops = _crop_resize_torch(frames, index, boxes)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return crops, network_input(crops, dtype=dtype).contiguous(memory_format=layout)
+
+
+def bytes_moved(box: tuple[int, int], dtype: torch.dtype = torch.float16, *, crops: bool = True) -> int:
+    """The fewest bytes that :func:`crop_and_input` can move for one frame.
+
+    The box is read once, and crop328 (unless ``crops`` is False) and the six channels are written once.
+
+    Args:
+        box: width and height in pixels.
+    """
+    written = 6 * INNER_SIZE**2 * dtype.itemsize + (3 * CROP_SIZE**2 if crops else 0)
+    return 3 * box[0] * box[1] + written
+
+
+def _crop_resize_torch(frames: Tensor, index: Tensor, boxes: Tensor) -> Tensor:
+    """The reference."""
     xmin, ymin, xmax, ymax = boxes.long().unbind(1)
     w, h = xmax - xmin, ymax - ymin
-    # One host read: the widest box sets the size of the padded crops. CUDA uses the fused kernel, which needs none.
+    # One host read: the widest box sets the size of the padded crops.
     max_w, max_h = int(w.max()), int(h.max())
     device = frames.device
     columns = xmin[:, None] + torch.minimum(torch.arange(max_w, device=device)[None], w[:, None] - 1)

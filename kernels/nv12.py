@@ -8,6 +8,8 @@ NV12 of an H×W frame is one uint8 plane of H·3/2 rows: H rows of luma, then H/
 
 Convention: BT.709 matrix, limited range (Y 16…235, C 16…240; ITU-R BT.709-6 §3), chroma in the middle of its 2×2
 pixels (the mean of the four, computed before rounding), results rounded half up. H and W are even.
+
+On CUDA whole frames are converted by Triton kernels (:mod:`gpupipe.kernels.nv12_triton`), to the same bits.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from gpupipe.kernels.dispatch import backend
 
 ColorOrder = Literal["bgr", "rgb"]
 
@@ -97,6 +101,10 @@ def to_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
     b, h, w, _ = frames.shape
     if h % 2 or w % 2:
         raise ValueError(f"frames are {w}×{h}; NV12 needs an even width and height")
+    if backend(frames.device) == "triton":
+        from gpupipe.kernels.nv12_triton import to_nv12_triton
+
+        return to_nv12_triton(frames, order=order)
     luma, chroma = luma_chroma(frames, order=order)
     return torch.cat([luma, chroma.reshape(b, h // 2, w)], dim=1)
 
@@ -115,6 +123,10 @@ def rgb_weights(order: ColorOrder) -> tuple[tuple[int, int, int], ...]:
 
 def from_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
     """NV12 uint8 (B, H·3/2, W) → uint8 (B, H, W, 3); chroma is repeated over its 2×2 pixels; rounded half up."""
+    if backend(frames.device) == "triton":
+        from gpupipe.kernels.nv12_triton import from_nv12_triton
+
+        return from_nv12_triton(frames, order=order)
     height = frames.shape[1] * 2 // 3
     b, w = frames.shape[0], frames.shape[2]
     luma = frames[:, :height].to(torch.int32) - 16
@@ -123,3 +135,8 @@ def from_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
     half = 1 << (INVERSE_BITS - 1)
     channels = [(luma * y + cb * u + cr * v + half) >> INVERSE_BITS for y, u, v in rgb_weights(order)]
     return torch.stack(channels, dim=-1).clamp_(0, 255).to(torch.uint8)
+
+
+def bytes_moved(size: tuple[int, int]) -> int:
+    """The fewest bytes that converting one frame of ``size`` (width, height) can move, either way: both forms once."""
+    return size[0] * size[1] * 9 // 2

@@ -10,6 +10,9 @@ frame from 0 at the box's outermost pixels; ``feather=0`` pastes hard. Where ``k
 
 NV12: the background is converted once, when the template is loaded; here only the 2×2 cells that the box touches are
 computed, from the finished RGB pixels, so that the result equals converting the finished frame.
+
+Here are the public functions and their plain-torch reference; on CUDA one Triton kernel finishes the boxes
+(:mod:`gpupipe.kernels.paste_blend_triton`).
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpupipe.kernels.crop_resize import CROP_SIZE, RING
+from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, RING
 from gpupipe.kernels.cubic import cubic_weights, round_to_uint8
+from gpupipe.kernels.dispatch import backend
 from gpupipe.kernels.nv12 import luma_chroma
 
 
@@ -31,25 +35,28 @@ def paste_blend(
     *,
     feather: float = 0.0,
     keep: Tensor | None = None,
+    crop_index: Tensor | None = None,
+    max_box: tuple[int, int] | None = None,
 ) -> Tensor:
     """Finish frames as BGR (or whatever order ``frames`` has).
 
     Args:
         mouth: floating (B, 3, 320, 320) in [0, 1], the network's output; or uint8, already scaled and truncated.
-        crops: uint8 (B, 3, 328, 328), the samples' :func:`~gpupipe.kernels.crop_resize.crop_resize`.
+        crops: uint8 (N, 3, 328, 328) of :func:`~gpupipe.kernels.crop_resize.crop_resize`; only their ring is used.
         frames: uint8 (L, H, W, 3).
         index: int64 (B,), which frame each sample takes.
         boxes: integers (B, 4), half-open, inside the frame and not empty.
         feather: width of the fade at the box's edge, in pixels of the frame, ≥ 0.
         keep: bool (L, H, W), pixels of the template that are not painted over.
+        crop_index: int64 (B,), which of ``crops`` each sample takes; None takes the b-th for sample b.
+        max_box: at least the width and height of every box, where the caller knows them: on CUDA, what is beyond is
+            not painted. None takes the frame's size and costs a launch with more programs that have nothing to do.
 
     Returns:
         uint8 (B, H, W, 3).
     """
-    pixels, rows, columns = _finish_region(mouth, crops, frames, index, boxes, feather, keep, align=1)
-    finished = frames.index_select(0, index)
-    finished[_batch_index(index), rows[:, :, None], columns[:, None, :]] = pixels
-    return finished
+    out = frames.index_select(0, index)
+    return _paste_blend(mouth, crops, frames, index, boxes, out, feather, keep, crop_index, max_box, nv12=False)
 
 
 def paste_blend_nv12(
@@ -62,23 +69,76 @@ def paste_blend_nv12(
     *,
     feather: float = 0.0,
     keep: Tensor | None = None,
+    crop_index: Tensor | None = None,
+    max_box: tuple[int, int] | None = None,
 ) -> Tensor:
     """Finish frames as NV12: equal to :func:`paste_blend` on BGR frames followed by ``to_nv12``.
 
     Args:
+        mouth, crops, frames, index, boxes, feather, keep, crop_index, max_box: as for :func:`paste_blend`; H and W
+            are even.
         background: uint8 (B, H·3/2, W), each sample's frame as ``to_nv12`` converts it; **written in place**.
 
     Returns:
         ``background``, finished.
     """
-    pixels, rows, columns = _finish_region(mouth, crops, frames, index, boxes, feather, keep, align=2)
-    luma, chroma = luma_chroma(pixels, order="bgr")
+    return _paste_blend(mouth, crops, frames, index, boxes, background, feather, keep, crop_index, max_box, nv12=True)
+
+
+def _paste_blend(
+    mouth: Tensor,
+    crops: Tensor,
+    frames: Tensor,
+    index: Tensor,
+    boxes: Tensor,
+    out: Tensor,
+    feather: float,
+    keep: Tensor | None,
+    crop_index: Tensor | None,
+    max_box: tuple[int, int] | None,
+    *,
+    nv12: bool,
+) -> Tensor:
+    """Write each box into ``out``, which holds the background."""
+    if backend(frames.device) == "triton":
+        from gpupipe.kernels.paste_blend_triton import paste_blend_triton
+
+        if crop_index is None:
+            crop_index = torch.arange(len(index), device=index.device)
+        places = (crop_index, frames, index, boxes, out)
+        return paste_blend_triton(mouth, crops, *places, nv12=nv12, max_box=max_box, feather=feather, keep=keep)
+    if crop_index is not None:
+        crops = crops.index_select(0, crop_index)
+    pixels, rows, columns = _finish_region(mouth, crops, frames, index, boxes, feather, keep, align=2 if nv12 else 1)
     batch = _batch_index(index)
-    background[batch, rows[:, :, None], columns[:, None, :]] = luma
+    if not nv12:
+        out[batch, rows[:, :, None], columns[:, None, :]] = pixels
+        return out
+    luma, chroma = luma_chroma(pixels, order="bgr")
+    out[batch, rows[:, :, None], columns[:, None, :]] = luma
     chroma_rows = frames.shape[1] + rows[:, ::2] // 2
     # Cb stands at the cell's even column and Cr at its odd one: the pair fills the same columns as the luma above it.
-    background[batch, chroma_rows[:, :, None], columns[:, None, :]] = chroma.flatten(2)
-    return background
+    out[batch, chroma_rows[:, :, None], columns[:, None, :]] = chroma.flatten(2)
+    return out
+
+
+def bytes_moved(
+    size: tuple[int, int], box: tuple[int, int], dtype: torch.dtype = torch.float16, *, nv12: bool = True
+) -> int:
+    """The fewest bytes that finishing one frame can move.
+
+    The template's frame is copied (read and written once), the network's output, the ring and the box's template pixels
+    are read once; what is written in the box is part of the copy.
+
+    Args:
+        size: width and height of the frame.
+        box: width and height of the box.
+        dtype: of the network's output.
+        nv12: the frame is NV12, 3/2 bytes a pixel; otherwise 3.
+    """
+    frame = size[0] * size[1] * 3 // (2 if nv12 else 1)
+    box_pixels = 3 * box[0] * box[1] if nv12 else 0  # of a BGR frame they come with the copy
+    return 2 * frame + 3 * INNER_SIZE**2 * dtype.itemsize + 3 * (CROP_SIZE**2 - INNER_SIZE**2) + box_pixels
 
 
 def _finish_region(

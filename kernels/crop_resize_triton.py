@@ -1,0 +1,271 @@
+"""The Triton kernel of :mod:`gpupipe.kernels.crop_resize`: crop328 and the network's input in one pass.
+
+A thread makes a square of 4×4 pixels of crop328. It walks down the source rows that the square needs (3·h/328 + 5 of
+them), weighs each row's taps once, and adds the sums to those of the four output rows that they belong to. Every store
+is of 4 (uint8), 8 or 16 bytes:
+
+    crop328  82 × 82 squares      squares 1 … 80 of either axis are the inner 320×320's
+    image    planar: 6 planes, 4 numbers a store
+             channels last, 16 bits: 4 pixels × 6 channels = 3 stores of 16 bytes
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpupipe.kernels.cubic_triton import INTERPRETED, clamped, cubic_axis, join4, round_saturate, weight_at
+
+_SIZE = tl.constexpr(328)
+_INNER = tl.constexpr(320)
+_RING = tl.constexpr(4)
+_SQUARES = tl.constexpr(328 // 4)  # along an axis
+_UNIT = tl.constexpr(32897 / (1 << 23))
+_UNIT_REST = tl.constexpr(1 / 255 - 32897 / (1 << 23))
+
+BLOCK = 1 << 13 if INTERPRETED else 128
+"""Squares a program; the interpreter's cost is by the program."""
+
+
+@triton.jit
+def _crop_resize_kernel(
+    frames,
+    index,
+    boxes,
+    crops,
+    image,
+    frame_stride,
+    row_stride,
+    CROPS: tl.constexpr,
+    IMAGE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample = tl.program_id(1)
+    square = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    active = square < _SQUARES * _SQUARES
+    # Idle threads repeat the last square rather than mask their loads.
+    square = tl.minimum(square, _SQUARES * _SQUARES - 1)
+    row = square // _SQUARES * 4
+    column = square % _SQUARES * 4
+
+    xmin = tl.load(boxes + sample * 4).to(tl.int32)
+    ymin = tl.load(boxes + sample * 4 + 1).to(tl.int32)
+    width = tl.load(boxes + sample * 4 + 2).to(tl.int32) - xmin
+    height = tl.load(boxes + sample * 4 + 3).to(tl.int32) - ymin
+    corner = frames + tl.load(index + sample).to(tl.int64) * frame_stride + (ymin * row_stride + xmin * 3)
+
+    rows = (
+        cubic_axis(row, height, _SIZE),
+        cubic_axis(row + 1, height, _SIZE),
+        cubic_axis(row + 2, height, _SIZE),
+        cubic_axis(row + 3, height, _SIZE),
+    )
+    column0 = _columns(column, width)
+    column1 = _columns(column + 1, width)
+    column2 = _columns(column + 2, width)
+    column3 = _columns(column + 3, width)
+    zero = tl.zeros((BLOCK,), tl.float32)
+    # Of each column, its pixels from the top down; of each pixel, blue, green, red.
+    pixels0 = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    pixels1 = pixels0
+    pixels2 = pixels0
+    pixels3 = pixels0
+    first = rows[0][0]
+    for k in range(3 * height // _SIZE + 5):
+        at = corner + clamped(first + k, height) * row_stride
+        weights = (
+            weight_at(first + k - rows[0][0], rows[0][1], rows[0][2], rows[0][3], rows[0][4]),
+            weight_at(first + k - rows[1][0], rows[1][1], rows[1][2], rows[1][3], rows[1][4]),
+            weight_at(first + k - rows[2][0], rows[2][1], rows[2][2], rows[2][3], rows[2][4]),
+            weight_at(first + k - rows[3][0], rows[3][1], rows[3][2], rows[3][3], rows[3][4]),
+        )
+        pixels0 = _add_row(pixels0, at, column0, weights)
+        pixels1 = _add_row(pixels1, at, column1, weights)
+        pixels2 = _add_row(pixels2, at, column2, weights)
+        pixels3 = _add_row(pixels3, at, column3, weights)
+
+    for i in tl.static_range(4):
+        y = row + i
+        b0, g0, r0 = _rounded(pixels0[3 * i], pixels0[3 * i + 1], pixels0[3 * i + 2])
+        b1, g1, r1 = _rounded(pixels1[3 * i], pixels1[3 * i + 1], pixels1[3 * i + 2])
+        b2, g2, r2 = _rounded(pixels2[3 * i], pixels2[3 * i + 1], pixels2[3 * i + 2])
+        b3, g3, r3 = _rounded(pixels3[3 * i], pixels3[3 * i + 1], pixels3[3 * i + 2])
+        blue, green, red = (b0, b1, b2, b3), (g0, g1, g2, g3), (r0, r1, r2, r3)
+        if CROPS:
+            _store_crop(crops, sample, y, column, blue, green, red, active)
+        if IMAGE:
+            _store_image(image, sample, y - _RING, column - _RING, blue, green, red, active, CHANNELS_LAST)
+
+
+@triton.jit
+def _store_crop(crops, sample, y, x, blue, green, red, active):
+    """Four pixels of a row of crop328."""
+    to = crops + sample.to(tl.int64) * (3 * _SIZE * _SIZE) + (y * _SIZE + x)[:, None] + tl.arange(0, 4)[None, :]
+    mask = active[:, None]
+    tl.store(to, join4(blue[0], blue[1], blue[2], blue[3]).to(tl.uint8), mask=mask)
+    tl.store(to + _SIZE * _SIZE, join4(green[0], green[1], green[2], green[3]).to(tl.uint8), mask=mask)
+    tl.store(to + 2 * _SIZE * _SIZE, join4(red[0], red[1], red[2], red[3]).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _store_image(image, sample, y, x, blue, green, red, active, CHANNELS_LAST: tl.constexpr):
+    """Four pixels of a row of the network's input, if the row and the square are the inner 320×320's."""
+    kind: tl.constexpr = image.dtype.element_ty
+    plane: tl.constexpr = _INNER * _INNER
+    inner = (active & (y >= 0) & (y < _INNER) & (x >= 0) & (x < _INNER))[:, None]
+    # The hidden rectangle: rows 5 … 309; columns 5 … 314, which begin and end inside a square.
+    seen = (y < 5) | (y > 309)
+    s0 = seen | (x < 5) | (x > 314)
+    s1 = seen | (x < 4) | (x > 313)
+    s2 = seen | (x < 3) | (x > 312)
+    s3 = seen | (x < 2) | (x > 311)
+    b0, b1, b2, b3 = _scaled(blue)
+    g0, g1, g2, g3 = _scaled(green)
+    r0, r1, r2, r3 = _scaled(red)
+    four = tl.arange(0, 4)[None, :]
+    to = image + sample.to(tl.int64) * (6 * plane)
+    pixel = y * _INNER + x
+    if CHANNELS_LAST:
+        # Two 16-bit numbers a word, three words a pixel, twelve words for the four.
+        p0, q0, t0 = _words(b0, g0, r0, s0, kind)
+        p1, q1, t1 = _words(b1, g1, r1, s1, kind)
+        p2, q2, t2 = _words(b2, g2, r2, s2, kind)
+        p3, q3, t3 = _words(b3, g3, r3, s3, kind)
+        words = to.to(tl.pointer_type(tl.uint32)) + (pixel * 3)[:, None] + four
+        tl.store(words, join4(p0, q0, t0, p1), mask=inner)
+        tl.store(words + 4, join4(q1, t1, p2, q2), mask=inner)
+        tl.store(words + 8, join4(t2, p3, q3, t3), mask=inner)
+    else:
+        to += pixel[:, None] + four
+        b, g, r = join4(b0, b1, b2, b3), join4(g0, g1, g2, g3), join4(r0, r1, r2, r3)
+        tl.store(to, b.to(kind), mask=inner)
+        tl.store(to + plane, g.to(kind), mask=inner)
+        tl.store(to + 2 * plane, r.to(kind), mask=inner)
+        visible = join4(s0, s1, s2, s3)
+        tl.store(to + 3 * plane, tl.where(visible, b, 0.0).to(kind), mask=inner)
+        tl.store(to + 4 * plane, tl.where(visible, g, 0.0).to(kind), mask=inner)
+        tl.store(to + 5 * plane, tl.where(visible, r, 0.0).to(kind), mask=inner)
+
+
+@triton.jit
+def _columns(column, width):
+    """Offsets of the four taps of a column of crop328, in bytes, and their weights."""
+    tap, w0, w1, w2, w3 = cubic_axis(column, width, _SIZE)
+    x0 = clamped(tap, width) * 3
+    x1 = clamped(tap + 1, width) * 3
+    x2 = clamped(tap + 2, width) * 3
+    x3 = clamped(tap + 3, width) * 3
+    return x0, x1, x2, x3, w0, w1, w2, w3
+
+
+@triton.jit
+def _add_row(pixels, row, column, weights):
+    """Add one source row, seen through a column's taps, to the column's four pixels."""
+    b = _tap_sum(row, column)
+    g = _tap_sum(row + 1, column)
+    r = _tap_sum(row + 2, column)
+    w0, w1, w2, w3 = weights
+    return (
+        pixels[0] + b * w0,
+        pixels[1] + g * w0,
+        pixels[2] + r * w0,
+        pixels[3] + b * w1,
+        pixels[4] + g * w1,
+        pixels[5] + r * w1,
+        pixels[6] + b * w2,
+        pixels[7] + g * w2,
+        pixels[8] + r * w2,
+        pixels[9] + b * w3,
+        pixels[10] + g * w3,
+        pixels[11] + r * w3,
+    )
+
+
+@triton.jit
+def _tap_sum(row, column):
+    x0, x1, x2, x3, w0, w1, w2, w3 = column
+    low = tl.load(row + x0).to(tl.float32) * w0 + tl.load(row + x1).to(tl.float32) * w1
+    return low + tl.load(row + x2).to(tl.float32) * w2 + tl.load(row + x3).to(tl.float32) * w3
+
+
+@triton.jit
+def _rounded(blue, green, red):
+    return round_saturate(blue), round_saturate(green), round_saturate(red)
+
+
+@triton.jit
+def _scaled(values):
+    """Four whole numbers in 0 … 255, ÷ 255 and correctly rounded, without a division.
+
+    1/255 = 32897 · 2⁻²³ + the rest: the first product is exact, and the sum rounds once. (All 256 are tested.)
+    """
+    return (
+        values[0] * _UNIT + values[0] * _UNIT_REST,
+        values[1] * _UNIT + values[1] * _UNIT_REST,
+        values[2] * _UNIT + values[2] * _UNIT_REST,
+        values[3] * _UNIT + values[3] * _UNIT_REST,
+    )
+
+
+@triton.jit
+def _words(blue, green, red, seen, kind: tl.constexpr):
+    """Six channels of a pixel as three words: the pixel, then the pixel masked."""
+    b = blue.to(kind).to(tl.uint16, bitcast=True).to(tl.uint32)
+    g = green.to(kind).to(tl.uint16, bitcast=True).to(tl.uint32)
+    r = red.to(kind).to(tl.uint16, bitcast=True).to(tl.uint32)
+    masked = tl.where(seen, b, 0)
+    return b | (g << 16), r | (masked << 16), tl.where(seen, g | (r << 16), 0)
+
+
+def crop_resize_triton(
+    frames: Tensor,
+    index: Tensor,
+    boxes: Tensor,
+    *,
+    crops: bool = True,
+    image: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Launch the kernel; nothing is read back and nothing waits.
+
+    Args:
+        frames: uint8 (L, H, W, 3), each row without gaps.
+        index: integers (B,).
+        boxes: integers (B, 4), half-open, inside the frame and not empty.
+        crops: write crop328.
+        image: type of the network's input to write; None writes none.
+        channels_last: layout of the network's input; float16 or bfloat16 only.
+
+    Returns:
+        uint8 (B, 3, 328, 328) or None, ``image`` (B, 6, 320, 320) or None.
+    """
+    if frames.stride()[2:] != (3, 1):
+        raise ValueError(f"frames have strides {frames.stride()}; expected the last two to be 3 and 1")
+    if channels_last and image not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"image is {image} and channels last; expected float16 or bfloat16 with this layout")
+    samples = len(index)
+    size, inner = _SIZE.value, _INNER.value
+    cropped = frames.new_empty(samples, 3, size, size) if crops else None
+    scaled = None
+    if image is not None:
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        scaled = torch.empty(samples, 6, inner, inner, dtype=image, device=frames.device, memory_format=layout)
+    if samples:
+        grid = (triton.cdiv(_SQUARES.value**2, BLOCK), samples)
+        _crop_resize_kernel[grid](
+            frames,
+            index.contiguous(),
+            boxes.contiguous(),
+            cropped,
+            scaled,
+            frames.stride(0),
+            frames.stride(1),
+            CROPS=crops,
+            IMAGE=image is not None,
+            CHANNELS_LAST=channels_last,
+            BLOCK=BLOCK,
+        )
+    return cropped, scaled

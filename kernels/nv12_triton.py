@@ -1,0 +1,306 @@
+"""The Triton kernels of :mod:`gpupipe.kernels.nv12`, and the arithmetic that paste_blend shares with them.
+
+A thread converts 16×2 pixels, either way. A row of 16 is 48 bytes, 12 words, read or written with three instructions;
+its luma, and the chroma of both rows, are 16 bytes each. Frames whose width is no multiple of 16, or that lie askew in
+memory, go one 2×2 cell a thread, byte by byte.
+
+    word    0        1        2       …
+    byte  b g r b  g r b g  r b g r  …        pixel p's channel c is byte 3·p + c
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpupipe.kernels.cubic_triton import INTERPRETED, join4
+from gpupipe.kernels.nv12 import FRACTION_BITS, INVERSE_BITS, ColorOrder, rgb_weights, yuv_weights
+
+_SHIFT = tl.constexpr(FRACTION_BITS)
+_LUMA, _CB, _CR = (tl.constexpr(row) for row in yuv_weights("bgr"))
+_LUMA_OFFSET = tl.constexpr((2 * 16 + 1) << (FRACTION_BITS - 1))  # and ½, to round
+_CHROMA_OFFSET = tl.constexpr((2 * 128 + 1) << (FRACTION_BITS - 1))
+_INVERSE_SHIFT = tl.constexpr(INVERSE_BITS)
+_INVERSE_HALF = tl.constexpr(1 << (INVERSE_BITS - 1))
+_INVERSE = tl.constexpr(rgb_weights("bgr"))
+
+BLOCK = 1 << 13 if INTERPRETED else 128
+"""Threads' worth of work a program; the interpreter's cost is by the program."""
+
+
+@triton.jit
+def luma(b, g, r):
+    """int32 0 … 255 → int32 16 … 235."""
+    return (b * _LUMA[0] + g * _LUMA[1] + r * _LUMA[2] + _LUMA_OFFSET) >> _SHIFT
+
+
+@triton.jit
+def chroma_pair(b, g, r):
+    """Sums over the four pixels of a cell, int32 → Cb and Cr, int32 16 … 240."""
+    cb = b * _CB[0] + g * _CB[1] + r * _CB[2] + _CHROMA_OFFSET
+    cr = b * _CR[0] + g * _CR[1] + r * _CR[2] + _CHROMA_OFFSET
+    return cb >> _SHIFT, cr >> _SHIFT
+
+
+@triton.jit
+def _color(y, cb, cr, CHANNEL: tl.constexpr):
+    """Blue, green or red of Y, Cb and Cr as they are stored; int32, rounded half up and saturated."""
+    total = (y - 16) * _INVERSE[CHANNEL][0] + (cb - 128) * _INVERSE[CHANNEL][1] + (cr - 128) * _INVERSE[CHANNEL][2]
+    return tl.minimum(tl.maximum((total + _INVERSE_HALF) >> _INVERSE_SHIFT, 0), 255)
+
+
+# ── 16×2 pixels a thread ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _load4(words):
+    """16 bytes at each pointer, as four words."""
+    four = tl.load(words[:, None] + tl.arange(0, 4)[None, :])
+    even, odd = tl.split(four.reshape(words.shape[0], 2, 2))
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
+@triton.jit
+def _store4(words, a, b, c, d, mask):
+    tl.store(words[:, None] + tl.arange(0, 4)[None, :], join4(a, b, c, d), mask=mask[:, None])
+
+
+@triton.jit
+def _byte(words, N: tl.constexpr):
+    """Byte ``N`` of a tuple of words, int32."""
+    return ((words[N // 4] >> (N % 4 * 8)) & 255).to(tl.int32)
+
+
+@triton.jit
+def _word(a, b, c, d):
+    """Four int32 in 0 … 255 as a word."""
+    return a | (b << 8) | (c << 16) | (d << 24)
+
+
+@triton.jit
+def _luma_word(words, P: tl.constexpr, BLUE: tl.constexpr):
+    """Luma of pixels P … P+3 of a row of 16."""
+    return _word(
+        luma(_byte(words, 3 * P + BLUE), _byte(words, 3 * P + 1), _byte(words, 3 * P + 2 - BLUE)),
+        luma(_byte(words, 3 * P + 3 + BLUE), _byte(words, 3 * P + 4), _byte(words, 3 * P + 5 - BLUE)),
+        luma(_byte(words, 3 * P + 6 + BLUE), _byte(words, 3 * P + 7), _byte(words, 3 * P + 8 - BLUE)),
+        luma(_byte(words, 3 * P + 9 + BLUE), _byte(words, 3 * P + 10), _byte(words, 3 * P + 11 - BLUE)),
+    )
+
+
+@triton.jit
+def _cell_sum(upper, lower, N: tl.constexpr):
+    """Byte ``N`` and its neighbours to the right, below, and below to the right."""
+    return _byte(upper, N) + _byte(upper, N + 3) + _byte(lower, N) + _byte(lower, N + 3)
+
+
+@triton.jit
+def _chroma_word(upper, lower, P: tl.constexpr, BLUE: tl.constexpr):
+    """Cb, Cr, Cb, Cr of the cells at pixels P and P + 2."""
+    cb0, cr0 = chroma_pair(
+        _cell_sum(upper, lower, 3 * P + BLUE),
+        _cell_sum(upper, lower, 3 * P + 1),
+        _cell_sum(upper, lower, 3 * P + 2 - BLUE),
+    )
+    cb1, cr1 = chroma_pair(
+        _cell_sum(upper, lower, 3 * P + 6 + BLUE),
+        _cell_sum(upper, lower, 3 * P + 7),
+        _cell_sum(upper, lower, 3 * P + 8 - BLUE),
+    )
+    return _word(cb0, cr0, cb1, cr1)
+
+
+@triton.jit
+def _to_nv12_wide_kernel(frames, out, height, width, BLUE: tl.constexpr, BLOCK: tl.constexpr):
+    """``frames`` and ``out`` are words; BLUE is the byte of a pixel that holds blue, 0 or 2."""
+    frame = tl.program_id(1).to(tl.int64)
+    across = width // 16
+    wanted = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    active = wanted < height // 2 * across
+    piece = tl.minimum(wanted, height // 2 * across - 1)
+    row = piece // across
+    column = piece % across
+    pixels = frames + frame * (height * across * 12)
+    above = pixels + (row * 2 * across + column) * 12
+    below = above + across * 12
+    upper = _load4(above) + _load4(above + 4) + _load4(above + 8)
+    lower = _load4(below) + _load4(below + 4) + _load4(below + 8)
+    to = out + frame * (height * across * 6)
+    line = to + (row * 2 * across + column) * 4
+    _store4(
+        line,
+        _luma_word(upper, 0, BLUE),
+        _luma_word(upper, 4, BLUE),
+        _luma_word(upper, 8, BLUE),
+        _luma_word(upper, 12, BLUE),
+        active,
+    )
+    _store4(
+        line + across * 4,
+        _luma_word(lower, 0, BLUE),
+        _luma_word(lower, 4, BLUE),
+        _luma_word(lower, 8, BLUE),
+        _luma_word(lower, 12, BLUE),
+        active,
+    )
+    _store4(
+        to + ((height + row) * across + column) * 4,
+        _chroma_word(upper, lower, 0, BLUE),
+        _chroma_word(upper, lower, 4, BLUE),
+        _chroma_word(upper, lower, 8, BLUE),
+        _chroma_word(upper, lower, 12, BLUE),
+        active,
+    )
+
+
+@triton.jit
+def _pixel_byte(line, pairs, N: tl.constexpr, BLUE: tl.constexpr):
+    """Byte ``N`` of a row of 16 pixels, from the words of its luma and its chroma."""
+    P: tl.constexpr = N // 3
+    CHANNEL: tl.constexpr = N % 3 if BLUE == 0 else 2 - N % 3
+    return _color(_byte(line, P), _byte(pairs, P // 2 * 2), _byte(pairs, P // 2 * 2 + 1), CHANNEL)
+
+
+@triton.jit
+def _pixel_word(line, pairs, N: tl.constexpr, BLUE: tl.constexpr):
+    return _word(
+        _pixel_byte(line, pairs, N, BLUE),
+        _pixel_byte(line, pairs, N + 1, BLUE),
+        _pixel_byte(line, pairs, N + 2, BLUE),
+        _pixel_byte(line, pairs, N + 3, BLUE),
+    )
+
+
+@triton.jit
+def _from_nv12_wide_kernel(frames, out, height, width, BLUE: tl.constexpr, BLOCK: tl.constexpr):
+    """As :func:`_to_nv12_wide_kernel`, the other way."""
+    frame = tl.program_id(1).to(tl.int64)
+    across = width // 16
+    wanted = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    active = wanted < height // 2 * across
+    piece = tl.minimum(wanted, height // 2 * across - 1)
+    row = piece // across
+    column = piece % across
+    planes = frames + frame * (height * across * 6)
+    pairs = _load4(planes + ((height + row) * across + column) * 4)
+    for i in tl.static_range(2):
+        line = _load4(planes + ((row * 2 + i) * across + column) * 4)
+        to = out + frame * (height * across * 12) + ((row * 2 + i) * across + column) * 12
+        for third in tl.static_range(3):
+            _store4(
+                to + third * 4,
+                _pixel_word(line, pairs, third * 16, BLUE),
+                _pixel_word(line, pairs, third * 16 + 4, BLUE),
+                _pixel_word(line, pairs, third * 16 + 8, BLUE),
+                _pixel_word(line, pairs, third * 16 + 12, BLUE),
+                active,
+            )
+
+
+# ── one 2×2 cell a thread ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@triton.jit
+def _load_pixel(p, mask, BLUE: tl.constexpr):
+    b = tl.load(p + BLUE, mask=mask, other=0).to(tl.int32)
+    g = tl.load(p + 1, mask=mask, other=0).to(tl.int32)
+    r = tl.load(p + 2 - BLUE, mask=mask, other=0).to(tl.int32)
+    return b, g, r
+
+
+@triton.jit
+def _to_nv12_cell_kernel(frames, out, frame_stride, row_stride, height, width, BLUE: tl.constexpr, BLOCK: tl.constexpr):
+    frame = tl.program_id(1).to(tl.int64)
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    active = cell < height // 2 * (width // 2)
+    y = cell // (width // 2) * 2
+    x = cell % (width // 2) * 2
+    p = frames + frame * frame_stride + y * row_stride + x * 3
+    b0, g0, r0 = _load_pixel(p, active, BLUE)
+    b1, g1, r1 = _load_pixel(p + 3, active, BLUE)
+    b2, g2, r2 = _load_pixel(p + row_stride, active, BLUE)
+    b3, g3, r3 = _load_pixel(p + row_stride + 3, active, BLUE)
+    to = out + frame * (height // 2 * 3 * width)
+    two = tl.arange(0, 2)[None, :]
+    mask = active[:, None]
+    line = to + (y * width + x)[:, None] + two
+    tl.store(line, tl.join(luma(b0, g0, r0), luma(b1, g1, r1)).to(tl.uint8), mask=mask)
+    tl.store(line + width, tl.join(luma(b2, g2, r2), luma(b3, g3, r3)).to(tl.uint8), mask=mask)
+    cb, cr = chroma_pair(b0 + b1 + b2 + b3, g0 + g1 + g2 + g3, r0 + r1 + r2 + r3)
+    tl.store(to + ((height + y // 2) * width + x)[:, None] + two, tl.join(cb, cr).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _from_nv12_cell_kernel(
+    frames, out, frame_stride, row_stride, height, width, BLUE: tl.constexpr, BLOCK: tl.constexpr
+):
+    frame = tl.program_id(1).to(tl.int64)
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    active = cell < height // 2 * (width // 2)
+    y = cell // (width // 2) * 2
+    x = cell % (width // 2) * 2
+    planes = frames + frame * frame_stride
+    pair = planes + (height + y // 2) * row_stride + x
+    cb = tl.load(pair, mask=active, other=0).to(tl.int32)
+    cr = tl.load(pair + 1, mask=active, other=0).to(tl.int32)
+    for i in tl.static_range(4):
+        py = y + i // 2
+        px = x + i % 2
+        value = tl.load(planes + py * row_stride + px, mask=active, other=0).to(tl.int32)
+        to = out + frame * (height * width * 3) + (py * width + px) * 3
+        tl.store(to + BLUE, _color(value, cb, cr, 0).to(tl.uint8), mask=active)
+        tl.store(to + 1, _color(value, cb, cr, 1).to(tl.uint8), mask=active)
+        tl.store(to + 2 - BLUE, _color(value, cb, cr, 2).to(tl.uint8), mask=active)
+
+
+# ── launchers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def to_nv12_triton(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
+    """As :func:`gpupipe.kernels.nv12.to_nv12`, by a kernel; nothing is read back and nothing waits."""
+    samples, height, width, _ = frames.shape
+    out = frames.new_empty(samples, height // 2 * 3, width)
+    if not out.numel():
+        return out
+    blue = 0 if order == "bgr" else 2
+    if wide(frames, width):
+        grid = (triton.cdiv(height // 2 * (width // 16), BLOCK), samples)
+        _to_nv12_wide_kernel[grid](_as_words(frames), _as_words(out), height, width, BLUE=blue, BLOCK=BLOCK)
+        return out
+    if frames.stride()[2:] != (3, 1):
+        frames = frames.contiguous()
+    grid = (triton.cdiv(height // 2 * (width // 2), BLOCK), samples)
+    _to_nv12_cell_kernel[grid](frames, out, frames.stride(0), frames.stride(1), height, width, BLUE=blue, BLOCK=BLOCK)
+    return out
+
+
+def from_nv12_triton(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
+    """As :func:`gpupipe.kernels.nv12.from_nv12`, by a kernel; nothing is read back and nothing waits."""
+    samples, rows, width = frames.shape
+    height = rows // 3 * 2
+    out = frames.new_empty(samples, height, width, 3)
+    if not out.numel():
+        return out
+    blue = 0 if order == "bgr" else 2
+    if wide(frames, width):
+        grid = (triton.cdiv(height // 2 * (width // 16), BLOCK), samples)
+        _from_nv12_wide_kernel[grid](_as_words(frames), _as_words(out), height, width, BLUE=blue, BLOCK=BLOCK)
+        return out
+    if frames.stride(2) != 1:
+        frames = frames.contiguous()
+    grid = (triton.cdiv(height // 2 * (width // 2), BLOCK), samples)
+    _from_nv12_cell_kernel[grid](frames, out, frames.stride(0), frames.stride(1), height, width, BLUE=blue, BLOCK=BLOCK)
+    return out
+
+
+def wide(frames: Tensor, width: int) -> bool:
+    """Whether frames can be read 16 bytes at a time."""
+    return width % 16 == 0 and frames.is_contiguous() and frames.data_ptr() % 16 == 0
+
+
+def _as_words(bytes_: Tensor) -> Tensor:
+    return bytes_.view(-1).view(torch.int32)

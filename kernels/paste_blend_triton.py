@@ -1,0 +1,343 @@
+"""The Triton kernel of :mod:`gpupipe.kernels.paste_blend`: the network's output to finished pixels of the box.
+
+A thread finishes one 2×2 cell, which is what a pair of chroma needs. It walks down the rows of the 328×328 canvas that
+the cell needs (328/h + 5 of them), weighs each row's taps once, and adds the sums to the cell's two rows. The canvas is
+never stored: its inner 320×320 is read from the network's output, its ring from crop328, and only programs whose
+cells reach the ring look there.
+
+For BGR, cells start at the box's corner; for NV12, at the even pixel at or before it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpupipe.kernels.cubic_triton import (
+    INTERPRETED,
+    clamped,
+    cubic_axis,
+    cubic_tap,
+    round_saturate,
+    truncate,
+    weight_at,
+)
+from gpupipe.kernels.nv12_triton import chroma_pair, luma
+
+_SIZE = tl.constexpr(328)
+_INNER = tl.constexpr(320)
+_RING = tl.constexpr(4)
+
+TILE = (64, 64) if INTERPRETED else (8, 16)
+"""Rows and columns of cells a program; the interpreter's cost is by the program."""
+
+
+@triton.jit
+def _paste_blend_kernel(
+    mouth,
+    crops,
+    crop_index,
+    frames,
+    index,
+    boxes,
+    keep,
+    out,
+    mouth_stride,
+    channel_stride,
+    mouth_row_stride,
+    mouth_column_stride,
+    frame_stride,
+    row_stride,
+    keep_stride,
+    keep_row_stride,
+    out_stride,
+    frame_height,
+    frame_width,
+    tiles,
+    feather: tl.float32,
+    NV12: tl.constexpr,
+    FEATHER: tl.constexpr,
+    KEEP: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_COLUMNS: tl.constexpr,
+):
+    sample = tl.program_id(1)
+    xmin = tl.load(boxes + sample * 4).to(tl.int32)
+    ymin = tl.load(boxes + sample * 4 + 1).to(tl.int32)
+    xmax = tl.load(boxes + sample * 4 + 2).to(tl.int32)
+    ymax = tl.load(boxes + sample * 4 + 3).to(tl.int32)
+    width = xmax - xmin
+    height = ymax - ymin
+    left = xmin
+    top = ymin
+    if NV12:
+        left = xmin // 2 * 2
+        top = ymin // 2 * 2
+
+    tile_y = top + tl.program_id(0) // tiles * (2 * TILE_ROWS)
+    tile_x = left + tl.program_id(0) % tiles * (2 * TILE_COLUMNS)
+    if (tile_y >= ymax) | (tile_x >= xmax):
+        return
+    cell = tl.arange(0, TILE_ROWS * TILE_COLUMNS)
+    y = tile_y + cell // TILE_COLUMNS * 2
+    x = tile_x + cell % TILE_COLUMNS * 2
+    active = (y < ymax) & (x < xmax)
+
+    # A pixel outside the box is the template's in the end: here it may repeat the nearest that is inside.
+    rows = (
+        cubic_axis(clamped(y - ymin, height), _SIZE, height),
+        cubic_axis(clamped(y + 1 - ymin, height), _SIZE, height),
+    )
+    columns = (
+        cubic_axis(clamped(x - xmin, width), _SIZE, width),
+        cubic_axis(clamped(x + 1 - xmin, width), _SIZE, width),
+    )
+    low = tl.minimum(_tap(tile_y - ymin, height), _tap(tile_x - xmin, width)) - 1
+    high = tl.maximum(_tap(tile_y - ymin + 2 * TILE_ROWS, height), _tap(tile_x - xmin + 2 * TILE_COLUMNS, width)) + 2
+    inner = mouth + sample.to(tl.int64) * mouth_stride
+    ring = crops + tl.load(crop_index + sample).to(tl.int64) * (3 * _SIZE * _SIZE)
+    count = _SIZE // height + 5
+    strides = (channel_stride, mouth_row_stride, mouth_column_stride)
+    if (low < _RING) | (high >= _RING + _INNER):
+        pixels = _resize(inner, ring, strides, rows, columns, count, True)
+    else:
+        pixels = _resize(inner, ring, strides, rows, columns, count, False)
+
+    frame = frames + tl.load(index + sample).to(tl.int64) * frame_stride
+    kept = frame
+    if KEEP:
+        kept = keep + tl.load(index + sample).to(tl.int64) * keep_stride
+    box = (xmin, ymin, xmax, ymax)
+    steps = (row_stride, keep_row_stride)
+    p = pixels
+    b0, g0, r0 = _finish((p[0], p[1], p[2]), frame, kept, box, y, x, active, steps, feather, NV12, FEATHER, KEEP)
+    b1, g1, r1 = _finish((p[3], p[4], p[5]), frame, kept, box, y, x + 1, active, steps, feather, NV12, FEATHER, KEEP)
+    b2, g2, r2 = _finish((p[6], p[7], p[8]), frame, kept, box, y + 1, x, active, steps, feather, NV12, FEATHER, KEEP)
+    b3, g3, r3 = _finish(
+        (p[9], p[10], p[11]), frame, kept, box, y + 1, x + 1, active, steps, feather, NV12, FEATHER, KEEP
+    )
+    to = out + sample.to(tl.int64) * out_stride
+    if NV12:
+        two = tl.arange(0, 2)[None, :]
+        mask = active[:, None]
+        upper = to + (y * frame_width + x)[:, None] + two
+        tl.store(upper, tl.join(luma(b0, g0, r0), luma(b1, g1, r1)).to(tl.uint8), mask=mask)
+        tl.store(upper + frame_width, tl.join(luma(b2, g2, r2), luma(b3, g3, r3)).to(tl.uint8), mask=mask)
+        cb, cr = chroma_pair(b0 + b1 + b2 + b3, g0 + g1 + g2 + g3, r0 + r1 + r2 + r3)
+        pair = to + ((frame_height + y // 2) * frame_width + x)[:, None] + two
+        tl.store(pair, tl.join(cb, cr).to(tl.uint8), mask=mask)
+    else:
+        right = active & (x + 1 < xmax)
+        below = y + 1 < ymax
+        to += (y * frame_width + x) * 3
+        _store_pixel(to, b0, g0, r0, active)
+        _store_pixel(to + 3, b1, g1, r1, right)
+        to += frame_width * 3
+        _store_pixel(to, b2, g2, r2, active & below)
+        _store_pixel(to + 3, b3, g3, r3, right & below)
+
+
+@triton.jit
+def _tap(position, size):
+    """The second tap, in the canvas, of the box's pixel nearest to ``position``."""
+    return cubic_tap(clamped(position, size), _SIZE, size)
+
+
+@triton.jit
+def _resize(inner, ring, strides, rows, columns, count, REACHES_RING: tl.constexpr):
+    """The cell's four pixels from the canvas, row by row: blue, green, red of each, float32."""
+    zero = tl.zeros_like(rows[0][1])
+    pixels = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    first = rows[0][0]
+    for k in range(count):
+        y = clamped(first + k, _SIZE)
+        upper = weight_at(first + k - rows[0][0], rows[0][1], rows[0][2], rows[0][3], rows[0][4])
+        lower = weight_at(first + k - rows[1][0], rows[1][1], rows[1][2], rows[1][3], rows[1][4])
+        b0, g0, r0 = _tap_sums(inner, ring, strides, y, columns[0], REACHES_RING)
+        b1, g1, r1 = _tap_sums(inner, ring, strides, y, columns[1], REACHES_RING)
+        pixels = (
+            pixels[0] + b0 * upper,
+            pixels[1] + g0 * upper,
+            pixels[2] + r0 * upper,
+            pixels[3] + b1 * upper,
+            pixels[4] + g1 * upper,
+            pixels[5] + r1 * upper,
+            pixels[6] + b0 * lower,
+            pixels[7] + g0 * lower,
+            pixels[8] + r0 * lower,
+            pixels[9] + b1 * lower,
+            pixels[10] + g1 * lower,
+            pixels[11] + r1 * lower,
+        )
+    return pixels
+
+
+@triton.jit
+def _tap_sums(inner, ring, strides, y, column, REACHES_RING: tl.constexpr):
+    """The weighted taps of one canvas row."""
+    b0, g0, r0 = _canvas(inner, ring, strides, y, clamped(column[0], _SIZE), REACHES_RING)
+    b1, g1, r1 = _canvas(inner, ring, strides, y, clamped(column[0] + 1, _SIZE), REACHES_RING)
+    b2, g2, r2 = _canvas(inner, ring, strides, y, clamped(column[0] + 2, _SIZE), REACHES_RING)
+    b3, g3, r3 = _canvas(inner, ring, strides, y, clamped(column[0] + 3, _SIZE), REACHES_RING)
+    w0, w1, w2, w3 = column[1], column[2], column[3], column[4]
+    return (
+        b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3,
+        g0 * w0 + g1 * w1 + g2 * w2 + g3 * w3,
+        r0 * w0 + r1 * w1 + r2 * w2 + r3 * w3,
+    )
+
+
+@triton.jit
+def _canvas(inner, ring, strides, y, x, REACHES_RING: tl.constexpr):
+    """One pixel of the canvas: the network's, truncated to a whole number, or the ring's."""
+    channel_stride, row_stride, column_stride = strides
+    p = inner + (y - _RING) * row_stride + (x - _RING) * column_stride
+    if REACHES_RING:
+        painted = (y >= _RING) & (y < _RING + _INNER) & (x >= _RING) & (x < _RING + _INNER)
+        q = ring + y * _SIZE + x
+        b = _whole(tl.load(p, mask=painted, other=0))
+        g = _whole(tl.load(p + channel_stride, mask=painted, other=0))
+        r = _whole(tl.load(p + 2 * channel_stride, mask=painted, other=0))
+        b += tl.load(q, mask=~painted, other=0).to(tl.float32)
+        g += tl.load(q + _SIZE * _SIZE, mask=~painted, other=0).to(tl.float32)
+        r += tl.load(q + 2 * _SIZE * _SIZE, mask=~painted, other=0).to(tl.float32)
+    else:
+        b = _whole(tl.load(p))
+        g = _whole(tl.load(p + channel_stride))
+        r = _whole(tl.load(p + 2 * channel_stride))
+    return b, g, r
+
+
+@triton.jit
+def _whole(value):
+    """The network's output in [0, 1] as 0 … 255, truncated; uint8 is that already."""
+    if value.dtype == tl.uint8:
+        return value.to(tl.float32)
+    else:
+        return truncate(value.to(tl.float32) * 255.0)
+
+
+@triton.jit
+def _finish(
+    painted,
+    frame,
+    keep,
+    box,
+    y,
+    x,
+    active,
+    steps,
+    feather,
+    NV12: tl.constexpr,
+    FEATHER: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """Round a painted pixel, blend it with the template's, or leave the template's. int32 in 0 … 255."""
+    b, g, r = round_saturate(painted[0]), round_saturate(painted[1]), round_saturate(painted[2])
+    if NV12 | FEATHER | KEEP:
+        xmin, ymin, xmax, ymax = box
+        distance = tl.minimum(tl.minimum(x - xmin, xmax - 1 - x), tl.minimum(y - ymin, ymax - 1 - y))
+        inside = distance >= 0
+        # NV12 needs the pixels of a cut cell that are outside the box; for BGR they may be outside the frame.
+        readable = active
+        if not NV12:
+            readable = active & inside
+        p = frame + y * steps[0] + x * 3
+        tb = tl.load(p, mask=readable, other=0).to(tl.float32)
+        tg = tl.load(p + 1, mask=readable, other=0).to(tl.float32)
+        tr = tl.load(p + 2, mask=readable, other=0).to(tl.float32)
+        if KEEP:
+            inside &= tl.load(keep + y * steps[1] + x, mask=readable, other=0) == 0
+        if FEATHER:
+            alpha = tl.minimum(tl.div_rn(distance.to(tl.float32) + 0.5, feather), 1.0)
+            b = round_saturate(tb + alpha * (b - tb))
+            g = round_saturate(tg + alpha * (g - tg))
+            r = round_saturate(tr + alpha * (r - tr))
+        b = tl.where(inside, b, tb)
+        g = tl.where(inside, g, tg)
+        r = tl.where(inside, r, tr)
+    return b.to(tl.int32), g.to(tl.int32), r.to(tl.int32)
+
+
+@triton.jit
+def _store_pixel(to, b, g, r, mask):
+    tl.store(to, b.to(tl.uint8), mask=mask)
+    tl.store(to + 1, g.to(tl.uint8), mask=mask)
+    tl.store(to + 2, r.to(tl.uint8), mask=mask)
+
+
+def paste_blend_triton(
+    mouth: Tensor,
+    crops: Tensor,
+    crop_index: Tensor,
+    frames: Tensor,
+    index: Tensor,
+    boxes: Tensor,
+    out: Tensor,
+    *,
+    nv12: bool,
+    max_box: tuple[int, int] | None = None,
+    feather: float = 0.0,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Launch the kernel, which writes only the box; nothing is read back and nothing waits.
+
+    Args:
+        mouth: float16, bfloat16 or float32 (B, 3, 320, 320) in [0, 1], or uint8; any strides.
+        crops: uint8 (N, 3, 328, 328), contiguous.
+        crop_index: integers (B,), which of ``crops`` each sample takes.
+        frames: uint8 (L, H, W, 3), each row without gaps; H and W even for NV12.
+        index: integers (B,), which frame each sample takes.
+        boxes: integers (B, 4), half-open, inside the frame and not empty.
+        out: written in place, contiguous: uint8 (B, H, W, 3), or (B, H·3/2, W) for NV12.
+        nv12: what ``out`` is.
+        max_box: at least the width and the height of every box: it sizes the launch, and what is outside it is not
+            painted. None takes the frame's, at the cost of programs with nothing to do.
+        feather: width of the fade in pixels, ≥ 0.
+        keep: bool (L, H, W), each row without gaps.
+
+    Returns:
+        ``out``.
+    """
+    _, frame_height, frame_width, _ = frames.shape
+    if frames.stride()[2:] != (3, 1):
+        raise ValueError(f"frames have strides {frames.stride()}; expected the last two to be 3 and 1")
+    if keep is not None and keep.stride(2) != 1:
+        raise ValueError(f"keep has strides {keep.stride()}; expected the last to be 1")
+    if not (crops.is_contiguous() and out.is_contiguous()):
+        raise ValueError(f"crops and out have strides {crops.stride()} and {out.stride()}; expected contiguous ones")
+    samples = len(index)
+    width, height = max_box or (frame_width, frame_height)
+    tile_rows, tile_columns = TILE
+    extra = 1 if nv12 else 0  # a box that starts at an odd pixel touches a cell more
+    tiles = triton.cdiv(width + extra, 2 * tile_columns)
+    grid = (tiles * triton.cdiv(height + extra, 2 * tile_rows), samples)
+    if samples:
+        _paste_blend_kernel[grid](
+            mouth,
+            crops,
+            crop_index.contiguous(),
+            frames,
+            index.contiguous(),
+            boxes.contiguous(),
+            keep.view(torch.uint8) if keep is not None else None,
+            out,
+            *mouth.stride(),
+            frames.stride(0),
+            frames.stride(1),
+            keep.stride(0) if keep is not None else 0,
+            keep.stride(1) if keep is not None else 0,
+            out.stride(0),
+            frame_height,
+            frame_width,
+            tiles,
+            float(feather),
+            NV12=nv12,
+            FEATHER=feather > 0,
+            KEEP=keep is not None,
+            TILE_ROWS=tile_rows,
+            TILE_COLUMNS=tile_columns,
+        )
+    return out

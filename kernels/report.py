@@ -1,0 +1,250 @@
+"""What the compiler makes of every Triton kernel, for GPUs that need not be there.
+
+``python -m gpupipe.kernels.report [--arch 90 …] [--json FILE]`` compiles each kernel in each configuration that the
+launchers use and prints a row for each: registers, stack frame, spills, shared memory, and how wide its loads and
+stores of global memory are (the width that carries the most). It exits with 1 on a spill, a stack frame or a compile
+error.
+
+Nothing here runs a kernel: it says what was compiled, not how fast it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from gpupipe.kernels import crop_resize_triton, nv12_triton, paste_blend_triton
+
+ARCHITECTURES = (80, 86, 89, 90, 100)
+"""Compute capabilities, times ten: A100, RTX 30, RTX 40 and L4, H100, B200."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as one launch would have it compiled.
+
+    Attributes:
+        kernel: the ``@triton.jit`` function.
+        name: the noun it belongs to.
+        config: what tells it from the noun's other variants.
+        types: of each argument that is no constant: ``*u8``, ``i32``, ``fp32``. Pointers are taken to be aligned to 16
+            bytes, as torch allocates them.
+        constants: the ``constexpr`` arguments, and those that are None or 1 in this configuration.
+        multiples: integer arguments that are multiples of 16, as a 1280×720 or 1920×1080 frame's are.
+    """
+
+    kernel: Any
+    name: str
+    config: str
+    types: dict[str, str]
+    constants: dict[str, Any]
+    multiples: tuple[str, ...] = ()
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a variant on an architecture; sizes in bytes, ``None`` where it did not compile."""
+
+    kernel: str
+    config: str
+    arch: str
+    registers: int | None = None
+    stack: int | None = None
+    spills: int | None = None
+    shared_bytes: int | None = None
+    load_bits: int | None = None
+    store_bits: int | None = None
+    error: str | None = None
+    loads: dict[str, int] = field(default_factory=dict)
+    stores: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def clean(self) -> bool:
+        """Compiled, with no spill and no stack frame."""
+        return self.error is None and not self.spills and not self.stack
+
+
+def variants() -> list[Variant]:
+    """Every kernel in every configuration that the pipeline launches."""
+    found = []
+    crop = {"frames": "*u8", "index": "*i64", "boxes": "*i64", "frame_stride": "i32", "row_stride": "i32"}
+    for config, types, image, channels_last in (
+        ("crop328", {"crops": "*u8"}, False, False),
+        ("crop328 + planar float32", {"crops": "*u8", "image": "*fp32"}, True, False),
+        ("crop328 + planar float16", {"crops": "*u8", "image": "*fp16"}, True, False),
+        ("crop328 + channels-last float16", {"crops": "*u8", "image": "*fp16"}, True, True),
+        ("channels-last float16", {"image": "*fp16"}, True, True),
+    ):
+        constants: dict[str, Any] = {
+            "CROPS": "crops" in types,
+            "IMAGE": image,
+            "CHANNELS_LAST": channels_last,
+            "BLOCK": crop_resize_triton.BLOCK,
+        }
+        constants |= {name: None for name in ("crops", "image") if name not in types}
+        kernel = crop_resize_triton._crop_resize_kernel
+        found.append(Variant(kernel, "crop_resize", config, crop | types, constants, ("frame_stride", "row_stride")))
+
+    paste = dict.fromkeys(("crops", "frames", "out"), "*u8") | dict.fromkeys(("crop_index", "index", "boxes"), "*i64")
+    strides = ["mouth_stride", "frame_stride", "row_stride", "keep_stride", "keep_row_stride", "out_stride"]
+    sizes = ["frame_height", "frame_width", "mouth_row_stride"]
+    others = ["channel_stride", "mouth_column_stride", "tiles"]
+    rows, columns = paste_blend_triton.TILE
+    for config, mouth, unit_stride, nv12, feather, keep in (
+        ("BGR, planar float32", "*fp32", "mouth_column_stride", False, False, False),
+        ("BGR, planar float32, feather, keep", "*fp32", "mouth_column_stride", False, True, True),
+        ("BGR, channels-last float16, feather", "*fp16", "channel_stride", False, True, False),
+        ("BGR, planar uint8", "*u8", "mouth_column_stride", False, False, False),
+        ("NV12, planar float32, feather", "*fp32", "mouth_column_stride", True, True, False),
+        ("NV12, channels-last float16", "*fp16", "channel_stride", True, False, False),
+        ("NV12, channels-last float16, feather", "*fp16", "channel_stride", True, True, False),
+        ("NV12, channels-last float16, feather, keep", "*fp16", "channel_stride", True, True, True),
+    ):
+        types = paste | {"mouth": mouth, "feather": "fp32"} | dict.fromkeys([*strides, *sizes, *others], "i32")
+        constants = {unit_stride: 1, "NV12": nv12, "FEATHER": feather, "KEEP": keep}
+        constants |= {"TILE_ROWS": rows, "TILE_COLUMNS": columns}
+        if keep:
+            types["keep"] = "*u8"
+        else:
+            constants["keep"] = None
+        multiples = [*strides, *sizes, *(["channel_stride"] if unit_stride == "mouth_column_stride" else [])]
+        kernel = paste_blend_triton._paste_blend_kernel
+        found.append(Variant(kernel, "paste_blend", config, types, constants, tuple(multiples)))
+
+    size = {"height": "i32", "width": "i32"}
+    block = {"BLUE": 0, "BLOCK": nv12_triton.BLOCK}
+    cell = {"frames": "*u8", "out": "*u8", "frame_stride": "i32", "row_stride": "i32", **size}
+    words = {"frames": "*i32", "out": "*i32", **size}
+    found += [
+        Variant(nv12_triton._to_nv12_wide_kernel, "to_nv12", "16×2 pixels", words, block, ("height", "width")),
+        Variant(nv12_triton._to_nv12_cell_kernel, "to_nv12", "2×2 pixels", cell, block),
+        Variant(nv12_triton._from_nv12_wide_kernel, "from_nv12", "16×2 pixels", words, block, ("height", "width")),
+        Variant(nv12_triton._from_nv12_cell_kernel, "from_nv12", "2×2 pixels", cell, block),
+    ]
+    return found
+
+
+def compile_variant(variant: Variant, arch: int) -> Row:
+    """Compile for compute capability ``arch`` / 10 and read off what came of it."""
+    names = variant.kernel.arg_names
+    constants = {name: value for name, value in variant.constants.items() if name in names}
+    signature = {name: "constexpr" if name in constants else variant.types[name] for name in names}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name in variant.multiples
+    }
+    label = (variant.name, variant.config, f"sm_{arch}")
+    try:
+        source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.num_warps})
+        ptx = compiled.asm["ptx"]
+        registers, stack, spills = _resources(ptx, arch)
+    except Exception as error:  # whatever a compiler raises is this row's result
+        return Row(*label, error=f"{type(error).__name__}: {error}".strip())
+    loads, stores = _widths(ptx, "ld"), _widths(ptx, "st")
+    return Row(
+        *label,
+        registers=registers,
+        stack=stack,
+        spills=spills,
+        shared_bytes=compiled.metadata.shared,
+        load_bits=_main_width(loads),
+        store_bits=_main_width(stores),
+        loads={f"{bits} bits": count for bits, count in sorted(loads.items())},
+        stores={f"{bits} bits": count for bits, count in sorted(stores.items())},
+    )
+
+
+def _resources(ptx: str, arch: int) -> tuple[int, int, int]:
+    """Registers, stack frame and spilled bytes, as the assembler that comes with Triton tells them."""
+    target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        told = subprocess.run(
+            [get_ptxas(arch).path, "-v", f"--gpu-name={target.group(1)}", str(source), "-o", f"{folder}/kernel.cubin"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+    stack, stores, loads = map(int, _numbers(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", told))
+    (registers,) = map(int, _numbers(r"Used (\d+) registers", told))
+    return registers, stack, stores + loads
+
+
+def _numbers(pattern: str, text: str) -> tuple[str, ...]:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the assembler said {text!r}; expected {pattern!r} in it")
+    return found.groups()
+
+
+def _widths(ptx: str, operation: str) -> dict[int, int]:
+    """Bits of an access of global memory → how many such instructions there are."""
+    counts: dict[int, int] = {}
+    for vector, bits in re.findall(rf"\b{operation}\.global(?:\.\w+::\w+|\.\w+)*?(?:\.v(\d))?\.[busf](\d+)\b", ptx):
+        width = int(vector or 1) * int(bits)
+        counts[width] = counts.get(width, 0) + 1
+    return counts
+
+
+def _main_width(counts: dict[int, int]) -> int:
+    """The width that carries the most bits; the wider of two that carry as much."""
+    return max(counts, key=lambda bits: (bits * counts[bits], bits), default=0)
+
+
+def report(architectures: Iterable[int] = ARCHITECTURES) -> list[Row]:
+    """Compile everything.
+
+    Raises:
+        RuntimeError: Triton's interpreter is on, which leaves nothing to compile.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 is set; the kernels are interpreted, and cannot be compiled")
+    return [compile_variant(variant, arch) for variant in variants() for arch in architectures]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows for people."""
+    names = ("kernel", "config", "arch", "registers", "stack", "spills", "shared_bytes", "load_bits", "store_bits")
+    lines = [names, *(tuple(str(getattr(row, name)) for name in names) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text += [f"{row.kernel}, {row.config}, {row.arch}: {row.error}" for row in rows if row.error]
+    return "\n".join(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m gpupipe.kernels.report", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, times ten")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a list")
+    options = parser.parse_args(arguments)
+    rows = report(options.arch)
+    print(table(rows))
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+    return 0 if all(row.clean for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
