@@ -340,7 +340,7 @@ def _finish(record: RenderRecord | None, output: Path, as_json: bool) -> None:
     assert record is not None
     console.print(
         f"{output}: {record.frames} frames in {record.seconds:.1f} s, {record.frames_per_second:.1f} frames/s"
-        f" ({record.device}, {record.engine}{f', {record.codec}' if record.codec else ''})",
+        f" ({record.device}, {record.engine}, kernels in {record.kernels}{f', {record.codec}' if record.codec else ''})",
         highlight=False,
         soft_wrap=True,
     )

@@ -14,6 +14,7 @@ from gpupipe.errors import DeviceError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.frame_cache import default_budget
 from gpupipe.frame_generator import BATCH_SIZES
+from gpupipe.kernels.dispatch import backend, obstacle
 from gpupipe.unet_model import find_device
 from gpupipe.versions import processor_name, versions
 from gpupipe.video.decode import jpeg_decoder
@@ -36,7 +37,8 @@ def examine(device: str | None = None) -> dict[str, Any]:
     can: dict[str, str] = {}
     cuda = torch.cuda.is_available()
     no_gpu = "no: no CUDA GPU is available"
-    can["Triton kernels"] = "yes" if cuda and versions()["triton"] != "missing" else no_gpu
+    reason = obstacle("cuda") if cuda else no_gpu.removeprefix("no: ")
+    can["Triton kernels"] = "yes" if reason is None else f"no: {reason}"
     can["nvJPEG"] = "yes" if cuda else no_gpu
     can["NVDEC"] = _nvdec() if cuda else no_gpu
     for encoder in _ENCODERS:
@@ -56,7 +58,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
             "engine": "onnxruntime: the fastest on a CPU" if exact else "torch: half precision, channels-last",
             "precision": "float32" if exact else "float16; --exact for float32",
             "jpeg": jpeg_decoder(chosen, exact=exact),
-            "kernels": "plain torch",
+            "kernels": f"{backend(chosen)}: {obstacle(chosen) or 'fused kernels around the network'}",
             "codec": f"{codec}: " + ("NVENC opens" if codec.endswith("nvenc") else "NVENC does not open"),
             "batch": f"{BATCH_SIZES[chosen.type]} frames",
             "seam": f"feathered over {FEATHER:g} pixels",

@@ -22,6 +22,7 @@ from gpupipe.fallbacks import fallbacks
 from gpupipe.features import FeatureSource, SpeechFeatures, save_features_bin
 from gpupipe.files import make_folder, replacing
 from gpupipe.frame_generator import FrameGenerator
+from gpupipe.kernels.dispatch import backend
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.models import Mode
 from gpupipe.onnx_export import OPSET_VERSION
@@ -61,6 +62,7 @@ class RenderRecord:
     stages: dict[str, float]
     device: str
     engine: str
+    kernels: str
     codec: str | None
 
     @property
@@ -269,8 +271,15 @@ class FrameGenerationPipeline:
         """A record from the moments at which stages ended; the first entry is the start."""
         moments = list(times.items())
         stages = {name: end - moments[i][1] for i, (name, end) in enumerate(moments[1:])}
+        model = self.unet_model
         return RenderRecord(
-            frames, sum(stages.values()), stages, str(self.unet_model.device), self.unet_model.engine.name, codec
+            frames=frames,
+            seconds=sum(stages.values()),
+            stages=stages,
+            device=str(model.device),
+            engine=model.engine.name,
+            kernels=backend(model.device),
+            codec=codec,
         )
 
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from typing import Literal
 
 import torch
 
-logger = logging.getLogger(__name__)
+from gpupipe.fallbacks import note_fallback
 
 Backend = Literal["triton", "torch"]
 
@@ -44,5 +43,5 @@ def _cuda_obstacle(index: int | None) -> str | None:
         least = ".".join(map(str, OLDEST_CAPABILITY))
         reason = f"compute capability is {'.'.join(map(str, capability))}; the Triton kernels need {least} or newer"
     if reason is not None:
-        logger.warning("plain torch in place of the Triton kernels: %s", reason)
+        note_fallback(f"plain torch in place of the Triton kernels: {reason}")
     return reason

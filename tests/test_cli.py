@@ -131,6 +131,7 @@ def test_doctor_names_the_way_a_render_takes(clip: dict[str, Path], tmp_path: Pa
     record = json.loads(rendered.stdout.splitlines()[-1])
     assert facts["render"]["engine"].startswith(record["engine"])
     assert facts["render"]["codec"].startswith(record["codec"])
+    assert facts["render"]["kernels"].startswith(record["kernels"])
     assert facts["versions"] == record["versions"]
     assert run("doctor").exit_code == 0
 
