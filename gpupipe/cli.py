@@ -338,9 +338,10 @@ def _progress() -> Iterator[Any]:
 def _finish(record: RenderRecord | None, output: Path, as_json: bool) -> None:
     """Say what was made; with ``--json`` the record is the last line of the standard output."""
     assert record is not None
+    ways = [record.device, record.engine, f"kernels in {record.kernels}", *([record.codec] if record.codec else [])]
     console.print(
         f"{output}: {record.frames} frames in {record.seconds:.1f} s, {record.frames_per_second:.1f} frames/s"
-        f" ({record.device}, {record.engine}, kernels in {record.kernels}{f', {record.codec}' if record.codec else ''})",
+        f" ({', '.join(ways)})",
         highlight=False,
         soft_wrap=True,
     )
