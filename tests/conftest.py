@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -9,21 +10,32 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+# Before torch is loaded: OpenMP's threads wait for work by spinning, which beside another load, or on fewer cores than
+# there are threads, makes small networks twenty times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import cv2
 import numpy as np
 import pytest
 import torch
 
+# Triton's interpreter runs the kernels where no GPU does; it has to be chosen before triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The benchmarks are not installed, and the parity tests' oracle is among them.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.seeded import seeded_network
+from gpupipe import UNetModel
+from gpupipe.engine import EngineName
 from gpupipe.models import Mode
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 MakeCheckpoint = Callable[..., Path]
+MakeModel = Callable[..., UNetModel]
 MakeTemplate = Callable[..., Path]
 
 
@@ -106,6 +118,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         if not path.exists():
             torch.save(seeded_network(mode, width=width, seed=seed).state_dict(), path)
         return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint: MakeCheckpoint) -> MakeModel:
+    """``tiny_model(mode="ave", seed=0, engine="auto")`` → UNetModel of a tiny checkpoint on the CPU, made once."""
+
+    @functools.cache
+    def make(mode: Mode = "ave", seed: int = 0, engine: EngineName = "auto") -> UNetModel:
+        return UNetModel(tiny_checkpoint(mode, seed), mode, "cpu", engine=engine)
 
     return make
 

@@ -35,8 +35,16 @@ class Bound:
 EXACT_RESIZE = Bound(1, 0.999)
 """crop328 and paste-back alone, against OpenCV."""
 
+THIN_CROP = Bound(1, 0.95)
+"""As above for a crop of one to three pixels: OpenCV resizes those, and no others, with weights of 11 bits."""
+
 EXACT_FRAME = Bound(2, 0.99)
 """Inside the box of a whole frame, against OpenCV and PyTorch in float32; outside it frames are bit-equal."""
+
+
+def resize_bound(box: tuple[int, int, int, int]) -> Bound:
+    """What holds for the resizing of this box."""
+    return THIN_CROP if min(box[2] - box[0], box[3] - box[1]) < 4 else EXACT_RESIZE
 
 
 def check_frame(found: np.ndarray, expected: np.ndarray, box: tuple[int, int, int, int], what: object) -> None:

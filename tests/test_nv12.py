@@ -1,0 +1,200 @@
+"""BT.709 limited NV12: against the standard's own colours, its formula in double precision, and FFmpeg's swscale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from parity import Bound
+
+from benchmarks.reference_loop import read_image
+from gpupipe.kernels.nv12 import from_nv12, luma_chroma, to_nv12
+
+Image = np.ndarray
+
+EXACT = Bound(1, 0.999)
+"""Against the formula in double precision: float32 may fall on the other side of a half."""
+
+SWSCALE = Bound(1, 0.98)
+"""swscale works in 15-bit integers."""
+
+
+def noise(seed: int = 0) -> Image:
+    return np.random.default_rng(seed).integers(256, size=(96, 128, 3), dtype=np.uint8)
+
+
+def smooth(seed: int = 0) -> Image:
+    coarse = np.random.default_rng(seed).integers(256, size=(5, 6, 3)).astype(np.float32)
+    return np.clip(cv2.resize(coarse, (128, 96), interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
+
+
+PICTURES = [noise(), smooth(), smooth(1)]
+
+
+def converted(bgr: Image) -> Image:
+    return to_nv12(torch.from_numpy(bgr)[None])[0].numpy()
+
+
+def by_formula(bgr: Image, kr: float = 0.2126, kb: float = 0.0722, *, limited: bool = True) -> Image:
+    """ITU-R BT.709-6 §3 with each cell's chroma from the mean of its four pixels, rounded half up."""
+    b, g, r = np.moveaxis(bgr.astype(np.float64) / 255, 2, 0)
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    cb, cr = (b - y) / (2 * (1 - kb)), (r - y) / (2 * (1 - kr))
+    if limited:
+        y, cb, cr = 219 * y + 16, 224 * cb + 128, 224 * cr + 128
+    else:
+        y, cb, cr = 255 * y, 255 * cb + 128, 255 * cr + 128
+    height, width = y.shape
+    cells = np.stack([c.reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3)) for c in (cb, cr)], axis=-1)
+    planes = np.concatenate([y, cells.reshape(height // 2, width)])
+    return np.floor(planes + 0.5).clip(0, 255).astype(np.uint8)
+
+
+# ── RGB to NV12 ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("bgr", "ycbcr"),
+    [
+        ((0, 0, 0), (16, 128, 128)),
+        ((255, 255, 255), (235, 128, 128)),
+        ((128, 128, 128), (126, 128, 128)),
+        ((0, 0, 255), (63, 102, 240)),
+        ((0, 255, 0), (173, 42, 26)),
+        ((255, 0, 0), (32, 240, 118)),
+    ],
+)
+def test_standard_colours(bgr: tuple[int, int, int], ycbcr: tuple[int, int, int]) -> None:
+    found = converted(np.full((4, 6, 3), bgr, dtype=np.uint8))
+    assert found.shape == (6, 6)
+    y, cb, cr = ycbcr
+    assert (found[:4] == y).all()
+    assert (found[4:, 0::2] == cb).all()
+    assert (found[4:, 1::2] == cr).all()
+
+
+@pytest.mark.parametrize("picture", range(len(PICTURES)))
+def test_formula(picture: int) -> None:
+    EXACT.check(converted(PICTURES[picture]), by_formula(PICTURES[picture]))
+
+
+def test_real_frame(speaker: Path) -> None:
+    frame = read_image(speaker / "full_body_img" / "5.jpg")
+    EXACT.check(converted(frame), by_formula(frame))
+
+
+def test_grey_has_no_colour() -> None:
+    grey = np.repeat(noise()[..., :1], 3, axis=2)
+    assert (converted(grey)[96:] == 128).all()
+
+
+@pytest.mark.parametrize(("wrong", "bound"), [("bt601", EXACT), ("full_range", EXACT), ("rgb_order", EXACT)])
+def test_bound_fails_on_another_convention(wrong: str, bound: Bound) -> None:
+    for bgr in PICTURES:
+        other = {
+            "bt601": lambda bgr: by_formula(bgr, 0.299, 0.114),
+            "full_range": lambda bgr: by_formula(bgr, limited=False),
+            "rgb_order": lambda bgr: by_formula(np.ascontiguousarray(bgr[..., ::-1])),
+        }[wrong](bgr)
+        assert not bound.holds(converted(bgr), other)
+
+
+def test_bound_fails_with_chroma_of_the_left_pixels() -> None:
+    """Chroma in the middle of its four pixels, not beside the left ones as MPEG-2 puts it."""
+    left = noise()
+    left[:, 1::2] = left[:, 0::2]
+    assert EXACT.holds(converted(noise())[:96, 0::2], converted(left)[:96, 0::2])
+    assert not EXACT.holds(converted(noise())[96:], converted(left)[96:])
+
+
+def by_swscale(bgr: Image, colorspace: Colorspace) -> Image:
+    """INTER_AREA is the setting that averages a cell's four pixels."""
+    frame = av.VideoFrame.from_ndarray(bgr, format="bgr24")
+    return frame.reformat(
+        format="nv12",
+        src_colorspace=colorspace,
+        dst_colorspace=colorspace,
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+        interpolation=Interpolation.AREA,
+    ).to_ndarray()
+
+
+@pytest.mark.parametrize("picture", range(len(PICTURES)))
+def test_swscale(picture: int) -> None:
+    found = converted(PICTURES[picture])
+    SWSCALE.check(found, by_swscale(PICTURES[picture], Colorspace.ITU709))
+    assert not SWSCALE.holds(found, by_swscale(PICTURES[picture], Colorspace.ITU601))
+
+
+def test_colour_orders() -> None:
+    bgr = torch.from_numpy(noise())[None]
+    assert torch.equal(to_nv12(bgr.flip(-1), order="rgb"), to_nv12(bgr))
+    assert not torch.equal(to_nv12(bgr, order="rgb"), to_nv12(bgr))
+
+
+def test_region_of_whole_cells_is_a_part_of_the_frame() -> None:
+    frame = torch.from_numpy(noise())[None]
+    luma, chroma = luma_chroma(frame[:, 10:50, 20:90])
+    whole_luma, whole_chroma = luma_chroma(frame)
+    assert torch.equal(luma, whole_luma[:, 10:50, 20:90])
+    assert torch.equal(chroma, whole_chroma[:, 5:25, 10:45])
+    assert chroma.shape == (1, 20, 35, 2)
+
+
+def test_frames_of_a_batch_do_not_see_each_other() -> None:
+    batch = torch.from_numpy(np.stack(PICTURES))
+    assert torch.equal(to_nv12(batch), torch.stack([to_nv12(frame[None])[0] for frame in batch]))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (5, 5)])
+def test_odd_sizes_are_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"^frames are {shape[1]}×{shape[0]}; NV12 needs an even width and height"):
+        to_nv12(torch.zeros(1, *shape, 3, dtype=torch.uint8))
+
+
+# ── and back ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+ROUND_TRIP = Bound(3, 0.2)
+"""8-bit limited range has fewer colours than 8-bit RGB: a step of chroma is two of blue."""
+
+
+def cells(seed: int = 0) -> Image:
+    """Each 2×2 cell of one colour: what 4:2:0 can hold."""
+    return np.repeat(np.repeat(noise(seed)[::2, ::2], 2, axis=0), 2, axis=1)
+
+
+@pytest.mark.parametrize("order", ["bgr", "rgb"])
+def test_round_trip(order: str) -> None:
+    picture = torch.from_numpy(cells())[None]
+    back = from_nv12(to_nv12(picture, order=order), order=order)
+    assert back.shape == picture.shape
+    ROUND_TRIP.check(back.numpy(), picture.numpy())
+    swapped = from_nv12(to_nv12(picture, order=order), order="rgb" if order == "bgr" else "bgr")
+    assert not ROUND_TRIP.holds(swapped.numpy(), picture.numpy())
+
+
+@pytest.mark.parametrize(
+    ("ycbcr", "bgr"),
+    [
+        ((16, 128, 128), (0, 0, 0)),
+        ((235, 128, 128), (255, 255, 255)),
+        ((63, 102, 240), (0, 0, 255)),
+        ((173, 42, 26), (0, 255, 0)),
+        ((32, 240, 118), (255, 0, 0)),
+        ((0, 128, 128), (0, 0, 0)),
+        ((255, 128, 128), (255, 255, 255)),
+    ],
+)
+def test_standard_colours_come_back(ycbcr: tuple[int, int, int], bgr: tuple[int, int, int]) -> None:
+    """Within the step that their own rounding to 8 bits costs; foot- and headroom saturate."""
+    y, cb, cr = ycbcr
+    planes = torch.tensor([[y, y], [y, y], [cb, cr]], dtype=torch.uint8)[None]
+    found = from_nv12(planes)
+    assert found.shape == (1, 2, 2, 3)
+    assert (found.int() - torch.tensor(bgr)).abs().max() <= 1

@@ -1,0 +1,209 @@
+"""UNetModel: what the seed's class did, in batches; its devices, its errors and its ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+
+import gpupipe.onnx_export
+from gpupipe import CheckpointError, DeviceError, GpupipeError, InputError, OutputError, UNetModel
+from gpupipe.models import AUDIO_SHAPES, MODES, Mode
+from gpupipe.unet_model import find_device
+
+MakeModel = Callable[..., UNetModel]
+MakeCheckpoint = Callable[..., Path]
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")
+
+
+def inputs(mode: Mode = "ave", batch: int = 1) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    image = torch.rand(batch, 6, 320, 320, generator=generator)
+    return image, torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator)
+
+
+# ── predict ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_predict_paints_what_the_network_says(mode: Mode, tiny_model: MakeModel) -> None:
+    model = tiny_model(mode)
+    image, audio = inputs(mode)
+    found = model.predict(image, audio)
+    assert found.shape == (320, 320, 3)
+    assert found.dtype == np.uint8
+    values = model.network(image, audio)[0].permute(1, 2, 0).numpy() * 255
+    difference = values - found
+    assert difference.min() >= -1e-2
+    assert difference.max() <= 1 + 1e-2, "truncated, but for what lies on a whole number"
+    assert 0.4 < difference.mean() < 0.6, "rounded values would lie around 0"
+    assert not np.array_equal(found, found[..., ::-1])
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_batch_gives_one_mouth_a_sample(batch: int, tiny_model: MakeModel) -> None:
+    image, audio = inputs(batch=batch)
+    together = tiny_model().predict(image, audio)
+    assert together.shape == (batch, 320, 320, 3)
+    for i in range(batch):
+        assert np.array_equal(together[i], tiny_model().predict(image[i : i + 1], audio[i : i + 1]))
+
+
+def test_arrays_and_single_samples_are_taken(tiny_model: MakeModel) -> None:
+    image, audio = inputs()
+    expected = tiny_model().predict(image, audio)
+    assert np.array_equal(tiny_model().predict(image.numpy(), audio.numpy()), expected)
+    assert np.array_equal(tiny_model().predict(image[0], audio[0]), expected)
+    assert np.array_equal(tiny_model().predict(image.double(), audio.numpy().astype(np.float64)), expected)
+
+
+def test_engines_agree(tiny_model: MakeModel) -> None:
+    image, audio = inputs()
+    first = tiny_model(engine="onnxruntime").predict(image, audio).astype(int)
+    second = tiny_model(engine="torch").predict(image, audio)
+    assert np.abs(first - second).max() <= 1
+    assert (first == second).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("image", "audio", "named"),
+    [
+        ((1, 3, 320, 320), (1, 32, 16, 16), r"image_tensor: shape is \(1, 3, 320, 320\); expected \(B, 6, 320, 320\)"),
+        ((1, 6, 328, 328), (1, 32, 16, 16), r"image_tensor: shape is"),
+        ((0, 6, 320, 320), (0, 32, 16, 16), r"image_tensor: shape is"),
+        ((320, 320), (1, 32, 16, 16), r"image_tensor: shape is"),
+        ((1, 6, 320, 320), (1, 32, 32, 32), r"audio_features: shape is .* expected \(B, 32, 16, 16\)"),
+        ((1, 6, 320, 320), (16, 512), r"audio_features: shape is"),
+        ((2, 6, 320, 320), (3, 32, 16, 16), r"image_tensor has 2 samples and audio_features 3; expected as many"),
+        ((2, 6, 320, 320), (32, 16, 16), r"image_tensor has 2 samples and audio_features 1; expected as many"),
+    ],
+)
+def test_shapes_that_do_not_fit(image: Any, audio: Any, named: str, tiny_model: MakeModel) -> None:
+    with pytest.raises(InputError, match=f"^{named}"):
+        tiny_model().predict(torch.zeros(image), torch.zeros(audio))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_input_shapes(mode: Mode, tiny_model: MakeModel) -> None:
+    assert tiny_model(mode).get_input_shapes() == ((1, 6, 320, 320), (1, *AUDIO_SHAPES[mode]))
+
+
+# ── what it is made of ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_positional_arguments_are_the_seed_s(tiny_checkpoint: MakeCheckpoint) -> None:
+    model = UNetModel(str(tiny_checkpoint("wenet")), "wenet", "cpu", engine="torch")
+    assert (model.mode, model.device, model.exact) == ("wenet", torch.device("cpu"), True)
+    with pytest.raises(TypeError):
+        UNetModel(tiny_checkpoint(), "ave", "cpu", "torch")  # type: ignore[misc]
+
+
+def test_unknown_mode_and_another_mode_s_checkpoint(tiny_checkpoint: MakeCheckpoint) -> None:
+    with pytest.raises(InputError, match=r"^mode is 'mel'; expected one of ave, hubert, wenet"):
+        UNetModel(tiny_checkpoint(), "mel")  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="is a checkpoint of mode ave or hubert; expected mode wenet"):
+        UNetModel(tiny_checkpoint(), "wenet")
+
+
+def test_missing_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"absent\.pth: no such checkpoint file"):
+        UNetModel(tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize("device", [None, "auto"])
+@without_cuda
+def test_without_a_gpu_the_device_is_the_cpu(device: str | None) -> None:
+    assert find_device(device) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda")])
+@without_cuda
+def test_a_gpu_that_is_not_there(device: str | torch.device, tiny_checkpoint: MakeCheckpoint) -> None:
+    with pytest.raises(DeviceError, match=r"^device is 'cuda(:0)?', but no CUDA GPU is available here; expected cpu"):
+        UNetModel(tiny_checkpoint(), device=device)
+
+
+@pytest.mark.cuda
+def test_a_second_gpu_that_is_not_there() -> None:
+    with pytest.raises(DeviceError, match=r"^device is 'cuda:99'; expected cuda:0 to cuda:"):
+        find_device("cuda:99")
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "mps", "", "cuda:x", "cpu0"])
+def test_devices_that_are_none(device: str) -> None:
+    with pytest.raises(DeviceError, match=f"^device is '{device}'; expected cpu, cuda or cuda:N"):
+        find_device(device)
+
+
+# ── the ONNX file ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_onnx_file_is_the_network_at_any_batch(mode: Mode, tiny_model: MakeModel, tmp_path: Path) -> None:
+    path = tiny_model(mode).export_to_onnx(tmp_path / "unet.onnx")
+    assert path == str(tmp_path / "unet.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["unet.onnx"]
+    graph = onnx.load(path)
+    onnx.checker.check_model(graph)
+    assert graph.opset_import[0].version == 17
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    described = {node.name: node.shape for node in (*session.get_inputs(), *session.get_outputs())}
+    assert described == {
+        "image": ["batch", 6, 320, 320],
+        "audio": ["batch", *AUDIO_SHAPES[mode]],
+        "output": ["batch", 3, 320, 320],
+    }
+    for batch in (1, 2, 5):
+        image, audio = inputs(mode, batch)
+        (found,) = session.run(None, {"image": image.numpy(), "audio": audio.numpy()})
+        expected = tiny_model(mode).network(image, audio).numpy()
+        assert np.abs(found - expected).max() < 1e-4
+    (deaf,) = session.run(None, {"image": image.numpy(), "audio": np.zeros_like(audio)})
+    assert np.abs(deaf - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("opset", [14, 18])
+def test_operator_set_can_be_chosen(opset: int, tiny_model: MakeModel, tmp_path: Path) -> None:
+    tiny_model().export_to_onnx(str(tmp_path / "unet.onnx"), opset_version=opset)
+    assert onnx.load(tmp_path / "unet.onnx").opset_import[0].version == opset
+
+
+def test_file_that_differs_is_not_left(tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fold = gpupipe.onnx_export.fold_batch_norms
+
+    def spoilt(network: Any) -> Any:
+        """Another network after it has been exported: the check must not compare the file with itself."""
+        network = fold(network)
+        export = gpupipe.onnx_export.export_onnx
+
+        def export_and_spoil(module: Any, *args: Any, **kwargs: Any) -> None:
+            export(module, *args, **kwargs)
+            module.outc.conv.bias.add_(0.01)
+
+        monkeypatch.setattr(gpupipe.onnx_export, "export_onnx", export_and_spoil)
+        return network
+
+    monkeypatch.setattr(gpupipe.onnx_export, "fold_batch_norms", spoilt)
+    with pytest.raises(
+        GpupipeError, match=r"ONNX Runtime differs from PyTorch by 0\.00\d+ at batch 1; expected at most"
+    ):
+        tiny_model().export_to_onnx(tmp_path / "unet.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_file_that_cannot_be_written(tiny_model: MakeModel, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"unet\.onnx: cannot be written"):
+        tiny_model().export_to_onnx(tmp_path / "absent" / "unet.onnx")
+    with pytest.raises(OutputError, match="is a folder"):
+        tiny_model().export_to_onnx(tmp_path)
+    assert list(tmp_path.iterdir()) == []
