@@ -12,7 +12,7 @@ from torch import Tensor
 from gpupipe.engine import Engine
 from gpupipe.errors import InputError
 from gpupipe.frame_cache import FrameCache, Tensors
-from gpupipe.kernels.crop_resize import crop_resize, network_input
+from gpupipe.kernels.crop_resize import crop_and_input
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
 from gpupipe.template import Template
@@ -71,20 +71,21 @@ class Avatar:
         """
         derived, row = self._derived.lookup(frames)
         mouth = self.engine.decode(derived, row, audio.to(self.template.device, non_blocking=True))
-        crops = derived["crop"].index_select(0, row)
         kept, index = self.template.frames.lookup(frames)
         boxes = self.template.boxes[torch.from_numpy(frames).to(self.template.device)]
-        seam, keep = self.feather, kept.get("keep")
+        where = (mouth, derived["crop"], kept["frame"], index, boxes)
+        seam, keep, largest = self.feather, kept.get("keep"), self.template.max_box
         if self.pixel_format == "bgr":
-            return paste_blend(mouth, crops, kept["frame"], index, boxes, feather=seam, keep=keep)
+            return paste_blend(*where, feather=seam, keep=keep, crop_index=row, max_box=largest)
         background = derived["nv12"].index_select(0, row)
-        return paste_blend_nv12(mouth, crops, kept["frame"], index, boxes, background, feather=seam, keep=keep)
+        return paste_blend_nv12(*where, background, feather=seam, keep=keep, crop_index=row, max_box=largest)
 
     def _derive(self, frames: NDArray[np.int64]) -> Tensors:
         kept, index = self.template.frames.lookup(frames)
         boxes = self.template.boxes[torch.from_numpy(frames).to(self.template.device)]
-        crop = crop_resize(kept["frame"], index, boxes)
-        derived = self.engine.encode(network_input(crop, dtype=self.engine.dtype))
+        half = self.engine.dtype == torch.float16  # which runs on CUDA, and there channels last
+        crop, image = crop_and_input(kept["frame"], index, boxes, dtype=self.engine.dtype, channels_last=half)
+        derived = self.engine.encode(image)
         derived["crop"] = crop
         if self.pixel_format == "nv12":
             derived["nv12"] = to_nv12(kept["frame"].index_select(0, index))

@@ -37,6 +37,7 @@ class Template:
         length: number of frames L.
         width, height: of every frame, in pixels.
         boxes: int64 (L, 4) on ``device``: half-open (xmin, ymin, xmax, ymax), clamped to the frame.
+        max_box: the widest box's width and the highest one's height, known without asking the device.
         memory_left: bytes of the budget that the frames leave for what is derived from them.
 
     Raises:
@@ -68,6 +69,7 @@ class Template:
             for path in (Path(landmark_dir) / f"{i}.lms" for i in range(self.length))
         ]
         self.boxes = torch.tensor(boxes, dtype=torch.int64, device=self.device)
+        self.max_box = (max(x1 - x0 for x0, _, x1, _ in boxes), max(y1 - y0 for _, y0, _, y1 in boxes))
         budget = default_budget(self.device) if memory_budget is None else memory_budget
         self.frames = FrameCache(self.length, self._read, budget=budget, device=self.device)
         for start in range(0, self.length, _LOAD_BATCH):  # decodes, and so checks, every frame
