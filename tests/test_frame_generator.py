@@ -1,0 +1,420 @@
+"""Whole frames: as the OpenCV and PyTorch loop paints them, whatever the batch, the budget and the way to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from parity import EXACT_FRAME, check_frame
+
+from benchmarks import reference_loop as reference
+from gpupipe import FrameGenerator, InputError, OutputError, SpeechFeatures, UNetModel, audio_windows
+from gpupipe.models import MODES, Mode, UNet328
+
+MakeModel = Callable[..., UNetModel]
+MakeTemplate = Callable[..., Path]
+Image = np.ndarray
+
+ROWS: dict[Mode, tuple[int, ...]] = {"ave": (512,), "hubert": (2, 1024), "wenet": (16, 512)}
+"""Shape of a row of features."""
+
+
+def features(count: int, mode: Mode = "ave", seed: int = 0) -> np.ndarray:
+    return np.abs(np.random.default_rng(seed).standard_normal((count, *ROWS[mode]))).astype(np.float32)
+
+
+def rendered(
+    generator: FrameGenerator, template: Path, sound: Any, *, parsing: bool = False, **options: Any
+) -> list[Image]:
+    directories = (template / "full_body_img", template / "landmarks")
+    if parsing:
+        options["parsing_dir"] = template / "parsing"
+    return generator.generate_frames_from_template_sequence(*directories, sound, **options)
+
+
+def boxes_of(template: Path, order: list[int]) -> list[reference.Box]:
+    found = []
+    for i in order:
+        height, width = reference.read_image(template / "full_body_img" / f"{i}.jpg").shape[:2]
+        points = reference.read_landmarks(template / "landmarks" / f"{i}.lms")
+        found.append(reference.box_from_landmarks(points, height, width))
+    return found
+
+
+def check_parity(
+    model: UNetModel, template: Path, sound: np.ndarray, *, start_frame: int = 0, parsing: bool = False
+) -> None:
+    """The contract's bound on every frame of a clip, pasted hard."""
+    generator = FrameGenerator(model, model.mode, blend="none")
+    found = rendered(generator, template, sound, start_frame=start_frame, parsing=parsing)
+    options = {"start_frame": start_frame, "use_parsing": parsing}
+    expected = list(reference.reference_frames(template, sound, model.network, **options))
+    assert len(found) == len(expected) == len(sound)
+    length = len(list((template / "full_body_img").iterdir()))
+    order = list(islice(reference.ping_pong(length, start_frame), len(sound)))
+    for i, box in enumerate(boxes_of(template, order)):
+        check_frame(found[i], expected[i], box, f"frame {i}, box {box}")
+        assert not np.array_equal(found[i], reference.read_image(template / "full_body_img" / f"{order[i]}.jpg"))
+
+
+# ── parity with the reference loop ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_real_template_at_full_width(mode: Mode, golden_checkpoint: Callable[..., Path], speaker: Path) -> None:
+    model = UNetModel(golden_checkpoint(mode), mode, "cpu")
+    sound = features(3, mode)
+    if mode == "ave":
+        sound = np.load(speaker / "features_ave.npy")[:3]
+    check_parity(model, speaker, sound, start_frame={"ave": 0, "hubert": 70, "wenet": 147}[mode])
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_other_weights_at_full_width(seed: int, golden_checkpoint: Callable[..., Path], speaker: Path) -> None:
+    model = UNetModel(golden_checkpoint("ave", seed), "ave", "cpu")
+    check_parity(model, speaker, np.load(speaker / "features_ave.npy")[40:42], start_frame=30 * seed)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(2))
+def test_synthetic_template(
+    seed: int, mode: Mode, tiny_model: MakeModel, make_template: MakeTemplate, tmp_path: Path
+) -> None:
+    template = make_template(tmp_path, frames=4, parsing=True, seed=seed)
+    check_parity(tiny_model(mode, seed), template, features(7, mode, seed), parsing=True)
+
+
+def test_box_sizes_from_61_to_719(tiny_model: MakeModel, make_template: MakeTemplate, tmp_path: Path) -> None:
+    sides = [61, 90, 163, 164, 200, 255, 327, 328, 329, 500, 656, 719]
+    boxes = [(17 + i, 0, side) for i, side in enumerate(sides)]
+    template = make_template(tmp_path, frames=len(sides), size=(800, 720), box=boxes)
+    check_parity(tiny_model(), template, features(len(sides)))
+
+
+def test_boxes_over_the_frame_s_edge(tiny_model: MakeModel, make_template: MakeTemplate, tmp_path: Path) -> None:
+    boxes = [
+        (40, 30, 61),
+        (-30, 20, 100),
+        (150, 20, 100),
+        (40, -25, 90),
+        (40, 90, 90),
+        (-20, -20, 260),
+        (-40, 100, 90),
+        (120, 41, 87),
+    ]
+    template = make_template(tmp_path, frames=len(boxes), size=(192, 128), box=boxes)
+    check_parity(tiny_model(), template, features(len(boxes)))
+
+
+@pytest.mark.parametrize("start_frame", [0, 2, 4])
+def test_start_frame(start_frame: int, tiny_model: MakeModel, make_template: MakeTemplate, tmp_path: Path) -> None:
+    check_parity(tiny_model(), make_template(tmp_path, frames=5), features(9), start_frame=start_frame)
+
+
+# ── negative controls: a wrong variant of the reference fails the same bound ──────────────────────────────────────────
+
+
+def without_ring(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(reference, "INNER", slice(4, 324))
+    paste = reference.paste_face
+
+    def black(frame: Image, box: Any, crop: Image, *rest: Any) -> Image:
+        return paste(frame, box, np.zeros_like(crop), *rest)
+
+    patch.setattr(reference, "paste_face", black)
+
+
+def with_linear_resize(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(reference, "_resize", lambda image, width, height: cv2.resize(image, (width, height)))
+
+
+def with_rounding(patch: pytest.MonkeyPatch) -> None:
+    run = reference.run_network
+
+    class Louder(UNet328):
+        """Half a step more before the truncation."""
+
+        def forward(self, image: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
+            return super().forward(image, audio) + 0.5 / 255
+
+    def rounded(network: UNet328, *rest: Any) -> Image:
+        other = Louder(network.mode, width=network.width)
+        other.load_state_dict(network.state_dict())
+        return run(other.eval(), *rest)
+
+    patch.setattr(reference, "run_network", rounded)
+
+
+def with_the_mask_shifted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(reference, "MASK_ROWS", slice(9, 314))
+
+
+def with_the_sound_one_frame_late(patch: pytest.MonkeyPatch) -> None:
+    window = reference.audio_window
+    patch.setattr(reference, "audio_window", lambda rows, i, mode: window(rows, i - 1, mode))
+
+
+def with_the_walk_begun_at_its_start(patch: pytest.MonkeyPatch) -> None:
+    walk = reference.ping_pong
+
+    def early(length: int, start: int = 0) -> Any:
+        yield start
+        yield from walk(length, start)
+
+    patch.setattr(reference, "ping_pong", early)
+
+
+def with_rgb(patch: pytest.MonkeyPatch) -> None:
+    run = reference.run_network
+    patch.setattr(
+        reference, "run_network", lambda network, stacked, audio: run(network, stacked[[2, 1, 0, 5, 4, 3]], audio)
+    )
+
+
+@pytest.mark.parametrize(
+    "alter",
+    [
+        without_ring,
+        with_linear_resize,
+        with_rounding,
+        with_the_mask_shifted,
+        with_the_sound_one_frame_late,
+        with_the_walk_begun_at_its_start,
+        with_rgb,
+    ],
+)
+def test_bound_fails_on_a_wrong_variant(
+    alter: Callable[[pytest.MonkeyPatch], None],
+    tiny_model: MakeModel,
+    make_template: MakeTemplate,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    box = (30, 10, 100)
+    template = make_template(tmp_path, frames=3, box=box)
+    found = rendered(FrameGenerator(tiny_model(), blend="none"), template, features(2))
+    inside = np.s_[10:110, 30:130]
+
+    def holds() -> bool:
+        wanted = reference.reference_frames(template, features(2), tiny_model().network)
+        return all(EXACT_FRAME.holds(a[inside], b[inside]) for a, b in zip(found, wanted, strict=True))
+
+    assert holds()
+    alter(monkeypatch)
+    assert not holds()
+
+
+def test_feathered_frames_are_not_the_reference_s(
+    tiny_model: MakeModel, make_template: MakeTemplate, tmp_path: Path
+) -> None:
+    template = make_template(tmp_path, frames=3, box=(30, 10, 100))
+    hard = rendered(FrameGenerator(tiny_model(), blend="none"), template, features(2))
+    soft = rendered(FrameGenerator(tiny_model()), template, features(2))
+    for a, b in zip(hard, soft, strict=True):
+        assert not EXACT_FRAME.holds(a[10:110, 30:130], b[10:110, 30:130])
+        assert np.array_equal(a[18:102, 38:122], b[18:102, 38:122]), "8 pixels in they are the same"
+        b[10:110, 30:130] = a[10:110, 30:130]
+        assert np.array_equal(a, b)
+
+
+# ── the same frames, however they are made ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def template(make_template: MakeTemplate, tmp_path: Path) -> Path:
+    """Five frames with boxes of other sizes, two of them over the edge, and parsing."""
+    boxes = [(40, 30, 61), (-30, 20, 100), (30, 10, 97), (40, 60, 90), (10, 10, 110)]
+    return make_template(tmp_path / "avatar", frames=5, box=boxes, parsing=True)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 3}, {"batch_size": 7}, {"memory_budget": 0}])
+@pytest.mark.parametrize("parsing", [False, True])
+def test_batch_size_and_memory_change_nothing(
+    parsing: bool, options: dict[str, int], tiny_model: MakeModel, template: Path
+) -> None:
+    """Bit for bit, with a partial last batch: 10 = 3·3 + 1 = 7 + 3."""
+    sound = features(10)
+    expected = rendered(FrameGenerator(tiny_model()), template, sound, parsing=parsing)
+    found = rendered(FrameGenerator(tiny_model(), **options), template, sound, parsing=parsing)
+    assert len(found) == 10
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not np.array_equal(found[0], found[2]), "the walk has moved on"
+
+
+def test_half_the_memory_changes_nothing(tiny_model: MakeModel, template: Path) -> None:
+    """Room for all frames and for two frames' features."""
+    expected = rendered(FrameGenerator(tiny_model()), template, features(10))
+    sizes = [value.nbytes for value in tiny_model().engine.encode(torch.zeros(1, 6, 320, 320)).values()]
+    budget = 5 * 192 * 128 * 3 + 2 * (sum(sizes) + 3 * 328 * 328) + 100
+    found = rendered(FrameGenerator(tiny_model(), memory_budget=budget), template, features(10))
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_template_s_half_runs_once_a_template_frame(
+    tiny_model: MakeModel, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tiny_model().engine
+    encode, seen = engine.encode, []
+
+    def counted(image: torch.Tensor) -> Any:
+        seen.append(len(image))
+        return encode(image)
+
+    monkeypatch.setattr(engine, "encode", counted)
+    rendered(FrameGenerator(tiny_model()), template, features(20))
+    assert sum(seen) == 5
+    seen.clear()
+    rendered(FrameGenerator(tiny_model(), memory_budget=0, batch_size=4), template, features(20))
+    assert sum(seen) > 5
+
+
+def test_stream_gives_the_same_frames_in_batches(tiny_model: MakeModel, template: Path) -> None:
+    generator = FrameGenerator(tiny_model(), batch_size=4)
+    opened = generator.open_template(template / "full_body_img", template / "landmarks")
+    batches = list(generator.stream(opened, SpeechFeatures(features(10)), start_frame=1))
+    assert [len(batch) for batch in batches] == [4, 4, 2]
+    found = torch.cat(batches).numpy()
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, np.stack(rendered(generator, template, features(10), start_frame=1)))
+
+
+def test_a_clip_ends_where_its_sound_does_and_begins_alike(tiny_model: MakeModel, template: Path) -> None:
+    """A frame sees 8 rows ahead: the first frames of a clip cut after 12 rows are the whole clip's."""
+    sound = features(20)
+    whole, cut = (rendered(FrameGenerator(tiny_model()), template, rows) for rows in (sound, sound[:12]))
+    equal = [np.array_equal(a, b) for a, b in zip(whole, cut, strict=False)]
+    assert equal == [True] * 5 + [False] * 7
+
+
+def test_features_from_file_array_tensor_and_windows(tiny_model: MakeModel, template: Path, tmp_path: Path) -> None:
+    sound = features(3)
+    np.save(tmp_path / "sound.npy", sound)
+    forms = [tmp_path / "sound.npy", str(tmp_path / "sound.npy"), torch.from_numpy(sound), audio_windows(sound)]
+    expected = rendered(FrameGenerator(tiny_model()), template, sound)
+    for form in forms:
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(rendered(FrameGenerator(tiny_model()), template, form), expected, strict=True)
+        )
+
+
+# ── one frame ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def one_frame(template: Path, i: int = 2) -> tuple[Image, np.ndarray]:
+    points = reference.read_landmarks(template / "landmarks" / f"{i}.lms")
+    return reference.read_image(template / "full_body_img" / f"{i}.jpg"), points
+
+
+@pytest.mark.parametrize("blend", ["none", "feather"])
+@pytest.mark.parametrize("parsing", [False, True])
+def test_one_frame_is_the_clip_s(parsing: bool, blend: Any, tiny_model: MakeModel, template: Path) -> None:
+    generator = FrameGenerator(tiny_model(), blend=blend, feather=12)
+    sound = features(4)
+    clip = rendered(generator, template, sound, parsing=parsing)
+    for i, index in enumerate([1, 2, 3, 4]):
+        image, points = one_frame(template, index)
+        colours = reference.read_image(template / "parsing" / f"{index}.png") if parsing else None
+        found = generator.generate_frame(image, points, audio_windows(sound)[i], colours)
+        assert np.array_equal(found, clip[i])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_audio_in_each_of_its_forms(mode: Mode, tiny_model: MakeModel, template: Path) -> None:
+    generator = FrameGenerator(tiny_model(mode), mode)
+    image, points = one_frame(template)
+    rows = features(16, mode)
+    window = audio_windows(rows, mode)[8]
+    expected = generator.generate_frame(image, points, window)
+    for form in (window[None], window.numpy(), rows, rows.reshape(16, -1), torch.from_numpy(rows), rows.tolist()):
+        assert np.array_equal(generator.generate_frame(image, points, form), expected)
+    other = generator.generate_frame(image, points, rows[::-1].copy())
+    assert not np.array_equal(other, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_single_row_is_an_error_that_says_what_to_do(mode: Mode, tiny_model: MakeModel, template: Path) -> None:
+    generator = FrameGenerator(tiny_model(mode), mode)
+    row = features(1, mode)
+    for form in (row, row[0], row.reshape(-1), np.float32(0), features(15, mode), features(17, mode)):
+        with pytest.raises(
+            InputError, match=rf"^audio_features: shape is .* gpupipe\.audio_windows\(features, '{mode}'\)"
+        ):
+            generator.generate_frame(*one_frame(template), form)
+
+
+def test_tensors_are_taken(tiny_model: MakeModel, template: Path) -> None:
+    generator = FrameGenerator(tiny_model())
+    image, points = one_frame(template)
+    window = audio_windows(features(1))
+    expected = generator.generate_frame(image, points, window)
+    found = generator.generate_frame(torch.from_numpy(image), torch.from_numpy(points), window)
+    assert np.array_equal(found, expected)
+    assert isinstance(found, np.ndarray)
+
+
+def test_a_box_outside_the_image(tiny_model: MakeModel, template: Path) -> None:
+    image, points = one_frame(template)
+    with pytest.raises(InputError, match="lies wholly outside the frame"):
+        FrameGenerator(tiny_model()).generate_frame(image, points + 1000, audio_windows(features(1)))
+
+
+# ── files and errors ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_saved_frames(tiny_model: MakeModel, tmp_path: Path) -> None:
+    frames = [np.full((32, 48, 3), (10 * i, 100, 200), dtype=np.uint8) for i in range(3)]
+    generator = FrameGenerator(tiny_model())
+    paths = generator.save_frames(frames, tmp_path / "new" / "folder")
+    assert paths == [str(tmp_path / "new" / "folder" / f"frame_{i:05d}.jpg") for i in range(3)]
+    for path, frame in zip(paths, frames, strict=True):
+        assert np.abs(cv2.imread(path).astype(int) - frame).max() <= 2
+    assert Path(generator.save_frames(frames[:1], tmp_path, "mouth")[0]).name == "mouth_00000.jpg"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file: cannot be made"):
+        generator.save_frames(frames, tmp_path / "file")
+
+
+def test_saved_frames_are_opencv_s_jpegs(tiny_model: MakeModel, template: Path, tmp_path: Path) -> None:
+    frames = rendered(FrameGenerator(tiny_model()), template, features(1))
+    (path,) = FrameGenerator(tiny_model()).save_frames(frames, tmp_path)
+    cv2.imwrite(str(tmp_path / "opencv.jpg"), frames[0])
+    difference = np.abs(cv2.imread(path).astype(int) - cv2.imread(str(tmp_path / "opencv.jpg")))
+    assert difference.mean() < 0.1
+    cv2.imwrite(str(tmp_path / "other.jpg"), frames[0], [cv2.IMWRITE_JPEG_QUALITY, 90])
+    assert np.abs(cv2.imread(path).astype(int) - cv2.imread(str(tmp_path / "other.jpg"))).mean() > 0.1
+
+
+@pytest.mark.parametrize("start_frame", [-1, 5])
+def test_start_outside_the_template_before_a_frame_is_rendered(
+    start_frame: int, tiny_model: MakeModel, template: Path
+) -> None:
+    generator = FrameGenerator(tiny_model())
+    opened = generator.open_template(template / "full_body_img", template / "landmarks")
+    with pytest.raises(InputError, match=f"^start frame is {start_frame}; expected 0 to 4"):
+        generator.stream(opened, SpeechFeatures(features(3)), start_frame=start_frame)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "wenet"}, r"mode is 'wenet'; expected the model's, 'ave'"),
+        ({"batch_size": 0}, r"batch size is 0; expected 1 or more"),
+        ({"blend": "soft"}, r"blend is 'soft'; expected feather or none"),
+        ({"feather": -2.0}, r"feather is -2.0; expected a width"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str, tiny_model: MakeModel) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        FrameGenerator(tiny_model(), **options)
+
+
+def test_options_are_keyword_only(tiny_model: MakeModel) -> None:
+    with pytest.raises(TypeError):
+        FrameGenerator(tiny_model(), "ave", "none")  # type: ignore[misc]
