@@ -1,0 +1,532 @@
+"""From files to a file: what is in the video, what lies beside it, and that nothing is left of a render that fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import subprocess
+import sys
+import threading
+import wave
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+from av.video.reformatter import Colorspace
+
+from gpupipe import FrameGenerationPipeline, FrameGenerator, InputError, OutputError
+from gpupipe.video.encode import VideoWriter
+
+MakeTemplate = Callable[..., Path]
+Image = np.ndarray
+
+FRAMES = 11
+RATE = 16000
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_checkpoint: Callable[..., Path]) -> FrameGenerationPipeline:
+    return FrameGenerationPipeline(tiny_checkpoint(), "ave", "cpu", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def clip(make_template: MakeTemplate, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A template of four frames, features of eleven, and as much sound: silence with a click at 0.2 s."""
+    folder = tmp_path_factory.mktemp("clip")
+    make_template(folder / "template", frames=4, parsing=True)
+    np.save(folder / "features.npy", np.abs(np.random.default_rng(0).standard_normal((FRAMES, 512))).astype(np.float32))
+    write_sound(folder / "click.wav", FRAMES / 25)
+    return {"template": folder / "template", "features": folder / "features.npy", "sound": folder / "click.wav"}
+
+
+def write_sound(path: Path, seconds: float, click: float = 0.2) -> Path:
+    samples = np.zeros(round(seconds * RATE), dtype="<i2")
+    start = round(click * RATE)
+    samples[start : start + 40] = 20000 * np.sign(np.sin(np.arange(40)))
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(samples.tobytes())
+    return path
+
+
+@pytest.fixture
+def render(pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Render the clip to a name in ``out/``, with any argument changed."""
+    (tmp_path / "out").mkdir()
+
+    def call(name: str = "clip.mp4", **changed: Any) -> Path:
+        arguments: dict[str, Any] = {
+            "audio_features_path": clip["features"],
+            "template_dir": clip["template"],
+            "audio_path": clip["sound"],
+            "output_path": tmp_path / "out" / name,
+        }
+        arguments |= changed
+        path = pipeline.generate_video(**arguments)
+        assert path == str(arguments["output_path"])
+        return Path(path)
+
+    return call
+
+
+def frames_of(pipeline: FrameGenerationPipeline, clip: dict[str, Path], **options: Any) -> list[Image]:
+    """The clip's frames before encoding."""
+    template = clip["template"]
+    return pipeline.generator.generate_frames_from_template_sequence(
+        template / "full_body_img", template / "landmarks", clip["features"], **options
+    )
+
+
+def pictures_of(path: Path) -> list[Image]:
+    with av.open(str(path)) as container:
+        return [
+            frame.reformat(format="bgr24", src_colorspace=Colorspace.ITU709).to_ndarray()
+            for frame in container.decode(video=0)
+        ]
+
+
+def top_level_boxes(path: Path) -> list[str]:
+    """The names of an MP4's boxes, in order."""
+    content, names, at = path.read_bytes(), [], 0
+    while at < len(content):
+        size, name = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8].decode()
+        if size == 1:
+            size = int.from_bytes(content[at + 8 : at + 16], "big")
+        names.append(name)
+        at += size
+    return names
+
+
+# ── what is in the video ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_video_as_the_contract_wants_it(render: Callable[..., Path]) -> None:
+    path = render()
+    with av.open(str(path)) as container:
+        video, sound = container.streams.video[0], container.streams.audio[0]
+        context = video.codec_context
+        assert (context.name, context.pix_fmt, context.width, context.height) == ("h264", "yuv420p", 192, 128)
+        tags = (context.colorspace, context.color_range, context.color_primaries, context.color_trc)
+        assert [int(tag) for tag in tags] == [1, 1, 1, 1], "BT.709, limited range"
+        assert video.average_rate == 25
+        assert sound.codec_context.name == "aac"
+        assert sound.rate == RATE
+        assert video.start_time == 0
+        times = [frame.time for frame in container.decode(video=0)]
+    assert times == pytest.approx([i / 25 for i in range(FRAMES)])
+    boxes = top_level_boxes(path)
+    assert boxes.index("moov") < boxes.index("mdat"), "faststart"
+    assert [file.name for file in path.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_pictures_are_the_frames_in_their_order(
+    render: Callable[..., Path], pipeline: FrameGenerationPipeline, clip: dict[str, Path]
+) -> None:
+    """Colours too: read as BT.601, the same file is farther from what went in."""
+    frames, path = frames_of(pipeline, clip), render(crf=10)
+    pictures = pictures_of(path)
+    assert len(pictures) == len(frames) == FRAMES
+    match = [max(range(FRAMES), key=lambda k: cv2.PSNR(picture, frames[k])) for picture in pictures]
+    assert match == list(range(FRAMES))
+    assert min(map(cv2.PSNR, pictures, frames)) > 33
+    with av.open(str(path)) as container:
+        first = next(container.decode(video=0))
+        other = first.reformat(format="bgr24", src_colorspace=Colorspace.ITU601, dst_colorspace=Colorspace.ITU601)
+    assert cv2.PSNR(other.to_ndarray(), frames[0]) < cv2.PSNR(pictures[0], frames[0]) - 3
+
+
+def test_sound_and_picture_start_together(render: Callable[..., Path]) -> None:
+    """The click is where it was, though AAC begins with priming samples."""
+    with av.open(str(render())) as container:
+        loudest, when = 0.0, 0.0
+        for frame in container.decode(audio=0):
+            samples = np.abs(frame.to_ndarray()).max(axis=0)
+            if samples.max() > loudest:
+                loudest, when = samples.max(), frame.time + int(samples.argmax()) / frame.sample_rate
+    assert loudest > 0.1
+    assert when == pytest.approx(0.2 + 20 / RATE, abs=0.004)
+
+
+def test_all_of_the_sound_is_there(render: Callable[..., Path]) -> None:
+    with av.open(str(render())) as container:
+        seconds = sum(frame.samples for frame in container.decode(audio=0)) / RATE
+    assert FRAMES / 25 <= seconds <= FRAMES / 25 + 3 * 1024 / RATE
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 8])
+def test_frame_count_is_exact(count: int, render: Callable[..., Path], clip: dict[str, Path], tmp_path: Path) -> None:
+    np.save(tmp_path / "short.npy", np.load(clip["features"])[:count])
+    assert len(pictures_of(render(audio_features_path=tmp_path / "short.npy"))) == count
+
+
+@pytest.mark.parametrize("fps", [20, 30, 29.97, Fraction(30000, 1001)])
+def test_frame_rate(fps: Any, render: Callable[..., Path]) -> None:
+    with av.open(str(render(fps=fps))) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+        assert float(container.streams.video[0].average_rate) == pytest.approx(float(fps), rel=1e-4)
+    assert times == pytest.approx([i / float(fps) for i in range(FRAMES)], abs=1e-3)
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "mov"])
+def test_other_containers(suffix: str, render: Callable[..., Path]) -> None:
+    path = render(f"clip.{suffix}")
+    assert len(pictures_of(path)) == FRAMES
+    with av.open(str(path)) as container:
+        assert {stream.codec_context.name for stream in container.streams} == {"h264", "aac"}
+
+
+def test_silent_video(render: Callable[..., Path]) -> None:
+    path = render(audio_path=None)
+    with av.open(str(path)) as container:
+        assert [stream.type for stream in container.streams] == ["video"]
+    assert len(pictures_of(path)) == FRAMES
+
+
+@pytest.mark.parametrize(("codec", "layout", "rate"), [("flac", "stereo", 44100), ("libmp3lame", "stereo", 22050)])
+def test_sound_of_other_kinds(codec: str, layout: str, rate: int, render: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / ("sound.flac" if codec == "flac" else "sound.mp3")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        resampler = av.AudioResampler(format=stream.format, layout=layout, rate=rate, frame_size=1152)
+        noise = np.random.default_rng(0).integers(-8000, 8000, (1, 2 * rate), dtype=np.int16)
+        frame = av.AudioFrame.from_ndarray(noise, format="s16", layout=layout)
+        frame.rate = rate
+        for piece in (*resampler.resample(frame), *resampler.resample(None)):
+            container.mux(stream.encode(piece))
+        container.mux(stream.encode(None))
+    with av.open(str(render(audio_path=path))) as container:
+        sound = container.streams.audio[0]
+        assert (sound.codec_context.name, sound.rate, sound.channels) == ("aac", rate, 2)
+
+
+def test_crf_changes_the_quality(render: Callable[..., Path]) -> None:
+    assert render("fine.mp4", crf=5).stat().st_size > 1.5 * render("coarse.mp4", crf=40).stat().st_size
+
+
+def test_start_frame_and_parsing_reach_the_frames(
+    render: Callable[..., Path], pipeline: FrameGenerationPipeline, clip: dict[str, Path]
+) -> None:
+    expected = frames_of(pipeline, clip, start_frame=1, parsing_dir=clip["template"] / "parsing")
+    pictures = pictures_of(render(start_frame=1, use_parsing=True, crf=5))
+    plain = frames_of(pipeline, clip, start_frame=1)
+    for picture, frame, other in zip(pictures, expected, plain, strict=True):
+        assert cv2.PSNR(picture, frame) > max(35, cv2.PSNR(picture, other) + 3)
+
+
+# ── while it renders, and after ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_file_appears_when_it_is_whole(render: Callable[..., Path], tmp_path: Path) -> None:
+    seen: list[list[str]] = []
+    path = render(progress=lambda done, total: seen.append([file.name for file in (tmp_path / "out").iterdir()]))
+    assert len(seen) == 3
+    for names in seen:
+        assert len(names) == 1
+        assert names[0].startswith(".clip-")
+        assert names[0].endswith(".part.mp4")
+    assert [file.name for file in path.parent.iterdir()] == ["clip.mp4"]
+    assert path.stat().st_mode & 0o444 == 0o444, "as readable as any file of the user's"
+
+
+def test_progress_and_record(render: Callable[..., Path], pipeline: FrameGenerationPipeline) -> None:
+    calls: list[tuple[int, int]] = []
+    render(progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(4, FRAMES), (8, FRAMES), (FRAMES, FRAMES)]
+    record = pipeline.last_render
+    assert record is not None
+    assert (record.frames, record.device, record.engine) == (FRAMES, "cpu", "onnxruntime")
+    assert record.codec in ("libx264", "h264_nvenc")
+    assert set(record.stages) == {"open", "render", "finish"}
+    assert all(seconds > 0 for seconds in record.stages.values())
+    assert record.frames_per_second == pytest.approx(FRAMES / sum(record.stages.values()))
+
+
+def test_debug_tells_of_each_batch(render: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, logger="gpupipe"):
+        render()
+    told = [record.getMessage() for record in caplog.records if record.name == "gpupipe.frame_generator"]
+    assert told == ["rendered frames 0 to 3", "rendered frames 4 to 7", "rendered frames 8 to 10"]
+
+
+@pytest.mark.parametrize(("seconds", "aloud"), [(FRAMES / 25, False), (FRAMES / 25 + 1, True), (0.25, True)])
+def test_lengths_that_differ_are_said_aloud(
+    seconds: float, aloud: bool, render: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = render(audio_path=write_sound(tmp_path / "other.wav", seconds))
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [f"sound lasts {seconds:.2f} s and the picture 0.44 s" in warning for warning in warnings] == [True] * aloud
+    assert len(pictures_of(path)) == FRAMES
+
+
+def test_an_older_file_is_replaced(render: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "out" / "clip.mp4").write_text("old")
+    assert len(pictures_of(render())) == FRAMES
+
+
+# ── frames ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_frames_only(pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: Path) -> None:
+    arguments = (clip["features"], clip["template"], tmp_path / "frames", 2, 25, True)
+    paths = pipeline.generate_frames_only(*arguments)
+    assert paths == [str(tmp_path / "frames" / f"frame_{i:05d}.jpg") for i in range(FRAMES)]
+    expected = frames_of(pipeline, clip, start_frame=2, parsing_dir=clip["template"] / "parsing")
+    saved = pipeline.generator.save_frames(expected, tmp_path / "expected")
+    assert [Path(path).read_bytes() for path in paths] == [Path(path).read_bytes() for path in saved]
+
+
+def test_saved_frames_lie_beside_the_video(
+    render: Callable[..., Path], pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: Path
+) -> None:
+    path = render(save_frames=True)
+    folder = path.parent / "clip_frames"
+    alone = pipeline.generate_frames_only(clip["features"], clip["template"], tmp_path / "alone")
+    assert sorted(file.name for file in folder.iterdir()) == [Path(name).name for name in alone]
+    for name in alone:
+        assert (folder / Path(name).name).read_bytes() == Path(name).read_bytes()
+    render("other.mp4", save_frames=True, frames_dir=tmp_path / "elsewhere" / "frames")
+    assert len(list((tmp_path / "elsewhere" / "frames").iterdir())) == FRAMES
+    assert {file.name for file in path.parent.iterdir()} == {"clip.mp4", "clip_frames", "other.mp4"}
+
+
+def test_saving_frames_does_not_change_the_video(render: Callable[..., Path]) -> None:
+    """With it frames are converted whole, without it only where the box is."""
+    plain, saved = pictures_of(render("plain.mp4")), pictures_of(render("saved.mp4", save_frames=True))
+    assert all(np.array_equal(a, b) for a, b in zip(plain, saved, strict=True))
+
+
+# ── reference outputs ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("count", "indices"), [(1, [0]), (2, [0, 10]), (5, [0, 2, 5, 8, 10]), (50, list(range(11)))])
+def test_reference_outputs(
+    count: int, indices: list[int], pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: Path
+) -> None:
+    facts = pipeline.generate_reference_outputs(clip["features"], clip["template"], tmp_path / "reference", count)
+    paths = [str(tmp_path / "reference" / f"reference_{i:05d}.png") for i in indices]
+    assert facts == {
+        "num_total_frames": FRAMES,
+        "sample_indices": indices,
+        "reference_frames": paths,
+        "audio_features_shape": [FRAMES, 512],
+        "mode": "ave",
+        "frame_size": [192, 128],
+    }
+    assert json.loads((tmp_path / "reference" / "metadata.json").read_text()) == facts
+    features = np.fromfile(tmp_path / "reference" / "audio_features.bin", "<f4").reshape(FRAMES, 512)
+    assert np.array_equal(features, np.load(clip["features"]))
+    hard = FrameGenerator(pipeline.unet_model, blend="none")
+    folders = (clip["template"] / "full_body_img", clip["template"] / "landmarks")
+    frames = hard.generate_frames_from_template_sequence(*folders, clip["features"])
+    for i, path in zip(indices, paths, strict=True):
+        assert np.array_equal(cv2.imread(path), frames[i])
+
+
+def test_no_reference_frames_is_an_error(
+    pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"^number of sample frames is 0; expected 1 or more"):
+        pipeline.generate_reference_outputs(clip["features"], clip["template"], tmp_path / "reference", 0)
+    assert not (tmp_path / "reference").exists()
+
+
+def test_model_is_exported(pipeline: FrameGenerationPipeline, tmp_path: Path) -> None:
+    path = pipeline.export_model_to_onnx(tmp_path / "unet.onnx")
+    assert path == str(tmp_path / "unet.onnx")
+    assert Path(path).stat().st_size > 10_000
+
+
+# ── failures leave nothing ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def text_file(folder: Path) -> Path:
+    (folder / "notes.wav").write_text("this is no sound\n")
+    return folder / "notes.wav"
+
+
+def picture_only(folder: Path) -> Path:
+    with VideoWriter(folder / "silent.mp4", width=64, height=48) as writer:
+        writer.write(torch.zeros(2, 72, 64, dtype=torch.uint8))
+    return folder / "silent.mp4"
+
+
+def nan_features(folder: Path) -> Path:
+    values = np.zeros((5, 512), np.float32)
+    values[3, 7] = np.nan
+    np.save(folder / "nan.npy", values)
+    return folder / "nan.npy"
+
+
+def a_file(folder: Path) -> Path:
+    (folder / "file").write_text("")
+    return folder / "file" / "clip.mp4"
+
+
+BAD: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("audio_features_path", lambda folder: folder / "absent.npy", r"absent\.npy: no such file of audio features"),
+    ("audio_features_path", nan_features, r"nan\.npy: row 3 holds NaN"),
+    ("template_dir", lambda folder: folder / "absent", r"absent: no such template directory"),
+    ("audio_path", lambda folder: folder / "absent.wav", r"absent\.wav: no such sound file"),
+    ("audio_path", text_file, r"notes\.wav: not a media file that FFmpeg reads"),
+    ("audio_path", picture_only, r"silent\.mp4: has no sound track"),
+    ("output_path", lambda folder: folder / "absent" / "clip.mp4", r"clip\.mp4: cannot be written: No such file"),
+    ("output_path", a_file, r"clip\.mp4: cannot be written: Not a directory"),
+    ("output_path", lambda folder: folder, r"is a folder; expected the name of a file"),
+    ("output_path", lambda folder: folder / "out" / "clip.xyz", r"clip\.xyz: suffix is '\.xyz'; expected \.mp4"),
+    ("output_path", lambda folder: folder / "out" / "clip", r"clip: suffix is ''; expected \.mp4"),
+    ("start_frame", lambda folder: 4, r"start frame is 4; expected 0 to 3"),
+    ("start_frame", lambda folder: -1, r"start frame is -1; expected 0 to 3"),
+    ("crf", lambda folder: 52, r"crf is 52; expected 0"),
+    ("crf", lambda folder: -1, r"crf is -1; expected 0"),
+    ("fps", lambda folder: 0, r"fps is 0; expected more than 0"),
+    ("fps", lambda folder: float("nan"), r"fps is nan; expected more than 0"),
+    ("codec", lambda folder: "betamax", r"codec 'betamax' does not open here"),
+    ("codec", lambda folder: "aac", r"codec 'aac' does not open here \(aac: not a video encoder\)"),
+]
+
+
+@pytest.mark.parametrize(("argument", "spoil", "message"), BAD, ids=[f"{name}-{i}" for i, (name, *_) in enumerate(BAD)])
+def test_bad_input(
+    argument: str, spoil: Callable[[Path], Any], message: str, render: Callable[..., Path], tmp_path: Path,
+    pipeline: FrameGenerationPipeline, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    value = spoil(tmp_path)
+    monkeypatch.setattr(pipeline.unet_model.engine, "decode", lambda *_: pytest.fail("a frame was rendered"))
+    with pytest.raises(InputError, match=message) as caught:
+        render(**{argument: value})
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_bad_template_file(render: Callable[..., Path], make_template: MakeTemplate, tmp_path: Path) -> None:
+    template = make_template(tmp_path / "template", frames=20)
+    image = template / "full_body_img" / "19.jpg"
+    image.write_bytes(image.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"19\.jpg: cannot be decoded"):
+        render(template_dir=template)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_odd_frame_size(render: Callable[..., Path], make_template: MakeTemplate, tmp_path: Path) -> None:
+    template = make_template(tmp_path / "template", frames=2, size=(191, 128))
+    with pytest.raises(InputError, match="frames are 191×128; 4:2:0 video needs an even width and height"):
+        render(template_dir=template)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("GPU is on fire"), InputError("bad"), KeyboardInterrupt(), MemoryError()]
+)
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("save_frames", [False, True])
+@pytest.mark.usefixtures("no_thread_left")
+def test_failure_while_rendering(
+    save_frames: bool, batch: int, error: BaseException, render: Callable[..., Path], tmp_path: Path,
+    pipeline: FrameGenerationPipeline, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The error is the one that is seen, what was there before stays, and the encoder's thread ends."""
+    (tmp_path / "out" / "clip.mp4").write_text("old")
+    engine, calls = pipeline.unet_model.engine, []
+    decode = engine.decode
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) > batch:
+            raise error
+        return decode(*arguments)
+
+    monkeypatch.setattr(engine, "decode", failing)
+    with pytest.raises(type(error)) as caught:
+        render(save_frames=save_frames, frames_dir=tmp_path / "frames")
+    assert caught.value is error
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["clip.mp4"]
+    assert (tmp_path / "out" / "clip.mp4").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(OSError(errno.ENOSPC, "No space left on device"), OutputError), (RuntimeError("encoder"), RuntimeError)],
+)
+@pytest.mark.parametrize("frame", [0, 5, FRAMES - 1])
+@pytest.mark.usefixtures("no_thread_left")
+def test_failure_while_encoding(
+    frame: int, error: Exception, expected: type, render: Callable[..., Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    encode = VideoWriter._encode
+
+    def failing(self: VideoWriter, nv12: Image) -> None:
+        if self.frames == frame:
+            raise error
+        encode(self, nv12)
+
+    monkeypatch.setattr(VideoWriter, "_encode", failing)
+    with pytest.raises(
+        expected, match=r"clip\.mp4: cannot be written: No space" if expected is OutputError else "encoder"
+    ):
+        render()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+FULL_DISK = """
+import resource, sys
+import torch
+from gpupipe import OutputError
+from gpupipe.video.encode import VideoWriter
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a write beyond it fails as one on a full disk does
+try:
+    with VideoWriter(sys.argv[1], width=320, height=240, crf=0) as writer:
+        for _ in range(40):
+            writer.write(torch.randint(0, 256, (4, 360, 320), dtype=torch.uint8))
+except OutputError as error:
+    print(error)
+else:
+    sys.exit("nothing was raised")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the file size as Linux does")
+def test_full_disk(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "clip.mp4")]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith(f"{tmp_path / 'clip.mp4'}: cannot be written: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_that_cannot_be_written(
+    pipeline: FrameGenerationPipeline, clip: dict[str, Path], render: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file: cannot be made"):
+        pipeline.generate_frames_only(clip["features"], clip["template"], tmp_path / "file")
+    with pytest.raises(OutputError, match="file: cannot be made"):
+        pipeline.generate_reference_outputs(clip["features"], clip["template"], tmp_path / "file")
+    with pytest.raises(OutputError, match="file: cannot be made"):
+        render(save_frames=True, frames_dir=tmp_path / "file")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_pipeline_refuses_what_its_parts_refuse(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such checkpoint file"):
+        FrameGenerationPipeline(tmp_path / "absent.pth")
+    with pytest.raises(InputError, match="blend is 'soft'"):
+        FrameGenerationPipeline(tiny_checkpoint(), device="cpu", engine="torch", blend="soft")  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        FrameGenerationPipeline(tiny_checkpoint(), "ave", "cpu", "torch")  # type: ignore[misc]
