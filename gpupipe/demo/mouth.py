@@ -25,6 +25,9 @@ _WINDOW = 512
 _BATCH = 8192
 _BANDS_HZ = {"low": (120, 450), "f1": (450, 1000), "f2": (1000, 1500), "f3": (1500, 3000), "hiss": (3500, 7500)}
 _SILENT_DB, _LOUD_DB = -48.0, -16.0
+_REST = (0.0, 0.35, 0.0)
+_SPEAKING = (0.55, 0.5, 0.45)
+"""How far from rest speech takes each of the three: nobody gapes and pouts as far as they can in order to talk."""
 
 
 def mouth_track(wave: np.ndarray, *, frames: int | None = None) -> np.ndarray:
@@ -58,7 +61,8 @@ def mouth_track(wave: np.ndarray, *, frames: int | None = None) -> np.ndarray:
     times = (np.arange(frames) + 0.5) / MOUTH_FPS * SAMPLE_RATE / _HOP
     grid = np.arange(len(track))
     columns = [np.interp(times, grid, column) for column in track.T]
-    return np.clip(np.stack(columns, axis=1), 0, 1).astype(np.float32)
+    full = np.clip(np.stack(columns, axis=1), 0, 1)
+    return (_REST + (full - _REST) * _SPEAKING).astype(np.float32)
 
 
 def _band_powers(wave: np.ndarray) -> dict[str, np.ndarray]:

@@ -29,7 +29,7 @@ from torchvision.io import encode_jpeg
 from gpupipe.demo import corpus, rig
 from gpupipe.demo.evaluate import agreement
 from gpupipe.demo.mouth import mouth_track
-from gpupipe.demo.train_encoder import Listener, make_sounds, train_encoder
+from gpupipe.demo.train_encoder import Listener, make_sounds, rows_of, train_branch, train_encoder
 from gpupipe.demo.train_unet import Pictures, join, paste, train_joined, train_painter
 from gpupipe.image_processor import ImageProcessor
 from gpupipe.models.checkpoint import load_unet
@@ -40,6 +40,7 @@ logger = logging.getLogger("gpupipe.demo.train")
 
 JPEG_QUALITY = 92
 UTTERANCES = 600
+KEPT = 48  # utterances whose features are kept for the stages after the encoder's
 WIDTH = 0.25
 
 
@@ -130,6 +131,7 @@ def train(
     *,
     encoder_steps: int,
     painter_steps: int,
+    branch_steps: int,
     joined_steps: int,
     utterances: int = UTTERANCES,
     device: torch.device,
@@ -148,10 +150,19 @@ def train(
     listener = Listener(WIDTH)
     listener.load_state_dict(heard["listener"])
     listener = listener.to(device).eval()
+    kept = out / "rows.pt"
+    if not kept.is_file():
+        chosen = np.random.default_rng(7).permutation(utterances)[:KEPT]
+        rows = {
+            "known": rows_of(listener.encoder, sounds, chosen),
+            "unknown": rows_of(listener.encoder, held_out, np.arange(10)),
+        }
+        torch.save(rows, kept.with_suffix(".part"))
+        kept.with_suffix(".part").replace(kept)
+    known, unknown = torch.load(kept, weights_only=True).values()
+    read = train_branch(out, listener, known, unknown, steps=branch_steps)
     pairs = join(network, pairs, listener)
-    state, together = train_joined(
-        out, network, pairs, listener.encoder, pictures, sounds, held_out, steps=joined_steps
-    )
+    state, together = train_joined(out, network, pairs, pictures, known, unknown, steps=joined_steps)
     save_half(state, bundle / "unet.safetensors")
     save_half(listener.encoder.state_dict(), bundle / "encoder.safetensors")
     if not (bundle / "sample.flac").is_file():
@@ -168,6 +179,7 @@ def train(
             f"{len(corpus.VARIANTS)} voices each; one in ten babble of filtered harmonics; gain, tilt, echo, noise",
         },
         "encoder": heard["record"],
+        "branch": {"steps": read["step"], "batch": 64, "loss": "smooth L1", "history": read["history"]},
         "painter": {"steps": drawn["step"], "batch": 4, "loss": "L1, mouth × 4", "history": drawn["history"]},
         "joined": {"steps": together["step"], "batch": 4, "loss": "L1, mouth × 4", "history": together["history"]},
         "held_out": held_out_check(bundle),
@@ -186,8 +198,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="work folder; the result is its folder bundle/")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--encoder-steps", type=int, default=320)
-    parser.add_argument("--painter-steps", type=int, default=700)
-    parser.add_argument("--joined-steps", type=int, default=300)
+    parser.add_argument("--painter-steps", type=int, default=850)
+    parser.add_argument("--branch-steps", type=int, default=300)
+    parser.add_argument("--joined-steps", type=int, default=540)
     parser.add_argument("--utterances", type=int, default=UTTERANCES, help="sounds to train on, about 10 s each")
     parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
     options = parser.parse_args()
@@ -198,6 +211,7 @@ def main() -> None:
         options.out,
         encoder_steps=options.encoder_steps,
         painter_steps=options.painter_steps,
+        branch_steps=options.branch_steps,
         joined_steps=options.joined_steps,
         utterances=options.utterances,
         device=torch.device(options.device),

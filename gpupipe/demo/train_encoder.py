@@ -228,3 +228,87 @@ def train_encoder(
             torch.save(state, path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)
     return state
+
+
+# ── the branch by itself ─────────────────────────────────────────────────────────────────────────────────────────────
+
+Rows = list[tuple[Tensor, Tensor]]
+"""Utterances as the U-Net hears them: features (8 + N + 8, 512), zeros before and after, and true mouths (N, 3)."""
+
+
+@torch.inference_mode()
+def rows_of(encoder: AudioEncoder, sounds: Sounds, utterances: np.ndarray) -> Rows:
+    """The features of these utterances, on the CPU."""
+    device = next(encoder.parameters()).device
+    out = []
+    for utterance in utterances:
+        mouths = torch.from_numpy(sounds.mouth[sounds.row_at[utterance] : sounds.row_at[utterance + 1]])
+        windows = row_windows(sounds.mel_of(utterance), torch.arange(len(mouths)))
+        rows = torch.cat([encoder(part.to(device)).cpu() for part in windows.split(256)])
+        out.append((F.pad(rows, (0, 0, BEFORE, AFTER)).clone(), mouths.clone()))
+    return out
+
+
+def draw_windows(rng: np.random.Generator, rows: Rows, count: int) -> tuple[Tensor, Tensor]:
+    """``count`` random windows (count, 32, 16, 16) and their true mouths (count, 3)."""
+    windows, mouths = [], []
+    for k in rng.integers(0, len(rows), count):
+        features, truth = rows[k]
+        at = int(rng.integers(0, len(truth)))
+        windows.append(features[at : at + BEFORE + AFTER].reshape(32, 16, 16))
+        mouths.append(truth[at])
+    return torch.stack(windows), torch.stack(mouths)
+
+
+def train_branch(
+    out: Path, listener: Listener, known: Rows, unknown: Rows, *, steps: int, batch: int = 64
+) -> dict[str, Any]:
+    """Train branch and map head alone on kept features, in place: a step costs a fraction of the encoder's.
+
+    Returns:
+        ``{"step", "listener" (state dict), "history"}``, saved as ``out/branch.pt``.
+    """
+    path = out / "branch.pt"
+    if path.is_file():
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        listener.load_state_dict(state["listener"])
+        return state
+    device = next(listener.parameters()).device
+    spread = torch.cat([features for features, _ in known]).std(0).reshape(1, 2, 16, 16).repeat(1, 16, 1, 1).to(device)
+    parameters = [*listener.branch.parameters(), *listener.map_head.parameters()]
+    optimiser = torch.optim.AdamW(parameters, weight_decay=0.02)
+    history, average = [], 0.0
+    listener.eval()
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * rate_share(step / steps)
+        listener.branch.train()
+        windows, mouths = draw_windows(np.random.default_rng((11, step)), known, batch)
+        heard = windows.to(device)
+        heard = heard + 0.15 * spread * torch.randn_like(heard)
+        maps = listener.map_head(listener.branch(heard))[:, :, MOUTH_CELLS[0], MOUTH_CELLS[1]]
+        truth = mouths.to(device)[:, :, None, None].expand_as(maps)
+        loss = F.smooth_l1_loss(maps, truth, beta=0.05)
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        value = loss.item()
+        average += 0.05 * (value - average) if average else value
+        if (step + 1) % 50 == 0 or step + 1 == steps:
+            listener.branch.eval()
+            with torch.no_grad():
+                windows, mouths = draw_windows(np.random.default_rng(12), unknown, 512)
+                read = listener.map_head(listener.branch(windows.to(device)))
+                read = read[:, :, MOUTH_CELLS[0], MOUTH_CELLS[1]].mean((2, 3)).cpu()
+            entry: dict[str, float] = {"step": step + 1, "train_loss": round(average, 5)}
+            for k, name in enumerate(PARAMETERS):
+                entry[name] = round(float(torch.corrcoef(torch.stack([read[:, k], mouths[:, k]]))[0, 1]), 4)
+                entry[f"{name}_error"] = round(float((read[:, k] - mouths[:, k]).abs().mean()), 4)
+            history.append(entry)
+            logger.info("branch held out: %s", entry)
+    listener.eval()
+    state = {"step": steps, "listener": listener.state_dict(), "history": history}
+    torch.save(state, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+    return state

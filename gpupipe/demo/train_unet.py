@@ -22,8 +22,7 @@ from torch.nn import functional as F
 
 from gpupipe.demo import rig
 from gpupipe.demo.mouth import PARAMETERS
-from gpupipe.demo.train_encoder import AFTER, BEFORE, Listener, Sounds, rate_share, row_windows
-from gpupipe.models.audio_encoder import FEATURES, AudioEncoder
+from gpupipe.demo.train_encoder import Listener, Rows, draw_windows, rate_share
 from gpupipe.models.unet328 import UNet328
 
 logger = logging.getLogger("gpupipe.demo.train")
@@ -344,52 +343,27 @@ def join(painter: UNet328, pairs: list[tuple[str, str]], listener: Listener) -> 
     return pairs + branch_pairs
 
 
-@torch.inference_mode()
-def rows_of(encoder: AudioEncoder, sounds: Sounds, utterances: np.ndarray) -> list[tuple[Tensor, Tensor]]:
-    """Features (16 + N, 512), zeros before and after, and true mouths (N, 3) of these utterances, on the CPU."""
-    device = next(encoder.parameters()).device
-    out = []
-    for utterance in utterances:
-        mouths = torch.from_numpy(sounds.mouth[sounds.row_at[utterance] : sounds.row_at[utterance + 1]])
-        windows = row_windows(sounds.mel_of(utterance), torch.arange(len(mouths)))
-        rows = torch.cat([encoder(part.to(device)).cpu() for part in windows.split(256)])
-        out.append((F.pad(rows, (0, 0, BEFORE, AFTER)), mouths))
-    return out
-
-
 def train_joined(
     out: Path,
     network: UNet328,
     pairs: list[tuple[str, str]],
-    encoder: AudioEncoder,
     pictures: Pictures,
-    sounds: Sounds,
-    held_out: Sounds,
+    known: Rows,
+    unknown: Rows,
     *,
     steps: int,
     batch: int = 4,
     rate: float = 1.2e-3,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train the whole U-Net a little on real features, the encoder's as it is.
+    """Train the whole U-Net a little on real features; ``known`` to train on, ``unknown`` to measure with.
 
     Returns:
         The state dict of an ordinary :class:`UNet328`, and what :func:`fit` returns; leaves ``joined.pt`` in ``out``.
     """
-    encoder = encoder.eval()
-    rng = np.random.default_rng(7)
-    known = rows_of(encoder, sounds, rng.permutation(len(sounds.row_at) - 1)[:48])
-    unknown = rows_of(encoder, held_out, np.arange(4))
 
-    def draw(
-        rng: np.random.Generator, rows: list[tuple[Tensor, Tensor]], n: int
-    ) -> tuple[np.ndarray, Tensor, np.ndarray]:
-        windows, mouths = [], []
-        for k in rng.integers(0, len(rows), n):
-            features, truth = rows[k]
-            at = int(rng.integers(0, len(truth)))
-            windows.append(features[at : at + BEFORE + AFTER].reshape(-1, 16, 16))
-            mouths.append(truth[at].numpy())
-        return rng.integers(0, len(pictures.frames), n), torch.stack(windows).to(pictures.device), np.stack(mouths)
+    def draw(rng: np.random.Generator, rows: Rows, n: int) -> tuple[np.ndarray, Tensor, np.ndarray]:
+        windows, mouths = draw_windows(rng, rows, n)
+        return rng.integers(0, len(pictures.frames), n), windows.to(pictures.device), mouths.numpy()
 
     def loss_of(step: int) -> Tensor:
         indices, audio, mouths = draw(np.random.default_rng((8, step)), known, batch)
@@ -402,7 +376,6 @@ def train_joined(
         indices, audio, mouths = draw(np.random.default_rng(9), unknown, 16)
         return figures(pictures, indices, network(pictures.image(indices), audio), pictures.truth(indices, mouths))
 
-    assert FEATURES * (BEFORE + AFTER) == 32 * 16 * 16
     state = fit(
         out / "joined.pt", network, loss_of, name="joined", steps=steps, rate=rate, measure=measure, measure_every=50
     )
