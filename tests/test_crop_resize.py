@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +35,7 @@ EDGE_BOXES: list[Box] = [
 """What is left of boxes that stood over the frame's edge, down to a row, a column and a pixel."""
 
 
+@functools.cache
 def noise(seed: int = 0) -> Image:
     """The hardest picture for an error of the arithmetic: neighbours have nothing to do with each other."""
     return np.random.default_rng(seed).integers(256, size=(HEIGHT, WIDTH, 3), dtype=np.uint8)

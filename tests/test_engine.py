@@ -101,10 +101,9 @@ def test_auto_takes_onnx_runtime_on_the_cpu() -> None:
     assert isinstance(make_engine(network, device=CPU, engine="torch"), TorchEngine)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_the_cpu_is_always_float32(exact: bool) -> None:
+def test_the_cpu_is_always_float32() -> None:
     for name in ON_CPU:
-        engine = make_engine(seeded_network(width=1 / 8), device=CPU, engine=name, exact=exact)
+        engine = make_engine(seeded_network(width=1 / 8), device=CPU, engine=name, exact=False)
         assert engine.dtype == torch.float32
         assert engine.device == CPU
 

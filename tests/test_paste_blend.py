@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -34,6 +35,7 @@ EDGE_BOXES: list[Box] = [
 ]
 
 
+@functools.cache
 def noise(seed: int = 0, height: int = HEIGHT, width: int = WIDTH) -> Image:
     return np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
 
@@ -162,7 +164,7 @@ def blacken(crop: Image) -> None:
 
 def test_bound_fails_with_a_black_ring() -> None:
     """The rim that one of the seed's programs drew."""
-    for side in (61, 200, 719):
+    for side in (61, 300):
         box, mouth = square(side), mouths(1)
         wrong = by_opencv(noise(), box, mouth, alter=blacken)
         assert not EXACT_RESIZE.holds(pasted(noise(), box, mouth)[inside(box)], wrong[inside(box)])
@@ -171,7 +173,7 @@ def test_bound_fails_with_a_black_ring() -> None:
 def test_bound_fails_without_the_ring() -> None:
     """The mouth stretched over the whole box."""
     box, mouth = square(200), mouths(1)
-    wrong = noise()
+    wrong = noise().copy()
     painted = (mouth[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
     wrong[inside(box)] = cv2.resize(painted, (200, 200), interpolation=cv2.INTER_CUBIC)
     assert not EXACT_RESIZE.holds(pasted(noise(), box, mouth)[inside(box)], wrong[inside(box)])
@@ -212,7 +214,7 @@ def feathered(frame: Image, painted: Image, box: Box, feather: float) -> Image:
 
 
 @pytest.mark.parametrize("feather", [1.0, 3.7, 8.0, 40.0, 1000.0])
-@pytest.mark.parametrize("box", [square(61), square(200), square(719), EDGE_BOXES[0], EDGE_BOXES[3], (7, 9, 8, 10)])
+@pytest.mark.parametrize("box", [square(61), square(300), EDGE_BOXES[0], (3, 0, 322, 33), (7, 9, 8, 10)])
 def test_feather_follows_its_formula(box: Box, feather: float) -> None:
     mouth = mouths(1)
     hard = pasted(noise(), box, mouth)

@@ -1,0 +1,108 @@
+"""Memory does not grow with the length of the sound: 20,000 frames peak where 500 do."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+import wave
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SHORT, LONG = 500, 20_000
+ALLOWED_MB = 100
+"""How much more the peak of LONG frames may be than that of SHORT."""
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
+
+PROGRAM = """
+import sys
+from pathlib import Path
+
+import torch
+
+from gpupipe import FrameGenerationPipeline
+
+torch.set_num_threads(1)
+checkpoint, template, features, sound, output, variant = sys.argv[1:]
+
+
+class Stub:
+    '''A network that takes no time: what is looked at is all that is around it.'''
+
+    name, device, dtype = "stub", torch.device("cpu"), torch.float32
+
+    def encode(self, image):
+        return {"seen": image.mean(dim=(2, 3))}
+
+    def decode(self, features, index, audio):
+        level = (audio.mean(dim=(1, 2, 3)) * 255).to(torch.uint8)
+        return level[:, None, None, None].expand(-1, 3, 320, 320)
+
+
+pipeline = FrameGenerationPipeline(checkpoint, "ave", "cpu", engine="torch", batch_size=16)
+pipeline.unet_model.engine = Stub()
+if variant == "hoards":  # keeps every frame, as the loop must not
+    stream, kept = pipeline.generator.stream, []
+
+    def hoarding(*arguments, **options):
+        for batch in stream(*arguments, **options):
+            kept.append(batch.clone())
+            yield batch
+
+    pipeline.generator.stream = hoarding
+pipeline.generate_video(features, template, sound, output)
+# Not ru_maxrss: a process inherits that from the one that started it.
+print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+"""
+
+
+@pytest.fixture(scope="module")
+def peak(
+    tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., float]:
+    """``peak(frames, variant)`` → megabytes that a process of its own takes to render that many small frames."""
+    folder = tmp_path_factory.mktemp("memory")
+    template = make_template(folder / "template", frames=8, size=(96, 64), box=(30, 20, 32))
+
+    @functools.cache
+    def measure(frames: int, variant: str = "streams") -> float:
+        features, sound, output = (folder / f"{frames}{suffix}" for suffix in (".npy", ".wav", ".mp4"))
+        rows = np.lib.format.open_memmap(features, "w+", np.float32, (frames, 512))
+        rows[:] = np.linspace(0, 0.9, frames)[:, None]
+        rows.flush()
+        with wave.open(str(sound), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(16000)
+            noise = np.random.default_rng(0).integers(-5000, 5000, frames * 640).astype("<i2")
+            file.writeframes(noise.tobytes())
+        arguments = [str(path) for path in (tiny_checkpoint(), template, features, sound, output)]
+        command = [sys.executable, "-c", PROGRAM, *arguments, variant]
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        assert finished.returncode == 0, finished.stderr
+        assert output.is_file()
+        return int(finished.stdout) / 1024
+
+    return measure
+
+
+def allowed(frames: int) -> float:
+    """The same growth a frame, for a clip between the two: 5 kB, about half a frame of this size."""
+    return ALLOWED_MB * (frames - SHORT) / (LONG - SHORT)
+
+
+def test_memory_does_not_grow(peak: Callable[..., float]) -> None:
+    assert peak(3000) - peak(SHORT) <= allowed(3000)
+
+
+def test_bound_fails_on_a_loop_that_keeps_its_frames(peak: Callable[..., float]) -> None:
+    assert peak(3000, "hoards") - peak(SHORT) > allowed(3000)
+
+
+@pytest.mark.slow
+def test_20000_frames_take_no_more_than_500(peak: Callable[..., float]) -> None:
+    assert peak(LONG) - peak(SHORT) <= ALLOWED_MB
