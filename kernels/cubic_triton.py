@@ -65,10 +65,14 @@ def round_saturate(values):
 
 
 @triton.jit
-def truncate(values):
-    """The whole part of float32 in [0, 2²³)."""
-    rounded = (values + _INTEGER) - _INTEGER
-    return tl.where(rounded > values, rounded - 1.0, rounded)
+def truncate(b, g, r):
+    """The whole parts of three float32 in [0, 2²³)."""
+    whole_b, whole_g, whole_r = (b + _INTEGER) - _INTEGER, (g + _INTEGER) - _INTEGER, (r + _INTEGER) - _INTEGER
+    return (
+        tl.where(whole_b > b, whole_b - 1.0, whole_b),
+        tl.where(whole_g > g, whole_g - 1.0, whole_g),
+        tl.where(whole_r > r, whole_r - 1.0, whole_r),
+    )
 
 
 @triton.jit

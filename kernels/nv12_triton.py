@@ -26,7 +26,7 @@ _INVERSE_SHIFT = tl.constexpr(INVERSE_BITS)
 _INVERSE_HALF = tl.constexpr(1 << (INVERSE_BITS - 1))
 _INVERSE = tl.constexpr(rgb_weights("bgr"))
 
-BLOCK = 1 << 13 if INTERPRETED else 128
+BLOCK = 256 if INTERPRETED else 128
 """Threads' worth of work a program; the interpreter's cost is by the program."""
 
 

@@ -30,8 +30,8 @@ _SIZE = tl.constexpr(328)
 _INNER = tl.constexpr(320)
 _RING = tl.constexpr(4)
 
-TILE = (64, 64) if INTERPRETED else (8, 16)
-"""Rows and columns of cells a program; the interpreter's cost is by the program."""
+TILE = (8, 16)
+"""Rows and columns of cells a program."""
 
 
 @triton.jit
@@ -91,14 +91,15 @@ def _paste_blend_kernel(
         cubic_axis(clamped(y + 1 - ymin, height), _SIZE, height),
     )
     columns = (
-        cubic_axis(clamped(x - xmin, width), _SIZE, width),
-        cubic_axis(clamped(x + 1 - xmin, width), _SIZE, width),
+        _columns(clamped(x - xmin, width), width),
+        _columns(clamped(x + 1 - xmin, width), width),
     )
     low = tl.minimum(_tap(tile_y - ymin, height), _tap(tile_x - xmin, width)) - 1
     high = tl.maximum(_tap(tile_y - ymin + 2 * TILE_ROWS, height), _tap(tile_x - xmin + 2 * TILE_COLUMNS, width)) + 2
     inner = mouth + sample.to(tl.int64) * mouth_stride
     ring = crops + tl.load(crop_index + sample).to(tl.int64) * (3 * _SIZE * _SIZE)
-    count = _SIZE // height + 5
+    # Canvas rows from the upper pixel's first tap to the lower pixel's last.
+    count = tl.where(height == 1, 4, _SIZE // height + 5)
     strides = (channel_stride, mouth_row_stride, mouth_column_stride)
     if (low < _RING) | (high >= _RING + _INNER):
         pixels = _resize(inner, ring, strides, rows, columns, count, True)
@@ -175,13 +176,21 @@ def _resize(inner, ring, strides, rows, columns, count, REACHES_RING: tl.constex
 
 
 @triton.jit
+def _columns(position, width):
+    """Columns of the canvas that a column of the box takes, and their weights."""
+    tap, w0, w1, w2, w3 = cubic_axis(position, _SIZE, width)
+    x0, x1, x2, x3 = clamped(tap, _SIZE), clamped(tap + 1, _SIZE), clamped(tap + 2, _SIZE), clamped(tap + 3, _SIZE)
+    return x0, x1, x2, x3, w0, w1, w2, w3
+
+
+@triton.jit
 def _tap_sums(inner, ring, strides, y, column, REACHES_RING: tl.constexpr):
     """The weighted taps of one canvas row."""
-    b0, g0, r0 = _canvas(inner, ring, strides, y, clamped(column[0], _SIZE), REACHES_RING)
-    b1, g1, r1 = _canvas(inner, ring, strides, y, clamped(column[0] + 1, _SIZE), REACHES_RING)
-    b2, g2, r2 = _canvas(inner, ring, strides, y, clamped(column[0] + 2, _SIZE), REACHES_RING)
-    b3, g3, r3 = _canvas(inner, ring, strides, y, clamped(column[0] + 3, _SIZE), REACHES_RING)
-    w0, w1, w2, w3 = column[1], column[2], column[3], column[4]
+    x0, x1, x2, x3, w0, w1, w2, w3 = column
+    b0, g0, r0 = _canvas(inner, ring, strides, y, x0, REACHES_RING)
+    b1, g1, r1 = _canvas(inner, ring, strides, y, x1, REACHES_RING)
+    b2, g2, r2 = _canvas(inner, ring, strides, y, x2, REACHES_RING)
+    b3, g3, r3 = _canvas(inner, ring, strides, y, x3, REACHES_RING)
     return (
         b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3,
         g0 * w0 + g1 * w1 + g2 * w2 + g3 * w3,
@@ -196,27 +205,21 @@ def _canvas(inner, ring, strides, y, x, REACHES_RING: tl.constexpr):
     p = inner + (y - _RING) * row_stride + (x - _RING) * column_stride
     if REACHES_RING:
         painted = (y >= _RING) & (y < _RING + _INNER) & (x >= _RING) & (x < _RING + _INNER)
+        b = tl.load(p, mask=painted, other=0).to(tl.float32)
+        g = tl.load(p + channel_stride, mask=painted, other=0).to(tl.float32)
+        r = tl.load(p + 2 * channel_stride, mask=painted, other=0).to(tl.float32)
+    else:
+        b = tl.load(p).to(tl.float32)
+        g = tl.load(p + channel_stride).to(tl.float32)
+        r = tl.load(p + 2 * channel_stride).to(tl.float32)
+    if inner.dtype.element_ty != tl.uint8:  # which is truncated already
+        b, g, r = truncate(b * 255.0, g * 255.0, r * 255.0)
+    if REACHES_RING:
         q = ring + y * _SIZE + x
-        b = _whole(tl.load(p, mask=painted, other=0))
-        g = _whole(tl.load(p + channel_stride, mask=painted, other=0))
-        r = _whole(tl.load(p + 2 * channel_stride, mask=painted, other=0))
         b += tl.load(q, mask=~painted, other=0).to(tl.float32)
         g += tl.load(q + _SIZE * _SIZE, mask=~painted, other=0).to(tl.float32)
         r += tl.load(q + 2 * _SIZE * _SIZE, mask=~painted, other=0).to(tl.float32)
-    else:
-        b = _whole(tl.load(p))
-        g = _whole(tl.load(p + channel_stride))
-        r = _whole(tl.load(p + 2 * channel_stride))
     return b, g, r
-
-
-@triton.jit
-def _whole(value):
-    """The network's output in [0, 1] as 0 … 255, truncated; uint8 is that already."""
-    if value.dtype == tl.uint8:
-        return value.to(tl.float32)
-    else:
-        return truncate(value.to(tl.float32) * 255.0)
 
 
 @triton.jit
@@ -311,6 +314,8 @@ def paste_blend_triton(
     samples = len(index)
     width, height = max_box or (frame_width, frame_height)
     tile_rows, tile_columns = TILE
+    if INTERPRETED:  # its cost is by the program
+        tile_rows, tile_columns = triton.next_power_of_2(height // 2 + 1), triton.next_power_of_2(width // 2 + 1)
     extra = 1 if nv12 else 0  # a box that starts at an odd pixel touches a cell more
     tiles = triton.cdiv(width + extra, 2 * tile_columns)
     grid = (tiles * triton.cdiv(height + extra, 2 * tile_rows), samples)

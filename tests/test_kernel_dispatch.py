@@ -1,0 +1,65 @@
+"""Which implementation of the kernels runs where, and that the CPU's needs no Triton."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gpupipe.fallbacks import fallbacks
+from gpupipe.kernels import dispatch
+
+
+def test_the_cpu_runs_plain_torch_and_that_is_no_fallback() -> None:
+    assert dispatch.backend("cpu") == "torch"
+    assert dispatch.obstacle(torch.device("cpu")) == "device is cpu; the Triton kernels need cuda"
+    assert not any("Triton" in message for message in fallbacks())
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "backend", "said"),
+    [
+        ((9, 0), True, "triton", None),
+        ((8, 0), True, "triton", None),
+        ((7, 5), True, "torch", "7.5"),
+        ((9, 0), False, "torch", "not installed"),
+    ],
+)
+def test_cuda_runs_triton_where_it_can(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], triton: bool, backend: str, said: str | None
+) -> None:
+    noted: list[str] = []
+    monkeypatch.setattr(dispatch, "note_fallback", noted.append)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object() if triton else None)
+    dispatch._cuda_obstacle.cache_clear()
+    try:
+        assert dispatch.backend("cuda") == backend
+        assert len(noted) == (said is not None)
+        assert said is None or said in noted[0]
+    finally:
+        dispatch._cuda_obstacle.cache_clear()
+
+
+def test_the_cpu_s_kernels_do_without_triton() -> None:
+    script = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+sys.meta_path.insert(0, Refuse())
+import torch
+import gpupipe.kernels
+from gpupipe.kernels import crop_resize, dispatch, nv12, paste_blend
+frames, index, boxes = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.tensor([0]), torch.tensor([[1, 1, 6, 6]])
+crops, image = crop_resize.crop_and_input(frames, index, boxes)
+done = paste_blend.paste_blend_nv12(image[:, :3], crops, frames, index, boxes, nv12.to_nv12(frames))
+print(tuple(done.shape), "triton" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(1, 12, 8) False"

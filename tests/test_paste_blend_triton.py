@@ -1,0 +1,288 @@
+"""The paste_blend kernel, interpreted or on the GPU, against the plain-torch reference, OpenCV and converted frames."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from parity import EXACT_RESIZE, Bound, resize_bound
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from gpupipe.kernels.crop_resize import crop_resize
+from gpupipe.kernels.nv12 import to_nv12
+from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
+from gpupipe.kernels.paste_blend_triton import paste_blend_triton
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+Box = tuple[int, int, int, int]
+
+SAME = Bound(1, 0.9999)
+"""Against the reference: the same arithmetic, added up in another order."""
+
+WIDTH, HEIGHT = 230, 150
+WHOLE = (0, 0, WIDTH, HEIGHT)
+BOXES: list[Box] = [
+    (20, 9, 81, 70),
+    (21, 10, 82, 71),
+    (0, 0, 97, 97),
+    (132, 52, 230, 150),
+    WHOLE,
+    (3, 0, 223, 33),
+    (101, 7, 102, 140),
+    (7, 9, 8, 10),
+    (229, 149, 230, 150),
+]
+
+
+def noise(count: int = 1, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Tensor:
+    return torch.randint(
+        256, (count, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def mouths(count: int, seed: int = 0) -> Tensor:
+    """Network outputs: noise over all of [0, 1], both ends included."""
+    values = torch.rand(count, 3, 320, 320, generator=torch.Generator().manual_seed(seed))
+    return (1.2 * values - 0.1).clamp(0, 1)
+
+
+def mask(frames: Tensor) -> Tensor:
+    return torch.rand(frames.shape[:3], generator=torch.Generator().manual_seed(3)) < 0.3
+
+
+def paste(
+    mouth: Tensor,
+    frames: Tensor,
+    index: list[int],
+    boxes: list[Box],
+    *,
+    nv12: bool = False,
+    keep: Tensor | None = None,
+    feather: float = 0.0,
+    max_box: tuple[int, int] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The kernel, its result on the CPU. The crops lie in another order than the samples."""
+    places, corners = torch.tensor(index), torch.tensor(boxes)
+    order = torch.arange(len(index)).flip(0)
+    crops = crop_resize(frames, places, corners)[order]
+    if out is None:
+        out = frames.index_select(0, places)
+        out = to_nv12(out) if nv12 else out
+    layout = torch.channels_last if mouth.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    found = paste_blend_triton(
+        mouth.to(DEVICE, memory_format=layout),
+        crops.to(DEVICE),
+        order.to(DEVICE),
+        frames.to(DEVICE),
+        places.to(DEVICE),
+        corners.to(DEVICE),
+        out.to(DEVICE, copy=True),
+        nv12=nv12,
+        max_box=max_box or tuple((corners[:, 2:] - corners[:, :2]).amax(0).tolist()),
+        feather=feather,
+        keep=None if keep is None else keep.to(DEVICE),
+    )
+    return found.cpu()
+
+
+def expected_bgr(
+    mouth: Tensor,
+    frames: Tensor,
+    index: list[int],
+    boxes: list[Box],
+    *,
+    keep: Tensor | None = None,
+    feather: float = 0.0,
+) -> Tensor:
+    places, corners = torch.tensor(index), torch.tensor(boxes)
+    crops = crop_resize(frames, places, corners)
+    return paste_blend(mouth, crops, frames, places, corners, feather=feather, keep=keep)
+
+
+def by_opencv(frame: Tensor, box: Box, mouth: Tensor) -> np.ndarray:
+    """The hard paste by cv2.resize."""
+    finished = frame.numpy().copy()
+    xmin, ymin, xmax, ymax = box
+    canvas = cv2.resize(finished[ymin:ymax, xmin:xmax], (328, 328), interpolation=cv2.INTER_CUBIC)
+    canvas[4:324, 4:324] = (mouth.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+    finished[ymin:ymax, xmin:xmax] = cv2.resize(canvas, (xmax - xmin, ymax - ymin), interpolation=cv2.INTER_CUBIC)
+    return finished
+
+
+def inside(box: Box) -> tuple[slice, slice]:
+    return slice(box[1], box[3]), slice(box[0], box[2])
+
+
+def check(found: np.ndarray, expected: np.ndarray, box: Box, bound: Bound) -> None:
+    """``bound`` inside the box, bit-equal outside."""
+    bound.check(found[inside(box)], expected[inside(box)], box)
+    found, expected = found.copy(), expected.copy()
+    found[inside(box)] = expected[inside(box)] = 0
+    assert np.array_equal(found, expected), f"{box}: differ outside the box"
+
+
+# ── BGR ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_hard_paste_is_the_reference_s_and_opencv_s(box: Box) -> None:
+    frames, mouth = noise(), mouths(1)
+    found = paste(mouth, frames, [0], [box])[0].numpy()
+    check(found, expected_bgr(mouth, frames, [0], [box])[0].numpy(), box, SAME)
+    check(found, by_opencv(frames[0], box, mouth[0]), box, resize_bound(box))
+
+
+@pytest.mark.parametrize("side", [328, 719])
+def test_large_boxes_are_the_reference_s_and_opencv_s(side: int) -> None:
+    frames, mouth, box = noise(height=720, width=760), mouths(1), (37, 1, 37 + side, 1 + side)
+    found = paste(mouth, frames, [0], [box])[0].numpy()
+    check(found, expected_bgr(mouth, frames, [0], [box])[0].numpy(), box, SAME)
+    check(found, by_opencv(frames[0], box, mouth[0]), box, EXACT_RESIZE)
+
+
+@pytest.mark.parametrize(("feather", "parsing"), [(0.5, False), (8.0, True), (1000.0, False), (0.0, True)])
+def test_feather_and_parsing(feather: float, parsing: bool) -> None:
+    frames, mouth, box = noise(2), mouths(1), BOXES[0]
+    keep = mask(frames) if parsing else None
+    found = paste(mouth, frames, [1], [box], feather=feather, keep=keep)[0].numpy()
+    expected = expected_bgr(mouth, frames, [1], [box], feather=feather, keep=keep)[0].numpy()
+    check(found, expected, box, SAME)
+    if keep is not None:
+        assert np.array_equal(found[keep[1].numpy()], frames[1].numpy()[keep[1].numpy()])
+
+
+def test_a_sample_does_not_see_its_batch() -> None:
+    frames, index, mouth = noise(3), [2, 0], mouths(2)
+    boxes = [BOXES[0], BOXES[6]]
+    together = paste(mouth, frames, index, boxes, feather=4.0)
+    for k in range(2):
+        alone = paste(mouth[k : k + 1], frames, [index[k]], [boxes[k]], feather=4.0)
+        assert torch.equal(together[k], alone[0]), boxes[k]
+
+
+@pytest.mark.parametrize(("level", "value"), [(0.0, 0), (0.5, 127), (254.9 / 255, 254), (1.0, 255)])
+def test_output_is_truncated_not_rounded(level: float, value: int) -> None:
+    box = (3, 4, 103, 104)
+    found = paste(torch.full((1, 3, 320, 320), level), noise(), [0], [box])[0]
+    assert (found[14:94, 13:93] == value).all()
+
+
+def test_every_layout_and_type_of_the_mouth() -> None:
+    """Half precision loses what it loses before the kernel; uint8 is truncated already; layouts change nothing."""
+    frames, mouth, box = noise(), mouths(1).half(), BOXES[1]
+    found = paste(mouth, frames, [0], [box])
+    assert torch.equal(found, paste(mouth.float(), frames, [0], [box]))
+    assert torch.equal(found, paste((mouth.float() * 255).to(torch.uint8), frames, [0], [box]))
+    assert torch.equal(found, paste(mouth.to(memory_format=torch.channels_last), frames, [0], [box]))
+
+
+def test_the_launch_need_not_know_the_boxes() -> None:
+    frames, mouth, box = noise(), mouths(1), BOXES[1]
+    assert torch.equal(paste(mouth, frames, [0], [box], max_box=(WIDTH, HEIGHT)), paste(mouth, frames, [0], [box]))
+
+
+# ── NV12 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("box", "feather", "parsing"), [*((box, 8.0, True) for box in BOXES if box != WHOLE), (BOXES[1], 0.0, False)]
+)
+def test_nv12_is_the_finished_frame_converted(box: Box, feather: float, parsing: bool) -> None:
+    """To the last bit: boxes at odd pixels cut cells of chroma."""
+    frames, mouth = noise(), mouths(1)
+    keep = mask(frames) if parsing else None
+    found = paste(mouth, frames, [0], [box], nv12=True, feather=feather, keep=keep)
+    finished = paste(mouth, frames, [0], [box], feather=feather, keep=keep)
+    assert torch.equal(found, to_nv12(finished))
+    assert not torch.equal(found, to_nv12(frames))
+
+
+def test_nv12_of_a_batch_in_half_precision_and_channels_last() -> None:
+    frames, index, boxes = noise(2), [1, 0], [BOXES[1], BOXES[0]]
+    mouth = mouths(2).half().to(memory_format=torch.channels_last)
+    found = paste(mouth, frames, index, boxes, nv12=True, feather=8.0)
+    expected = to_nv12(expected_bgr(mouth, frames, index, boxes, feather=8.0))
+    SAME.check(found.numpy(), expected.numpy())
+
+
+def test_nv12_writes_only_the_cells_that_the_box_touches() -> None:
+    frames, mouth, box = noise(), mouths(1), BOXES[1]
+    blank = torch.full((1, HEIGHT * 3 // 2, WIDTH), 7, dtype=torch.uint8)
+    found = paste(mouth, frames, [0], [box], nv12=True, out=blank)[0]
+    touched = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
+    touched[box[1] // 2 * 2 : -(-box[3] // 2) * 2, box[0] // 2 * 2 : -(-box[2] // 2) * 2] = True
+    touched = torch.cat([touched, touched[::2]])
+    assert (found[~touched] == 7).all()
+    assert torch.equal(found[touched], paste(mouth, frames, [0], [box], nv12=True)[0][touched])
+
+
+# ── errors ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_memory_that_the_kernel_cannot_address_is_an_error() -> None:
+    frames, index, boxes = noise().to(DEVICE), torch.zeros(1, dtype=torch.int64), torch.tensor(BOXES[:1])
+    crops = crop_resize(frames.cpu(), index, boxes).to(DEVICE)
+    index, boxes, mouth = index.to(DEVICE), boxes.to(DEVICE), mouths(1).to(DEVICE)
+    for wrong in ({"frames": frames.flip(3).transpose(1, 2)}, {"out": frames.transpose(1, 2)}, {"crops": crops.mT}):
+        given = {"frames": frames, "out": frames.clone(), "crops": crops} | wrong
+        with pytest.raises(ValueError, match="strides"):
+            paste_blend_triton(mouth, given["crops"], index, given["frames"], index, boxes, given["out"], nv12=False)
+
+
+# ── negative controls ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_bound_fails_without_the_template_s_ring() -> None:
+    frames, mouth, box = noise(), mouths(1), BOXES[0]
+    found = paste(mouth, frames, [0], [box])[0].numpy()
+    black = frames.clone()
+    black[0][inside(box)] = 0
+    assert not EXACT_RESIZE.holds(found[inside(box)], by_opencv(black[0], box, mouth[0])[inside(box)])
+
+
+def test_bound_fails_when_the_mouth_is_rounded() -> None:
+    frames, mouth, box = noise(), mouths(1), BOXES[0]
+    found = paste(mouth, frames, [0], [box])[0].numpy()
+    rounded = by_opencv(frames[0], box, (mouth[0] * 255).round() / 255 + 1e-4)
+    assert not EXACT_RESIZE.holds(found[inside(box)], rounded[inside(box)])
+
+
+@pytest.mark.parametrize("other", [0.0, 7.0, 9.0])
+def test_bound_fails_for_another_feather(other: float) -> None:
+    frames, mouth, box = noise(), mouths(1), BOXES[0]
+    found = paste(mouth, frames, [0], [box], feather=8.0)[0].numpy()
+    assert SAME.holds(found, expected_bgr(mouth, frames, [0], [box], feather=8.0)[0].numpy())
+    assert not SAME.holds(found, expected_bgr(mouth, frames, [0], [box], feather=other)[0].numpy())
+
+
+# ── at the size it is made for ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("parsing", [False, True])
+@pytest.mark.parametrize("feather", [0.0, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_whole_batches_on_the_gpu(dtype: torch.dtype, feather: float, parsing: bool) -> None:
+    frames = noise(8, 720, 1280)
+    sides = torch.tensor([61, 182, 182, 183, 327, 329, 500, 719]).repeat(4)
+    corner = torch.stack([torch.arange(32) * 8 % (1281 - sides), torch.arange(32) % (721 - sides)], dim=1)
+    boxes = torch.cat([corner, corner + sides[:, None]], dim=1)
+    index = torch.arange(32) % 8
+    mouth = mouths(32).to(dtype)
+    keep = mask(frames) if parsing else None
+    crops = crop_resize(frames, index, boxes)
+    expected = paste_blend(mouth, crops, frames, index, boxes, feather=feather, keep=keep)
+
+    layout = torch.channels_last if dtype == torch.float16 else torch.contiguous_format
+    given = mouth.cuda().contiguous(memory_format=layout), crops.cuda(), frames.cuda(), index.cuda(), boxes.cuda()
+    kept = None if keep is None else keep.cuda()
+    background = to_nv12(frames.cuda())[given[3]]
+    found = paste_blend(*given, feather=feather, keep=kept, max_box=(719, 719))
+    SAME.check(found.cpu().numpy(), expected.numpy())
+    nv12 = paste_blend_nv12(*given, background, feather=feather, keep=kept, max_box=(719, 719))
+    assert torch.equal(nv12, to_nv12(found))
