@@ -17,13 +17,16 @@ from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file
 from gpupipe.errors import InputError
 from gpupipe.fallbacks import note_fallback
 
+_JPEG_SUFFIXES = {".jpg", ".jpeg"}
+
 JpegDecoder = Literal["cpu", "nvjpeg"]
 
 
 def read_image(path: str | Path) -> Tensor:
     """Decode one JPEG, PNG, WebP or GIF file on the CPU.
 
-    EXIF orientation is applied, as OpenCV's ``imread`` with ``IMREAD_COLOR`` does; grey images become BGR.
+    EXIF orientation is applied, as OpenCV's ``imread`` with ``IMREAD_COLOR`` does; grey images become BGR. A file named
+    ``.jpg`` or ``.jpeg`` must be one.
 
     Returns:
         uint8 (H, W, 3), BGR.
@@ -35,7 +38,10 @@ def read_image(path: str | Path) -> Tensor:
     if not path.is_file():
         raise InputError(f"{path}: no such image file")
     try:
-        rgb = decode_image(read_file(str(path)), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        data = read_file(str(path))
+        if path.suffix.lower() in _JPEG_SUFFIXES and bytes(data[:2].tolist()) != b"\xff\xd8":
+            raise InputError(f"{path}: is not a JPEG; expected a whole JPEG image under this name")
+        rgb = decode_image(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].split(", ", 2)[-1]  # after the C++ function and line
         if reason.startswith("Unsupported image file"):
@@ -62,7 +68,7 @@ def read_images(paths: Sequence[Path], *, device: torch.device | str = "cpu", ex
         InputError: as :func:`read_image`; also when sizes differ.
     """
     device = torch.device(device)
-    if device.type == "cuda" and not exact and all(path.suffix.lower() in {".jpg", ".jpeg"} for path in paths):
+    if device.type == "cuda" and not exact and all(path.suffix.lower() in _JPEG_SUFFIXES for path in paths):
         decoded = _nvjpeg(paths, device)
         if decoded is not None:
             return decoded
