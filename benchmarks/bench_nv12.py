@@ -1,0 +1,43 @@
+"""Whole frames to NV12 and back: µs a frame, and GB/s on the byte budget beside the device's own copy.
+
+``python -m benchmarks.bench_nv12 [--record]``.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+
+from benchmarks.common import Row
+from benchmarks.kernel_bench import SIZE, frames_of, main, rows_of
+from gpupipe.kernels import nv12
+from gpupipe.kernels.dispatch import backend
+
+
+def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
+    frames = frames_of(batch, device)
+    converted = nv12.to_nv12(frames)
+    rows: list[Row] = []
+    for name, function in (("to_nv12", lambda: nv12.to_nv12(frames)), ("from_nv12", lambda: nv12.from_nv12(converted))):
+
+        def plainly(function=function) -> torch.Tensor:  # type: ignore[no-untyped-def]
+            with mock.patch.object(nv12, "backend", return_value="torch"):
+                return function()
+
+        for provider, timed in {backend(device): function, "torch": plainly}.items():
+            rows += rows_of(
+                name,
+                provider,
+                timed,
+                frames=batch,
+                bytes_a_frame=nv12.bytes_moved(SIZE),
+                config={"case": f"{SIZE[0]}×{SIZE[1]}", "size": list(SIZE)},
+                device=device,
+                rounds=rounds,
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    main((__doc__ or "").split("\n")[0], cases)

@@ -1,0 +1,57 @@
+"""paste_blend: µs a frame, and GB/s on its byte budget beside the device's own copy.
+
+``python -m benchmarks.bench_paste_blend [--record]``. NV12 counts the copy of the background that the batch loop makes.
+"""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+
+from benchmarks.common import Row
+from benchmarks.kernel_bench import BOX, SIZE, boxes_of, frames_of, main, rows_of
+from gpupipe.kernels import paste_blend as module
+from gpupipe.kernels.crop_resize import crop_resize
+from gpupipe.kernels.dispatch import backend
+from gpupipe.kernels.nv12 import to_nv12
+from gpupipe.kernels.paste_blend import bytes_moved, paste_blend, paste_blend_nv12
+
+
+def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
+    frames, boxes, index = frames_of(batch, device), boxes_of(batch, device), torch.arange(batch, device=device)
+    crops, backgrounds = crop_resize(frames, index, boxes), to_nv12(frames)
+    half = device.type == "cuda"
+    mouth = torch.rand(batch, 3, 320, 320, device=device)
+    if half:
+        mouth = mouth.half().contiguous(memory_format=torch.channels_last)
+    rows: list[Row] = []
+    for nv12, feather in ((True, 0.0), (True, 8.0), (False, 8.0)):
+
+        def finish(nv12: bool = nv12, feather: float = feather) -> torch.Tensor:
+            given = (mouth, crops, frames, index, boxes)
+            if not nv12:
+                return paste_blend(*given, feather=feather, max_box=(BOX, BOX))
+            background = backgrounds.index_select(0, index)
+            return paste_blend_nv12(*given, background, feather=feather, max_box=(BOX, BOX))
+
+        def plainly(finish=finish) -> torch.Tensor:  # type: ignore[no-untyped-def]
+            with mock.patch.object(module, "backend", return_value="torch"):
+                return finish()
+
+        for provider, function in {backend(device): finish, "torch": plainly}.items():
+            rows += rows_of(
+                "paste_blend",
+                provider,
+                function,
+                frames=batch,
+                bytes_a_frame=bytes_moved(SIZE, (BOX, BOX), mouth.dtype, nv12=nv12),
+                config={"case": f"{'NV12' if nv12 else 'BGR'}, feather {feather:g}", "box": BOX, "size": list(SIZE)},
+                device=device,
+                rounds=rounds,
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    main((__doc__ or "").split("\n")[0], cases)

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of less than ten minutes, on a machine where nothing can be downloaded.
+#
+#   benchmarks/gpu_session.sh OUT [WHEELS]
+#
+# OUT     folder for the rows (<device>.jsonl), the logs and summary.txt
+# WHEELS  folder of wheels that the machine lacks (av, kornia, kornia_rs, pytest …), installed beside the project
+#
+# A part that fails or takes too long does not stop the others; the summary says which, and the exit status is 1 then.
+# PYTHON names the interpreter (python3); MINUTES bounds the whole (9).
+set -u
+
+out=$(mkdir -p "$1" && cd "$1" && pwd)
+wheels=${2:-}
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+deadline=$((SECONDS + ${MINUTES:-9} * 60))
+layout=$(mktemp -d)
+trap 'rm -rf "$layout"' EXIT
+failed=()
+: >"$out/summary.txt"
+
+# The package as it is installed, by links: kernels/ and models/ stand at the top of the repository (see Makefile, types).
+mkdir -p "$layout/gpupipe" "$layout/site"
+ln -s "$root"/gpupipe/* "$root/kernels" "$root/models" "$layout/gpupipe/"
+ln -s "$root/benchmarks" "$root/tests" "$layout/"
+export PYTHONPATH="$layout:$layout/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 GPUPIPE_FAIL_WITHOUT_CUDA=1
+cd "$layout" || exit 1
+
+part() { # name, seconds it may take, command …
+    local name=$1 limit=$2 begin=$SECONDS left status
+    shift 2
+    left=$((deadline - SECONDS))
+    if ((left <= 0)); then
+        failed+=("$name (no time left)")
+        return
+    fi
+    timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1
+    status=$?
+    ((status == 0)) || failed+=("$name (exit status $status, see $name.log)")
+    printf '%-16s %4d s  %s\n' "$name" $((SECONDS - begin)) "$([ $status = 0 ] && echo ok || echo "FAILED: $status")" |
+        tee -a "$out/summary.txt"
+}
+
+if [ -n "$wheels" ]; then
+    part wheels 60 "$python" -m pip install --quiet --no-index --no-deps --target "$layout/site" "$wheels"/*.whl
+fi
+part machine 60 "$python" -c '
+import torch, triton, gpupipe
+from gpupipe.kernels.dispatch import backend
+print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "torch", torch.__version__, "triton", triton.__version__)
+assert backend("cuda") == "triton", backend("cuda")'
+tests=("$root"/tests/test_{crop_resize,paste_blend,nv12}_triton.py)
+part tests 240 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -rfE "${tests[@]}"
+for name in crop_resize paste_blend nv12; do
+    part "bench_$name" 90 "$python" -m "benchmarks.bench_$name" --device cuda --record --results "$out"
+done
+part report 120 "$python" -m gpupipe.kernels.report --arch 90 --json "$out/report.json"
+
+{
+    echo
+    tail -n 1 "$out/tests.log" 2>/dev/null
+    cat "$out"/bench_*.log 2>/dev/null | grep -v '^recorded in'
+    if ((${#failed[@]})); then
+        printf 'FAILED: %s\n' "${failed[@]}"
+    fi
+} | tee -a "$out/summary.txt"
+((${#failed[@]} == 0))

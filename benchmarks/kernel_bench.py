@@ -1,0 +1,144 @@
+"""What the kernels' benchmarks share: the device's own copy bandwidth, and rows of bytes over time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import RESULTS, Row, Spread, append_rows, measure, row
+
+SIZE = (1280, 720)
+BOX = 182
+"""The real template's: width and height of its frames, and the side of its boxes."""
+
+BATCH = {"cuda": 64, "cpu": 4}
+
+
+def seconds_of(function: Callable[[], object], device: torch.device, *, rounds: int) -> Spread:
+    """Seconds of one call. On CUDA by events around many calls in a row: a launch's own cost hides behind the last."""
+    if device.type != "cuda":
+        return measure(function, rounds=rounds, device=device)[0]
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize(device)
+    calls = 20
+    times = []
+    for _ in range(rounds):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / calls)
+    return Spread.of(times)
+
+
+@cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy too large for the caches: the ceiling that kernels are held to."""
+    size = 1 << (30 if device.type == "cuda" else 27)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / seconds_of(lambda: target.copy_(source), device, rounds=5).p50
+
+
+def rows_of(
+    what: str,
+    provider: str,
+    function: Callable[[], object],
+    *,
+    frames: int,
+    bytes_a_frame: int,
+    config: dict[str, Any],
+    device: torch.device,
+    rounds: int,
+) -> list[Row]:
+    """Time a frame, and the bandwidth on the kernel's own byte budget as a share of the device's copy bandwidth."""
+    try:
+        seconds = seconds_of(function, device, rounds=rounds)
+    except Exception as error:  # a kernel that fails is a row of the table, and the next one still runs
+        text = f"{type(error).__name__}: {error}"
+        return [
+            row(
+                None,
+                what=what,
+                provider=provider,
+                metric="latency",
+                unit="µs/frame",
+                axis="batch",
+                value=frames,
+                config=config,
+                device=device,
+                error=text,
+            )
+        ]
+    ceiling = copy_bandwidth(device)
+    facts = config | {"bytes_a_frame": bytes_a_frame, "copy_gb_s": round(ceiling / 1e9, 1)}
+
+    def made(metric: str, unit: str, spread: Spread) -> Row:
+        return row(
+            spread,
+            what=what,
+            provider=provider,
+            metric=metric,
+            unit=unit,
+            axis="batch",
+            value=frames,
+            config=facts,
+            device=device,
+        )
+
+    moved = bytes_a_frame * frames
+    return [
+        made("latency", "µs/frame", seconds.map(lambda s: s * 1e6 / frames)),
+        made("bandwidth", "GB/s", seconds.map(lambda s: moved / s / 1e9)),
+        made("ratio", "% of copy bandwidth", seconds.map(lambda s: 100 * moved / s / ceiling)),
+    ]
+
+
+def table(rows: Iterable[Row]) -> str:
+    """A line a measurement: what, who, µs a frame, GB/s, share of the copy bandwidth."""
+    lines: dict[tuple[str, str, str], list[str]] = {}
+    for one in rows:
+        key = (one.what, one.provider, str(one.config["case"]))
+        said = f"{one.p50:.4g} {one.unit}" if one.p50 is not None else f"failed: {one.error}"
+        lines.setdefault(key, []).append(said)
+    return "\n".join(f"{what:12} {who:7} {case:44} {', '.join(said)}" for (what, who, case), said in lines.items())
+
+
+def main(description: str, cases: Callable[[torch.device, int, int], list[Row]]) -> None:
+    """The command of a kernel's benchmark."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, help="frames; 64 on CUDA, 4 on the CPU")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--record", action="store_true", help="append the rows to the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    with torch.inference_mode():
+        rows = cases(device, options.batch or BATCH[device.type], options.rounds)
+    print(table(rows))
+    if options.record:
+        for path in append_rows(rows, options.results):
+            print(f"recorded in {path}")
+    if any(one.error for one in rows):
+        raise SystemExit(1)
+
+
+def boxes_of(batch: int, device: torch.device) -> torch.Tensor:
+    """Boxes of the real size, each somewhere else, at odd and even pixels."""
+    corner = torch.stack([300 + 3 * torch.arange(batch) % 97, 100 + 5 * torch.arange(batch) % 89], dim=1)
+    return torch.cat([corner, corner + BOX], dim=1).to(device)
+
+
+def frames_of(batch: int, device: torch.device) -> torch.Tensor:
+    """Noise, uint8 (batch, H, W, 3)."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randint(256, (batch, SIZE[1], SIZE[0], 3), dtype=torch.uint8, device=device, generator=generator)
