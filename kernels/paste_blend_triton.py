@@ -34,7 +34,7 @@ TILE = (8, 16)
 """Rows and columns of cells a program."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _paste_blend_kernel(
     mouth,
     crops,
