@@ -29,6 +29,7 @@ _PATCH = (-62, 62, 30, 122)  # u from, to, v from, to: what a mouth can change
 _SKIN = np.array([152.0, 186, 232])
 _SKIN_DARK = np.array([104.0, 138, 198])
 _LIP = np.array([84.0, 78, 172])
+_SHINE = np.array([190.0, 190, 240])
 _INSIDE = np.array([34.0, 18, 66])
 _TEETH = np.array([232.0, 240, 246])
 _TONGUE = np.array([130.0, 96, 226])
@@ -209,7 +210,7 @@ def draw_mouth(index: int, mouth: np.ndarray | tuple[float, float, float]) -> np
     _paint(image, lips, _LIP)
     _paint(image, 0.45 * lips * _between(n, top, upper), _LIP * 0.72)
     shine = np.exp(-(((m + 4) / (0.4 * half)) ** 2) - ((n - lower - 4.5) / 2) ** 2)
-    _paint(image, 0.5 * lips * shine, np.array([190.0, 190, 240]))
+    _paint(image, 0.5 * lips * shine, _SHINE)
 
     inside = _between(n, upper, lower) * np.clip(half - np.abs(m) + 0.5, 0, 1)
     _paint(image, inside, _INSIDE)
@@ -257,23 +258,26 @@ def true_frame(template: np.ndarray, index: int, mouth: np.ndarray | tuple[float
 def measure_gap(frame: np.ndarray, index: int) -> float:
     """How far the lips are apart in a picture of frame ``index``, rendered by anyone: pixels, at the mouth's middle.
 
-    Along seven columns of the head through the mouth's middle, the extent of what looks like teeth, tongue or dark
-    rather than lip or skin; the median of the seven.
+    The mouth's height less the lips' own 18 pixels: along seven columns of the head through its middle, the extent of
+    what looks more like lip, teeth, tongue or dark than like skin; the median of the seven. The outer edges are what a
+    slightly soft picture shows best.
 
     Args:
         frame: uint8 (432, 768, 3), BGR.
     """
     at = pose(index)
-    v = np.arange(_MOUTH_V - 18, _MOUTH_V + 38, 0.5)
+    v = np.arange(_MOUTH_V - 22, _MOUTH_V + 54, 0.5)
+    skin = (_SKIN, 0.5 * (_SKIN + _SKIN_DARK))
+    mouth = (_LIP, 0.82 * _LIP, _LIP + 0.15 * (_SHINE - _LIP), _LIP + 0.3 * (_SHINE - _LIP), _INSIDE, _TEETH, _TONGUE)
     extents = []
     for u in np.arange(-6, 7, 2.0):
         x, y = _to_frame(np.full_like(v, u + at.turn), v, at)
         colours = frame[np.rint(y).astype(int), np.rint(x).astype(int)].astype(np.float64)
-        outside = np.min([_distance(colours, c) for c in (_SKIN, _SKIN_DARK, _LIP, _LIP * 0.82)], axis=0)
-        within = np.min([_distance(colours, c) for c in (_INSIDE, _TEETH, _TONGUE)], axis=0)
+        outside = np.min([_distance(colours, colour) for colour in skin], axis=0)
+        within = np.min([_distance(colours, colour) for colour in mouth], axis=0)
         found = np.flatnonzero(within < outside)
         extents.append(0.5 * (found[-1] - found[0] + 1) if len(found) else 0.0)
-    return float(np.median(extents))
+    return max(0.0, float(np.median(extents)) - 18)
 
 
 # ── landmarks ────────────────────────────────────────────────────────────────────────────────────────────────────────
