@@ -16,10 +16,14 @@ from gpupipe.kernels.nv12_triton import from_nv12_triton, to_nv12_triton, wide
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-SIZES = [(1, 2, 2), (2, 6, 10), (1, 64, 2), (1, 2, 66), (3, 14, 30), (1, 2, 16), (2, 6, 48), (1, 34, 112), (1, 720, 16)]
+SIZES = [(1, 2, 2), (2, 6, 10), (1, 64, 2), (3, 14, 30), (1, 2, 16), (1, 34, 112)]
 """Frames, height, width. Multiples of 16 pixels go the wide way."""
 
-ORDERS: tuple[ColorOrder, ...] = ("bgr", "rgb")
+CASES: list[tuple[tuple[int, int, int], ColorOrder]] = [
+    *((size, "bgr") for size in SIZES),
+    ((2, 6, 10), "rgb"),
+    ((1, 6, 48), "rgb"),
+]
 
 
 def noise(count: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -35,26 +39,25 @@ def planes(count: int, height: int, width: int) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "order"), CASES)
 def test_to_nv12_is_the_reference_s_to_the_bit(size: tuple[int, int, int], order: ColorOrder) -> None:
     frames = noise(*size)
     assert wide(frames, size[2]) == (size[2] % 16 == 0)
     assert torch.equal(to_nv12_triton(frames.to(DEVICE), order=order).cpu(), to_nv12(frames, order=order))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("size", "order"), CASES)
 def test_from_nv12_is_the_reference_s_to_the_bit(size: tuple[int, int, int], order: ColorOrder) -> None:
     frames = planes(*size)
     assert torch.equal(from_nv12_triton(frames.to(DEVICE), order=order).cpu(), from_nv12(frames, order=order))
 
 
-@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)])
 @pytest.mark.parametrize("width", [6, 16])
-def test_extreme_colours(colour: tuple[int, int, int], width: int) -> None:
+def test_extreme_colours(width: int) -> None:
     """The sums come nearest to the ends of 32 bits here."""
-    frames = torch.tensor(colour, dtype=torch.uint8).expand(1, 2, width, 3).contiguous()
+    colours = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]
+    rows = torch.tensor(colours, dtype=torch.uint8).repeat_interleave(2, dim=0)
+    frames = rows[None, :, None].expand(1, -1, width, 3).contiguous()
     converted = to_nv12_triton(frames.to(DEVICE))
     assert torch.equal(converted.cpu(), to_nv12(frames))
     back = from_nv12_triton(converted).cpu()

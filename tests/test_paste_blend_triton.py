@@ -165,7 +165,7 @@ def test_a_sample_does_not_see_its_batch() -> None:
         assert torch.equal(together[k], alone[0]), boxes[k]
 
 
-@pytest.mark.parametrize(("level", "value"), [(0.0, 0), (0.5, 127), (254.9 / 255, 254), (1.0, 255)])
+@pytest.mark.parametrize(("level", "value"), [(0.5, 127), (254.9 / 255, 254)])
 def test_output_is_truncated_not_rounded(level: float, value: int) -> None:
     box = (3, 4, 103, 104)
     found = paste(torch.full((1, 3, 320, 320), level), noise(), [0], [box])[0]
@@ -183,14 +183,15 @@ def test_every_layout_and_type_of_the_mouth() -> None:
 
 def test_the_launch_need_not_know_the_boxes() -> None:
     frames, mouth, box = noise(), mouths(1), BOXES[1]
-    assert torch.equal(paste(mouth, frames, [0], [box], max_box=(WIDTH, HEIGHT)), paste(mouth, frames, [0], [box]))
+    found = paste(mouth, frames, [0], [box], max_box=(WIDTH, HEIGHT))
+    SAME.check(found.numpy(), expected_bgr(mouth, frames, [0], [box]).numpy())
 
 
 # ── NV12 ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
-    ("box", "feather", "parsing"), [*((box, 8.0, True) for box in BOXES if box != WHOLE), (BOXES[1], 0.0, False)]
+    ("box", "feather", "parsing"), [*((BOXES[k], 8.0, True) for k in (1, 3, 5, 6, 8)), (BOXES[1], 0.0, False)]
 )
 def test_nv12_is_the_finished_frame_converted(box: Box, feather: float, parsing: bool) -> None:
     """To the last bit: boxes at odd pixels cut cells of chroma."""
@@ -252,12 +253,12 @@ def test_bound_fails_when_the_mouth_is_rounded() -> None:
     assert not EXACT_RESIZE.holds(found[inside(box)], rounded[inside(box)])
 
 
-@pytest.mark.parametrize("other", [0.0, 7.0, 9.0])
-def test_bound_fails_for_another_feather(other: float) -> None:
+def test_bound_fails_for_another_feather() -> None:
     frames, mouth, box = noise(), mouths(1), BOXES[0]
     found = paste(mouth, frames, [0], [box], feather=8.0)[0].numpy()
-    assert SAME.holds(found, expected_bgr(mouth, frames, [0], [box], feather=8.0)[0].numpy())
-    assert not SAME.holds(found, expected_bgr(mouth, frames, [0], [box], feather=other)[0].numpy())
+    for feather in (0.0, 7.0, 8.0, 9.0):
+        expected = expected_bgr(mouth, frames, [0], [box], feather=feather)[0].numpy()
+        assert SAME.holds(found, expected) == (feather == 8.0), feather
 
 
 # ── at the size it is made for ────────────────────────────────────────────────────────────────────────────────────────

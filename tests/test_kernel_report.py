@@ -1,0 +1,87 @@
+"""Every Triton kernel compiles for GPUs that are not here, with no spill and no stack frame, and the report says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+COLUMNS = {"kernel", "config", "arch", "registers", "stack", "spills", "shared_bytes", "load_bits", "store_bits"}
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: this one may have Triton's interpreter on, which leaves nothing to compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    command = [sys.executable, "-m", "gpupipe.kernels.report", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def check(target: Path, *architectures: int) -> None:
+    names = [str(arch) for arch in architectures]
+    done = run("--json", str(target), "--arch", *names)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(target.read_text())
+    assert all(set(row) >= COLUMNS for row in rows)
+    assert {row["arch"] for row in rows} == {f"sm_{arch}" for arch in architectures}
+    assert {row["kernel"] for row in rows} == {"crop_resize", "paste_blend", "to_nv12", "from_nv12"}
+    for row in rows:
+        assert row["error"] is None and row["stack"] == 0 and row["spills"] == 0, row
+        assert 0 < row["registers"] <= 255, row
+    widths = {(row["kernel"], row["config"]): (row["load_bits"], row["store_bits"]) for row in rows}
+    assert widths["to_nv12", "16×2 pixels"] == (128, 128)
+    assert widths["from_nv12", "16×2 pixels"] == (128, 128)
+    assert widths["crop_resize", "channels-last float16"] == (8, 128)
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
+    check(tmp_path / "rows.json", 80, 86, 89, 90, 100)
+
+
+def test_kernels_compile_for_the_oldest_and_the_newest(tmp_path: Path) -> None:
+    check(tmp_path / "rows.json", 80, 100)
+
+
+def test_a_spill_fails_the_report() -> None:
+    """The same command on a kernel that needs more registers than there are."""
+    script = """
+import sys, pathlib, tempfile, importlib.util
+source = '''
+import triton, triton.language as tl
+@triton.jit
+def greedy(p, N: tl.constexpr):
+    i = tl.arange(0, N)
+    q = tl.load(p + i)
+    for _ in range(3):
+        q = tl.load(p + q)
+        tl.debug_barrier()
+    tl.store(p + i, q)
+'''
+folder = pathlib.Path(tempfile.mkdtemp())
+(folder / "greedy.py").write_text(source)
+sys.path.insert(0, str(folder))
+import greedy
+from gpupipe.kernels import report
+wanted = report.Variant(greedy.greedy, "greedy", "", {"p": "*i32"}, {"N": 1 << 16}, num_warps=4)
+broken = report.Variant(greedy.greedy, "broken", "", {"p": "*i32"}, {"N": 3}, num_warps=4)
+report.variants = lambda: [wanted] if sys.argv[1] == "greedy" else [broken]
+sys.exit(report.main(["--arch", "80"]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    for name, told in (("greedy", "greedy"), ("broken", "CompilationError")):
+        command = [sys.executable, "-c", script, name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert told in done.stdout
+
+
+def test_the_interpreter_cannot_be_reported_on() -> None:
+    done = run("--arch", "90", TRITON_INTERPRET="1")
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET" in done.stderr
