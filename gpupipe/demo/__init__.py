@@ -68,8 +68,8 @@ def render_demo(
             sound = cut_sound(sound, Path(folder) / "cut.wav", seconds)
         pipeline = FrameGenerationPipeline(BUNDLE / "unet.safetensors", "ave", device)
         encoder = SpeechEncoder(BUNDLE / "encoder.safetensors", pipeline.unet_model.device)
-        features = encoder.features(sound)
-        if seconds is not None:  # the encoder looks a little past the end; the picture need not
+        features = torch.cat(list(encoder.covering_features(sound)))
+        if seconds is not None:  # of a very short sound the encoder makes more rows than it lasts
             features = features[: max(1, round(seconds * 25))]
         [rows] = save_features(features, Path(folder) / "features.npy")
         pipeline.generate_video(rows, BUNDLE / "template", sound, output, crf=crf, codec=codec, progress=progress)

@@ -20,7 +20,7 @@ GAP = 4
 _PAPER, _INK, _SPEECH = (250, 250, 248), (210, 214, 220), (44, 98, 160)  # RGB
 
 
-def write_contact_sheet(video: str | Path, sound: str | Path, path: str | Path, *, zoom: float = 1.6) -> Path:
+def write_contact_sheet(video: str | Path, sound: str | Path, path: str | Path, *, zoom: float = 1.2) -> Path:
     """Eight moments of ``video``, each over its own eighth of the waveform of ``sound``, as a PNG.
 
     Args:
@@ -63,10 +63,10 @@ def _frame_at(container: av.container.InputContainer, seconds: float) -> np.ndar
 
 
 def _tile(frame: np.ndarray, zoom: float) -> np.ndarray:
-    """The square around the middle, a little below it where faces speak, as (TILE, TILE, 3)."""
+    """The square around the middle, as (TILE, TILE, 3)."""
     height, width = frame.shape[:2]
     side = min(width, round(height / zoom))
-    top, left = min(height - side, round(0.52 * height - side / 2)), (width - side) // 2
+    top, left = min(height - side, round(0.5 * height - side / 2)), (width - side) // 2
     square = torch.from_numpy(frame[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None].float()
     small = F.interpolate(square, (TILE, TILE), mode="bilinear", antialias=True)
     return small.round().clamp(0, 255)[0].permute(1, 2, 0).to(torch.uint8).numpy()
