@@ -59,7 +59,19 @@ def unet(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"end_to_end": end_to_end, "unet": unet}
+def headline(rows: Rows) -> str:
+    """The newest ratio for the longest clip, in a sentence with its conditions."""
+    ratios = [row for row in rows if row["what"] == "end_to_end" and row["metric"] == "ratio" and row["error"] is None]
+    row = max(ratios, key=lambda row: (row["value"], row["time"]))
+    config = row["config"]
+    return (
+        f"**{row['p50']:.1f}× the reference loop's frames a second** to a finished .mp4 on {row['device']}, no GPU:"
+        f" {row['value']:g} frames of 1280×720, full-width network, mode {config['mode']}, float32"
+        " ([how it was measured](#results))."
+    )
+
+
+TABLES = {"end_to_end": end_to_end, "headline": headline, "unet": unet}
 
 
 def fill(text: str, rows: Rows) -> str:

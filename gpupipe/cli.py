@@ -273,7 +273,7 @@ def _features(
     if pipeline.mode != "ave":
         raise InputError(f"--encoder makes ave features and mode is {pipeline.mode!r}; expected --audio-features")
     with tempfile.TemporaryFile(prefix="gpupipe-") as rows:
-        for piece in SpeechEncoder(encoder, pipeline.unet_model.device).iter_features(sound):
+        for piece in SpeechEncoder(encoder, pipeline.unet_model.device).covering_features(sound):
             rows.write(piece.cpu().numpy().tobytes())
         rows.flush()
         yield np.memmap(rows, dtype=np.float32, mode="r").reshape(-1, FEATURES)

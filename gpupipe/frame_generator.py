@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,9 @@ from gpupipe.unet_model import UNetModel
 from gpupipe.video.images import write_frames
 
 logger = logging.getLogger(__name__)
+
+IN_FLIGHT = 2
+"""Batches that are rendered beside each other on a CPU."""
 
 BATCH_SIZES = {"cuda": 64, "cpu": 4}
 """Default frames in a batch, by kind of device."""
@@ -162,11 +167,29 @@ class FrameGenerator:
         return self._batches(avatar, speech, start_frame)
 
     def _batches(self, avatar: Avatar, speech: SpeechFeatures, start_frame: int) -> Iterator[Tensor]:
-        for start in range(0, len(speech), self.batch_size):
+        def render(start: int) -> Tensor:
             stop = min(start + self.batch_size, len(speech))
             frames = template_indices(start, stop, avatar.template.length, start_frame)
-            yield avatar.render(frames, speech.windows(start, stop))
+            rendered = avatar.render(frames, speech.windows(start, stop))
             logger.debug("rendered frames %d to %d", start, stop - 1)
+            return rendered
+
+        starts = range(0, len(speech), self.batch_size)
+        if self.unet_model.device.type != "cpu":  # a GPU's work is queued anyway
+            yield from map(render, starts)
+            return
+        # While one batch waits for its slowest thread, or pastes on one core, the other has the cores.
+        workers = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="render")
+        pending: deque[Future[Tensor]] = deque()
+        try:
+            for start in starts:
+                pending.append(workers.submit(render, start))
+                if len(pending) > IN_FLIGHT:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            workers.shutdown(cancel_futures=True)
 
     def _window(self, audio: ArrayLike | Tensor) -> Tensor:
         """One frame's audio as (1, *audio_shape)."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from gpupipe.errors import InputError
 from gpupipe.features import save_features_bin
 from gpupipe.files import replacing
-from gpupipe.models.audio_encoder import MEL_BANDS, MEL_COLUMNS, AudioEncoder, load_audio_encoder
+from gpupipe.models.audio_encoder import FEATURES, MEL_BANDS, MEL_COLUMNS, AudioEncoder, load_audio_encoder
 from gpupipe.video.sound import open_sound
 
 logger = logging.getLogger("gpupipe.speech")
@@ -266,6 +266,27 @@ class SpeechEncoder:
     def iter_features(self, audio_path: str | Path) -> Iterator[Tensor]:
         """As :meth:`features`, in pieces ``(n, 512)`` on the device, without holding the whole."""
         return self.feature_rows(audio_chunks(audio_path))
+
+    @torch.inference_mode()
+    def covering_features(self, audio_path: str | Path) -> Iterator[Tensor]:
+        """As :meth:`iter_features`, the last row repeated until the rows last as long as the sound, to a frame.
+
+        The family's count of rows ends up to 70 ms before the sound does: a video would be that much shorter.
+        """
+        samples, count, last = 0, 0, torch.empty(0, FEATURES)
+
+        def counted() -> Iterator[np.ndarray]:
+            nonlocal samples
+            for chunk in audio_chunks(audio_path):
+                samples += len(chunk)
+                yield chunk
+
+        for rows in self.feature_rows(counted()):
+            count, last = count + len(rows), rows[-1:]
+            yield rows
+        missing = samples * FEATURE_FPS // SAMPLE_RATE - count
+        if missing > 0:
+            yield last.expand(missing, -1)
 
     def features(self, audio_path: str | Path) -> np.ndarray:
         """Any sound file → float32 ``(N, 512)``, one row a frame of video at 25 frames a second.

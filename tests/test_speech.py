@@ -214,6 +214,17 @@ def test_features_of_a_file_are_those_of_its_samples(tmp_path: Path, encoder: Sp
     np.testing.assert_array_equal(np.concatenate([p.numpy() for p in encoder.iter_features(path)]), features)
 
 
+@pytest.mark.parametrize("seconds", [0.05, 0.5, 1.0, 1.619, 3.2])
+def test_covering_features_last_as_long_as_the_sound(seconds: float, tmp_path: Path, encoder: SpeechEncoder) -> None:
+    path = write_sound(tmp_path / "b.wav", tone(seconds)[None], 16000)
+    features = encoder.features(path)
+    covering = np.concatenate([piece.numpy() for piece in encoder.covering_features(path)])
+    lasting = len(load_audio(path)) * 25 // 16000
+    assert len(covering) == max(len(features), lasting)
+    np.testing.assert_array_equal(covering[: len(features)], features)
+    assert (covering[len(features) :] == features[-1]).all()
+
+
 def test_chunks_are_pieces_of_the_file(tmp_path: Path) -> None:
     path = write_sound(tmp_path / "b.wav", babble(3.0).clip(-1, 1)[None], 16000)
     chunks = list(audio_chunks(path, samples=4000))
