@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -170,11 +170,16 @@ class FrameGenerator:
         def render(start: int) -> Tensor:
             stop = min(start + self.batch_size, len(speech))
             frames = template_indices(start, stop, avatar.template.length, start_frame)
-            rendered = avatar.render(frames, speech.windows(start, stop))
-            logger.debug("rendered frames %d to %d", start, stop - 1)
-            return rendered
+            return avatar.render(frames, speech.windows(start, stop))
 
-        starts = range(0, len(speech), self.batch_size)
+        first = 0
+        for batch in self._in_order(render, range(0, len(speech), self.batch_size)):
+            logger.debug("rendered frames %d to %d", first, first + len(batch) - 1)
+            first += len(batch)
+            yield batch
+
+    def _in_order(self, render: Callable[[int], Tensor], starts: range) -> Iterator[Tensor]:
+        """Batches one after the other; on a CPU the next ones are already under way."""
         if self.unet_model.device.type != "cpu":  # a GPU's work is queued anyway
             yield from map(render, starts)
             return
