@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,8 +15,6 @@ Tensors = dict[str, Tensor]
 
 class FrameCache:
     """Tensors per template frame, computed when they are first asked for and kept until the budget is full.
-
-    It may be asked from several threads: each frame that is kept is computed once.
 
     Nothing is ever evicted. A template is walked there and back, so each frame comes round twice a period: which C of
     the L frames are kept makes no difference to the number of hits, and keeping the first C costs no copies.
@@ -41,7 +38,6 @@ class FrameCache:
         self._bank: Tensors = {}
         self._slot = np.full(length, -1, dtype=np.int64)
         self._kept = 0
-        self._lock = threading.Lock()
 
     def lookup(self, frames: Sequence[int] | NDArray[np.int64]) -> tuple[Tensors, Tensor]:
         """Tensors and an index into them: ``tensors[name][index[k]]`` belongs to ``frames[k]``.
@@ -51,10 +47,6 @@ class FrameCache:
         Returns:
             the tensors, and int64 (len(frames),) on the device.
         """
-        with self._lock:
-            return self._lookup(frames)
-
-    def _lookup(self, frames: Sequence[int] | NDArray[np.int64]) -> tuple[Tensors, Tensor]:
         wanted, inverse = np.unique(np.asarray(frames, dtype=np.int64), return_inverse=True)
         missing = wanted[self._slot[wanted] < 0]
         computed = self._compute(missing) if len(missing) else {}

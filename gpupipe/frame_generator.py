@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +22,6 @@ from gpupipe.unet_model import UNetModel
 from gpupipe.video.images import write_frames
 
 logger = logging.getLogger(__name__)
-
-IN_FLIGHT = 2
-"""Batches that are rendered beside each other on a CPU."""
 
 BATCH_SIZES = {"cuda": 64, "cpu": 4}
 """Default frames in a batch, by kind of device."""
@@ -167,34 +162,11 @@ class FrameGenerator:
         return self._batches(avatar, speech, start_frame)
 
     def _batches(self, avatar: Avatar, speech: SpeechFeatures, start_frame: int) -> Iterator[Tensor]:
-        def render(start: int) -> Tensor:
+        for start in range(0, len(speech), self.batch_size):
             stop = min(start + self.batch_size, len(speech))
             frames = template_indices(start, stop, avatar.template.length, start_frame)
-            return avatar.render(frames, speech.windows(start, stop))
-
-        first = 0
-        for batch in self._in_order(render, range(0, len(speech), self.batch_size)):
-            logger.debug("rendered frames %d to %d", first, first + len(batch) - 1)
-            first += len(batch)
-            yield batch
-
-    def _in_order(self, render: Callable[[int], Tensor], starts: range) -> Iterator[Tensor]:
-        """Batches one after the other; on a CPU the next ones are already under way."""
-        if self.unet_model.device.type != "cpu":  # a GPU's work is queued anyway
-            yield from map(render, starts)
-            return
-        # While one batch waits for its slowest thread, or pastes on one core, the other has the cores.
-        workers = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="render")
-        pending: deque[Future[Tensor]] = deque()
-        try:
-            for start in starts:
-                pending.append(workers.submit(render, start))
-                if len(pending) > IN_FLIGHT:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            workers.shutdown(cancel_futures=True)
+            yield avatar.render(frames, speech.windows(start, stop))
+            logger.debug("rendered frames %d to %d", start, stop - 1)
 
     def _window(self, audio: ArrayLike | Tensor) -> Tensor:
         """One frame's audio as (1, *audio_shape)."""

@@ -26,13 +26,8 @@ import torch
 
 from gpupipe import FrameGenerationPipeline
 
-from gpupipe import frame_generator
-
 torch.set_num_threads(1)
 checkpoint, template, features, sound, output, variant = sys.argv[1:]
-if variant != "beside":
-    # Batches rendered beside each other need the most at once or not, by chance: some 20 MB, however long the clip is.
-    frame_generator.IN_FLIGHT = 1
 
 
 class Stub:
@@ -110,4 +105,4 @@ def test_bound_fails_on_a_loop_that_keeps_its_frames(peak: Callable[..., float])
 
 @pytest.mark.slow
 def test_20000_frames_take_no_more_than_500(peak: Callable[..., float]) -> None:
-    assert peak(LONG, "beside") - peak(SHORT, "beside") <= ALLOWED_MB
+    assert peak(LONG) - peak(SHORT) <= ALLOWED_MB
