@@ -6,7 +6,7 @@
                     └► encoder, audio branch (stage 1) ──┴► joined (stage 3) ─► float16 ─► held-out check ─► bundle
 
 Every stage leaves a checkpoint in ``DIR`` and goes on from it when the command is run again, so that it may be stopped
-at any time. With two CPU cores it takes about an hour and a half, with a GPU some minutes.
+at any time. With two CPU cores it takes about an hour and a half; on a GPU it has not been tried.
 """
 
 from __future__ import annotations
