@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import os
 import re
 import subprocess
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpupipe.lanes import available_cores
 from gpupipe.versions import processor_name
 from gpupipe.versions import versions as gpupipe_versions
 
@@ -79,7 +79,7 @@ def device_name(device: str | torch.device = "cpu") -> str:
     """The GPU's name, or the CPU's with the number of cores this process may use."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {_cores()} cores"
+    return f"{processor_name()}, {available_cores()} cores"
 
 
 def driver_version(device: str | torch.device = "cpu") -> str | None:
@@ -109,10 +109,6 @@ def commit() -> str:
         return "unknown"
     changed = _output_of("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return f"{head.strip()}-dirty" if changed else head.strip()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _output_of(*command: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import av
@@ -15,6 +14,7 @@ from gpupipe.fallbacks import fallbacks
 from gpupipe.frame_cache import default_budget
 from gpupipe.frame_generator import BATCH_SIZES
 from gpupipe.kernels.dispatch import backend, obstacle
+from gpupipe.lanes import available_cores
 from gpupipe.unet_model import find_device
 from gpupipe.versions import processor_name, versions
 from gpupipe.video.decode import jpeg_decoder
@@ -76,7 +76,7 @@ def _device_facts(device: torch.device) -> dict[str, str]:
             "memory": f"{facts.total_memory / 1e9:.1f} GB",
             "architecture": f"sm_{facts.major}{facts.minor}, {facts.multi_processor_count} multiprocessors",
         }
-    return {"name": processor_name(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    return {"name": processor_name(), "cores": str(available_cores())}
 
 
 def _nvdec() -> str:

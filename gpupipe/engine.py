@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gpupipe.errors import DeviceError
+from gpupipe.lanes import cpu_lanes
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
@@ -98,7 +98,7 @@ class OnnxRuntimeEngine:
     shapes fixed ONNX Runtime fuses the halves' sums into their convolutions.
 
     Args:
-        threads: of one inference; None takes all cores.
+        threads: of one inference; None takes those of a lane (:mod:`gpupipe.lanes`).
     """
 
     name = "onnxruntime"
@@ -136,7 +136,7 @@ def _session(
     graph = io.BytesIO()
     export_onnx(module, arguments, graph, inputs=inputs, outputs=outputs, dynamic_batch=False)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or os.cpu_count() or 1
+    options.intra_op_num_threads = threads or cpu_lanes().threads
     # Idle workers would spin on the cores that decode and encode video beside the network.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(graph.getvalue(), options, providers=["CPUExecutionProvider"])

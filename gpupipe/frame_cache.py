@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ Tensors = dict[str, Tensor]
 
 class FrameCache:
     """Tensors per template frame, computed when they are first asked for and kept until the budget is full.
+
+    Several threads may ask at once; two that ask for the same new frame may each compute it.
 
     Nothing is ever evicted. A template is walked there and back, so each frame comes round twice a period: which C of
     the L frames are kept makes no difference to the number of hits, and keeping the first C costs no copies.
@@ -38,6 +41,7 @@ class FrameCache:
         self._bank: Tensors = {}
         self._slot = np.full(length, -1, dtype=np.int64)
         self._kept = 0
+        self._lock = threading.Lock()
 
     def lookup(self, frames: Sequence[int] | NDArray[np.int64]) -> tuple[Tensors, Tensor]:
         """Tensors and an index into them: ``tensors[name][index[k]]`` belongs to ``frames[k]``.
@@ -50,17 +54,19 @@ class FrameCache:
         wanted, inverse = np.unique(np.asarray(frames, dtype=np.int64), return_inverse=True)
         missing = wanted[self._slot[wanted] < 0]
         computed = self._compute(missing) if len(missing) else {}
-        stored = self._store(missing, computed)
-        if stored == len(missing):
-            return self._bank, self._index(self._slot[wanted][inverse])
+        with self._lock:
+            self._store(missing, computed)
+            slot = self._slot[wanted]
+        kept = slot >= 0
+        if kept.all():
+            return self._bank, self._index(slot[inverse])
         # Some do not fit: put kept and computed rows of this batch together.
         position = np.empty(len(wanted), dtype=np.int64)
-        kept = self._slot[wanted] >= 0
         position[kept] = np.arange(kept.sum())
-        position[~kept] = kept.sum() + np.arange(len(missing) - stored)
-        slots = self._index(self._slot[wanted[kept]])
+        position[~kept] = kept.sum() + np.arange((~kept).sum())
+        slots, rows = self._index(slot[kept]), self._index(np.searchsorted(missing, wanted[~kept]))
         together = {
-            name: torch.cat([self._bank[name].index_select(0, slots), value[stored:]]) if kept.any() else value[stored:]
+            name: torch.cat([self._bank[name].index_select(0, slots), value.index_select(0, rows)])
             for name, value in computed.items()
         }
         return together, self._index(position[inverse])
@@ -70,21 +76,21 @@ class FrameCache:
         tensors, index = self.lookup(frames)
         return {name: value.index_select(0, index) for name, value in tensors.items()}
 
-    def _store(self, frames: NDArray[np.int64], computed: Tensors) -> int:
-        """Keep as many of the computed frames as fit; how many."""
+    def _store(self, frames: NDArray[np.int64], computed: Tensors) -> None:
+        """Keep as many of the computed frames as fit, but those that another thread has stored meanwhile."""
         if not len(frames):
-            return 0
+            return
         if self.capacity is None:
             size = sum(value[0].nbytes for value in computed.values())
             self.capacity = min(self.length, max(0, self.budget) // max(1, size))
             self.bytes_used = self.capacity * size
             self._bank = {name: value.new_empty(self.capacity, *value.shape[1:]) for name, value in computed.items()}
-        stored = min(len(frames), self.capacity - self._kept)
+        rows = np.flatnonzero(self._slot[frames] < 0)[: self.capacity - self._kept]
+        stop = self._kept + len(rows)
         for name, value in computed.items():
-            self._bank[name][self._kept : self._kept + stored] = value[:stored]
-        self._slot[frames[:stored]] = np.arange(self._kept, self._kept + stored)
-        self._kept += stored
-        return stored
+            self._bank[name][self._kept : stop] = value[self._index(rows)]
+        self._slot[frames[rows]] = np.arange(self._kept, stop)
+        self._kept = stop
 
     def _index(self, values: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(values).to(self.device)

@@ -15,6 +15,7 @@ from gpupipe.avatar import FEATHER, Avatar, Blend, PixelFormat, feather_width
 from gpupipe.errors import InputError
 from gpupipe.features import SpeechFeatures
 from gpupipe.image_processor import Image, ImageProcessor
+from gpupipe.lanes import cpu_lanes, map_in_lanes
 from gpupipe.models import AUDIO_SHAPES, Mode
 from gpupipe.schedule import WINDOW_ROWS, template_indices
 from gpupipe.template import Template
@@ -23,8 +24,8 @@ from gpupipe.video.images import write_frames
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZES = {"cuda": 64, "cpu": 4}
-"""Default frames in a batch, by kind of device."""
+BATCH_SIZES = {"cuda": 64, "cpu": 1}
+"""Default frames in a batch, by kind of device; a CPU renders several batches side by side."""
 
 
 class FrameGenerator:
@@ -162,11 +163,19 @@ class FrameGenerator:
         return self._batches(avatar, speech, start_frame)
 
     def _batches(self, avatar: Avatar, speech: SpeechFeatures, start_frame: int) -> Iterator[Tensor]:
-        for start in range(0, len(speech), self.batch_size):
+        def render(start: int) -> Tensor:
             stop = min(start + self.batch_size, len(speech))
             frames = template_indices(start, stop, avatar.template.length, start_frame)
-            yield avatar.render(frames, speech.windows(start, stop))
-            logger.debug("rendered frames %d to %d", start, stop - 1)
+            return avatar.render(frames, speech.windows(start, stop))
+
+        starts = range(0, len(speech), self.batch_size)
+        # A GPU's work is queued anyway: more hands would only get in each other's way.
+        batches = (
+            map_in_lanes(render, starts, cpu_lanes()) if self.unet_model.device.type == "cpu" else map(render, starts)
+        )
+        for start, batch in zip(starts, batches, strict=True):
+            logger.debug("rendered frames %d to %d", start, start + len(batch) - 1)
+            yield batch
 
     def _window(self, audio: ArrayLike | Tensor) -> Tensor:
         """One frame's audio as (1, *audio_shape)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file
 
 from gpupipe.errors import InputError
 from gpupipe.fallbacks import note_fallback
+from gpupipe.lanes import available_cores
 
 _JPEG_SUFFIXES = {".jpg", ".jpeg"}
 
@@ -113,4 +113,4 @@ def _to_bgr(rgb: Tensor) -> Tensor:
 
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="decode")
+    return ThreadPoolExecutor(available_cores(), thread_name_prefix="decode")

@@ -1,0 +1,60 @@
+"""A CPU's cores, shared out among frames that are rendered side by side.
+
+All cores on one frame wait for each other at every layer, and for what runs on one core. A frame to each core, and none
+waits. So the CPU is divided into lanes, each with a core or a few, and each renders another batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MAX_LANES = 8
+"""More cores go into the lanes, not beside them: each lane takes the memory of a network at work."""
+
+
+class Lanes(NamedTuple):
+    """How many batches run side by side, and on how many threads each."""
+
+    count: int
+    threads: int
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_lanes(cores: int | None = None) -> Lanes:
+    """Lanes for a CPU of so many cores; None takes those that this process may use."""
+    cores = available_cores() if cores is None else cores
+    count = min(cores, MAX_LANES)
+    return Lanes(count, cores // count)
+
+
+def map_in_lanes(function: Callable[[Item], Result], items: Iterable[Item], lanes: Lanes) -> Iterator[Result]:
+    """``map``, with as many calls under way as there are lanes; results come in the order of the items.
+
+    Within a lane PyTorch runs on the lane's threads. Closing the iterator waits for the calls under way.
+    """
+    threads = torch.get_num_threads()
+    workers = ThreadPoolExecutor(lanes.count, "lane", initializer=torch.set_num_threads, initargs=(lanes.threads,))
+    pending: deque[Future[Result]] = deque()
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads)  # which the lanes have set for threads to come
+        stack.callback(workers.shutdown, cancel_futures=True)
+        for item in items:
+            pending.append(workers.submit(function, item))
+            if len(pending) > lanes.count:  # one waits, so that no lane does
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
