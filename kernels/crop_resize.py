@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpupipe.kernels.cubic import cubic_weights, round_to_uint8
+from gpupipe.kernels.cubic import cubic_taps, resize_by_taps, round_to_uint8
 from gpupipe.kernels.dispatch import backend
 
 CROP_SIZE = 328
@@ -105,10 +105,8 @@ def _crop_resize_torch(frames: Tensor, index: Tensor, boxes: Tensor) -> Tensor:
     crops = frames[index[:, None, None], rows[:, :, None], columns[:, None, :]]
     position = torch.arange(CROP_SIZE, device=device).expand(len(boxes), -1)
     size = torch.full_like(w, CROP_SIZE)
-    row_weights = cubic_weights(position, h, size, max_h)
-    column_weights = cubic_weights(position, w, size, max_w)
-    resized = row_weights[:, None] @ crops.permute(0, 3, 1, 2).float() @ column_weights[:, None].mT
-    return round_to_uint8(resized)
+    rows_taps, columns_taps = cubic_taps(position, h, size), cubic_taps(position, w, size)
+    return round_to_uint8(resize_by_taps(crops.permute(0, 3, 1, 2).float(), rows_taps, columns_taps))
 
 
 def network_input(crops: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:

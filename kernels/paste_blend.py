@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, RING
-from gpupipe.kernels.cubic import cubic_weights, round_to_uint8
+from gpupipe.kernels.cubic import cubic_taps, resize_by_taps, round_to_uint8
 from gpupipe.kernels.dispatch import backend
 from gpupipe.kernels.nv12 import luma_chroma
 
@@ -168,9 +168,8 @@ def _finish_region(
     size = torch.full_like(xmin, CROP_SIZE)
     row_in_box = torch.minimum((rows - ymin[:, None]).clamp_min(0), (ymax - ymin)[:, None] - 1)
     column_in_box = torch.minimum((columns - xmin[:, None]).clamp_min(0), (xmax - xmin)[:, None] - 1)
-    row_weights = cubic_weights(row_in_box, size, ymax - ymin, CROP_SIZE)
-    column_weights = cubic_weights(column_in_box, size, xmax - xmin, CROP_SIZE)
-    painted = round_to_uint8(row_weights[:, None] @ canvas @ column_weights[:, None].mT).permute(0, 2, 3, 1)
+    row_taps, column_taps = cubic_taps(row_in_box, size, ymax - ymin), cubic_taps(column_in_box, size, xmax - xmin)
+    painted = round_to_uint8(resize_by_taps(canvas, row_taps, column_taps)).permute(0, 2, 3, 1)
 
     batch_index = index[:, None, None]
     template = frames[batch_index, rows[:, :, None], columns[:, None, :]]
