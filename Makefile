@@ -25,7 +25,7 @@ lint: setup
 # The type checker does not know setuptools' package-dir mapping: give it the package as it is installed, by links.
 types: setup
 	mkdir -p build/types/gpupipe
-	ln -sfn $(wildcard $(CURDIR)/gpupipe/*) $(CURDIR)/kernels $(CURDIR)/models build/types/gpupipe/
+	ln -sfn $(wildcard $(CURDIR)/gpupipe/*) $(CURDIR)/kernels $(CURDIR)/models $(CURDIR)/benchmarks build/types/gpupipe/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 clean:

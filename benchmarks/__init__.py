@@ -1,1 +1,1 @@
-"""The reference loop and the measurements: run from the repository, never installed."""
+"""The reference loop and the measurements; what `gpupipe bench` runs."""

@@ -1,14 +1,14 @@
 """crop_resize: µs a frame, and GB/s on its byte budget beside the device's own copy.
 
-``python -m benchmarks.bench_crop_resize [--record]``; the plain-torch reference runs beside the kernel on CUDA.
+``python -m gpupipe.benchmarks.bench_crop_resize [--record]``; the plain-torch reference runs beside the kernel on CUDA.
 """
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.common import Row
-from benchmarks.kernel_bench import BOX, boxes_of, frames_of, main, rows_of
+from gpupipe.benchmarks.common import Row
+from gpupipe.benchmarks.kernel_bench import BOX, boxes_of, frames_of, main, rows_of
 from gpupipe.kernels.crop_resize import _crop_resize_torch, bytes_moved, crop_and_input, network_input
 from gpupipe.kernels.dispatch import backend
 

@@ -15,7 +15,6 @@ no frame twice: what it caches for each template frame pays off in longer ones (
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 import wave
@@ -28,13 +27,10 @@ import av
 import numpy as np
 import torch
 
-if not __package__:  # run as a file: what stands beside this folder is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import reference_loop
-from benchmarks.common import ROOT, Row, Spread, append_rows, commit, device_name, row, versions
-from benchmarks.seeded import seeded_network
 from gpupipe import FrameGenerationPipeline
+from gpupipe.benchmarks import reference_loop
+from gpupipe.benchmarks.common import ROOT, Row, Spread, append_rows, commit, device_name, row, versions
+from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.models import MODES, load_unet
 
 WARMUP_FRAMES = 4

@@ -1,16 +1,17 @@
 """Whole frames to NV12 and back: µs a frame, and GB/s on the byte budget beside the device's own copy.
 
-``python -m benchmarks.bench_nv12 [--record]``.
+``python -m gpupipe.benchmarks.bench_nv12 [--record]``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from unittest import mock
 
 import torch
 
-from benchmarks.common import Row
-from benchmarks.kernel_bench import SIZE, frames_of, main, rows_of
+from gpupipe.benchmarks.common import Row
+from gpupipe.benchmarks.kernel_bench import SIZE, frames_of, main, rows_of
 from gpupipe.kernels import nv12
 from gpupipe.kernels.dispatch import backend
 
@@ -21,7 +22,7 @@ def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
     rows: list[Row] = []
     for name, function in (("to_nv12", lambda: nv12.to_nv12(frames)), ("from_nv12", lambda: nv12.from_nv12(converted))):
 
-        def plainly(function=function) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        def plainly(function: Callable[[], torch.Tensor] = function) -> torch.Tensor:
             with mock.patch.object(nv12, "backend", return_value="torch"):
                 return function()
 

@@ -1,16 +1,18 @@
 """paste_blend: µs a frame, and GB/s on its byte budget beside the device's own copy.
 
-``python -m benchmarks.bench_paste_blend [--record]``. NV12 counts the copy of the background that the batch loop makes.
+``python -m gpupipe.benchmarks.bench_paste_blend [--record]``. NV12 counts the copy of the background that the batch
+loop makes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from unittest import mock
 
 import torch
 
-from benchmarks.common import Row
-from benchmarks.kernel_bench import BOX, SIZE, boxes_of, frames_of, main, rows_of
+from gpupipe.benchmarks.common import Row
+from gpupipe.benchmarks.kernel_bench import BOX, SIZE, boxes_of, frames_of, main, rows_of
 from gpupipe.kernels import paste_blend as module
 from gpupipe.kernels.crop_resize import crop_resize
 from gpupipe.kernels.dispatch import backend
@@ -35,11 +37,12 @@ def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
             background = backgrounds.index_select(0, index)
             return paste_blend_nv12(*given, background, feather=feather, max_box=(BOX, BOX))
 
-        def plainly(finish=finish) -> torch.Tensor:  # type: ignore[no-untyped-def]
+        def plainly(finish: Callable[[], torch.Tensor] = finish) -> torch.Tensor:
             with mock.patch.object(module, "backend", return_value="torch"):
                 return finish()
 
-        for provider, function in {backend(device): finish, "torch": plainly}.items():
+        functions: dict[str, Callable[[], torch.Tensor]] = {backend(device): finish, "torch": plainly}
+        for provider, function in functions.items():
             rows += rows_of(
                 "paste_blend",
                 provider,

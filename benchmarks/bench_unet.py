@@ -10,21 +10,18 @@ fixed random weights and inputs. Providers take turns within a round, so that a 
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
 
-if not __package__:  # run as a file: what stands beside this folder is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.common import Row, Spread, append_rows, device_name, row
-from benchmarks.seeded import seeded_network
-from gpupipe.engine import OnnxRuntimeEngine
+from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
+from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.unet328 import INPUT_SIZE
@@ -66,7 +63,7 @@ def run(mode: Mode, width: float, rounds: int) -> list[Row]:
             function()
             if turn >= WARMUP:
                 seconds[name].append(time.perf_counter() - started)
-    what = {
+    what: dict[str, Any] = {
         "what": "unet",
         "axis": "batch",
         "value": 1,

@@ -20,10 +20,10 @@ trap 'rm -rf "$layout"' EXIT
 failed=()
 : >"$out/summary.txt"
 
-# The package as it is installed, by links: kernels/ and models/ stand at the top of the repository (see Makefile, types).
+# The package as it is installed, by links: its folders stand at the top of the repository (see Makefile, types).
 mkdir -p "$layout/gpupipe" "$layout/site"
-ln -s "$root"/gpupipe/* "$root/kernels" "$root/models" "$layout/gpupipe/"
-ln -s "$root/benchmarks" "$root/tests" "$layout/"
+ln -s "$root"/gpupipe/* "$root/kernels" "$root/models" "$root/benchmarks" "$layout/gpupipe/"
+ln -s "$root/tests" "$layout/"
 export PYTHONPATH="$layout:$layout/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 GPUPIPE_FAIL_WITHOUT_CUDA=1
 cd "$layout" || exit 1
 
@@ -53,7 +53,7 @@ assert backend("cuda") == "triton", backend("cuda")'
 tests=("$root"/tests/test_{crop_resize,paste_blend,nv12}_triton.py)
 part tests 240 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -rfE "${tests[@]}"
 for name in crop_resize paste_blend nv12; do
-    part "bench_$name" 90 "$python" -m "benchmarks.bench_$name" --device cuda --record --results "$out"
+    part "bench_$name" 90 "$python" -m "gpupipe.benchmarks.bench_$name" --device cuda --record --results "$out"
 done
 part report 120 "$python" -m gpupipe.kernels.report --arch 90 --json "$out/report.json"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, Row, Spread, append_rows, measure, row
+from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, measure, row
 
 SIZE = (1280, 720)
 BOX = 182

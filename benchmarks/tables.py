@@ -30,7 +30,7 @@ def read_rows(folder: Path = RESULTS) -> Rows:
 
 def end_to_end(rows: Rows) -> str:
     """Frames a second to a finished file: the reference loop and gpupipe, by device and length of the clip."""
-    newest: dict[tuple[str, float], dict[str, Any]] = {}
+    newest: dict[tuple[str, float], dict[tuple[str, str], dict[str, Any]]] = {}
     for row in rows:
         if row["what"] == "end_to_end" and row["axis"] == "frames" and row["error"] is None:
             newest.setdefault((row["device"], row["value"]), {})[(row["provider"], row["metric"])] = row

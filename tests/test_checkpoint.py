@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from benchmarks.seeded import seeded_network
+from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.errors import CheckpointError
 from gpupipe.models import MODES, Mode, UNet328, load_state_dict, load_unet
 

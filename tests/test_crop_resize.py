@@ -13,7 +13,7 @@ import torch
 from parity import EXACT_RESIZE, THIN_CROP, resize_bound
 from torch import Tensor
 
-from benchmarks import reference_loop as reference
+from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.kernels.crop_resize import crop_resize, inner_region, mask_mouth, network_input
 from gpupipe.kernels.cubic import cubic_resize, cubic_taps
 

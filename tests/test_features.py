@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import gpupipe.features
-from benchmarks.reference_loop import audio_window
 from gpupipe import InputError, SpeechFeatures, audio_windows
+from gpupipe.benchmarks.reference_loop import audio_window
 from gpupipe.features import FRAME_RATES, save_features_bin
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from parity import EXACT_FRAME, check_frame
 
-from benchmarks import reference_loop as reference
 from gpupipe import FrameGenerationPipeline
+from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.models import Mode
 
 PROGRAM = """

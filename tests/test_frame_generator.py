@@ -13,8 +13,8 @@ import pytest
 import torch
 from parity import EXACT_FRAME, check_frame
 
-from benchmarks import reference_loop as reference
 from gpupipe import FrameGenerator, InputError, OutputError, SpeechFeatures, UNetModel, audio_windows
+from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.models import MODES, Mode, UNet328
 
 MakeModel = Callable[..., UNetModel]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from parity import EXACT_RESIZE
 
-from benchmarks import reference_loop as reference
 from gpupipe import ImageProcessor, InputError
+from gpupipe.benchmarks import reference_loop as reference
 
 Image = np.ndarray
 Box = tuple[int, int, int, int]

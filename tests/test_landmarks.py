@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import reference_loop as reference
 from gpupipe import InputError
+from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.landmarks import Box, crop_box, face_box, read_landmarks
 
 

@@ -12,7 +12,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from parity import Bound
 
-from benchmarks.reference_loop import read_image
+from gpupipe.benchmarks.reference_loop import read_image
 from gpupipe.kernels.nv12 import from_nv12, luma_chroma, to_nv12
 
 Image = np.ndarray

@@ -15,8 +15,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "gpupipe", "kernels", "models")
-PACKAGE_DIRS = {"gpupipe": "gpupipe", "kernels": "gpupipe/kernels", "models": "gpupipe/models"}
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "gpupipe", "kernels", "models", "benchmarks")
+PACKAGE_DIRS = {
+    "gpupipe": "gpupipe",
+    "kernels": "gpupipe/kernels",
+    "models": "gpupipe/models",
+    "benchmarks": "gpupipe/benchmarks",
+}
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -41,12 +46,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(source: Path) -> set[str]:
-    """The names that the packages' files should have in the wheel; listed before the build adds its own."""
+    """The names that the packages' files should have in the wheel; listed before the build adds its own.
+
+    Of the benchmarks that is the code: recorded rows and the script of a GPU session belong to the repository.
+    """
     return {
         f"{package}/{path.relative_to(source / folder).as_posix()}"
         for folder, package in PACKAGE_DIRS.items()
         for path in (source / folder).rglob("*")
-        if path.is_file()
+        if path.is_file() and (folder != "benchmarks" or path.suffix == ".py")
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from parity import EXACT_RESIZE, resize_bound
 from torch import Tensor
 
-from benchmarks import reference_loop as reference
+from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.kernels.crop_resize import crop_resize
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import reference_loop as reference
+from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.models import UNet328
 
 MakeTemplate = Callable[..., Path]

@@ -7,8 +7,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from benchmarks.reference_loop import ping_pong
 from gpupipe import InputError
+from gpupipe.benchmarks.reference_loop import ping_pong
 from gpupipe.schedule import WINDOW_ROWS, template_indices, window_rows
 
 

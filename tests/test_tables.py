@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from benchmarks.tables import README, fill, read_rows
+from gpupipe.benchmarks.tables import README, fill, read_rows
 
 
 def test_readme_shows_the_recorded_figures() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.seeded import seeded_network
+from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode, UNet328
 from gpupipe.models.unet328 import InvertedResidual, Up
 
