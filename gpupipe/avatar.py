@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import numpy as np
@@ -9,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpupipe.engine import Engine
+from gpupipe.engines import Engine
 from gpupipe.errors import InputError
+from gpupipe.fallbacks import note_fallback
 from gpupipe.frame_cache import FrameCache, Tensors
+from gpupipe.graphs import GraphedStep
 from gpupipe.kernels.crop_resize import crop_and_input
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
@@ -57,6 +60,8 @@ class Avatar:
         self.pixel_format = pixel_format
         self.feather = feather
         self._derived = FrameCache(template.length, self._derive, budget=template.memory_left, device=template.device)
+        self._graphed: GraphedStep | None = None
+        self._recordable = True
 
     @torch.inference_mode()
     def render(self, frames: NDArray[np.int64], audio: Tensor) -> Tensor:
@@ -69,10 +74,35 @@ class Avatar:
         Returns:
             uint8 (B, H, W, 3) BGR, or (B, H·3/2, W) NV12.
         """
+        device = self.template.device
         derived, row = self._derived.lookup(frames)
-        mouth = self.engine.decode(derived, row, audio.to(self.template.device, non_blocking=True))
         kept, index = self.template.frames.lookup(frames)
-        boxes = self.template.boxes[torch.from_numpy(frames).to(self.template.device)]
+        inputs = (row, index, torch.from_numpy(frames).to(device), audio.to(device, non_blocking=True))
+        # A recording reads the caches where they lie: they must hold every frame.
+        if device.type != "cuda" or not (self._derived.complete and self.template.frames.complete):
+            return self._paint(derived, kept, *inputs)
+        return self._replay(derived, kept, inputs)
+
+    def _replay(self, derived: Tensors, kept: Tensors, inputs: tuple[Tensor, ...]) -> Tensor:
+        """:meth:`_paint` as a CUDA graph, recorded at the first batch and for every larger one."""
+        if self._graphed is None or self._graphed.batch_size < len(inputs[0]):
+            if not self._recordable:
+                return self._paint(derived, kept, *inputs)
+            try:
+                self._graphed = GraphedStep(functools.partial(self._paint, derived, kept), *inputs)
+            except RuntimeError as error:
+                self._graphed, self._recordable = None, False
+                reason = str(error).splitlines()[0]
+                note_fallback(f"the step cannot be recorded as a CUDA graph ({reason}): it is launched piece by piece")
+                return self._paint(derived, kept, *inputs)
+        return self._graphed(*inputs)
+
+    def _paint(
+        self, derived: Tensors, kept: Tensors, row: Tensor, index: Tensor, frames: Tensor, audio: Tensor
+    ) -> Tensor:
+        """From the caches to finished frames, without a word to the host."""
+        mouth = self.engine.decode(derived, row, audio)
+        boxes = self.template.boxes.index_select(0, frames)
         where = (mouth, derived["crop"], kept["frame"], index, boxes)
         seam, keep, largest = self.feather, kept.get("keep"), self.template.max_box
         if self.pixel_format == "bgr":
@@ -83,7 +113,7 @@ class Avatar:
     def _derive(self, frames: NDArray[np.int64]) -> Tensors:
         kept, index = self.template.frames.lookup(frames)
         boxes = self.template.boxes[torch.from_numpy(frames).to(self.template.device)]
-        half = self.engine.dtype == torch.float16  # which runs on CUDA, and there channels last
+        half = self.engine.dtype != torch.float32  # which runs on CUDA, and there channels last
         crop, image = crop_and_input(kept["frame"], index, boxes, dtype=self.engine.dtype, channels_last=half)
         derived = self.engine.encode(image)
         derived["crop"] = crop

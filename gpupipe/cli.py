@@ -24,8 +24,8 @@ from rich.text import Text
 from gpupipe import __version__
 from gpupipe.avatar import FEATHER, Blend
 from gpupipe.demo import render_demo
-from gpupipe.doctor import examine
-from gpupipe.engine import EngineName
+from gpupipe.doctor import examine, measure_engines
+from gpupipe.engines import EngineName, Precision
 from gpupipe.errors import GpupipeError, InputError
 from gpupipe.features import FRAME_RATES
 from gpupipe.models import Mode, load_unet
@@ -44,7 +44,8 @@ ModeOption = Annotated[Mode, typer.Option(help="Kind of speech features.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU if there is one.")]
 StartFrame = Annotated[int, typer.Option(help="First template frame of the walk there and back.")]
 UseParsing = Annotated[bool, typer.Option("--use-parsing", help="Keep the template where parsing/ says so.")]
-EngineOption = Annotated[EngineName, typer.Option(help="How the network is run.")]
+EngineOption = Annotated[EngineName, typer.Option(help="How the network is run; auto takes the fastest here.")]
+PrecisionOption = Annotated[Precision | None, typer.Option(help="Of the network, where --exact leaves a choice.")]
 Exact = Annotated[bool, typer.Option("--exact", help="float32, TF32 off, JPEGs decoded on the CPU.")]
 BlendOption = Annotated[Blend, typer.Option(help="How the mouth's seam is pasted; none for the reference's hard edge.")]
 Feather = Annotated[float, typer.Option(help="Width of the feathered seam, in pixels of the frame.")]
@@ -78,6 +79,7 @@ def render(
     memory_budget: Budget = None,
     engine: EngineOption = "auto",
     exact: Exact = False,
+    precision: PrecisionOption = None,
     save_frames: Annotated[bool, typer.Option("--save-frames", help="Keep the frames as JPEGs too.")] = False,
     frames_dir: Annotated[Path | None, typer.Option(help="Where to; <output>_frames beside the video.")] = None,
     as_json: Json = False,
@@ -90,7 +92,9 @@ def render(
             raise InputError("expected either --audio-features or --encoder (with --audio), not both or neither")
         if encoder is not None and audio is None:
             raise InputError("--encoder makes features from sound; expected --audio with it")
-        pipeline = _pipeline(checkpoint, mode, device, engine, exact, blend, feather, batch_size, memory_budget)
+        pipeline = _pipeline(
+            checkpoint, mode, device, engine, exact, precision, blend, feather, batch_size, memory_budget
+        )
         with _features(audio_features, encoder, audio, pipeline) as features, _progress() as progress:
             pipeline.generate_video(
                 features,
@@ -125,12 +129,15 @@ def frames(
     memory_budget: Budget = None,
     engine: EngineOption = "auto",
     exact: Exact = False,
+    precision: PrecisionOption = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Render a clip to numbered JPEGs."""
     with _reporting(debug):
-        pipeline = _pipeline(checkpoint, mode, device, engine, exact, blend, feather, batch_size, memory_budget)
+        pipeline = _pipeline(
+            checkpoint, mode, device, engine, exact, precision, blend, feather, batch_size, memory_budget
+        )
         with _progress() as progress:
             pipeline.generate_frames_only(
                 audio_features, template, output_dir, start_frame, use_parsing=use_parsing, progress=progress
@@ -183,7 +190,7 @@ def reference(
 ) -> None:
     """Write sample frames, features and facts for programs in other languages to compare with."""
     with _reporting(debug):
-        pipeline = _pipeline(checkpoint, mode, device, engine, True, "none", 0.0, None, None)
+        pipeline = _pipeline(checkpoint, mode, device, engine, True, None, "none", 0.0, None, None)
         facts = pipeline.generate_reference_outputs(audio_features, template, output_dir, num_sample_frames)
         console.print(f"{output_dir}: {len(facts['sample_indices'])} frames and metadata.json", highlight=False)
 
@@ -206,10 +213,17 @@ def demo(
 
 
 @app.command()
-def doctor(device: Device = None, as_json: Json = False, debug: Debug = False) -> None:
+def doctor(
+    device: Device = None,
+    engines: Annotated[bool, typer.Option("--engines", help="Measure every engine first (minutes on a GPU).")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Tell what this machine can do, and which way a render would take here."""
 
     with _reporting(debug):
+        if engines:
+            measure_engines(device)
         facts = examine(device)
         if as_json:
             print(json.dumps(facts))
@@ -242,6 +256,7 @@ def _pipeline(
     device: str | None,
     engine: EngineName,
     exact: bool,
+    precision: Precision | None,
     blend: Blend,
     feather: float,
     batch_size: int | None,
@@ -254,6 +269,7 @@ def _pipeline(
         device,
         engine=engine,
         exact=True if exact else None,
+        precision=precision,
         blend=blend,
         feather=feather,
         batch_size=batch_size,

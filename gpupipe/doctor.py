@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import av
@@ -9,12 +10,14 @@ import av.codec.hwaccel
 import torch
 
 from gpupipe.avatar import FEATHER
+from gpupipe.engines.choice import CANDIDATES, Figures, find_dtype, measure, measured, remember
 from gpupipe.errors import DeviceError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.frame_cache import default_budget
 from gpupipe.frame_generator import BATCH_SIZES
 from gpupipe.kernels.dispatch import backend, obstacle
 from gpupipe.lanes import available_cores
+from gpupipe.models import UNet328
 from gpupipe.unet_model import find_device
 from gpupipe.versions import processor_name, versions
 from gpupipe.video.decode import jpeg_decoder
@@ -55,7 +58,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
         "can": can,
         "render": {
             "device": f"{chosen}: " + ("asked for" if device else "a CUDA GPU" if cuda else "there is no CUDA GPU"),
-            "engine": "onnxruntime: the fastest on a CPU" if exact else "torch: half precision, channels-last",
+            "engine": _engine(chosen, exact=exact),
             "precision": "float32" if exact else "float16; --exact for float32",
             "jpeg": jpeg_decoder(chosen, exact=exact),
             "kernels": f"{backend(chosen)}: {obstacle(chosen) or 'fused kernels around the network'}",
@@ -66,6 +69,28 @@ def examine(device: str | None = None) -> dict[str, Any]:
         },
         "fallbacks": fallbacks(),
     }
+
+
+def _engine(device: torch.device, *, exact: bool) -> str:
+    """The engine that auto takes for a full-width network, where that has been measured."""
+    dtype = find_dtype(device, exact=exact, precision=None)
+    figures = measured(UNet328("ave"), device, dtype)
+    if figures is None:
+        return (
+            f"auto: the fastest of {', '.join(CANDIDATES[device.type])}, measured at the first render or by --engines"
+        )
+    told = ", ".join("fails: " + name if math.isinf(ms) else f"{name} {ms:.1f}" for name, ms in figures.items())
+    return f"{min(figures, key=lambda name: figures[name])} (ms a frame, mode ave, full width: {told})"
+
+
+def measure_engines(device: str | torch.device | None = None) -> Figures:
+    """Measure every engine of a device on a full-width network of mode ave with made-up weights, and remember it."""
+    chosen = find_device(device)
+    dtype = find_dtype(chosen, exact=chosen.type == "cpu", precision=None)
+    network = UNet328("ave").eval()
+    figures, _ = measure(network, chosen, dtype, list(CANDIDATES[chosen.type]))
+    remember(network, chosen, dtype, figures)
+    return figures
 
 
 def _device_facts(device: torch.device) -> dict[str, str]:

@@ -71,6 +71,11 @@ class FrameCache:
         }
         return together, self._index(position[inverse])
 
+    @property
+    def complete(self) -> bool:
+        """Whether every frame is kept: then :meth:`lookup` gives the same tensors from now on."""
+        return self._kept == self.length
+
     def gather(self, frames: Sequence[int] | NDArray[np.int64]) -> Tensors:
         """As :meth:`lookup`, each tensor with one row for each of ``frames``."""
         tensors, index = self.lookup(frames)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpupipe.avatar import FEATHER, Avatar, Blend, PixelFormat
-from gpupipe.engine import EngineName
+from gpupipe.engines import EngineName, Precision
 from gpupipe.errors import InputError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.features import FeatureSource, SpeechFeatures, save_features_bin
@@ -84,7 +84,7 @@ class FrameGenerationPipeline:
     """Renders clips with a checkpoint.
 
     Args:
-        checkpoint_path, mode, device, engine, exact: as :class:`~gpupipe.unet_model.UNetModel` takes them.
+        checkpoint_path, mode, device, engine, exact, precision: as :class:`~gpupipe.unet_model.UNetModel` takes them.
         blend, feather, batch_size, memory_budget: as :class:`~gpupipe.frame_generator.FrameGenerator` takes them.
 
     Attributes:
@@ -102,12 +102,13 @@ class FrameGenerationPipeline:
         *,
         engine: EngineName = "auto",
         exact: bool | None = None,
+        precision: Precision | None = None,
         blend: Blend = "feather",
         feather: float = FEATHER,
         batch_size: int | None = None,
         memory_budget: int | None = None,
     ) -> None:
-        self.unet_model = UNetModel(checkpoint_path, mode, device, engine=engine, exact=exact)
+        self.unet_model = UNetModel(checkpoint_path, mode, device, engine=engine, exact=exact, precision=precision)
         self.mode: Mode = mode
         self.generator = FrameGenerator(
             self.unet_model, mode, blend=blend, feather=feather, batch_size=batch_size, memory_budget=memory_budget

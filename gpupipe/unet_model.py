@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpupipe.engine import EngineName, make_engine
+from gpupipe.engines import EngineName, Precision, make_engine
 from gpupipe.errors import DeviceError, InputError
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode, load_unet
 from gpupipe.models.unet328 import INPUT_SIZE
@@ -25,8 +25,9 @@ class UNetModel:
         checkpoint_path: ``.pth`` or ``.safetensors`` state dict, of any width; only tensors are read.
         mode: the kind of speech features it was trained on: ``"ave"``, ``"hubert"`` or ``"wenet"``.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …; None takes a CUDA GPU if there is one.
-        engine: how the network is run; see :mod:`gpupipe.engine`.
+        engine: how the network is run; see :mod:`gpupipe.engines`.
         exact: float32 with TF32 off, and JPEGs decoded on the CPU; None means exact on the CPU, half precision on CUDA.
+        precision: what the network computes in where ``exact`` leaves a choice; None means float16.
 
     Attributes:
         engine: what runs the network.
@@ -44,6 +45,7 @@ class UNetModel:
         *,
         engine: EngineName = "auto",
         exact: bool | None = None,
+        precision: Precision | None = None,
     ) -> None:
         if mode not in MODES:
             raise InputError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
@@ -51,7 +53,9 @@ class UNetModel:
         self.device = find_device(device)
         self.exact = self.device.type == "cpu" if exact is None else exact
         self.network = load_unet(checkpoint_path, mode)
-        self.engine = make_engine(self.network, device=self.device, engine=engine, exact=self.exact)
+        self.engine = make_engine(
+            self.network, device=self.device, engine=engine, exact=self.exact, precision=precision
+        )
 
     def predict(self, image_tensor: Tensor | Float32, audio_features: Tensor | Float32) -> NDArray[np.uint8]:
         """Paint mouths.
@@ -74,7 +78,9 @@ class UNetModel:
         features = self.engine.encode(image.to(self.device, self.engine.dtype))
         index = torch.arange(len(image), device=self.device)
         mouth = self.engine.decode(features, index, audio.to(self.device, self.engine.dtype))
-        pixels = (mouth.float() * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        if mouth.dtype != torch.uint8:
+            mouth = (mouth.float() * 255).to(torch.uint8)
+        pixels = mouth.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return pixels[0] if len(pixels) == 1 else pixels
 
     def export_to_onnx(self, output_path: str | Path, opset_version: int = OPSET_VERSION) -> str:

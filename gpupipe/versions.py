@@ -8,6 +8,9 @@ import re
 from pathlib import Path
 
 import av
+import torch
+
+from gpupipe.lanes import available_cores
 
 _PACKAGES = ("gpupipe", "torch", "torchvision", "triton", "kornia", "onnxruntime", "av", "numpy")
 
@@ -22,6 +25,13 @@ def versions() -> dict[str, str]:
             found[package] = "missing"
     found["ffmpeg"] = ".".join(map(str, av.library_versions["libavcodec"])) + " (libavcodec)"
     return found
+
+
+def device_name(device: torch.device | str = "cpu") -> str:
+    """The GPU's name, or the CPU's with the number of cores that this process may use."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, {available_cores()} cores"
 
 
 def processor_name() -> str:

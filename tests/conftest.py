@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -26,9 +26,9 @@ if not torch.cuda.is_available():
 # The benchmarks are not installed, and the parity tests' oracle is among them.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.seeded import seeded_network
 from gpupipe import UNetModel
-from gpupipe.engine import EngineName
+from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.engines import EngineName
 from gpupipe.models import Mode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,6 +131,14 @@ def tiny_model(tiny_checkpoint: MakeCheckpoint) -> MakeModel:
         return UNetModel(tiny_checkpoint(mode, seed), mode, "cpu", engine=engine)
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engine_figures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Measurements of engines are kept apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GPUPIPE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 # ── synthetic templates ───────────────────────────────────────────────────────────────────────────────────────────────

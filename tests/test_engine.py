@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.seeded import seeded_network
-from gpupipe.engine import ENGINES, Engine, EngineName, OnnxRuntimeEngine, TorchEngine, make_engine
+from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.engines import ENGINES, Engine, EngineName, choice, make_engine
+from gpupipe.engines.compiled import CompiledEngine
+from gpupipe.engines.eager import EagerEngine
+from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.errors import DeviceError, InputError
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
 
@@ -15,7 +21,7 @@ CPU = torch.device("cpu")
 BOUND = 2e-5
 """Of outputs in (0, 1): float32 rounding, a two-hundredth of a step of 255."""
 
-ON_CPU: list[EngineName] = ["torch", "onnxruntime"]
+ON_CPU: list[EngineName] = ["eager", "onnxruntime"]
 
 
 @pytest.fixture(scope="module", params=ON_CPU)
@@ -93,12 +99,11 @@ def test_inputs_may_be_strided_or_of_another_precision(engine: Engine) -> None:
     assert (found - expected).abs().max() <= BOUND
 
 
-def test_auto_takes_onnx_runtime_on_the_cpu() -> None:
+def test_engines_by_name() -> None:
     network = seeded_network(width=1 / 8)
-    chosen = make_engine(network, device=CPU)
-    assert isinstance(chosen, OnnxRuntimeEngine)
-    assert chosen.name == "onnxruntime"
-    assert isinstance(make_engine(network, device=CPU, engine="torch"), TorchEngine)
+    assert isinstance(make_engine(network, device=CPU, engine="onnxruntime"), OnnxRuntimeEngine)
+    assert isinstance(make_engine(network, device=CPU, engine="eager"), EagerEngine)
+    assert isinstance(make_engine(network, device=CPU, engine="torch"), EagerEngine), "another word for eager"
 
 
 def test_the_cpu_is_always_float32() -> None:
@@ -115,3 +120,94 @@ def test_engines_that_cannot_be() -> None:
     with pytest.raises(DeviceError, match=r"^engine is 'onnxruntime' and device 'cuda:0'; expected device 'cpu'"):
         make_engine(network, device=torch.device("cuda:0"), engine="onnxruntime")
     assert issubclass(DeviceError, InputError)
+    with pytest.raises(DeviceError, match=r"^engine is 'fused' and device 'cpu'; expected device 'cuda'"):
+        make_engine(network, device=CPU, engine="fused")
+
+
+def test_precisions_that_cannot_be() -> None:
+    network = seeded_network(width=1 / 8)
+    with pytest.raises(DeviceError, match=r"^precision is 'float16'; expected float32 on a CPU"):
+        make_engine(network, device=CPU, precision="float16", exact=False)
+    with pytest.raises(DeviceError, match=r"^precision is 'bfloat16'; expected float32 with exact"):
+        make_engine(network, device=torch.device("cuda"), precision="bfloat16", exact=True)
+    with pytest.raises(DeviceError, match=r"^precision is 'int8'; expected float32, float16 or bfloat16"):
+        make_engine(network, device=CPU, precision="int8")  # type: ignore[arg-type]
+
+
+# ── auto ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
+    """Engines "take" the seconds that the test puts here; the others cannot run. Nothing is known before."""
+    seconds: dict[str, float] = {}
+
+    def take(engine: Engine, network: object) -> float:
+        if engine.name not in seconds:
+            raise RuntimeError(f"{engine.name} is out of order\nand says more")
+        return seconds[engine.name]
+
+    monkeypatch.setattr(choice, "_seconds", take)
+    monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "cache"))
+    return seconds
+
+
+def test_auto_takes_the_fastest(timed: dict[str, float]) -> None:
+    network = seeded_network(width=1 / 8)
+    timed.update(onnxruntime=0.2, eager=0.1)
+    assert make_engine(network, device=CPU).name == "eager"
+
+
+def test_auto_remembers_for_the_same_kind_of_network(timed: dict[str, float]) -> None:
+    network = seeded_network(width=1 / 8)
+    timed.update(onnxruntime=0.2, eager=0.1)
+    make_engine(network, device=CPU)
+    timed.update(onnxruntime=0.05)
+    assert make_engine(network, device=CPU).name == "eager", "by the remembered figures"
+    assert make_engine(seeded_network(width=1 / 4), device=CPU).name == "onnxruntime", "another shape is measured"
+    assert make_engine(seeded_network("wenet", width=1 / 8), device=CPU).name == "onnxruntime"
+
+
+def test_auto_measures_again_what_it_cannot_read(timed: dict[str, float]) -> None:
+    network = seeded_network(width=1 / 8)
+    timed.update(onnxruntime=0.1, eager=0.2)
+    for damage in ("", "[]", '{"x": ', json.dumps({choice._key(network, CPU, torch.float32): {"eager": "fast"}})):
+        choice.cache_file().parent.mkdir(exist_ok=True)
+        choice.cache_file().write_text(damage)
+        assert make_engine(network, device=CPU).name == "onnxruntime"
+        assert choice.measured(network, CPU, torch.float32) == {"onnxruntime": 100.0, "eager": 200.0}
+
+
+def test_auto_works_where_nothing_can_be_remembered(timed: dict[str, float], tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where a folder should be")
+    timed.update(onnxruntime=0.1, eager=0.2)
+    assert make_engine(seeded_network(width=1 / 8), device=CPU).name == "onnxruntime"
+
+
+def test_an_engine_that_fails_is_said_and_not_taken(timed: dict[str, float], caplog: pytest.LogCaptureFixture) -> None:
+    network = seeded_network(width=1 / 8)
+    timed.update(eager=0.3)
+    assert make_engine(network, device=CPU).name == "eager"
+    assert "engine onnxruntime: onnxruntime is out of order: eager runs instead" in caplog.text
+    assert make_engine(network, device=CPU).name == "eager", "and so it is remembered"
+
+
+def test_no_engine_works(timed: dict[str, float]) -> None:
+    with pytest.raises(
+        DeviceError, match=r"^no engine works on cpu: onnxruntime: onnxruntime is out of order; eager: "
+    ):
+        make_engine(seeded_network(width=1 / 8), device=CPU)
+
+
+def test_compile_is_taken_only_where_a_measurement_found_it_fastest(timed: dict[str, float]) -> None:
+    network = seeded_network(width=1 / 8)
+    timed.update(onnxruntime=0.2, eager=0.1, compile=0.01)
+    assert make_engine(network, device=CPU).name == "eager", "compiling takes minutes: not measured unasked"
+    choice.remember(network, CPU, torch.float32, {"onnxruntime": 200.0, "eager": 100.0, "compile": 10.0})
+    if choice.compiled.obstacle(CPU) is None:
+        assert isinstance(make_engine(network, device=CPU), CompiledEngine)
+
+
+def test_the_measurement_runs_the_engine() -> None:
+    engine = make_engine(seeded_network(width=1 / 8), device=CPU, engine="onnxruntime")
+    assert 0 < choice._seconds(engine, seeded_network(width=1 / 8)) < 10

@@ -1,0 +1,16 @@
+"""Ways of running the network: each turns the trained U-Net into something fast, on one device, at one precision.
+
+| engine        | runs                                                   | where |
+| ------------- | ------------------------------------------------------ | ----- |
+| `eager`       | PyTorch, layer by layer, batch norms folded            | both  |
+| `compile`     | the same through torch.compile, max-autotune           | both  |
+| `fused`       | Triton kernels for whole blocks (:mod:`gpupipe.kernels.inverted_residual`) | CUDA |
+| `onnxruntime` | ONNX Runtime, the network in hoisted halves            | CPU   |
+
+Every engine runs the network in two halves, so that the half that sees only the template can be cached.
+"""
+
+from gpupipe.engines.base import ENGINES, Engine, EngineName, Features, Precision
+from gpupipe.engines.choice import make_engine
+
+__all__ = ["ENGINES", "Engine", "EngineName", "Features", "Precision", "make_engine"]

@@ -1,0 +1,228 @@
+"""Which engine: the one asked for, or the fastest that works here, by a short measurement that is remembered."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gpupipe.engines import compiled
+from gpupipe.engines.base import ENGINES, Engine, EngineName, Precision
+from gpupipe.engines.compiled import CompiledEngine
+from gpupipe.engines.eager import EagerEngine
+from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
+from gpupipe.errors import DeviceError, GpupipeError, OutputError
+from gpupipe.fallbacks import note_fallback
+from gpupipe.files import replacing
+from gpupipe.lanes import cpu_lanes
+from gpupipe.models.unet328 import INPUT_SIZE, UNet328
+from gpupipe.versions import device_name, versions
+
+logger = logging.getLogger(__name__)
+
+CANDIDATES: dict[str, tuple[EngineName, ...]] = {
+    "cpu": ("onnxruntime", "eager", "compile"),
+    "cuda": ("fused", "compile", "eager"),
+}
+"""Engines of each kind of device, the expected order of speed."""
+
+SLOW_TO_BUILD: frozenset[EngineName] = frozenset({"compile"})
+"""Not built only to be measured: ``auto`` takes one if an earlier measurement found it the fastest."""
+
+BATCHES = {"cpu": 1, "cuda": 64}
+"""Frames of a measured batch."""
+
+_RUNS = 3
+_SECONDS = 0.5
+
+Figures = dict[str, float]
+"""Milliseconds a frame of the speech half, by engine; infinite for one that failed."""
+
+
+def make_engine(
+    network: UNet328,
+    *,
+    device: torch.device,
+    engine: EngineName = "auto",
+    exact: bool = True,
+    precision: Precision | None = None,
+) -> Engine:
+    """Choose and build an engine.
+
+    Args:
+        engine: one of :data:`~gpupipe.engines.base.ENGINES`; ``"auto"`` measures once for each device, network shape,
+            precision and set of versions, and remembers.
+        exact: float32 arithmetic with TF32 off.
+        precision: of weights and activations; None means float32 on the CPU and where ``exact``, else float16.
+
+    Raises:
+        DeviceError: an engine that does not run on ``device`` or at ``precision``, or an unknown name.
+    """
+    if engine not in ENGINES:
+        raise DeviceError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}")
+    if engine == "torch":
+        engine = "eager"
+    dtype = find_dtype(device, exact=exact, precision=precision)
+    if engine != "auto":
+        return _build(engine, network, device, dtype)
+    figures = measured(network, device, dtype)
+    if figures is None:
+        figures, built = measure(network, device, dtype, [n for n in CANDIDATES[device.type] if n not in SLOW_TO_BUILD])
+        remember(network, device, dtype, figures)
+    else:
+        built = {}
+    name = min(figures, key=lambda name: figures[name])
+    for failed in (failed for failed, ms in figures.items() if math.isinf(ms) and not built):
+        note_fallback(f"engine {failed} failed when it was measured: {name} runs instead")
+    chosen = built.get(name) or _build(name, network, device, dtype)
+    told = ", ".join(f"{name} {ms:.1f}" for name, ms in figures.items())
+    logger.debug("engine %s on %s, %s: fastest of %s ms a frame", chosen.name, device, dtype, told)
+    return chosen
+
+
+def find_dtype(device: torch.device, *, exact: bool, precision: Precision | None) -> torch.dtype:
+    """The type an engine computes in.
+
+    Raises:
+        DeviceError: half precision on a CPU or with ``exact``, or an unknown precision.
+    """
+    if precision is None:
+        precision = "float32" if exact or device.type == "cpu" else "float16"
+    if precision not in ("float32", "float16", "bfloat16"):
+        raise DeviceError(f"precision is {precision!r}; expected float32, float16 or bfloat16")
+    if precision != "float32" and (exact or device.type == "cpu"):
+        where = "with exact" if exact else "on a CPU"
+        raise DeviceError(f"precision is {precision!r}; expected float32 {where}")
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[precision]
+
+
+def _build(name: str, network: UNet328, device: torch.device, dtype: torch.dtype) -> Engine:
+    if name not in CANDIDATES[device.type]:
+        wanted = "cpu" if device.type == "cuda" else "cuda"
+        raise DeviceError(f"engine is {name!r} and device {str(device)!r}; expected device {wanted!r} with this engine")
+    if name == "onnxruntime":
+        return OnnxRuntimeEngine(network)
+    if name == "eager":
+        return EagerEngine(network, device=device, dtype=dtype)
+    if reason := compiled.obstacle(device):
+        raise DeviceError(f"engine is 'compile': {reason}")
+    return CompiledEngine(network, device=device, dtype=dtype)
+
+
+# ── the measurement ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def measure(
+    network: UNet328, device: torch.device, dtype: torch.dtype, names: list[EngineName]
+) -> tuple[Figures, dict[str, Engine]]:
+    """Time the speech half of each engine with the template's half cached, as it runs when frames come round again.
+
+    An engine that fails is noted as a fallback and counts as infinitely slow.
+
+    Returns:
+        the figures, and the engines that work.
+
+    Raises:
+        DeviceError: no engine works; the message gives each one's reason.
+    """
+    figures: Figures = {}
+    built: dict[str, Engine] = {}
+    reasons: list[str] = []
+    for name in names:
+        try:
+            built[name] = _build(name, network, device, dtype)
+            figures[name] = 1000 * _seconds(built[name], network)
+        except (RuntimeError, ImportError, GpupipeError) as error:
+            reasons.append(f"{name}: {str(error).splitlines()[0]}")
+            built.pop(name, None)
+            figures[name] = math.inf
+    if not built:
+        raise DeviceError(f"no engine works on {device}: {'; '.join(reasons)}")
+    for reason in reasons:
+        note_fallback(f"engine {reason}: {min(figures, key=lambda name: figures[name])} runs instead")
+    return figures, built
+
+
+@torch.inference_mode()
+def _seconds(engine: Engine, network: UNet328) -> float:
+    """Seconds a frame, the best of a few runs."""
+    batch = BATCHES[engine.device.type]
+    image = torch.rand(batch, 6, INPUT_SIZE, INPUT_SIZE).to(engine.device, engine.dtype)
+    audio = torch.rand(batch, *network.audio_shape).to(engine.device, engine.dtype)
+    index = torch.arange(batch, device=engine.device)
+    features = engine.encode(image)
+
+    def once() -> float:
+        start = time.perf_counter()
+        engine.decode(features, index, audio)
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+        return time.perf_counter() - start
+
+    return _best(once) / batch
+
+
+def _best(once: Callable[[], float]) -> float:
+    once()  # the first call allocates and tunes
+    times: list[float] = []
+    while len(times) < _RUNS or (sum(times) < _SECONDS and len(times) < 10 * _RUNS):
+        times.append(once())
+    return min(times)
+
+
+# ── what is remembered ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cache_file() -> Path:
+    """Where measurements are kept: ``$GPUPIPE_CACHE``, or ``gpupipe`` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpupipe"
+    return Path(os.environ.get("GPUPIPE_CACHE") or default) / "engines.json"
+
+
+def measured(network: UNet328, device: torch.device, dtype: torch.dtype) -> Figures | None:
+    """What an earlier measurement of the same kind found, or None."""
+    figures = _read().get(_key(network, device, dtype))
+    if not isinstance(figures, dict) or not figures:
+        return None
+    known = {
+        name: float("inf") if ms is None else ms for name, ms in figures.items() if name in CANDIDATES[device.type]
+    }
+    return known if all(isinstance(ms, int | float) for ms in known.values()) and known else None
+
+
+def remember(network: UNet328, device: torch.device, dtype: torch.dtype, figures: Figures) -> None:
+    """Add to the file; a folder that cannot be written only means measuring again."""
+    path = cache_file()
+    kept = _read()
+    kept[_key(network, device, dtype)] = {
+        name: None if math.isinf(ms) else round(ms, 4) for name, ms in figures.items()
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(kept, indent=1) + "\n")
+    except (OSError, OutputError) as error:
+        logger.debug("%s: not written: %s", path, error)
+
+
+def _read() -> dict[str, object]:
+    try:
+        kept = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _key(network: UNet328, device: torch.device, dtype: torch.dtype) -> str:
+    """All that a measurement depends on."""
+    packages = versions()
+    lanes = f", {cpu_lanes().threads} threads" if device.type == "cpu" else f", batch {BATCHES['cuda']}"
+    names = ("gpupipe", "torch", "onnxruntime") if device.type == "cpu" else ("gpupipe", "torch", "triton")
+    parts = [device_name(device) + lanes, f"{network.mode}, width {network.width:g}", str(dtype).removeprefix("torch.")]
+    return " | ".join(parts + [f"{name} {packages[name]}" for name in names])

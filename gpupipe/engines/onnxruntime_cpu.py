@@ -1,0 +1,72 @@
+"""The `onnxruntime` engine: the network in its two hoisted halves on the CPU, in float32."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from gpupipe.engines.base import EngineName, Features
+from gpupipe.lanes import cpu_lanes
+from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
+from gpupipe.models.unet328 import INPUT_SIZE, UNet328
+from gpupipe.onnx_export import export_onnx
+
+
+class OnnxRuntimeEngine:
+    """ONNX Runtime on :mod:`gpupipe.models.hoisted`.
+
+    It runs frame by frame: a batch gains nothing on CPU cores, a frame's features are read where they lie, and with all
+    shapes fixed ONNX Runtime fuses the halves' sums into their convolutions.
+
+    Args:
+        threads: of one inference; None takes those of a lane (:mod:`gpupipe.lanes`).
+    """
+
+    name: EngineName = "onnxruntime"
+
+    def __init__(self, network: UNet328, *, threads: int | None = None) -> None:
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        template, speech = TemplateHalf(network).eval(), SpeechHalf(network).eval()
+        image = torch.zeros(1, 6, INPUT_SIZE, INPUT_SIZE)
+        features = template(image)
+        audio = torch.zeros(1, *network.audio_shape)
+        names = list(TEMPLATE_FEATURES)
+        self._template = _session(template, (image,), ["image"], names, threads)
+        self._speech = _session(speech, (*features, audio), [*names, "audio"], ["mouth"], threads)
+
+    def encode(self, image: Tensor) -> Features:
+        """As :meth:`Engine.encode`."""
+        rows = [self._template.run(None, {"image": sample}) for sample in _samples(image)]
+        columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*rows, strict=True))
+        return dict(zip(TEMPLATE_FEATURES, columns, strict=True))
+
+    def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
+        """As :meth:`Engine.decode`."""
+        arrays = {name: features[name].numpy() for name in TEMPLATE_FEATURES}
+        mouths = [
+            self._speech.run(None, {"audio": window, **{name: value[i : i + 1] for name, value in arrays.items()}})[0]
+            for i, window in zip(index.tolist(), _samples(audio), strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(mouths))
+
+
+def _session(
+    module: nn.Module, arguments: tuple[Tensor, ...], inputs: list[str], outputs: list[str], threads: int | None
+) -> onnxruntime.InferenceSession:
+    graph = io.BytesIO()
+    export_onnx(module, arguments, graph, inputs=inputs, outputs=outputs, dynamic_batch=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or cpu_lanes().threads
+    # Idle workers would spin on the cores that decode and encode video beside the network.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(graph.getvalue(), options, providers=["CPUExecutionProvider"])
+
+
+def _samples(batch: Tensor) -> list[np.ndarray]:
+    """The samples of a batch as float32 batches of one."""
+    return [sample[None] for sample in batch.to("cpu", torch.float32).contiguous().numpy()]

@@ -1,0 +1,174 @@
+"""CUDA graphs: what is around the recording is tested anywhere, the recording itself on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gpupipe import UNetModel, graphs
+from gpupipe.avatar import Avatar
+from gpupipe.engines import make_engine
+from gpupipe.fallbacks import fallbacks
+from gpupipe.graphs import GraphedStep
+from gpupipe.kernels.crop_resize import crop_and_input
+from gpupipe.kernels.nv12 import to_nv12
+from gpupipe.kernels.paste_blend import paste_blend_nv12
+from gpupipe.template import Template
+
+CUDA = torch.device("cuda")
+
+
+def rerun(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """As :func:`graphs.capture`: runs the step again, into the same output as a recording would."""
+    output = step()
+
+    def replay() -> None:
+        output.copy_(step())
+
+    return replay, output
+
+
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "capture", rerun)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_each_batch_is_its_own() -> None:
+    graphed = GraphedStep(lambda x, y: x * 10 + y, torch.zeros(4), torch.zeros(4))
+    first = graphed(torch.arange(4.0), torch.ones(4))
+    second = graphed(torch.arange(2.0), torch.full((2,), 5.0))
+    assert first.tolist() == [1, 11, 21, 31], "the second replay must not reach into the first batch"
+    assert second.tolist() == [5, 15], "a smaller batch is padded, and what was padded is cut off"
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_padding_repeats_the_last_sample() -> None:
+    seen = []
+
+    def step(x: Tensor) -> Tensor:
+        seen.append(x.tolist())
+        return x + 0
+
+    GraphedStep(step, torch.tensor([7.0, 8.0, 9.0]))(torch.tensor([1.0, 2.0]))
+    assert seen[-1] == [1, 2, 2]
+
+
+def batches(template: Template) -> list[tuple[np.ndarray, Tensor]]:
+    """Whole ones, and one that ends the clip."""
+    generator = torch.Generator().manual_seed(0)
+    order = [[0, 1, 2], [3, 4, 3], [2, 1]]
+    return [(np.array(frames), torch.rand(len(frames), 32, 16, 16, generator=generator)) for frames in order]
+
+
+def avatar(template: Template, checkpoint: Path, device: str = "cpu") -> Avatar:
+    model = UNetModel(checkpoint, "ave", device, engine="eager", exact=True)
+    return Avatar(template, model.engine, pixel_format="nv12")
+
+
+@pytest.fixture
+def painted(
+    tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path: Path
+) -> Callable[[str], tuple[Avatar, list[Tensor]]]:
+    """``painted(device)`` → an avatar all of whose frames are cached, and the batches painted without a recording."""
+    folder = make_template(tmp_path / "template")
+
+    def make(device: str) -> tuple[Avatar, list[Tensor]]:
+        template = Template.from_directory(folder, device=device)
+        one = avatar(template, tiny_checkpoint(), device)
+        one._recordable = False
+        one.render(np.arange(template.length), torch.zeros(template.length, 32, 16, 16))
+        return one, [one.render(*batch).clone() for batch in batches(template)]
+
+    return make
+
+
+@pytest.mark.usefixtures("without_gpu")
+@torch.inference_mode()
+def test_replayed_batches_are_the_painted_ones(painted: Callable[[str], tuple[Avatar, list[Tensor]]]) -> None:
+    one, expected = painted("cpu")
+    one._recordable = True
+    found = [replayed(one, *batch) for batch in batches(one.template)]
+    assert all(map(torch.equal, found, expected))
+    assert not torch.equal(found[0], found[1])
+    assert one._graphed is not None
+    assert one._graphed.batch_size == 3
+
+
+@torch.inference_mode()
+def test_a_step_that_cannot_be_recorded_is_painted(
+    painted: Callable[[str], tuple[Avatar, list[Tensor]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    one, expected = painted("cpu")
+    one._recordable = True
+    monkeypatch.setattr(graphs, "capture", capture)
+    found = [replayed(one, *batch) for batch in batches(one.template)]
+    assert all(map(torch.equal, found, expected))
+    assert any("(operation not permitted when stream is capturing)" in line for line in fallbacks())
+
+
+def replayed(one: Avatar, frames: np.ndarray, audio: Tensor) -> Tensor:
+    """What :meth:`Avatar.render` does on CUDA once all frames are cached."""
+    derived, row = one._derived.lookup(frames)
+    kept, index = one.template.frames.lookup(frames)
+    assert one._derived.complete
+    assert one.template.frames.complete
+    return one._replay(derived, kept, (row, index, torch.from_numpy(frames), audio))
+
+
+# ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.cuda
+def test_recorded_on_a_gpu(painted: Callable[[str], tuple[Avatar, list[Tensor]]]) -> None:
+    one, expected = painted("cuda")
+    one._recordable = True
+    found = [one.render(*batch) for batch in batches(one.template)]
+    assert one._graphed is not None, fallbacks()
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("stage", ["crop", "encode", "decode", "paste", "nv12"])
+@torch.inference_mode()
+def test_each_stage_can_be_recorded(
+    stage: str, tiny_model: Callable[..., UNetModel], make_template: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Nothing in it waits for the device or asks the host: capturing would fail."""
+    template = Template.from_directory(make_template(tmp_path / "template"), device=CUDA)
+    engine = make_engine(tiny_model().network, device=CUDA, engine="eager", exact=True)
+    kept, index = template.frames.lookup(range(template.length))
+    frames, boxes = kept["frame"], template.boxes
+    crop, image = crop_and_input(frames, index, boxes)
+    features = engine.encode(image)
+    audio = torch.rand(template.length, 32, 16, 16, device=CUDA)
+    mouth = engine.decode(features, index, audio)
+    background = to_nv12(frames)
+    largest = template.max_box
+    steps: dict[str, Callable[[], Tensor]] = {
+        "crop": lambda: crop_and_input(frames, index, boxes)[1],
+        "encode": lambda: engine.encode(image)["x6"],
+        "decode": lambda: engine.decode(features, index, audio),
+        "paste": lambda: paste_blend_nv12(mouth, crop, frames, index, boxes, background, feather=8.0, max_box=largest),
+        "nv12": lambda: to_nv12(frames),
+    }
+    expected = steps[stage]().clone()
+    replay, output = graphs.capture(steps[stage])
+    output.zero_()
+    replay()
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.cuda
+def test_waiting_for_the_device_cannot_be_recorded() -> None:
+    values = torch.ones(3, device=CUDA)
+    with pytest.raises(RuntimeError):
+        graphs.capture(lambda: values * values.sum().item())
