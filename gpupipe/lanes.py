@@ -25,7 +25,7 @@ MAX_LANES = 8
 class Lanes(NamedTuple):
     """How many batches run side by side, and on how many threads each."""
 
-    count: int
+    number: int
     threads: int
 
 
@@ -37,8 +37,8 @@ def available_cores() -> int:
 def cpu_lanes(cores: int | None = None) -> Lanes:
     """Lanes for a CPU of so many cores; None takes those that this process may use."""
     cores = available_cores() if cores is None else cores
-    count = min(cores, MAX_LANES)
-    return Lanes(count, cores // count)
+    number = min(cores, MAX_LANES)
+    return Lanes(number, cores // number)
 
 
 def map_in_lanes(function: Callable[[Item], Result], items: Iterable[Item], lanes: Lanes) -> Iterator[Result]:
@@ -47,14 +47,14 @@ def map_in_lanes(function: Callable[[Item], Result], items: Iterable[Item], lane
     Within a lane PyTorch runs on the lane's threads. Closing the iterator waits for the calls under way.
     """
     threads = torch.get_num_threads()
-    workers = ThreadPoolExecutor(lanes.count, "lane", initializer=torch.set_num_threads, initargs=(lanes.threads,))
+    workers = ThreadPoolExecutor(lanes.number, "lane", initializer=torch.set_num_threads, initargs=(lanes.threads,))
     pending: deque[Future[Result]] = deque()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)  # which the lanes have set for threads to come
         stack.callback(workers.shutdown, cancel_futures=True)
         for item in items:
             pending.append(workers.submit(function, item))
-            if len(pending) > lanes.count:  # one waits, so that no lane does
+            if len(pending) > lanes.number:  # one waits, so that no lane does
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

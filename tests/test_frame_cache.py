@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -146,3 +150,24 @@ def test_failed_computation_leaves_the_cache_as_it_was() -> None:
 def test_default_budget_is_a_part_of_the_memory_there_is() -> None:
     budget = default_budget(CPU)
     assert 1 << 20 < budget < 1 << 44
+
+
+# ── several threads ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("budget", [0, 4 * FRAME_BYTES + 3, LENGTH * FRAME_BYTES])
+def test_threads_may_ask_at_once(budget: int) -> None:
+    """Both compute the same frames at the same time: each must get its own right, and none may be kept twice."""
+    meet = threading.Barrier(2, timeout=10)
+
+    def compute(frames: NDArray[np.int64]) -> dict[str, Tensor]:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meet.wait(0.05)
+        return Recorder()(frames)
+
+    shared = FrameCache(LENGTH, compute, budget=budget, device=CPU)
+    orders = [[0, 1, 2], [2, 1, 3], [4, 5, 6], [6, 4, 7], [8, 0, 3], [8, 8, 5]] * 2
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(functools.partial(assert_right, shared), orders))
+    slots = shared._slot[shared._slot >= 0]
+    assert len(set(slots)) == len(slots) == min(LENGTH, budget // FRAME_BYTES)

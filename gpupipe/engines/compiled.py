@@ -34,9 +34,9 @@ class CompiledEngine:
         self.dtype = dtype
         self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         folded = fold_batch_norms(network).to(device, dtype).to(memory_format=self._layout)
-        options = {"fullgraph": True, "dynamic": False, "mode": MODE if device.type == "cuda" else "max-autotune"}
-        self._encode: Callable[[Tensor], tuple[Tensor, ...]] = torch.compile(folded.encode, **options)
-        self._decode: Callable[..., Tensor] = torch.compile(folded.decode, **options)
+        compiler = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=MODE)
+        self._encode: Callable[[Tensor], tuple[Tensor, ...]] = compiler(folded.encode)
+        self._decode: Callable[..., Tensor] = compiler(folded.decode)
         self._sizes: dict[str, int] = {}
 
     @torch.inference_mode()

@@ -1,0 +1,106 @@
+"""Lanes: results in order, as many calls at once as there are lanes and no more, nothing left running."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gpupipe.lanes import Lanes, available_cores, cpu_lanes, map_in_lanes
+
+
+@pytest.mark.parametrize(
+    ("cores", "expected"), [(1, (1, 1)), (2, (2, 1)), (8, (8, 1)), (12, (8, 1)), (16, (8, 2)), (64, (8, 8))]
+)
+def test_cores_are_shared_out(cores: int, expected: tuple[int, int]) -> None:
+    assert cpu_lanes(cores) == expected
+
+
+def test_lanes_of_this_machine_use_no_more_than_its_cores() -> None:
+    lanes = cpu_lanes()
+    assert 1 <= lanes.number * lanes.threads <= available_cores()
+
+
+def test_results_come_in_order_whoever_is_first() -> None:
+    def slow_when_even(item: int) -> int:
+        time.sleep(0.02 if item % 2 == 0 else 0)
+        return item * item
+
+    assert list(map_in_lanes(slow_when_even, range(7), Lanes(3, 1))) == [i * i for i in range(7)]
+    assert list(map_in_lanes(slow_when_even, [], Lanes(3, 1))) == []
+
+
+def test_as_many_at_once_as_there_are_lanes() -> None:
+    """A barrier that two must reach together: one lane alone would wait for ever."""
+    barrier = threading.Barrier(2, timeout=10)
+    assert list(map_in_lanes(lambda item: (barrier.wait(), item)[1], range(4), Lanes(2, 1))) == [0, 1, 2, 3]
+    alone = threading.Barrier(2, timeout=0.05)
+    with pytest.raises(threading.BrokenBarrierError):
+        list(map_in_lanes(lambda item: alone.wait(), range(2), Lanes(1, 1)))
+
+
+def test_items_are_taken_only_as_they_are_needed() -> None:
+    """Else memory would grow with the clip."""
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for item in range(100):
+            taken.append(item)
+            yield item
+
+    results = map_in_lanes(lambda item: item, items(), Lanes(2, 1))
+    for _ in range(5):
+        next(results)
+    assert len(taken) == 5 + 2, "those given out, and one for each lane"
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_an_error_comes_in_its_turn_and_stops_the_rest() -> None:
+    seen: list[int] = []
+
+    def fail_at_three(item: int) -> int:
+        seen.append(item)
+        if item == 3:
+            raise ValueError("three")
+        return item
+
+    results = map_in_lanes(fail_at_three, range(50), Lanes(2, 1))
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(results)
+    assert len(seen) < 8
+
+
+def test_closing_waits_for_what_is_under_way() -> None:
+    running = threading.Event()
+    ended: list[int] = []
+
+    def slow(item: int) -> int:
+        if item:
+            running.set()
+            time.sleep(0.1)
+            ended.append(item)
+        return item
+
+    results = map_in_lanes(slow, range(9), Lanes(1, 1))
+    next(results)
+    assert running.wait(5)
+    results.close()  # type: ignore[attr-defined]
+    assert ended == [1]
+    assert not any(thread.name.startswith("lane") for thread in threading.enumerate())
+
+
+def test_pytorch_runs_on_a_lanes_threads_and_elsewhere_as_before() -> None:
+    before = torch.get_num_threads()
+    assert set(map_in_lanes(lambda item: torch.get_num_threads(), range(4), Lanes(2, 1))) == {1}
+    assert torch.get_num_threads() == before
+    [elsewhere] = map_in_lanes(lambda item: torch.get_num_threads(), [0], Lanes(1, before + 1))
+    assert elsewhere == before + 1
+    later: list[int] = []
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert later == [before], "threads to come are not changed either"
