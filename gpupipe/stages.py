@@ -1,0 +1,209 @@
+"""Where the time of a render goes: busy seconds of each stage, what bounded the run, and a trace to look at.
+
+    open ─ template decode ─ template half ─ speech half ─ paste ─ encode ─ mux
+
+Stages overlap: each is timed where it runs, on lanes, on the encoder's thread, on the GPU, so that their busy seconds add
+up to more than the clock's. A stage inside another one (a template frame that is decoded when the network asks for it)
+counts as itself alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+STAGES = ("template decode", "template half", "speech half", "paste", "encode", "mux")
+"""In a frame's order. A recorded CUDA graph runs the speech half and the paste as one: ``speech half + paste``."""
+
+_SATURATED = 0.9
+"""From this share of their time on, the cores are what bounds a run, whichever thread has the most to do."""
+
+
+class _Moment(NamedTuple):
+    """One piece of work, for the trace: seconds since the start."""
+
+    stage: str
+    row: str
+    start: float
+    end: float
+
+
+class Stages:
+    """Measures one render. Any thread may time its work; what that costs is two looks at a clock and a lock.
+
+    On a CPU the seconds are the clock's while a thread is in a stage; encoders have threads of their own, for which the
+    thread that feeds them waits. On CUDA a stage that is given its device is timed by events on the current stream,
+    which are read when the run is over.
+
+    Args:
+        trace: keep every piece of work, for :meth:`write_trace`.
+    """
+
+    def __init__(self, *, trace: bool = False) -> None:
+        self._trace: list[_Moment] | None = [] if trace else None
+        self._lock = threading.Lock()
+        self._stacks = threading.local()
+        self._busy: dict[str, float] = defaultdict(float)
+        self._rows: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._queued: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
+        self._origin: tuple[torch.cuda.Event, float] | None = None
+        self._cpu_start = time.process_time()
+        self._start = time.perf_counter()
+
+    def time(self, stage: str, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
+        """A context that counts what happens inside it as ``stage``; on a CUDA ``device`` the GPU's time."""
+        return _Span(self, stage, device if device is not None and device.type == "cuda" else None)
+
+    def busy(self) -> dict[str, float]:
+        """Busy seconds by stage, in a frame's order; call it when the run is over. A GPU is waited for."""
+        self._read_events()
+        with self._lock:
+            names = sorted(self._busy, key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
+            return {name: max(0.0, self._busy[name]) for name in names}
+
+    def bound(self, *, cores: int) -> str:
+        """What bounded the run until now: the GPU, the cores, or the thread that was busy for most of the time.
+
+        Args:
+            cores: that this process may use.
+
+        Returns:
+            one line: what, how busy it was, and with what most of all.
+        """
+        self._read_events()
+        seconds = time.perf_counter() - self._start
+        used = (time.process_time() - self._cpu_start) / (seconds * cores)
+        with self._lock:
+            rows = {row: dict(stages) for row, stages in self._rows.items()}
+        groups: dict[str, list[dict[str, float]]] = defaultdict(list)
+        for row, stages in rows.items():
+            groups[_group(row)].append(stages)
+        shares = {
+            name: sum(sum(stages.values()) for stages in members) / (seconds * len(members))
+            for name, members in groups.items()
+        }
+        if not shares:
+            return "nothing: no stage was timed"
+        if used >= _SATURATED and shares.get("the GPU", 0) < _SATURATED:
+            return f"the cores ({used:.0%} busy), {_most(list(rows.values()))} most of all"
+        name = max(shares, key=lambda group: shares[group])
+        return f"{name} ({shares[name]:.0%} busy), {_most(groups[name])} most of all; the cores {used:.0%} busy"
+
+    def write_trace(self, path: Path) -> None:
+        """Write what was timed as a trace for ``chrome://tracing`` or Perfetto, a row for each thread and the GPU.
+
+        The format is the Trace Event Format's JSON object with complete events (``"ph": "X"``), in microseconds.
+        """
+        self._read_events()
+        moments = self._trace or []
+        rows = {row: number for number, row in enumerate(sorted({moment.row for moment in moments}))}
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "thread_name", "pid": 0, "tid": number, "args": {"name": row}}
+            for row, number in rows.items()
+        ]
+        for stage, row, start, end in moments:
+            duration = (end - start) * 1e6
+            events.append({"ph": "X", "name": stage, "pid": 0, "tid": rows[row], "ts": start * 1e6, "dur": duration})
+        path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+    def _add(self, stage: str, parent: str | None, row: str, start: float, end: float) -> None:
+        """Count a piece of work, and take it from the stage that it stands in."""
+        with self._lock:
+            for name, sign in ((stage, 1), (parent, -1)):
+                if name is not None:
+                    self._busy[name] += sign * (end - start)
+                    self._rows[row][name] += sign * (end - start)
+            if self._trace is not None:
+                self._trace.append(_Moment(stage, row, start - self._start, end - self._start))
+
+    def _read_events(self) -> None:
+        with self._lock:
+            queued, self._queued = self._queued, []
+        if not queued:
+            return
+        torch.cuda.synchronize()
+        assert self._origin is not None
+        first, moment = self._origin
+        for stage, parent, begin, end in queued:
+            start = moment + first.elapsed_time(begin) / 1000
+            self._add(stage, parent, "GPU", start, start + begin.elapsed_time(end) / 1000)
+
+    def _event(self, device: torch.device) -> torch.cuda.Event:
+        """An event at this point of the device's current stream."""
+        stream = torch.cuda.current_stream(device)
+        if self._origin is None:
+            origin = torch.cuda.Event(enable_timing=True)
+            torch.cuda.synchronize(device)  # once, so that the GPU's clock can be laid beside the host's
+            origin.record(stream)
+            self._origin = (origin, time.perf_counter())
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+
+class _Untimed(Stages):
+    """Measures nothing, and keeps nothing."""
+
+    def time(self, stage: str, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
+        """A context that does nothing."""
+        return contextlib.nullcontext()
+
+
+UNTIMED: Stages = _Untimed()
+"""For who does not ask where the time goes."""
+
+
+class _Span:
+    """One piece of work; see :meth:`Stages.time`."""
+
+    def __init__(self, stages: Stages, stage: str, device: torch.device | None) -> None:
+        self._stages, self._stage, self._device = stages, stage, device
+
+    def __enter__(self) -> None:
+        stack = self._stages._stacks.__dict__.setdefault("stack", [])
+        self._parent: _Span | None = stack[-1] if stack else None
+        stack.append(self)
+        if self._device is not None:
+            self._begin = self._stages._event(self._device)
+        self._start = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        end = time.perf_counter()
+        self._stages._stacks.stack.pop()
+        # The GPU's time is not taken from a stage of the host's, nor the other way round.
+        same = self._parent is not None and (self._parent._device is None) == (self._device is None)
+        parent = self._parent._stage if self._parent is not None and same else None
+        if self._device is None:
+            self._stages._add(self._stage, parent, threading.current_thread().name, self._start, end)
+        else:
+            queued = (self._stage, parent, self._begin, self._stages._event(self._device))
+            with self._stages._lock:
+                self._stages._queued.append(queued)
+
+
+def _group(row: str) -> str:
+    """What a row is called where rows of one kind are taken together: the lanes, the threads that decode."""
+    if row.startswith("lane"):
+        return "the lanes"
+    if row.startswith("encode"):
+        return "the encoder's thread"
+    return {"GPU": "the GPU", "MainThread": "the main thread"}.get(row, row)
+
+
+def _most(rows: list[dict[str, float]]) -> str:
+    """The stage in which most of the rows' time went."""
+    total: dict[str, float] = defaultdict(float)
+    for stages in rows:
+        for stage, seconds in stages.items():
+            total[stage] += seconds
+    return max(total, key=lambda stage: total[stage])
