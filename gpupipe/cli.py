@@ -33,6 +33,7 @@ from gpupipe.models.audio_encoder import FEATURES
 from gpupipe.onnx_export import export_unet
 from gpupipe.pipeline import FrameGenerationPipeline, RenderRecord
 from gpupipe.speech import SpeechEncoder, save_features
+from gpupipe.video.images import ImageFormat
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
@@ -52,7 +53,7 @@ Feather = Annotated[float, typer.Option(help="Width of the feathered seam, in pi
 BatchSize = Annotated[int | None, typer.Option(help="Frames rendered at once; the device's default.")]
 Budget = Annotated[int | None, typer.Option(help="MB for what is kept per template frame; the device decides.")]
 Crf = Annotated[int, typer.Option(help="Quality, 0 (best) to 51.")]
-Codec = Annotated[str, typer.Option(help="auto, h264, hevc, av1, or the name of an FFmpeg encoder.")]
+Codec = Annotated[str, typer.Option(help="auto, h264, hevc, av1, mjpeg, ffv1 (lossless) or an FFmpeg encoder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable record as the last line.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log every batch; show tracebacks.")]
 OutputDir = Annotated[Path, typer.Option(help="Folder that the files are written to.")]
@@ -82,6 +83,7 @@ def render(
     precision: PrecisionOption = None,
     save_frames: Annotated[bool, typer.Option("--save-frames", help="Keep the frames as JPEGs too.")] = False,
     frames_dir: Annotated[Path | None, typer.Option(help="Where to; <output>_frames beside the video.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Trace of every stage, .json; prints where time went.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -109,7 +111,10 @@ def render(
                 frames_dir,
                 codec=codec,
                 progress=progress,
+                profile=profile,
             )
+        if profile is not None:
+            _print_waterfall(pipeline.last_render)
         _finish(pipeline.last_render, output, as_json)
 
 
@@ -130,17 +135,24 @@ def frames(
     engine: EngineOption = "auto",
     exact: Exact = False,
     precision: PrecisionOption = None,
+    image_format: Annotated[ImageFormat, typer.Option("--format", help="Of the images; png is lossless.")] = "jpeg",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Render a clip to numbered JPEGs."""
+    """Render a clip to numbered images, one for each row of features."""
     with _reporting(debug):
         pipeline = _pipeline(
             checkpoint, mode, device, engine, exact, precision, blend, feather, batch_size, memory_budget
         )
         with _progress() as progress:
             pipeline.generate_frames_only(
-                audio_features, template, output_dir, start_frame, use_parsing=use_parsing, progress=progress
+                audio_features,
+                template,
+                output_dir,
+                start_frame,
+                use_parsing=use_parsing,
+                image_format=image_format,
+                progress=progress,
             )
         _finish(pipeline.last_render, output_dir, as_json)
 
@@ -349,6 +361,18 @@ def _progress() -> Iterator[Any]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _print_waterfall(record: RenderRecord | None) -> None:
+    """Busy seconds of each stage, beside the clock's."""
+    assert record is not None
+    table = Table("stage", "busy, s", "ms a frame", "of the run", "", box=None, title_justify="left")
+    for stage, seconds in record.busy.items():
+        share = seconds / record.seconds
+        bar = "█" * max(1, round(20 * min(share, 4)))  # a stage on several cores is busy for longer than the run
+        table.add_row(stage, f"{seconds:.2f}", f"{1000 * seconds / record.frames:.2f}", f"{share:.0%}", bar)
+    console.print(table, highlight=False)
+    console.print(f"bounded by {record.bound}", highlight=False, soft_wrap=True)
 
 
 def _finish(record: RenderRecord | None, output: Path, as_json: bool) -> None:

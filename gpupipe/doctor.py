@@ -20,10 +20,10 @@ from gpupipe.lanes import available_cores
 from gpupipe.models import UNet328
 from gpupipe.unet_model import find_device
 from gpupipe.versions import processor_name, versions
+from gpupipe.video.codecs import choose_encoder
 from gpupipe.video.decode import jpeg_decoder
-from gpupipe.video.encode import choose_encoder
 
-_ENCODERS = ("h264_nvenc", "hevc_nvenc", "av1_nvenc", "libx264", "libx265", "libsvtav1", "ffv1")
+_ENCODERS = ("h264_nvenc", "hevc_nvenc", "av1_nvenc", "libx264", "libx265", "libsvtav1", "mjpeg", "ffv1")
 
 
 def examine(device: str | None = None) -> dict[str, Any]:

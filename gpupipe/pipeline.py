@@ -23,15 +23,16 @@ from gpupipe.features import FeatureSource, SpeechFeatures, save_features_bin
 from gpupipe.files import make_folder, replacing
 from gpupipe.frame_generator import FrameGenerator
 from gpupipe.kernels.dispatch import backend
-from gpupipe.kernels.nv12 import to_nv12
+from gpupipe.lanes import available_cores
 from gpupipe.models import Mode
 from gpupipe.onnx_export import OPSET_VERSION
 from gpupipe.schedule import template_indices
+from gpupipe.stages import UNTIMED, Stages, measuring
 from gpupipe.template import Template
 from gpupipe.unet_model import UNetModel
 from gpupipe.versions import versions
 from gpupipe.video.encode import VideoWriter
-from gpupipe.video.images import frame_path, save_image, write_frames
+from gpupipe.video.images import ImageFormat, frame_path, save_image, write_frames
 from gpupipe.video.sound import open_sound
 
 logger = logging.getLogger(__name__)
@@ -54,12 +55,16 @@ class RenderRecord:
     """Facts of the last finished render.
 
     ``stages`` holds seconds: ``open`` (template and features), ``render`` (compute, and waiting for the encoder),
-    ``finish`` (the encoder's last frames and the muxer).
+    ``finish`` (the encoder's last frames and the muxer). ``busy`` holds the seconds in which each of
+    :data:`gpupipe.stages.STAGES` was at work: stages overlap, so that these may add up to more than ``seconds``.
+    ``bound`` says in words what bounded the run.
     """
 
     frames: int
     seconds: float
     stages: dict[str, float]
+    busy: dict[str, float]
+    bound: str
     device: str
     engine: str
     kernels: str
@@ -130,6 +135,7 @@ class FrameGenerationPipeline:
         *,
         codec: str = "auto",
         progress: Progress | None = None,
+        profile: str | Path | None = None,
     ) -> str:
         """Render a clip to a video with sound, in one pass.
 
@@ -142,8 +148,9 @@ class FrameGenerationPipeline:
             fps: frames a second of the video.
             crf: quality, 0 (best) to 51.
             save_frames: keep the frames as JPEGs too, in ``frames_dir`` or beside the video in ``<name>_frames``.
-            codec: see :data:`gpupipe.video.encode.CODECS`.
+            codec: see :data:`gpupipe.video.codecs.CODECS`.
             progress: called after each batch.
+            profile: where to write a trace of every stage's work, ``.json`` for ``chrome://tracing`` or Perfetto.
 
         Returns:
             ``output_path``.
@@ -156,20 +163,29 @@ class FrameGenerationPipeline:
         output_path = Path(output_path)
         if audio_path is not None:
             open_sound(audio_path).close()
-        clip = self._open(audio_features_path, template_dir, start_frame, use_parsing)
-        size = {"width": clip.template.width, "height": clip.template.height}
-        with VideoWriter(output_path, **size, fps=fps, codec=codec, crf=crf, sound=audio_path) as writer:
-            times["open"] = time.perf_counter()
-            if save_frames:
-                folder = make_folder(frames_dir or output_path.with_name(f"{output_path.stem}_frames"))
-                batches = _saving(self._stream(clip, "bgr", progress), folder)
-            else:
-                batches = self._stream(clip, "nv12", progress)
-            for batch in batches:
-                writer.write(batch)
-            times["render"] = time.perf_counter()
-        times["finish"] = time.perf_counter()
-        self.last_render = self._record(len(clip.speech), times, writer.encoder)
+        with measuring(profile) as stages:
+            clip = self._open(audio_features_path, template_dir, start_frame, use_parsing, stages)
+            with VideoWriter(
+                output_path,
+                width=clip.template.width,
+                height=clip.template.height,
+                fps=fps,
+                codec=codec,
+                crf=crf,
+                sound=audio_path,
+                stages=stages,
+            ) as writer:
+                times["open"] = time.perf_counter()
+                if save_frames:
+                    folder = make_folder(frames_dir or output_path.with_name(f"{output_path.stem}_frames"))
+                    batches = _saving(self._stream(clip, "bgr", progress), folder)
+                else:
+                    batches = self._stream(clip, writer.pixel_format, progress)
+                for batch in batches:
+                    writer.write(batch)
+                times["render"] = time.perf_counter()
+            times["finish"] = time.perf_counter()
+            self.last_render = self._record(len(clip.speech), times, stages, writer.encoder)
         _compare_lengths(output_path, len(clip.speech) / fps, writer.sound_seconds, fps)
         return str(output_path)
 
@@ -182,20 +198,23 @@ class FrameGenerationPipeline:
         fps: float = 25,
         use_parsing: bool = False,
         *,
+        image_format: ImageFormat = "jpeg",
         progress: Progress | None = None,
     ) -> list[str]:
         """Render a clip to ``frame_00000.jpg`` … in ``output_dir`` and return their paths.
 
-        ``fps`` is kept for the seed's callers: frames do not depend on it.
+        ``image_format="png"`` writes ``frame_00000.png`` … without loss. ``fps`` is kept for the seed's callers: images
+        have no rate, there is one for each row of features.
         """
         times = {"start": time.perf_counter()}
-        clip = self._open(audio_features_path, template_dir, start_frame, use_parsing)
+        stages = Stages()
+        clip = self._open(audio_features_path, template_dir, start_frame, use_parsing, stages)
         times["open"] = time.perf_counter()
         batches = self._stream(clip, "bgr", progress)
         frames = (frame for batch in batches for frame in batch.cpu().numpy())
-        paths = write_frames(frames, output_dir)
+        paths = write_frames(frames, output_dir, image_format=image_format)
         times["render"] = time.perf_counter()
-        self.last_render = self._record(len(paths), times)
+        self.last_render = self._record(len(paths), times, stages)
         return paths
 
     def export_model_to_onnx(self, output_path: str | Path, opset_version: int = OPSET_VERSION) -> str:
@@ -245,7 +264,12 @@ class FrameGenerationPipeline:
         return facts
 
     def _open(
-        self, features_path: FeatureSource, template_dir: str | Path, start_frame: int, use_parsing: bool
+        self,
+        features_path: FeatureSource,
+        template_dir: str | Path,
+        start_frame: int,
+        use_parsing: bool,
+        stages: Stages = UNTIMED,
     ) -> Clip:
         speech = SpeechFeatures(features_path, self.mode)
         model = self.unet_model
@@ -255,6 +279,7 @@ class FrameGenerationPipeline:
             device=model.device,
             exact=model.exact,
             memory_budget=self.generator.memory_budget,
+            stages=stages,
         )
         return Clip(template, speech, start_frame)
 
@@ -268,7 +293,7 @@ class FrameGenerationPipeline:
             if progress is not None:
                 progress(done, len(clip.speech))
 
-    def _record(self, frames: int, times: dict[str, float], codec: str | None = None) -> RenderRecord:
+    def _record(self, frames: int, times: dict[str, float], measured: Stages, codec: str | None = None) -> RenderRecord:
         """A record from the moments at which stages ended; the first entry is the start."""
         moments = list(times.items())
         stages = {name: end - moments[i][1] for i, (name, end) in enumerate(moments[1:])}
@@ -277,6 +302,8 @@ class FrameGenerationPipeline:
             frames=frames,
             seconds=sum(stages.values()),
             stages=stages,
+            busy=measured.busy(),
+            bound=measured.bound(cores=available_cores()),
             device=str(model.device),
             engine=model.engine.name,
             kernels=backend(model.device),
@@ -285,13 +312,13 @@ class FrameGenerationPipeline:
 
 
 def _saving(batches: Iterator[Tensor], folder: Path) -> Iterator[Tensor]:
-    """Save BGR batches as numbered JPEGs on their way, and pass them on as NV12."""
+    """Save BGR batches as numbered JPEGs on their way."""
     number = 0
     for batch in batches:
         for frame in batch.cpu().numpy():
             save_image(frame, frame_path(folder, number))
             number += 1
-        yield to_nv12(batch)
+        yield batch
 
 
 def _compare_lengths(path: str | Path, picture: float, sound: float | None, fps: float) -> None:

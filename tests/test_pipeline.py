@@ -416,13 +416,6 @@ def test_bad_template_file(render: Callable[..., Path], make_template: MakeTempl
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_odd_frame_size(render: Callable[..., Path], make_template: MakeTemplate, tmp_path: Path) -> None:
-    template = make_template(tmp_path / "template", frames=2, size=(191, 128))
-    with pytest.raises(InputError, match="frames are 191×128; 4:2:0 video needs an even width and height"):
-        render(template_dir=template)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 @pytest.fixture
 def no_thread_left() -> Iterator[None]:
     yield

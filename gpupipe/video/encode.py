@@ -4,47 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import threading
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import av
 import av.error
 import numpy as np
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gpupipe.errors import DeviceError, InputError, OutputError
-from gpupipe.fallbacks import note_fallback
+from gpupipe.errors import InputError, OutputError
 from gpupipe.files import replacing
+from gpupipe.kernels.nv12 import to_nv12
+from gpupipe.stages import UNTIMED, Stages
+from gpupipe.video.codecs import PictureFormat, choose_encoder, configure, host_frame
 from gpupipe.video.sound import SoundTrack
 
 logger = logging.getLogger(__name__)
 
-os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 prints its settings unless the environment says: errors only
-
-CODECS: dict[str, tuple[str, ...]] = {
-    "auto": ("h264_nvenc", "libx264"),
-    "h264": ("h264_nvenc", "libx264"),
-    "hevc": ("hevc_nvenc", "libx265"),
-    "av1": ("av1_nvenc", "libsvtav1"),
-}
-"""FFmpeg encoders behind a codec's name, in the order they are tried; any encoder's own name is taken too."""
-
-_OPTIONS: dict[str, dict[str, str]] = {
-    "libx264": {"preset": "veryfast", "crf": "{crf}", "x264-params": "chromaloc=1"},
-    "libx265": {"preset": "fast", "crf": "{crf}", "x265-params": "log-level=none:chromaloc=1"},
-    "libsvtav1": {"preset": "9", "crf": "{crf}"},
-    "h264_nvenc": {"preset": "p4", "rc": "vbr", "cq": "{crf}", "b": "0"},
-    "hevc_nvenc": {"preset": "p4", "rc": "vbr", "cq": "{crf}", "b": "0"},
-    "av1_nvenc": {"preset": "p4", "rc": "vbr", "cq": "{crf}", "b": "0"},
-}
-"""Encoder options; chroma stands in the middle of its 2×2 pixels, as kernels/nv12.py puts it."""
+PixelFormat = Literal["bgr", "nv12"]
 
 _QUEUE = 2  # batches that may wait for the encoder
 
@@ -56,18 +39,24 @@ class VideoWriter:
 
     Args:
         path: of the video; its suffix chooses the container (``.mp4``, ``.mkv``, ``.mov``).
-        width, height: of the frames in pixels, even.
+        width, height: of the frames in pixels. 4:2:0 video has even sizes and its cropping goes in steps of two pixels:
+            an odd size is made even by repeating the last column or row, and said aloud.
         fps: frames a second.
-        codec: a key of :data:`CODECS`, or the name of an FFmpeg encoder.
-        crf: quality, 0 (best) to 51; for NVENC its ``cq``.
+        codec: a key of :data:`~gpupipe.video.codecs.CODECS`, or the name of an FFmpeg encoder.
+        crf: quality, 0 (best) to 51; for NVENC its ``cq``, for Motion-JPEG see
+            :func:`~gpupipe.video.codecs.jpeg_quantiser`.
         sound: any file that FFmpeg reads with a sound track; None writes a silent video.
+        stages: what measures where the time goes.
 
     Attributes:
         encoder: the FFmpeg encoder that was chosen.
+        picture: size, rate and quality of what is written.
+        pixel_format: in which frames are best written.
         frames: how many have been encoded.
 
     Raises:
-        InputError: odd sizes, quality out of range, unknown container; sound that cannot be read.
+        InputError: quality out of range; a container that is unknown or cannot hold the codec; sound that cannot be
+            read.
         DeviceError: a codec that does not open here.
         OutputError: ``path`` cannot be written.
     """
@@ -82,19 +71,24 @@ class VideoWriter:
         codec: str = "auto",
         crf: int = 20,
         sound: str | Path | None = None,
+        stages: Stages = UNTIMED,
     ) -> None:
         self.path = Path(path)
-        if width % 2 or height % 2:
-            raise InputError(f"{path}: frames are {width}×{height}; 4:2:0 video needs an even width and height")
+        self._stages = stages
         if not 0 <= crf <= 51:
             raise InputError(f"crf is {crf}; expected 0 (best) to 51")
         if not 0 < fps <= 1000:
             raise InputError(f"fps is {fps}; expected more than 0 and at most 1000")
-        self.size = (width, height)
-        self.rate = Fraction(fps).limit_denominator(1001)
+        even = (width + width % 2, height + height % 2)
+        if even != (width, height):
+            logger.warning(
+                "%s: frames are %d×%d and 4:2:0 video needs even sizes: the video is %d×%d, with the last column or row"
+                " repeated", path, width, height, *even,
+            )  # fmt: skip
+        self.picture = PictureFormat(*even, Fraction(fps).limit_denominator(1001), crf)
         self.frames = 0
-        self.encoder = choose_encoder(codec, width, height)
-        self._crf = crf
+        self.encoder = choose_encoder(codec, *even)
+        self.pixel_format: PixelFormat = "nv12" if even == (width, height) else "bgr"
         self._error: BaseException | None = None
         self._batches: queue.Queue[Tensor | None] = queue.Queue(_QUEUE)
         self._resources = contextlib.ExitStack()
@@ -111,11 +105,16 @@ class VideoWriter:
         self._thread.start()
 
     def write(self, frames: Tensor) -> None:
-        """Queue a batch: NV12 uint8 (B, H·3/2, W). Waits while the encoder is more than two batches behind.
+        """Queue a batch, which then belongs to the writer. Waits while the encoder is more than two batches behind.
+
+        Args:
+            frames: uint8, NV12 (B, H·3/2, W) of an even size, or BGR (B, H, W, 3).
 
         Raises:
             OutputError: an earlier batch could not be written.
         """
+        if frames.dim() == 4:
+            frames = to_nv12(pad_to_even(frames))
         self._put(frames)
 
     def __enter__(self) -> VideoWriter:
@@ -147,18 +146,12 @@ class VideoWriter:
             raise InputError(f"{self.path}: suffix is {self.path.suffix!r}; expected .mp4, .mkv or .mov") from error
 
     def _add_video_stream(self) -> av.VideoStream:
-        width, height = self.size
-        stream = self._output.add_stream(self.encoder, rate=self.rate, options=_options(self.encoder, self._crf))
+        try:
+            stream = self._output.add_stream(self.encoder, rate=self.picture.rate)
+        except ValueError as error:
+            raise InputError(f"{self.path}: {self.path.suffix} cannot hold {self.encoder}; expected .mkv") from error
         assert isinstance(stream, av.VideoStream)
-        context = stream.codec_context
-        context.width, context.height = width, height
-        context.pix_fmt = pixel_format(self.encoder)
-        context.time_base = 1 / self.rate
-        context.colorspace = Colorspace.ITU709
-        context.color_range = ColorRange.MPEG
-        context.color_primaries = ColorPrimaries.BT709
-        context.color_trc = ColorTrc.BT709
-        context.thread_count, context.thread_type = 0, "AUTO"  # all cores, frames beside each other
+        configure(stream.codec_context, self.picture)
         return stream
 
     def _put(self, item: Tensor | None) -> None:
@@ -186,77 +179,42 @@ class VideoWriter:
     def _run(self) -> None:
         try:
             while self._error is None and (batch := self._batches.get()) is not None:
-                for frame in batch.cpu().numpy():
-                    self._encode(frame)
+                with self._stages.time("encode"):
+                    for frame in batch.cpu().numpy():
+                        self._encode(frame)
             if self._error is None:
-                self._output.mux(self._video.encode(None))
-                if self._sound is not None:
-                    self._sound.finish()
-                self._output.close()
+                with self._stages.time("encode"):
+                    packets = self._video.encode(None)
+                with self._stages.time("mux"):
+                    self._output.mux(packets)
+                    if self._sound is not None:
+                        self._sound.finish()
+                    self._output.close()
         except OSError as error:  # FFmpeg's errors of the file system are OSErrors too
             self._error = OutputError(f"{self.path}: cannot be written: {error.strerror or error}")
         except BaseException as error:
             self._error = error
 
-    def _encode(self, nv12: np.ndarray) -> None:
-        frame = av.VideoFrame.from_ndarray(nv12, format="nv12")
-        frame.colorspace, frame.color_range = Colorspace.ITU709, ColorRange.MPEG
-        if self._video.codec_context.pix_fmt != "nv12":
-            frame = frame.reformat(format=self._video.codec_context.pix_fmt)
-        frame.pts, frame.time_base = self.frames, 1 / self.rate
-        self._output.mux(self._video.encode(frame))
+    def _encode(self, nv12: NDArray[np.uint8]) -> None:
+        context = self._video.codec_context
+        assert context.pix_fmt is not None
+        frame = host_frame(nv12, context.pix_fmt)
+        frame.pts, frame.time_base = self.frames, 1 / self.picture.rate
+        packets = self._video.encode(frame)
         self.frames += 1
-        if self._sound is not None:
-            self._sound.advance(self.frames / self.rate)
+        with self._stages.time("mux"):
+            self._output.mux(packets)
+            if self._sound is not None:
+                self._sound.advance(self.frames / self.picture.rate)
 
     def _close_output(self) -> None:
         with contextlib.suppress(av.error.FFmpegError):
             self._output.close()
 
 
-def pixel_format(encoder: str) -> str:
-    """What an encoder is fed: NV12 where it takes it, else planar 4:2:0, else its first format."""
-    formats = [format.name for format in av.Codec(encoder, "w").video_formats or ()]
-    return next((name for name in ("nv12", "yuv420p") if name in formats), formats[0] if formats else "yuv420p")
-
-
-def _options(encoder: str, crf: int) -> dict[str, str]:
-    return {key: value.format(crf=crf) for key, value in _OPTIONS.get(encoder, {}).items()}
-
-
-def choose_encoder(codec: str = "auto", width: int = 1280, height: int = 720) -> str:
-    """The first encoder behind ``codec`` that opens on this machine at this size.
-
-    Raises:
-        DeviceError: none does; the message gives each one's reason.
-    """
-    reasons: list[str] = []
-    for encoder in CODECS.get(codec, (codec,)):
-        try:
-            with _probe(encoder, width, height):
-                if reasons and torch.cuda.is_available():
-                    note_fallback(f"{'; '.join(reasons)}: {encoder} encodes instead")
-                return encoder
-        except (av.error.FFmpegError, ValueError) as error:
-            reasons.append(f"{encoder}: {error}")
-            logger.debug("encoder %s does not open: %s", encoder, error)
-    raise DeviceError(
-        f"codec {codec!r} does not open here ({'; '.join(reasons)}); expected one of {', '.join(CODECS)} or the name of"
-        " an encoder of this FFmpeg"
-    )
-
-
-@contextlib.contextmanager
-def _probe(encoder: str, width: int, height: int) -> Iterator[None]:
-    codec = av.Codec(encoder, "w")
-    if codec.type != "video":
-        raise ValueError("not a video encoder")
-    context = av.CodecContext.create(codec, "w")
-    assert isinstance(context, av.VideoCodecContext)
-    context.width, context.height = width, height
-    context.pix_fmt = pixel_format(encoder)
-    context.time_base = Fraction(1, 25)
-    context.framerate = Fraction(25)
-    context.options = _options(encoder, crf=20)
-    context.open()
-    yield
+def pad_to_even(frames: Tensor) -> Tensor:
+    """Repeat the last column or row of (B, H, W, C) frames of an odd size."""
+    width, height = frames.shape[2] % 2, frames.shape[1] % 2
+    if width:
+        frames = torch.cat([frames, frames[:, :, -1:]], dim=2)
+    return torch.cat([frames, frames[:, -1:]], dim=1) if height else frames

@@ -4,34 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torchvision.io import encode_jpeg, encode_png
 
+from gpupipe.errors import InputError
 from gpupipe.files import make_folder, replacing
 
 JPEG_QUALITY = 95
 """Of saved frames: what OpenCV's ``imwrite`` takes by default."""
 
 
-def frame_path(folder: Path, number: int, prefix: str = "frame") -> Path:
-    """Where frame ``number`` is saved: ``<prefix>_00000.jpg``."""
-    return folder / f"{prefix}_{number:05d}.jpg"
+ImageFormat = Literal["jpeg", "png"]
+_SUFFIXES: dict[ImageFormat, str] = {"jpeg": ".jpg", "png": ".png"}
 
 
-def write_frames(frames: Iterable[NDArray[np.uint8]], output_dir: str | Path, prefix: str = "frame") -> list[str]:
-    """Write BGR frames as ``<prefix>_00000.jpg`` …, each as it comes.
+def frame_path(folder: Path, number: int, prefix: str = "frame", *, image_format: ImageFormat = "jpeg") -> Path:
+    """Where frame ``number`` is saved: ``<prefix>_00000.jpg`` or ``.png``."""
+    return folder / f"{prefix}_{number:05d}{_SUFFIXES[image_format]}"
+
+
+def write_frames(
+    frames: Iterable[NDArray[np.uint8]],
+    output_dir: str | Path,
+    prefix: str = "frame",
+    *,
+    image_format: ImageFormat = "jpeg",
+) -> list[str]:
+    """Write BGR frames as ``<prefix>_00000.jpg`` …, or without loss as ``.png``, each as it comes.
 
     Returns:
         their paths.
 
     Raises:
+        InputError: an unknown ``image_format``, before the first frame is asked for.
         OutputError: the folder cannot be made or written.
     """
+    if image_format not in _SUFFIXES:
+        raise InputError(f"image format is {image_format!r}; expected jpeg or png")
     folder = make_folder(output_dir)
-    return [str(save_image(frame, frame_path(folder, number, prefix))) for number, frame in enumerate(frames)]
+    return [
+        str(save_image(frame, frame_path(folder, number, prefix, image_format=image_format)))
+        for number, frame in enumerate(frames)
+    ]
 
 
 def save_image(frame: NDArray[np.uint8], path: Path) -> Path:

@@ -1,0 +1,142 @@
+"""Codecs: which FFmpeg encoder stands behind a name, what it is fed, and whether it opens on this machine.
+
+Pictures are BT.709 in limited range, tagged so, chroma in the middle of its 2×2 pixels, as kernels/nv12.py puts it.
+Motion-JPEG is the exception: a JPEG is BT.601 in full range by its standard (JFIF), whatever tags say, and is converted
+to that.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from fractions import Fraction
+from typing import NamedTuple
+
+import av
+import av.error
+import numpy as np
+import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from numpy.typing import NDArray
+
+from gpupipe.errors import DeviceError
+from gpupipe.fallbacks import note_fallback
+
+logger = logging.getLogger(__name__)
+
+os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 prints its settings unless the environment says: errors only
+
+CODECS: dict[str, tuple[str, ...]] = {
+    "auto": ("h264_nvenc", "libx264"),
+    "h264": ("h264_nvenc", "libx264"),
+    "hevc": ("hevc_nvenc", "libx265"),
+    "av1": ("av1_nvenc", "libsvtav1"),
+    "mjpeg": ("mjpeg",),
+    "ffv1": ("ffv1",),
+}
+"""FFmpeg encoders behind a codec's name, in the order they are tried; any encoder's own name is taken too.
+
+``mjpeg`` keeps every frame by itself, for editing; ``ffv1`` keeps the NV12 that it is given without loss, for parity.
+"""
+
+_NVENC = {"preset": "p4", "rc": "vbr", "cq": "{crf}", "b": "0"}
+_OPTIONS: dict[str, dict[str, str]] = {
+    "libx264": {"preset": "veryfast", "crf": "{crf}", "x264-params": "chromaloc=1"},
+    "libx265": {"preset": "fast", "crf": "{crf}", "x265-params": "log-level=none:chromaloc=1"},
+    "libsvtav1": {"preset": "9", "crf": "{crf}"},
+    "h264_nvenc": _NVENC,
+    "hevc_nvenc": _NVENC,
+    "av1_nvenc": _NVENC,
+    "ffv1": {"level": "3", "slicecrc": "1"},
+}
+
+FULL_RANGE_601 = frozenset({"mjpeg"})
+"""Encoders whose pictures are BT.601 in full range."""
+
+
+class PictureFormat(NamedTuple):
+    """What all frames of a video share: width and height in pixels, even; frames a second; quality 0 to 51."""
+
+    width: int
+    height: int
+    rate: Fraction
+    crf: int
+
+
+def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
+    """Set up an encoder that is not open yet."""
+    encoder = context.name
+    context.width, context.height = picture.width, picture.height
+    context.pix_fmt = pixel_format(encoder)
+    context.framerate = picture.rate
+    context.time_base = 1 / picture.rate
+    full = encoder in FULL_RANGE_601
+    context.colorspace = Colorspace.ITU601 if full else Colorspace.ITU709
+    context.color_range = ColorRange.JPEG if full else ColorRange.MPEG
+    context.color_primaries = ColorPrimaries.BT709
+    context.color_trc = ColorTrc.BT709
+    context.thread_count, context.thread_type = 0, "AUTO"  # all cores, frames beside each other
+    context.options = {key: value.format(crf=picture.crf) for key, value in _OPTIONS.get(encoder, {}).items()}
+    if encoder == "mjpeg":
+        context.qmin = context.qmax = jpeg_quantiser(picture.crf)  # no rate control
+
+
+def jpeg_quantiser(crf: int) -> int:
+    """Scale of a JPEG's quantiser, 1 to 31, for a quality 0 to 51: 3 at 20, and as H.264's it doubles every 6 steps."""
+    return min(max(round(3 * 2 ** ((crf - 20) / 6)), 1), 31)
+
+
+def pixel_format(encoder: str) -> str:
+    """What an encoder is fed: NV12 where it takes it, else planar 4:2:0, else its first format."""
+    if encoder in FULL_RANGE_601:
+        return "yuvj420p"
+    formats = [format.name for format in av.Codec(encoder, "w").video_formats or ()]
+    return next((name for name in ("nv12", "yuv420p") if name in formats), formats[0] if formats else "yuv420p")
+
+
+def host_frame(nv12: NDArray[np.uint8], format: str) -> av.VideoFrame:
+    """A frame for an encoder that is fed from memory: NV12 uint8 (H·3/2, W), copied, in the encoder's pixel format."""
+    frame = av.VideoFrame.from_ndarray(nv12, format="nv12")
+    frame.colorspace, frame.color_range = Colorspace.ITU709, ColorRange.MPEG
+    if format == "yuvj420p":
+        return frame.reformat(
+            format=format,
+            src_colorspace=Colorspace.ITU709,
+            dst_colorspace=Colorspace.ITU601,
+            src_color_range=ColorRange.MPEG,
+            dst_color_range=ColorRange.JPEG,
+        )
+    return frame if format == "nv12" else frame.reformat(format=format)
+
+
+def choose_encoder(codec: str = "auto", width: int = 1280, height: int = 720) -> str:
+    """The first encoder behind ``codec`` that opens on this machine at this size.
+
+    Raises:
+        DeviceError: none does; the message gives each one's reason.
+    """
+    reasons: list[str] = []
+    for encoder in CODECS.get(codec, (codec,)):
+        try:
+            _open(encoder, PictureFormat(width, height, Fraction(25), 20))
+        except (av.error.FFmpegError, ValueError) as error:
+            reasons.append(f"{encoder}: {error}")
+            logger.debug("encoder %s does not open: %s", encoder, error)
+            continue
+        if reasons and torch.cuda.is_available():
+            note_fallback(f"{'; '.join(reasons)}: {encoder} encodes instead")
+        return encoder
+    raise DeviceError(
+        f"codec {codec!r} does not open here ({'; '.join(reasons)}); expected one of {', '.join(CODECS)} or the name of"
+        " an encoder of this FFmpeg"
+    )
+
+
+def _open(encoder: str, picture: PictureFormat) -> None:
+    codec = av.Codec(encoder, "w")
+    if codec.type != "video":
+        raise ValueError("not a video encoder")
+    context = av.CodecContext.create(codec, "w")
+    assert isinstance(context, av.VideoCodecContext)
+    configure(context, picture)
+    context.open()

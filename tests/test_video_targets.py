@@ -1,0 +1,201 @@
+"""What a video can be written as: codecs, containers and sizes, decoded back and compared with what went in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+
+from gpupipe import FrameGenerationPipeline, InputError
+from gpupipe.kernels.nv12 import to_nv12
+from gpupipe.video.codecs import jpeg_quantiser
+from gpupipe.video.encode import VideoWriter, pad_to_even
+
+COUNT = 7
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_checkpoint: Callable[..., Path]) -> FrameGenerationPipeline:
+    return FrameGenerationPipeline(tiny_checkpoint(), "ave", "cpu")
+
+
+def moving_picture(width: int, height: int, count: int = COUNT) -> torch.Tensor:
+    """Coarse colours that drift to the right: uint8 (count, height, width, 3), BGR."""
+    colours = np.random.default_rng(0).integers(256, size=(5, 8, 3)).astype(np.uint8)
+    wide = cv2.resize(colours, (width + 4 * count, height), interpolation=cv2.INTER_CUBIC)
+    return torch.from_numpy(np.stack([wide[:, 4 * i : 4 * i + width] for i in range(count)]))
+
+
+def write(path: Path, frames: torch.Tensor, **options: Any) -> VideoWriter:
+    with VideoWriter(path, width=frames.shape[2], height=frames.shape[1], **options) as writer:
+        for batch in frames.split(3):
+            writer.write(batch if writer.pixel_format == "bgr" else to_nv12(batch))
+    return writer
+
+
+def decode(path: Path) -> list[av.VideoFrame]:
+    with av.open(str(path)) as container:
+        return list(container.decode(video=0))
+
+
+def pictures(path: Path) -> list[np.ndarray]:
+    """As a player shows them: by the tags of the stream."""
+    return [frame.reformat(format="bgr24", dst_colorspace=Colorspace.DEFAULT).to_ndarray() for frame in decode(path)]
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "name", "bound"),
+    [
+        ("mjpeg", "mp4", "mjpeg", 33),
+        ("mjpeg", "mkv", "mjpeg", 33),
+        ("mjpeg", "mov", "mjpeg", 33),
+        ("ffv1", "mkv", "ffv1", 38),
+        ("ffv1", "mp4", "ffv1", 38),
+        ("h264", "mp4", "h264", 33),
+        ("hevc", "mp4", "hevc", 33),
+        ("av1", "mp4", "libdav1d", 33),
+        ("av1", "mkv", "libdav1d", 33),
+    ],
+)
+def test_codec_in_container(codec: str, suffix: str, name: str, bound: float, tmp_path: Path) -> None:
+    frames, path = moving_picture(192, 128), tmp_path / f"clip.{suffix}"
+    write(path, frames, codec=codec)
+    shown = decode(path)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.average_rate) == (name, 25)
+        context = stream.codec_context
+        tags = (int(context.colorspace), int(context.color_range))
+    if codec == "mjpeg":
+        assert (int(shown[0].colorspace), int(shown[0].color_range)) == (Colorspace.ITU601, ColorRange.JPEG)
+    else:
+        assert tags == (1, 1), "BT.709, limited range"
+    assert [frame.time for frame in shown] == pytest.approx([i / 25 for i in range(COUNT)], abs=1e-3)
+    quality = [cv2.PSNR(picture, frame.numpy()) for picture, frame in zip(pictures(path), frames, strict=True)]
+    assert min(quality) > bound, quality
+    wrong = frames.roll(1, dims=0)
+    assert max(cv2.PSNR(p, f.numpy()) for p, f in zip(pictures(path), wrong, strict=True)) < bound
+
+
+def test_ffv1_keeps_every_bit(tmp_path: Path) -> None:
+    nv12 = torch.randint(0, 256, (COUNT, 72, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with VideoWriter(tmp_path / "noise.mkv", width=64, height=48, codec="ffv1") as writer:
+        writer.write(nv12)
+    kept = np.stack([frame.reformat(format="nv12").to_ndarray() for frame in decode(tmp_path / "noise.mkv")])
+    assert np.array_equal(kept, nv12.numpy())
+    with VideoWriter(tmp_path / "noise.mp4", width=64, height=48, codec="h264", crf=0) as writer:
+        writer.write(nv12)
+    lossy = np.stack([frame.reformat(format="nv12").to_ndarray() for frame in decode(tmp_path / "noise.mp4")])
+    assert lossy.shape == kept.shape
+
+
+@pytest.mark.parametrize(("crf", "scale"), [(0, 1), (14, 2), (20, 3), (26, 6), (32, 12), (51, 31)])
+def test_jpeg_quantiser_doubles_every_six_steps(crf: int, scale: int) -> None:
+    assert jpeg_quantiser(crf) == scale
+
+
+def test_jpeg_quality_follows_crf(tmp_path: Path) -> None:
+    frames = moving_picture(192, 128)
+    frames = (frames + torch.randint(0, 40, frames.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
+    sizes = []
+    for crf in (5, 20, 40):
+        write(tmp_path / "clip.mp4", frames.to(torch.uint8), codec="mjpeg", crf=crf)
+        sizes.append((tmp_path / "clip.mp4").stat().st_size)
+    assert sizes[0] > 1.3 * sizes[1] > 1.3**2 * sizes[2]
+
+
+def test_container_that_cannot_hold_the_codec(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"clip\.mov: \.mov cannot hold ffv1; expected \.mkv"):
+        VideoWriter(tmp_path / "clip.mov", width=64, height=48, codec="ffv1")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [(720, 1280), (3840, 2160), (2160, 3840)])
+def test_portrait_and_4k(size: tuple[int, int], tmp_path: Path) -> None:
+    frames = moving_picture(*size, count=2)
+    write(tmp_path / "clip.mp4", frames)
+    shown = pictures(tmp_path / "clip.mp4")
+    assert [picture.shape for picture in shown] == [(size[1], size[0], 3)] * 2
+    assert min(cv2.PSNR(p, f.numpy()) for p, f in zip(shown, frames, strict=True)) > 33
+
+
+# ── odd sizes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("size", "even"), [((191, 128), (192, 128)), ((192, 127), (192, 128)), ((191, 127), (192, 128))]
+)
+@pytest.mark.parametrize("codec", ["h264", "hevc", "ffv1"])
+def test_odd_size_repeats_the_edge(
+    codec: str, size: tuple[int, int], even: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = moving_picture(*size, count=2)
+    writer = write(tmp_path / "clip.mkv", frames, codec=codec)
+    assert writer.pixel_format == "bgr"
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 1
+    assert f"frames are {size[0]}×{size[1]}" in said[0]
+    assert f"the video is {even[0]}×{even[1]}" in said[0]
+    shown = pictures(tmp_path / "clip.mkv")
+    assert {picture.shape for picture in shown} == {(even[1], even[0], 3)}
+    for picture, frame in zip(shown, frames.numpy(), strict=True):
+        assert cv2.PSNR(np.ascontiguousarray(picture[: size[1], : size[0]]), frame) > 33
+        expected = np.pad(frame, ((0, even[1] - size[1]), (0, even[0] - size[0]), (0, 0)), mode="edge")
+        assert cv2.PSNR(picture, expected) > 33, "no black or shifted edge"
+
+
+def test_padding_repeats_the_last_column_and_row() -> None:
+    frames = torch.arange(2 * 3 * 5 * 3, dtype=torch.uint8).reshape(2, 3, 5, 3)
+    padded = pad_to_even(frames)
+    assert padded.shape == (2, 4, 6, 3)
+    assert torch.equal(padded[:, :3, :5], frames)
+    assert torch.equal(padded[:, :3, 5], frames[:, :, 4])
+    assert torch.equal(padded[:, 3], padded[:, 2])
+    assert pad_to_even(padded) is padded
+
+
+def test_odd_template_renders(
+    pipeline: FrameGenerationPipeline, make_template: Callable[..., Path], tmp_path: Path
+) -> None:
+    template = make_template(tmp_path / "template", frames=2, size=(191, 127))
+    features = np.zeros((3, 512), np.float32)
+    pipeline.generate_video(features, template, None, tmp_path / "clip.mp4", crf=10)
+    paths = pipeline.generate_frames_only(features, template, tmp_path / "frames", image_format="png")
+    assert [Path(path).name for path in paths] == [f"frame_{i:05d}.png" for i in range(3)]
+    for picture, path in zip(pictures(tmp_path / "clip.mp4"), paths, strict=True):
+        assert cv2.PSNR(np.ascontiguousarray(picture[:127, :191]), cv2.imread(path)) > 33
+
+
+# ── images ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_png_frames_are_the_frames(
+    pipeline: FrameGenerationPipeline, make_template: Callable[..., Path], tmp_path: Path
+) -> None:
+    template = make_template(tmp_path / "template", frames=3)
+    features = np.ones((4, 512), np.float32)
+    paths = pipeline.generate_frames_only(features, template, tmp_path / "frames", image_format="png")
+    frames = pipeline.generator.generate_frames_from_template_sequence(
+        template / "full_body_img", template / "landmarks", features
+    )
+    assert len(paths) == len(frames) == 4
+    assert all(np.array_equal(cv2.imread(path), frame) for path, frame in zip(paths, frames, strict=True))
+
+
+def test_unknown_image_format(
+    pipeline: FrameGenerationPipeline, make_template: Callable[..., Path], tmp_path: Path
+) -> None:
+    template = make_template(tmp_path / "template", frames=2)
+    with pytest.raises(InputError, match="image format is 'bmp'; expected jpeg or png"):
+        pipeline.generate_frames_only(
+            np.ones((2, 512), np.float32), template, tmp_path / "frames", image_format="bmp"  # type: ignore[arg-type]
+        )  # fmt: skip
+    assert not (tmp_path / "frames").exists()
