@@ -1,0 +1,151 @@
+"""What a number format costs in pictures: the trained network in half precision, held to itself in float32.
+
+    python -m gpupipe.benchmarks.precision [--frames 24] [--device cuda] [--record]
+
+The bundled avatar's network paints frames of the bundled sample in float32, and again in each format; compared are the
+painted mouths scaled to 0 … 255, before anything is rounded: the PSNR over all frames, and the largest difference.
+
+On CUDA each engine runs as it is. On a CPU, where half precision is emulated or absent, a format is *simulated*:
+weights, and what every layer writes, are rounded to it, and sums are float32: what tensor cores with float32
+accumulators do when each layer writes its output to memory. That tells nothing of speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if not __package__:  # run as a file: what stands beside this folder is not on the path yet
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
+from gpupipe.demo import BUNDLE
+from gpupipe.engines import EngineName, make_engine
+from gpupipe.errors import GpupipeError
+from gpupipe.features import SpeechFeatures
+from gpupipe.kernels.crop_resize import crop_and_input
+from gpupipe.models import UNet328, load_unet
+from gpupipe.models.fold import fold_batch_norms
+from gpupipe.schedule import template_indices
+from gpupipe.speech import SpeechEncoder
+from gpupipe.template import Template
+
+FORMATS: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+"""Formats that are simulated; an 8-bit float here has one scale for all: a lower bound of what fp8 can do."""
+
+Paint = Callable[[Tensor, Tensor], Tensor]
+"""Image (B, 6, 320, 320) and audio (B, *audio_shape) → mouth (B, 3, 320, 320) in (0, 1)."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=24, help="spread evenly over the sample")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
+    parser.add_argument("--results", type=Path, help="another folder for the rows")
+    options = parser.parse_args()
+    rows = measure(options.frames, torch.device(options.device))
+    print(f"{device_name(options.device)}: {options.frames} frames of the bundled avatar against float32")
+    for one in rows:
+        print(f"{one.provider:10} {one.value:14} {one.metric:18} {one.error or f'{one.p50:.2f} {one.unit}'}")
+    if options.record:
+        append_rows(rows, *([options.results] if options.results else []))
+
+
+@torch.inference_mode()
+def measure(frames: int, device: torch.device) -> list[Row]:
+    """Rows ``psnr`` and ``largest_difference`` of each format, by who computes in it."""
+    network = load_unet(BUNDLE / "unet.safetensors", "ave")
+    image, audio = sample(frames)
+    exact = steps(network, image, audio)
+    rows = []
+    for provider, name, paint in contestants(network, device):
+        what = {"what": "precision", "provider": provider, "axis": "format", "value": name, "device": device}
+        config = {"frames": frames, "network": "the bundled avatar's"}
+        try:
+            found = steps(paint, image.to(device), audio.to(device)).cpu()
+        except (RuntimeError, GpupipeError) as error:
+            reason = str(error).splitlines()[0]
+            rows.append(row(None, metric="psnr", unit="dB", error=reason, config=config, **what))
+            continue
+        psnr, largest = compare(found, exact)
+        rows.append(row(Spread.of([psnr]), metric="psnr", unit="dB", config=config, **what))
+        rows.append(row(Spread.of([largest]), metric="largest_difference", unit="steps of 255", config=config, **what))
+    return rows
+
+
+def sample(frames: int) -> tuple[Tensor, Tensor]:
+    """Images and audio windows of so many frames, spread evenly over the bundled sample."""
+    template = Template.from_directory(BUNDLE / "template")
+    encoder = SpeechEncoder(BUNDLE / "encoder.safetensors")
+    speech = SpeechFeatures(torch.cat(list(encoder.covering_features(BUNDLE / "sample.flac"))), "ave")
+    numbers = np.linspace(0, len(speech) - 1, frames).round().astype(int)
+    chosen = np.concatenate([template_indices(i, i + 1, template.length) for i in numbers])
+    kept, index = template.frames.lookup(chosen)
+    _, image = crop_and_input(kept["frame"], index, template.boxes[torch.from_numpy(chosen)])
+    return image, torch.cat([speech.windows(i, i + 1) for i in numbers])
+
+
+def contestants(network: UNet328, device: torch.device) -> list[tuple[str, str, Paint]]:
+    """(provider, format, what paints in it); on a CPU simulations, on CUDA the engines."""
+    if device.type == "cpu":
+        return [("simulated", name, simulated(network, dtype)) for name, dtype in FORMATS.items()]
+    engines: tuple[EngineName, ...] = ("eager", "compile", "fused")
+    return [
+        (engine, precision, _by_engine(network, device, engine, precision))
+        for engine in engines
+        for precision in ("float32", "bfloat16", "float16")
+    ]
+
+
+def _by_engine(network: UNet328, device: torch.device, name: EngineName, precision: str) -> Paint:
+    def paint(image: Tensor, audio: Tensor) -> Tensor:
+        engine = make_engine(network, device=device, engine=name, exact=False, precision=precision)  # type: ignore[arg-type]
+        return engine.decode(engine.encode(image.to(engine.dtype)), torch.arange(len(image), device=device), audio)
+
+    return paint
+
+
+def simulated(network: UNet328, dtype: torch.dtype) -> UNet328:
+    """``network``, batch norms folded, with weights and every layer's output rounded to ``dtype``; sums are float32."""
+    rounded = fold_batch_norms(copy.deepcopy(network))
+    largest = torch.finfo(dtype).max
+
+    def round_to(value: Tensor) -> Tensor:
+        return value.clamp(-largest, largest).to(dtype).float()
+
+    for weight in rounded.parameters():
+        weight.copy_(round_to(weight))
+    for module in rounded.modules():
+        if not list(module.children()) and not isinstance(module, nn.Identity):
+            module.register_forward_hook(lambda module, inputs, output: round_to(output))
+    return rounded
+
+
+def steps(paint: Paint, image: Tensor, audio: Tensor) -> Tensor:
+    """Painted mouths in steps of 255, a few frames at a time."""
+    painted = [paint(*pair) for pair in zip(image.split(4), audio.split(4), strict=True)]
+    return torch.cat([one if one.dtype == torch.uint8 else one.float() * 255 for one in painted]).float()
+
+
+def compare(found: Tensor, exact: Tensor) -> tuple[float, float]:
+    """PSNR in dB over all values, peak 255, and the largest difference."""
+    difference = found.double() - exact.double()
+    error = float(difference.square().mean())
+    return (10 * math.log10(255**2 / error) if error else math.inf), float(difference.abs().max())
+
+
+if __name__ == "__main__":
+    main()

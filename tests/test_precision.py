@@ -1,0 +1,37 @@
+"""The precision ledger: what it compares, and that what it simulates is rounding and nothing else."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gpupipe.benchmarks.precision import compare, simulated, steps
+from gpupipe.benchmarks.seeded import seeded_network
+
+
+def test_compare() -> None:
+    exact = torch.full((1, 3, 4, 4), 100.0)
+    assert compare(exact, exact) == (math.inf, 0.0)
+    psnr, largest = compare(exact + 1, exact)
+    assert psnr == pytest.approx(48.13, abs=0.01)  # 20·log10(255)
+    assert largest == 1
+    one = exact.clone()
+    one[0, 0, 0, 0] += 12
+    psnr, largest = compare(one, exact)
+    assert (psnr, largest) == (pytest.approx(48.13 - 20 * math.log10(12) + 10 * math.log10(48), abs=0.01), 12)
+
+
+@torch.inference_mode()
+def test_formats_stand_in_order() -> None:
+    network = seeded_network(width=1 / 8)
+    generator = torch.Generator().manual_seed(1)
+    image, audio = torch.rand(1, 6, 320, 320, generator=generator), torch.rand(1, 32, 16, 16, generator=generator)
+    exact = steps(network, image, audio)
+    formats = (torch.float32, torch.float16, torch.bfloat16)
+    psnr = [compare(steps(simulated(network, dtype), image, audio), exact)[0] for dtype in formats]
+    assert psnr[0] > 100, "rounding to float32 changes nothing but the folding's last digits"
+    # float16 has 3 more digits of mantissa than bfloat16, 6 dB each.
+    assert psnr[1] - psnr[2] == pytest.approx(18, abs=5)
+    assert torch.equal(steps(network, image, audio), exact), "the network itself is left as it is"
