@@ -18,6 +18,7 @@ from gpupipe.graphs import GraphedStep
 from gpupipe.kernels.crop_resize import crop_and_input
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
+from gpupipe.stages import UNTIMED
 from gpupipe.template import Template
 
 PixelFormat = Literal["bgr", "nv12"]
@@ -95,13 +96,24 @@ class Avatar:
                 reason = str(error).splitlines()[0]
                 note_fallback(f"the step cannot be recorded as a CUDA graph ({reason}): it is launched piece by piece")
                 return self._paint(derived, kept, *inputs)
-        return self._graphed(*inputs)
+        with self.template.stages.time("speech half + paste", self.template.device):
+            return self._graphed(*inputs)
 
     def _paint(
         self, derived: Tensors, kept: Tensors, row: Tensor, index: Tensor, frames: Tensor, audio: Tensor
     ) -> Tensor:
         """From the caches to finished frames, without a word to the host."""
-        mouth = self.engine.decode(derived, row, audio)
+        stages, device = self.template.stages, self.template.device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            stages = UNTIMED  # a recording is timed when it is replayed
+        with stages.time("speech half", device):
+            mouth = self.engine.decode(derived, row, audio)
+        with stages.time("paste", device):
+            return self._paste(mouth, derived, kept, row, index, frames)
+
+    def _paste(
+        self, mouth: Tensor, derived: Tensors, kept: Tensors, row: Tensor, index: Tensor, frames: Tensor
+    ) -> Tensor:
         boxes = self.template.boxes.index_select(0, frames)
         where = (mouth, derived["crop"], kept["frame"], index, boxes)
         seam, keep, largest = self.feather, kept.get("keep"), self.template.max_box
@@ -111,6 +123,10 @@ class Avatar:
         return paste_blend_nv12(*where, background, feather=seam, keep=keep, crop_index=row, max_box=largest)
 
     def _derive(self, frames: NDArray[np.int64]) -> Tensors:
+        with self.template.stages.time("template half", self.template.device):
+            return self._encode(frames)
+
+    def _encode(self, frames: NDArray[np.int64]) -> Tensors:
         kept, index = self.template.frames.lookup(frames)
         boxes = self.template.boxes[torch.from_numpy(frames).to(self.template.device)]
         half = self.engine.dtype != torch.float32  # which runs on CUDA, and there channels last

@@ -2,9 +2,9 @@
 
     open ─ template decode ─ template half ─ speech half ─ paste ─ encode ─ mux
 
-Stages overlap: each is timed where it runs, on lanes, on the encoder's thread, on the GPU, so that their busy seconds add
-up to more than the clock's. A stage inside another one (a template frame that is decoded when the network asks for it)
-counts as itself alone.
+Stages overlap: each is timed where it runs, on lanes, on the encoder's thread, on the GPU, so that their busy seconds
+add up to more than the clock's. A stage inside another one (a template frame that is decoded when the network asks for
+it) counts as itself alone.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import json
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+
+from gpupipe.files import replacing
 
 STAGES = ("template decode", "template half", "speech half", "paste", "encode", "mux")
 """In a frame's order. A recorded CUDA graph runs the speech half and the paste as one: ``speech half + paste``."""
@@ -147,6 +150,21 @@ class Stages:
         event = torch.cuda.Event(enable_timing=True)
         event.record(stream)
         return event
+
+
+@contextlib.contextmanager
+def measuring(trace: str | Path | None = None) -> Iterator[Stages]:
+    """Measure a render; when it is done without an error, write its trace to the file ``trace``, if one is named.
+
+    Raises:
+        OutputError: ``trace`` cannot be written, before anything is rendered.
+    """
+    with contextlib.ExitStack() as outputs:
+        temporary = outputs.enter_context(replacing(trace)) if trace is not None else None
+        stages = Stages(trace=trace is not None)
+        yield stages
+        if temporary is not None:
+            stages.write_trace(temporary)
 
 
 class _Untimed(Stages):

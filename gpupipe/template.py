@@ -13,6 +13,7 @@ from torch import Tensor
 from gpupipe.errors import InputError
 from gpupipe.frame_cache import FrameCache, Tensors, default_budget
 from gpupipe.landmarks import crop_box, read_landmarks
+from gpupipe.stages import UNTIMED, Stages
 from gpupipe.video.decode import read_image, read_images
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Template:
         exact: decode JPEGs on the CPU even for a CUDA device.
         memory_budget: bytes for all that is kept per template frame; None lets the device decide
             (:func:`~gpupipe.frame_cache.default_budget`).
+        stages: what measures where the time of this template's clip goes.
 
     Attributes:
         length: number of frames L.
@@ -53,8 +55,10 @@ class Template:
         device: torch.device | str = "cpu",
         exact: bool = True,
         memory_budget: int | None = None,
+        stages: Stages = UNTIMED,
     ) -> None:
         self.device = torch.device(device)
+        self.stages = stages
         self.name = str(image_dir)
         self._exact = exact
         self._images = numbered_files(Path(image_dir), ".jpg", "template frame")
@@ -88,6 +92,7 @@ class Template:
         device: torch.device | str = "cpu",
         exact: bool = True,
         memory_budget: int | None = None,
+        stages: Stages = UNTIMED,
     ) -> Template:
         """Open a template directory: ``full_body_img/``, ``landmarks/`` and, if ``use_parsing``, ``parsing/``."""
         directory = Path(directory)
@@ -100,10 +105,15 @@ class Template:
             device=device,
             exact=exact,
             memory_budget=memory_budget,
+            stages=stages,
         )
 
     def _read(self, frames: NDArray[np.int64]) -> Tensors:
         """Decode frames, and their masks if there are any."""
+        with self.stages.time("template decode"):
+            return self._decode(frames)
+
+    def _decode(self, frames: NDArray[np.int64]) -> Tensors:
         paths = [self._images[i] for i in frames]
         pixels = read_images(paths, device=self.device, exact=self._exact)
         self._check_size(paths[0], pixels)

@@ -1,0 +1,237 @@
+"""Where a render's time goes: counted once, in the right place, whoever does the work."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gpupipe import FrameGenerationPipeline, InputError, OutputError
+from gpupipe.stages import STAGES, UNTIMED, Stages, measuring
+
+
+def in_thread(name: str, work: Callable[[], object]) -> None:
+    thread = threading.Thread(target=work, name=name)
+    thread.start()
+    thread.join()
+
+
+def sleep(stages: Stages, stage: str, seconds: float) -> None:
+    with stages.time(stage):
+        time.sleep(seconds)
+
+
+# ── counting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_stage_inside_another_counts_as_itself_alone() -> None:
+    stages = Stages()
+    with stages.time("template half"):
+        sleep(stages, "template decode", 0.06)
+        time.sleep(0.02)
+    sleep(stages, "paste", 0.01)
+    busy = stages.busy()
+    assert list(busy) == ["template decode", "template half", "paste"], "in a frame's order"
+    assert 0.06 <= busy["template decode"] < 0.08
+    assert 0.02 <= busy["template half"] < 0.05, "without the decoding in it"
+    assert 0.01 <= busy["paste"] < 0.03
+
+
+def test_threads_add_up() -> None:
+    stages = Stages()
+    threads = [threading.Thread(target=sleep, args=(stages, "speech half", 0.05)) for _ in range(4)]
+    start = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stages.busy()["speech half"] >= 0.2 > time.perf_counter() - start
+
+
+def test_an_error_is_counted_and_goes_on() -> None:
+    stages = Stages()
+    with pytest.raises(RuntimeError), stages.time("encode"), stages.time("mux"):
+        raise RuntimeError
+    with stages.time("encode"):
+        pass
+    assert set(stages.busy()) == {"encode", "mux"}
+    assert all(seconds >= 0 for seconds in stages.busy().values())
+
+
+def test_untimed_keeps_nothing() -> None:
+    sleep(UNTIMED, "encode", 0.001)
+    assert UNTIMED.busy() == {}
+    assert UNTIMED.bound(cores=2) == "nothing: no stage was timed"
+
+
+def test_timing_costs_little() -> None:
+    """A batch is timed in some six places; a frame takes a millisecond where it takes least."""
+    stages = Stages()
+    start = time.perf_counter()
+    for _ in range(1000):
+        with stages.time("mux"):
+            pass
+    assert time.perf_counter() - start < 0.1, "100 µs each would be far too much; some 3 µs are usual"
+
+
+# ── what bounded the run ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_thread_with_the_most_to_do_bounds() -> None:
+    stages = Stages()
+    in_thread("lane_0", lambda: sleep(stages, "speech half", 0.02))
+    in_thread("encode clip.mp4", lambda: sleep(stages, "encode", 0.15))
+    assert stages.bound(cores=64).startswith("the encoder's thread (")
+    assert ", encode most of all; the cores " in stages.bound(cores=64)
+    in_thread("lane_0", lambda: sleep(stages, "speech half", 0.4))
+    assert stages.bound(cores=64).startswith("the lanes (")
+
+
+def test_busy_cores_bound() -> None:
+    stages = Stages()
+    with stages.time("speech half"):
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+    # As if the machine had a hundredth of a core: what one busy thread uses saturates it, however loaded this one is.
+    assert stages.bound(cores=0.01).startswith("the cores (")  # type: ignore[arg-type]
+    assert stages.bound(cores=1000).startswith("the main thread (")
+
+
+# ── the trace ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_trace_as_chrome_reads_it(tmp_path: Path) -> None:
+    with measuring(tmp_path / "trace.json") as stages:
+        with stages.time("template half"):
+            sleep(stages, "template decode", 0.01)
+        in_thread("lane_0", lambda: sleep(stages, "paste", 0.01))
+        assert [path.suffix for path in tmp_path.iterdir()] == [".json"], "a temporary name"
+        assert not (tmp_path / "trace.json").exists()
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    names = {event["tid"]: event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"}
+    work = {event["name"]: event for event in trace["traceEvents"] if event["ph"] == "X"}
+    assert {name: names[event["tid"]] for name, event in work.items()} == {
+        "template half": "MainThread",
+        "template decode": "MainThread",
+        "paste": "lane_0",
+    }
+    outer, inner = work["template half"], work["template decode"]
+    assert outer["ts"] <= inner["ts"]
+    assert inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"]
+    assert 10_000 <= inner["dur"] < 30_000, "microseconds"
+
+
+def test_no_trace_is_left_of_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), measuring(tmp_path / "trace.json"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OutputError, match=r"trace\.json: cannot be written"), measuring(tmp_path / "no" / "trace.json"):
+        pytest.fail("something was rendered")
+
+
+# ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class FakeEvent:
+    """A CUDA event on a GPU whose clock stands at a thousand seconds and runs ten times as fast."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: object) -> None:
+        self.moment = 1000 + 10 * time.perf_counter()
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return (end.moment - self.moment) * 1000
+
+
+def test_gpu_stages_are_timed_by_events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    gpu = torch.device("cuda", 0)
+    stages = Stages(trace=True)
+    with stages.time("template half", gpu):
+        sleep(stages, "template decode", 0.01)  # on the host, meanwhile
+        with stages.time("paste", gpu):
+            time.sleep(0.01)
+    busy = stages.busy()
+    assert 0.01 <= busy["template decode"] < 0.03
+    assert 0.1 <= busy["paste"] < 0.2
+    assert 0.1 <= busy["template half"] < 0.3, "without the paste in it, with what the host did meanwhile"
+    assert stages.bound(cores=64).startswith("the GPU (")
+    stages.write_trace(tmp_path / "trace.json")
+    assert '"GPU"' in (tmp_path / "trace.json").read_text()
+
+
+@pytest.mark.cuda
+def test_events_of_a_real_gpu() -> None:
+    gpu = torch.device("cuda", 0)
+    a = torch.randn(4096, 4096, device=gpu)
+    stages = Stages()
+    with stages.time("speech half", gpu):
+        for _ in range(20):
+            a = (a @ a).clamp(-1, 1)
+    launched = time.perf_counter()
+    busy = stages.busy()["speech half"]
+    assert 0 < busy <= time.perf_counter() - stages._start
+    assert time.perf_counter() - launched < 60
+
+
+# ── in a render ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_checkpoint: Callable[..., Path]) -> FrameGenerationPipeline:
+    return FrameGenerationPipeline(tiny_checkpoint(), "ave", "cpu", batch_size=2)
+
+
+@pytest.fixture
+def arguments(make_template: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
+    np.save(tmp_path / "features.npy", np.zeros((9, 512), np.float32))
+    template = make_template(tmp_path / "template", frames=3)
+    return {"audio_features_path": tmp_path / "features.npy", "template_dir": template, "audio_path": None}
+
+
+def test_a_render_tells_where_its_time_went(
+    pipeline: FrameGenerationPipeline, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    pipeline.generate_video(**arguments, output_path=tmp_path / "clip.mp4", profile=tmp_path / "trace.json")
+    record = pipeline.last_render
+    assert record is not None
+    assert tuple(record.busy) == STAGES
+    assert all(0 < seconds < record.seconds * (torch.get_num_threads() + 1) for seconds in record.busy.values())
+    assert record.bound.startswith("the ")
+    assert json.loads(json.dumps(record.as_dict()))["busy"] == record.busy
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    count = {stage: sum(event["name"] == stage for event in events) for stage in STAGES}
+    assert count["speech half"] == count["paste"] == 5, "batches"
+    assert count["mux"] == 10, "frames, and the end"
+
+
+def test_frames_alone_are_not_encoded(
+    pipeline: FrameGenerationPipeline, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    del arguments["audio_path"]
+    pipeline.generate_frames_only(**arguments, output_dir=tmp_path / "frames")
+    assert pipeline.last_render is not None
+    assert set(pipeline.last_render.busy) == {"template decode", "template half", "speech half", "paste"}
+
+
+def test_unwritable_trace(
+    pipeline: FrameGenerationPipeline, arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.unet_model.engine, "decode", lambda *_: pytest.fail("a frame was rendered"))
+    with pytest.raises(InputError, match=r"trace\.json: cannot be written"):
+        pipeline.generate_video(
+            **arguments, output_path=tmp_path / "clip.mp4", profile=tmp_path / "absent" / "trace.json"
+        )
+    assert not (tmp_path / "clip.mp4").exists()
