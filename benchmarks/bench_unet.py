@@ -1,10 +1,17 @@
 """The network alone: gpupipe's engines, with nothing cached and with the template's half cached, beside their peers.
 
-    python benchmarks/bench_unet.py [--width 1] [--mode ave] [--rounds 20] [--record]
+    python -m gpupipe.benchmarks.bench_unet [--width 1] [--rounds 20] [--device cuda] [--batch 1 8 …] [--record]
 
-Peers, each at its best on a CPU: eager PyTorch as the network is trained, the same with batch norms folded, and ONNX
-Runtime on the whole network as ``gpupipe export`` writes it. All in float32, batch 1 (a batch gains nothing there), on
-fixed random weights and inputs. Providers take turns within a round, so that a noisy neighbour favours none.
+On a CPU, in float32: eager PyTorch and ONNX Runtime on the whole network as ``gpupipe export`` writes it, each with all
+cores on one frame, and ONNX Runtime with a frame to each core too; gpupipe's `onnxruntime` engine as a render runs it,
+side by side in its lanes.
+
+On CUDA: each engine × precision × batch. Providers take turns within a round, so that a noisy neighbour favours none.
+
+Weights and inputs are random but fixed. Beside the time stand the achieved operations a second (a multiply-add counts
+as two; of the network as it is trained, whoever saves some) and, as ``floor``, the time that moving every layer's input
+and output once would take at the device's measured copy bandwidth, with batch norms folded: what running it layer by
+layer cannot beat.
 """
 
 from __future__ import annotations
@@ -13,68 +20,244 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import torch
+from torch import Tensor, nn
 
 from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
+from gpupipe.benchmarks.floors import operations_of
+from gpupipe.benchmarks.kernel_bench import copy_bandwidth
 from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.engines import Engine, EngineName, Precision, make_engine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
-from gpupipe.models import AUDIO_SHAPES, MODES, Mode
+from gpupipe.errors import GpupipeError
+from gpupipe.lanes import Lanes, available_cores, cpu_lanes, map_in_lanes
+from gpupipe.models import AUDIO_SHAPES, MODES, UNet328
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.unet328 import INPUT_SIZE
 from gpupipe.onnx_export import export_unet
 
 WARMUP = 2
+BATCHES = (1, 8, 32, 64, 128)
+GPU_ENGINES: tuple[EngineName, ...] = ("fused", "compile", "eager")
+PRECISIONS: tuple[Precision, ...] = ("float16", "bfloat16", "float32")
+_SIDE_BY_SIDE = 2
+"""Frames that each lane takes in one call."""
 
 
-def contestants(mode: Mode, width: float) -> dict[str, Callable[[], object]]:
-    """Name → one frame's network."""
-    network = seeded_network(mode, width=width)
-    folded = fold_batch_norms(network)
-    image = torch.rand(1, 6, INPUT_SIZE, INPUT_SIZE)
-    audio = torch.rand(1, *AUDIO_SHAPES[mode])
-    with tempfile.TemporaryDirectory() as folder:
-        path = export_unet(network, Path(folder) / "unet.onnx")
-        whole = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
-    engine = OnnxRuntimeEngine(network)
-    features = engine.encode(image)
-    index = torch.tensor([0])
+@dataclass
+class Contestant:
+    """One way to run the network.
+
+    Attributes:
+        run: one call.
+        frames: how many frames a call paints.
+        facts: what a row's ``config`` says of it alone.
+        cached: the template's half is not part of the call.
+    """
+
+    name: str
+    run: Callable[[], object]
+    frames: int
+    facts: dict[str, Any]
+    cached: bool = False
+
+
+# ── who takes part ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def on_cpu(network: UNet328) -> list[Contestant]:
+    """Everybody at batch 1, which loses nothing on CPU cores."""
+    image, audio = _inputs(network, 1, torch.device("cpu"))
     inputs = {"image": image.numpy(), "audio": audio.numpy()}
-    return {
-        "torch, as trained": lambda: network(image, audio),
-        "torch, batch norms folded": lambda: folded(image, audio),
-        "ONNX Runtime, whole network": lambda: whole.run(None, inputs),
-        "gpupipe, nothing cached": lambda: engine.decode(engine.encode(image), index, audio),
-        "gpupipe, template's half cached": lambda: engine.decode(features, index, audio),
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        graph = export_unet(network, Path(folder) / "unet.onnx").read_bytes()
+    cores = available_cores()
+    whole, narrow = _session(graph, cores), _session(graph, 1)
+    eager = make_engine(network, device=torch.device("cpu"), engine="eager")
+    ours = OnnxRuntimeEngine(network)
+    features, index = ours.encode(image), torch.tensor([0])
+    eager_features = eager.encode(image)
+
+    def side_by_side(function: Callable[[], object], lanes: Lanes) -> tuple[Callable[[], object], int]:
+        frames = _SIDE_BY_SIDE * lanes.number
+        return lambda: list(map_in_lanes(lambda _: function(), range(frames), lanes)), frames
+
+    lanes = cpu_lanes()
+    everything = side_by_side(lambda: narrow.run(None, inputs), Lanes(cores, 1))
+    uncached = side_by_side(lambda: ours.decode(ours.encode(image), index, audio), lanes)
+    cached = side_by_side(lambda: ours.decode(features, index, audio), lanes)
+    told = {"precision": "float32"}
+    return [
+        Contestant("eager, as trained", lambda: network(image, audio), 1, told),
+        Contestant("eager", lambda: eager.decode(eager.encode(image), index, audio), 1, told),
+        Contestant("eager", lambda: eager.decode(eager_features, index, audio), 1, told, cached=True),
+        Contestant("ONNX Runtime, whole network", lambda: whole.run(None, inputs), 1, told),
+        Contestant("ONNX Runtime, whole network, a frame a core", *everything, told),
+        Contestant("onnxruntime", *uncached, told),
+        Contestant("onnxruntime", *cached, told, cached=True),
+    ]
+
+
+def on_cuda(network: UNet328, device: torch.device, batch: int, precision: Precision) -> list[Contestant]:
+    """Every engine of one precision at one batch size; one that cannot be built raises when it is run."""
+    made = []
+    for name in GPU_ENGINES:
+        image, audio = _inputs(network, batch, device)
+        index = torch.arange(batch, device=device)
+        told = {"precision": precision}
+        try:
+            engine: Engine = make_engine(network, device=device, engine=name, exact=False, precision=precision)
+            image, audio = image.to(engine.dtype), audio.to(engine.dtype)
+            features = engine.encode(image)
+        except (RuntimeError, ImportError, GpupipeError) as error:
+            made.append(Contestant(name, _raising(error), batch, told))
+            continue
+
+        def whole(engine: Engine = engine, image: Tensor = image, index: Tensor = index, audio: Tensor = audio) -> None:
+            engine.decode(engine.encode(image), index, audio)
+
+        def half(
+            engine: Engine = engine,
+            features: dict[str, Tensor] = features,
+            index: Tensor = index,
+            audio: Tensor = audio,
+        ) -> None:
+            engine.decode(features, index, audio)
+
+        made += [Contestant(name, whole, batch, told), Contestant(name, half, batch, told, cached=True)]
+    return made
+
+
+def _raising(error: Exception) -> Callable[[], object]:
+    def run() -> object:
+        raise error
+
+    return run
+
+
+def _inputs(network: UNet328, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(batch, 6, INPUT_SIZE, INPUT_SIZE, generator=generator)
+    return image.to(device), torch.rand(batch, *AUDIO_SHAPES[network.mode], generator=generator).to(device)
+
+
+def _session(graph: bytes, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+# ── the measurement ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @torch.inference_mode()
-def run(mode: Mode, width: float, rounds: int) -> list[Row]:
-    """Measure all in turns."""
-    named = contestants(mode, width)
-    seconds: dict[str, list[float]] = {name: [] for name in named}
+def measure(contestants: list[Contestant], device: torch.device, rounds: int) -> dict[int, list[float] | str]:
+    """Seconds a frame of each contestant by its place, or why there are none."""
+    found: dict[int, list[float] | str] = {place: [] for place in range(len(contestants))}
     for turn in range(WARMUP + rounds):
-        for name, function in named.items():
-            started = time.perf_counter()
-            function()
+        for place, one in enumerate(contestants):
+            times = found[place]
+            if isinstance(times, str):
+                continue
+            try:
+                seconds = _timed(one.run, device)
+            except Exception as error:  # a loss is a row too, and the others go on
+                found[place] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                continue
             if turn >= WARMUP:
-                seconds[name].append(time.perf_counter() - started)
-    what: dict[str, Any] = {
-        "what": "unet",
-        "axis": "batch",
-        "value": 1,
-        "config": {"mode": mode, "width": width, "precision": "float32"},
+                times.append(seconds / one.frames)
+    return found
+
+
+def _timed(function: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def rows_of(
+    network: UNet328, contestants: list[Contestant], device: torch.device, batch: int, rounds: int, item: int
+) -> list[Row]:
+    """Rows ``latency``, ``operations`` and ``floor`` of each contestant.
+
+    Args:
+        batch: the place on the rows' axis.
+        item: bytes of a number, for the floor.
+    """
+    image, audio = _inputs(network, 1, torch.device("cpu"))
+    work = {
+        False: (operations_of(network, image, audio), layerwise_bytes(network, image, audio, item)),
+        True: (_operations_of_speech_half(network, image, audio), _bytes_of_speech_half(network, image, audio, item)),
     }
     rows = []
-    for name, times in seconds.items():
-        spread = Spread.of([1000 * one for one in times])
-        rows.append(row(spread, provider=name, metric="latency", unit="ms/frame", **what))
-        print(f"{name:32s} {spread.p50:7.1f} ms/frame ({spread.p20:.1f}–{spread.p80:.1f})")
+    for place, result in measure(contestants, device, rounds).items():
+        one = contestants[place]
+        config = one.facts | {"mode": network.mode, "width": network.width, "cached": one.cached}
+        what: dict[str, Any] = {"what": "unet", "provider": one.name, "axis": "batch", "value": batch}
+        what |= {"config": config, "device": device}
+        if isinstance(result, str):
+            rows.append(row(None, metric="latency", unit="ms/frame", error=result, **what))
+            continue
+        operations, moved = work[one.cached]
+        rates = Spread.of([operations / 1e9 / seconds for seconds in result])
+        floor = Spread.of([100 * moved / copy_bandwidth(device) / seconds for seconds in result])
+        rows.append(row(Spread.of([1000 * s for s in result]), metric="latency", unit="ms/frame", **what))
+        rows.append(row(rates, metric="operations", unit="Gop/s", **what))
+        rows.append(row(floor, metric="layerwise_floor", unit="% of its speed", **what))
     return rows
+
+
+@torch.inference_mode()
+def layerwise_bytes(network: UNet328, image: Tensor, audio: Tensor, item: int) -> int:
+    """Bytes that all layers read and write, one by one, batch norms folded: inputs, outputs and weights of each."""
+    return _traffic(fold_batch_norms(network), (image, audio)) * item
+
+
+def _bytes_of_speech_half(network: UNet328, image: Tensor, audio: Tensor, item: int) -> int:
+    folded = fold_batch_norms(network)
+    return (_traffic(folded, (image, audio)) - _traffic(_Encoder(folded), (image,))) * item
+
+
+def _operations_of_speech_half(network: UNet328, image: Tensor, audio: Tensor) -> int:
+    return operations_of(network, image, audio) - operations_of(_Encoder(network), image)
+
+
+class _Encoder(nn.Module):
+    """The template's half, as a module of its own."""
+
+    def __init__(self, network: UNet328) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return self.network.encode(image)
+
+
+@torch.inference_mode()
+def _traffic(module: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """Numbers that the layers of one call read and write."""
+    total = 0
+
+    def count(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        if not isinstance(layer, nn.Identity):
+            total += sum(value.numel() for value in given) + output.numel()
+            total += sum(weight.numel() for weight in layer.parameters(recurse=False))
+
+    hooks = [leaf.register_forward_hook(count) for leaf in module.modules() if not list(leaf.children())]
+    module(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return total
 
 
 def main() -> None:
@@ -82,12 +265,30 @@ def main() -> None:
     parser.add_argument("--mode", choices=MODES, default="ave")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, nargs="*", default=BATCHES, help="on CUDA")
+    parser.add_argument("--precision", nargs="*", choices=PRECISIONS, default=PRECISIONS, help="on CUDA")
     parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
+    parser.add_argument("--results", type=Path, help="another folder for the rows")
     options = parser.parse_args()
-    print(device_name())
-    rows = run(options.mode, options.width, options.rounds)
+    device = torch.device(options.device)
+    network = seeded_network(options.mode, width=options.width)
+    print(device_name(device))
+    rows: list[Row] = []
+    if device.type == "cpu":
+        rows += rows_of(network, on_cpu(network), device, 1, options.rounds, item=4)
+    else:
+        for precision in options.precision:
+            for batch in options.batch:
+                made = on_cuda(network, device, batch, precision)
+                rows += rows_of(network, made, device, batch, options.rounds, 4 if precision == "float32" else 2)
+    for one in rows:
+        if one.metric == "latency":
+            cached = "cached" if one.config["cached"] else "whole"
+            spread = one.error or f"{one.p50:8.3f} ms/frame ({one.p20:.3f}–{one.p80:.3f})"
+            print(f"{one.provider:44} {one.config['precision']:9} batch {one.value:<4} {cached:7} {spread}", flush=True)
     if options.record:
-        append_rows(rows)
+        append_rows(rows, *([options.results] if options.results else []))
 
 
 if __name__ == "__main__":
