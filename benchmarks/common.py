@@ -23,7 +23,11 @@ from gpupipe.versions import processor_name
 from gpupipe.versions import versions as gpupipe_versions
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+IN_REPOSITORY = (ROOT / "pyproject.toml").is_file()
+"""Installed from a wheel there is no repository around this file, and no commit to tell."""
+
+RESULTS = ROOT / "benchmarks" / "results" if IN_REPOSITORY else Path("gpupipe-results")
+"""Where rows are appended."""
 
 
 # ── timing ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -94,16 +98,28 @@ def driver_version(device: str | torch.device = "cpu") -> str | None:
 def versions() -> dict[str, str]:
     """Python and the packages that a figure depends on, those that are installed."""
     found = {name: version for name, version in gpupipe_versions().items() if version != "missing"}
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        found["opencv"] = importlib.metadata.version("opencv-python-headless")
+    if opencv := package_version("opencv-python-headless"):
+        found["opencv"] = opencv
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found
 
 
+def package_version(name: str) -> str | None:
+    """Of an installed package; None where it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(name)
+    return None
+
+
 @cache
 def commit() -> str:
-    """The commit that is measured, with ``-dirty`` where a tracked file differs; results themselves do not count."""
+    """The commit that is measured, with ``-dirty`` where a tracked file differs; what was recorded does not count.
+
+    Outside a repository it is the installed version: ``gpupipe 0.1.0``.
+    """
+    if not IN_REPOSITORY:
+        return f"gpupipe {package_version('gpupipe') or 'of unknown version'}"
     head = _output_of("git", "rev-parse", "--short=12", "HEAD")
     if not head:
         return "unknown"
@@ -159,6 +175,10 @@ class Row:
     time: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
     error: str | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """As it stands in a file of results."""
+        return asdict(self)
+
 
 def row(
     spread: Spread | None,
@@ -194,12 +214,22 @@ def row(
     )
 
 
+Record = dict[str, Any]
+"""A recorded row, as :meth:`Row.as_dict` gives it."""
+
+
+def read_rows(folder: Path = RESULTS) -> list[Record]:
+    """Every recorded row, oldest first."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    return sorted((json.loads(line) for line in lines), key=lambda row: str(row["time"]))
+
+
 def append_rows(rows: Iterable[Row], folder: Path = RESULTS) -> list[Path]:
     """Append each row as a line of JSON to ``<folder>/<device>.jsonl``; returns the files written to."""
     lines: dict[Path, list[str]] = {}
     for one in rows:
         slug = re.sub(r"[^a-z0-9]+", "-", one.device.lower()).strip("-")
-        lines.setdefault(folder / f"{slug}.jsonl", []).append(json.dumps(asdict(one), ensure_ascii=False))
+        lines.setdefault(folder / f"{slug}.jsonl", []).append(json.dumps(one.as_dict(), ensure_ascii=False))
     folder.mkdir(parents=True, exist_ok=True)
     for path, new in lines.items():
         with path.open("a", encoding="utf-8") as file:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
 import av
 import cv2
@@ -28,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gpupipe.models import AUDIO_SHAPES, Mode, UNet328
+from gpupipe.models import AUDIO_SHAPES, Mode
 
 Image = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]
@@ -40,6 +41,21 @@ MASK_ROWS = slice(5, 310)
 MASK_COLUMNS = slice(5, 315)
 KEEP_COLOURS = ((0, 0, 255), (255, 255, 255))
 """Parsing colours, BGR, whose pixels stay the template's."""
+
+
+class Network(Protocol):
+    """What the loop runs for each frame: :class:`~gpupipe.models.UNet328`, or anything that is called as it is."""
+
+    mode: Mode
+
+    def parameters(self) -> Iterator[torch.Tensor]:
+        """The first one's device is where the inputs go."""
+        ...
+
+    def __call__(self, image: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
+        """image (1, 6, 320, 320) in [0, 1], audio (1, *audio_shape) → (1, 3, 320, 320) in (0, 1)."""
+        ...
+
 
 STAGES = ("decode", "crop", "network", "paste", "mjpeg", "encode")
 
@@ -141,7 +157,7 @@ def crop_face(frame: Image, box: Box) -> tuple[Image, Image]:
 
 
 @torch.no_grad()
-def run_network(network: UNet328, stacked: Image, audio: npt.NDArray[np.float32]) -> Image:
+def run_network(network: Network, stacked: Image, audio: npt.NDArray[np.float32]) -> Image:
     """(6, 320, 320) uint8 and one window → the mouth (320, 320, 3) uint8 BGR; ×255 is truncated, not rounded."""
     device = next(network.parameters()).device
     image = torch.from_numpy(stacked.astype(np.float32) / 255).unsqueeze(0).to(device)
@@ -171,7 +187,7 @@ def reference_frame(
     frame: Image,
     landmarks: npt.NDArray[np.int32],
     audio: npt.NDArray[np.float32],
-    network: UNet328,
+    network: Network,
     parsing: Image | None = None,
     *,
     times: StageTimes | None = None,
@@ -204,7 +220,7 @@ def reference_frame(
 def reference_frames(
     template: Path,
     features: npt.NDArray[np.float32],
-    network: UNet328,
+    network: Network,
     *,
     start_frame: int = 0,
     use_parsing: bool = False,
@@ -225,7 +241,7 @@ def reference_frames(
 def render(
     template: Path,
     features: npt.NDArray[np.float32],
-    network: UNet328,
+    network: Network,
     audio_path: Path,
     output_path: Path,
     *,

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -54,6 +54,7 @@ BatchSize = Annotated[int | None, typer.Option(help="Frames rendered at once; th
 Budget = Annotated[int | None, typer.Option(help="MB for what is kept per template frame; the device decides.")]
 Crf = Annotated[int, typer.Option(help="Quality, 0 (best) to 51.")]
 Codec = Annotated[str, typer.Option(help="auto, h264, hevc, av1, mjpeg, ffv1 (lossless) or an FFmpeg encoder.")]
+Sweep = Literal["batch", "resolution", "length"]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable record as the last line.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log every batch; show tracebacks.")]
 OutputDir = Annotated[Path, typer.Option(help="Folder that the files are written to.")]
@@ -222,6 +223,61 @@ def demo(
         made = render_demo(audio, output, seconds, progress, device=device)
         console.print(f"{made.sheet}: some frames over the waveform", highlight=False)
         _finish(made.record, made.video, as_json)
+
+
+@app.command()
+def bench(
+    template: Annotated[Path | None, typer.Option(help="Template directory; the bundled avatar by default.")] = None,
+    audio_features: Annotated[Path | None, typer.Option(help="Speech features, .npy, with --template.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Sound, with --template.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="U-Net; by default random weights, as costly.")] = None,
+    mode: ModeOption = "ave",
+    width: Annotated[float, typer.Option(help="Of the network of random weights.")] = 1.0,
+    device: Device = None,
+    engine: EngineOption = "auto",
+    frames: Annotated[int, typer.Option(help="Length of the clip.")] = 100,
+    rounds: Annotated[int, typer.Option(help="Turns of each contestant.")] = 3,
+    crf: Crf = 20,
+    sweep: Annotated[Sweep | None, typer.Option(help="Vary this in place of the comparison.")] = None,
+    values: Annotated[str, typer.Option(help="Of the sweep, as 1,8,64: batches, heights or seconds.")] = "",
+    record: Annotated[bool, typer.Option("--record", help="Append the rows to the results.")] = False,
+    results: Annotated[Path | None, typer.Option(help="Folder of recorded results.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Fail if slower than an earlier commit's rows.")] = False,
+    profile: Annotated[Path | None, typer.Option(help="Only write a profiler's trace of a few steps here.")] = None,
+    ncu_friendly: Annotated[bool, typer.Option("--ncu-friendly", help="Only run one step, for ncu or nsys.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure this machine: end to end and stage by stage, beside the reference loop and the physical limits."""
+    from gpupipe.benchmarks import bench as benchmark  # noqa: PLC0415 - the other commands do not wait for it
+
+    with _reporting(debug):
+        options = benchmark.Options(
+            template=template,
+            audio_features=audio_features,
+            audio=audio,
+            checkpoint=checkpoint,
+            mode=mode,
+            width=width,
+            device=device,
+            engine=engine,
+            frames=frames,
+            rounds=rounds,
+            crf=crf,
+            sweep=sweep,
+            values=benchmark.whole_numbers(values),
+            results=results or benchmark.RESULTS,
+            record=record,
+            compare=compare,
+            profile=profile,
+            ncu_friendly=ncu_friendly,
+        )
+        report = benchmark.run(options, lambda line: console.print(line, highlight=False, soft_wrap=True))
+        benchmark.show(report, Console())
+        if as_json:
+            print(json.dumps([row.as_dict() for row in report.rows]))
+        if report.failed:
+            raise typer.Exit(1)
 
 
 @app.command()

@@ -1,0 +1,220 @@
+"""A frame's stages one by one: decode, crop, network, paste, convert, encode; each beside its floor.
+
+Each stage runs by itself on the template's own frames, as the pipeline runs it: on a CPU side by side in lanes, on CUDA
+a batch at once, decoding and encoding with all their threads. In a render the stages overlap, and those of a template
+frame (decode, crop, template half, convert) run once for each frame of the template, however long the clip is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpupipe.avatar import FEATHER
+from gpupipe.benchmarks.common import Row, Spread, measure, row
+from gpupipe.benchmarks.floors import Floor, machine_rows, operations_of
+from gpupipe.benchmarks.kernel_bench import seconds_of
+from gpupipe.benchmarks.scenario import Scenario
+from gpupipe.engines import EngineName
+from gpupipe.features import SpeechFeatures
+from gpupipe.kernels import crop_resize, nv12, paste_blend
+from gpupipe.lanes import cpu_lanes, map_in_lanes
+from gpupipe.models.hoisted import SpeechHalf, TemplateHalf
+from gpupipe.models.unet328 import INPUT_SIZE, UNet328
+from gpupipe.template import Template, numbered_files
+from gpupipe.unet_model import UNetModel
+from gpupipe.video.decode import read_images
+from gpupipe.video.encode import VideoWriter
+
+FRAMES = {"cuda": 64, "cpu": 24}
+"""How many frames a stage is timed on."""
+
+Once = Literal["frame", "template frame"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a frame.
+
+    Attributes:
+        once: what it runs once for.
+        run: does it for the frames of an index, int64 on the CPU.
+        where: ``lanes`` runs beside others of its kind, on CPU cores or as one batch on the GPU; ``host`` has threads
+            of its own.
+        moved: the fewest bytes of a frame, read and written.
+        operations: the fewest of a frame that are known to give the same result.
+    """
+
+    name: str
+    once: Once
+    run: Callable[[Tensor], object]
+    where: Literal["lanes", "host"]
+    moved: int
+    operations: int = 0
+
+
+class Step:
+    """A batch on its way: everything that each stage needs from the ones before it, made once."""
+
+    def __init__(self, scenario: Scenario, model: UNetModel, folder: Path, frames: int | None = None) -> None:
+        self.model = model
+        self.device = model.device
+        self._scenario = scenario
+        self._folder = folder
+        self._paths = numbered_files(scenario.template / "full_body_img", ".jpg", "template frame")
+        count = FRAMES[self.device.type] if frames is None else frames
+        self.frames = torch.from_numpy(np.resize(np.arange(len(self._paths)), count))  # comes round if it must
+        self._template = Template.from_directory(scenario.template, device=self.device, exact=model.exact)
+        kept, index = self._template.frames.lookup(self.frames.numpy())
+        self._pixels = kept["frame"].index_select(0, index)
+        self._boxes = self._template.boxes[self.frames.to(self.device)]
+        rows = SpeechFeatures(scenario.features, scenario.mode)
+        at = np.resize(np.arange(len(rows)), count)
+        self._audio = torch.cat([rows.windows(int(i), int(i) + 1) for i in at]).to(self.device)
+        every = torch.arange(count)
+        self._crops, self._images = self._crop(every)
+        chunks = [model.engine.encode(self._images[i : i + 8]) for i in range(0, count, 8)]
+        self._features = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        self._mouths = self._speech_half(every)
+        self._backgrounds = nv12.to_nv12(self._pixels)
+
+    def stages(self) -> list[Stage]:
+        """In a frame's order."""
+        (width, height), dtype = self._scenario.size, self.model.engine.dtype
+        box = self._template.max_box
+        frame = 3 * width * height
+        jpeg = sum(self._paths[i].stat().st_size for i in self.frames.tolist()) // len(self.frames)
+        template_half, speech_half = network_costs(self.model.network, dtype, int(self.device.type == "cuda") * 63 + 1)
+        crop = crop_resize.bytes_moved(box, dtype)
+        paste = paste_blend.bytes_moved(self._scenario.size, box, self._mouths.dtype)
+        convert = nv12.bytes_moved(self._scenario.size)
+        return [
+            Stage("decode", "template frame", self._decode, "host", jpeg + frame),
+            Stage("crop", "template frame", self._crop, "lanes", crop),
+            Stage("network, template half", "template frame", self._template_half, "lanes", *template_half),
+            Stage("network, speech half", "frame", self._speech_half, "lanes", *speech_half),
+            Stage("paste", "frame", self._paste, "lanes", paste),
+            Stage("convert", "template frame", self._convert, "lanes", convert),
+            Stage("encode", "frame", self._encode, "host", frame // 2),
+        ]
+
+    def _decode(self, index: Tensor) -> Tensor:
+        paths = [self._paths[i] for i in self.frames[index].tolist()]
+        return read_images(paths, device=self.device, exact=self.model.exact)
+
+    def _crop(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        index = index.to(self.device)
+        half = self.model.engine.dtype.itemsize == 2
+        return crop_resize.crop_and_input(
+            self._pixels, index, self._boxes[index], dtype=self.model.engine.dtype, channels_last=half
+        )
+
+    def _template_half(self, index: Tensor) -> object:
+        return self.model.engine.encode(self._images[index.to(self.device)])
+
+    def _speech_half(self, index: Tensor) -> Tensor:
+        index = index.to(self.device)
+        return self.model.engine.decode(self._features, index, self._audio[index])
+
+    def _paste(self, index: Tensor) -> Tensor:
+        index = index.to(self.device)
+        return paste_blend.paste_blend_nv12(
+            self._mouths[index],
+            self._crops,
+            self._pixels,
+            index,
+            self._boxes[index],
+            self._backgrounds.index_select(0, index),
+            feather=FEATHER,
+            crop_index=index,
+            max_box=self._template.max_box,
+        )
+
+    def _convert(self, index: Tensor) -> Tensor:
+        return nv12.to_nv12(self._pixels[index.to(self.device)])
+
+    def _encode(self, index: Tensor) -> None:
+        width, height = self._scenario.size
+        path = self._folder / "stage.mp4"
+        with VideoWriter(path, width=width, height=height, fps=self._scenario.fps) as writer:
+            for batch in self._backgrounds[index.to(self.device)].split(8):
+                writer.write(batch)
+
+
+def network_costs(network: UNet328, dtype: torch.dtype, batch: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(bytes, operations) of a frame of the template half and of the speech half.
+
+    The operations are those of the halves as :mod:`gpupipe.models.hoisted` rearranges them, the fewest that we know.
+    The bytes are the inputs, the outputs, and the weights once a batch; nothing between the layers.
+    """
+    template, speech = TemplateHalf(network), SpeechHalf(network)
+    image, audio = torch.zeros(1, 6, INPUT_SIZE, INPUT_SIZE), torch.zeros(1, *network.audio_shape)
+    with torch.inference_mode():
+        features = template(image)
+    kept = sum(one.numel() for one in features)
+
+    def moved(values: int, half: torch.nn.Module) -> int:
+        weights = sum(one.numel() for one in half.parameters())
+        return (values + weights // batch) * dtype.itemsize
+
+    mouth = 3 * INPUT_SIZE**2
+    return (
+        (moved(image.numel() + kept, template), operations_of(template, image)),
+        (moved(kept + audio.numel() + mouth, speech), operations_of(speech, *features, audio)),
+    )
+
+
+def seconds_a_frame(stage: Stage, count: int, device: torch.device, *, rounds: int) -> Spread:
+    """Of a stage over ``count`` frames; a first pass does not count."""
+    every = torch.arange(count)
+    if stage.where == "host":
+        spread, _ = measure(lambda: stage.run(every), rounds=rounds, device=device)
+    elif device.type == "cuda":
+        spread = seconds_of(lambda: stage.run(every), device, rounds=rounds)
+    else:
+        spread, _ = measure(
+            lambda: deque(map_in_lanes(stage.run, every.split(1), cpu_lanes()), maxlen=0), rounds=rounds
+        )
+    return spread.map(lambda seconds: seconds / count)
+
+
+@torch.inference_mode()
+def stage_rows(
+    scenario: Scenario,
+    folder: Path,
+    *,
+    device: str,
+    exact: bool | None = None,
+    engine: EngineName = "auto",
+    rounds: int = 3,
+    say: Callable[[str], object] = lambda line: None,
+) -> list[Row]:
+    """Time every stage; a stage that fails is a row that says so."""
+    model = UNetModel(scenario.checkpoint, scenario.mode, device, exact=exact, engine=engine)
+    step = Step(scenario, model, folder)
+    dtype = model.engine.dtype
+    config = scenario.facts() | {"engine": model.engine.name, "precision": str(dtype).removeprefix("torch.")}
+    rows = machine_rows(model.device, dtype)
+    for stage in step.stages():
+        floor = Floor.of(stage.moved, stage.operations, model.device, dtype)
+        facts = config | {"once": stage.once, "bytes": stage.moved, "operations": stage.operations}
+        facts |= {"floor_ms": floor.seconds * 1000, "floor_by": floor.by}
+        common: dict[str, Any] = {"what": "stage", "provider": "gpupipe", "axis": "stage", "value": stage.name}
+        common |= {"config": facts, "device": model.device}
+        try:
+            seconds = seconds_a_frame(stage, len(step.frames), model.device, rounds=rounds)
+        except Exception as error:  # the next stage still runs
+            rows.append(row(None, metric="time", unit="ms/frame", error=f"{type(error).__name__}: {error}", **common))
+            continue
+        rows.append(row(seconds.map(lambda s: 1000 * s), metric="time", unit="ms/frame", **common))
+        share = seconds.map(lambda s, floor=floor: 100 * floor.seconds / s)  # type: ignore[misc]
+        rows.append(row(share, metric="floor_share", unit="% of floor", **common))
+        say(f"stage {stage.name}: {1000 * seconds.p50:.2f} ms a {stage.once}")
+    return rows

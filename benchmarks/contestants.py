@@ -1,0 +1,247 @@
+"""Ways to render a clip to a file, and what each took: contestants render the same clip in turns."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from gpupipe import FrameGenerationPipeline
+from gpupipe.benchmarks.common import Row, Spread, row
+from gpupipe.benchmarks.meters import PeakMemory, energy_counter
+from gpupipe.benchmarks.scenario import Scenario
+from gpupipe.engines import Engine, EngineName
+from gpupipe.models import Mode, load_unet
+from gpupipe.onnx_export import export_unet
+
+if TYPE_CHECKING:  # it needs OpenCV, which is an extra
+    from gpupipe.benchmarks.reference_loop import Network
+
+WARMUP_FRAMES = 4
+
+Render = Callable[[Path, Path, Path], dict[str, float]]
+"""(features, sound, output) → seconds by stage."""
+
+Say = Callable[[str], object]
+
+
+@dataclass
+class Contestant:
+    """One way to render, and what was measured of it, a value a turn.
+
+    Attributes:
+        name: as rows tell it (``provider``).
+        load_seconds: loading the checkpoint and building the engine; not part of a render.
+        facts: what a row's ``config`` says of it alone.
+        joules: a turn, where the GPU counts them.
+    """
+
+    name: str
+    load_seconds: float
+    render: Render
+    facts: dict[str, Any] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    stages: list[dict[str, float]] = field(default_factory=list)
+    peak_bytes: list[int] = field(default_factory=list)
+    joules: list[float] = field(default_factory=list)
+
+
+# ── who takes part ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def reference_loop(scenario: Scenario, *, device: str, crf: int) -> Contestant:
+    """Frame by frame on OpenCV and eager PyTorch.
+
+    Raises:
+        ImportError: OpenCV is not installed.
+    """
+    start = time.perf_counter()
+    network = load_unet(scenario.checkpoint, scenario.mode).to(device)
+    return _loop("reference_loop", scenario, network, time.perf_counter() - start, crf)
+
+
+def reference_loop_onnxruntime(scenario: Scenario, folder: Path, *, device: str, crf: int) -> Contestant:
+    """The same loop with the whole network in ONNX Runtime on all cores, or on CUDA where ONNX Runtime can.
+
+    Raises:
+        ImportError: OpenCV is not installed.
+    """
+    start = time.perf_counter()
+    path = export_unet(load_unet(scenario.checkpoint, scenario.mode), folder / "whole.onnx")
+    wanted = ["CUDAExecutionProvider"] if device.startswith("cuda") else []
+    providers = [name for name in wanted if name in onnxruntime.get_available_providers()] + ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=providers)
+    network = _OnnxNetwork(session, scenario.mode)
+    made = _loop("reference_loop_onnxruntime", scenario, network, time.perf_counter() - start, crf)
+    made.facts["onnxruntime_provider"] = session.get_providers()[0]
+    return made
+
+
+class _OnnxNetwork:
+    """An ONNX Runtime session in the network's place."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, mode: Mode) -> None:
+        self.mode: Mode = mode
+        self._session = session
+
+    def parameters(self) -> Iterator[Tensor]:
+        """Nothing but where the inputs go."""
+        yield torch.empty(0)
+
+    def __call__(self, image: Tensor, audio: Tensor) -> Tensor:
+        """As the network."""
+        [mouth] = self._session.run(None, {"image": image.numpy(), "audio": audio.numpy()})
+        return torch.from_numpy(mouth)
+
+
+def _loop(name: str, scenario: Scenario, network: Network, load_seconds: float, crf: int) -> Contestant:
+    from gpupipe.benchmarks import reference_loop as loop  # noqa: PLC0415 - needs OpenCV
+
+    def render(features: Path, sound: Path, output: Path) -> dict[str, float]:
+        rows = np.load(features)
+        times = loop.render(scenario.template, rows, network, sound, output, fps=scenario.fps, crf=crf)
+        return times.seconds
+
+    return Contestant(name, load_seconds, render)
+
+
+def gpupipe(
+    scenario: Scenario,
+    *,
+    device: str,
+    crf: int,
+    name: str = "gpupipe",
+    exact: bool | None = None,
+    engine: EngineName = "auto",
+    batch_size: int | None = None,
+    stub: Callable[[torch.device, torch.dtype], Engine] | None = None,
+) -> Contestant:
+    """gpupipe, as its options say; ``exact=None`` is what the device does by default.
+
+    Args:
+        stub: makes something that stands in for the network.
+    """
+    start = time.perf_counter()
+    pipeline = FrameGenerationPipeline(
+        scenario.checkpoint, scenario.mode, device, exact=exact, engine=engine, batch_size=batch_size
+    )
+    if stub is not None:
+        model = pipeline.unet_model
+        model.engine = stub(model.device, model.engine.dtype)
+    made = Contestant(name, time.perf_counter() - start, lambda *_: {}, {"exact": pipeline.unet_model.exact})
+
+    def render(features: Path, sound: Path, output: Path) -> dict[str, float]:
+        pipeline.generate_video(features, scenario.template, sound, output, fps=scenario.fps, crf=crf)
+        record = pipeline.last_render
+        assert record is not None
+        made.facts.update(engine=record.engine, codec=record.codec, kernels=record.kernels)
+        return record.stages
+
+    made.render = render
+    return made
+
+
+# ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def take_turns(
+    contestants: list[Contestant], scenario: Scenario, folder: Path, *, frames: int, rounds: int, device: str, say: Say
+) -> None:
+    """Measure all: a short clip that does not count, then ``rounds`` turns, each begun by another contestant.
+
+    Raises:
+        RuntimeError: a file lacks frames or sound: it was not rendered faster, but less.
+    """
+    warm, full = scenario.clip(WARMUP_FRAMES, folder), scenario.clip(frames, folder)
+    output = folder / "clip.mp4"
+    joules = energy_counter(device)
+    for one in contestants:
+        one.render(*warm, output)
+    for turn in range(rounds):
+        first = turn % len(contestants)
+        for one in contestants[first:] + contestants[:first]:
+            take_turn(one, full, output, frames=frames, device=device, joules=joules)
+            say(f"turn {turn + 1}: {one.name} {frames / one.seconds[-1]:.2f} frames/s")
+
+
+def take_turn(
+    one: Contestant,
+    clip: tuple[Path, Path],
+    output: Path,
+    *,
+    frames: int,
+    device: str,
+    joules: Callable[[], float] | None = None,
+) -> None:
+    """One measured render."""
+    before = joules() if joules else 0.0
+    with PeakMemory(device) as memory:
+        start = time.perf_counter()
+        stages = one.render(*clip, output)
+        one.seconds.append(time.perf_counter() - start)
+    one.stages.append(stages)
+    if joules:
+        one.joules.append(joules() - before)
+    if memory.bytes is not None:
+        one.peak_bytes.append(memory.bytes)
+    check_clip(output, frames, one.name)
+
+
+def check_clip(output: Path, frames: int, name: str) -> None:
+    """Raise RuntimeError unless the file holds so many frames and one sound track."""
+    with av.open(str(output)) as container:
+        written = sum(1 for packet in container.demux(video=0) if packet.size)
+        if written != frames or len(container.streams.audio) != 1:
+            raise RuntimeError(
+                f"{name} wrote {written} frames, {len(container.streams.audio)} sound tracks; expected {frames} and 1"
+            )
+
+
+def clip_rows(
+    contestants: list[Contestant],
+    *,
+    frames: int,
+    config: dict[str, Any],
+    device: str,
+    what: str = "end_to_end",
+    axis: str = "frames",
+    value: float | str | None = None,
+) -> list[Row]:
+    """Rows of all that was measured. Ratios are to the first contestant, taken within each turn.
+
+    Stages are told of clips that are compared by their length alone; a sweep tells the whole.
+
+    Args:
+        axis, value: of the rows; by default the clip's length.
+    """
+    first = contestants[0]
+    place: dict[str, Any] = {"what": what, "axis": axis, "value": frames if value is None else value}
+    rows = []
+    for one in contestants:
+        common: dict[str, Any] = {"provider": one.name, "config": config | one.facts, "device": device}
+
+        def made(metric: str, unit: str, values: list[float], common: dict[str, Any] = common) -> Row:
+            return row(Spread.of(values), metric=metric, unit=unit, **place, **common)
+
+        if one is not first:
+            ratios = [theirs / ours for theirs, ours in zip(first.seconds, one.seconds, strict=True)]
+            rows.append(made("ratio", "×", ratios))
+        rows.append(made("throughput", "frames/s", [frames / seconds for seconds in one.seconds]))
+        rows.append(made("load", "s", [one.load_seconds]))
+        if one.peak_bytes:
+            rows.append(made("memory", "MB", [size / 1e6 for size in one.peak_bytes]))
+        if one.joules:
+            rows.append(made("energy", "J/frame", [joules / frames for joules in one.joules]))
+        for stage in one.stages[0] if axis == "frames" else ():
+            spread = Spread.of([1000 * stages[stage] / frames for stages in one.stages])
+            by_stage: dict[str, Any] = {"what": what, "axis": "stage", "value": stage}
+            rows.append(row(spread, metric="time", unit="ms/frame", **by_stage, **common))
+    return rows

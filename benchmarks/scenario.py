@@ -1,0 +1,100 @@
+"""What is rendered in a benchmark: a template, a network, features and a sound, cut to the length asked for."""
+
+from __future__ import annotations
+
+import wave
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+
+from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.demo import BUNDLE
+from gpupipe.features import FRAME_RATES, SpeechFeatures
+from gpupipe.models import Mode, load_unet
+from gpupipe.speech import SpeechEncoder, save_features
+from gpupipe.template import Template
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One template, one network and one sound.
+
+    Attributes:
+        name: of the template, as rows tell it.
+        features: ``.npy``, one row a frame; a clip longer than that takes them from the start again, and the sound too.
+        size: width and height of the template's frames, in pixels.
+        width: of the network, 1 as it is published.
+    """
+
+    name: str
+    template: Path
+    features: Path
+    audio: Path
+    checkpoint: Path
+    mode: Mode
+    size: tuple[int, int]
+    width: float
+
+    @property
+    def fps(self) -> int:
+        """Frames a second."""
+        return FRAME_RATES[self.mode]
+
+    def facts(self) -> dict[str, Any]:
+        """What a row's ``config`` says of it."""
+        facts = {"template": self.name, "size": list(self.size), "mode": self.mode, "width": self.width}
+        return facts | {"fps": self.fps}
+
+    def clip(self, frames: int, folder: Path) -> tuple[Path, Path]:
+        """``frames`` rows of the features as ``.npy``, and as much of the sound as ``.wav``, in ``folder``."""
+        features, sound = folder / f"{frames}.npy", folder / f"{frames}.wav"
+        np.save(features, np.take(np.load(self.features), range(frames), axis=0, mode="wrap"))
+        with av.open(str(self.audio)) as container:
+            rate = container.streams.audio[0].rate
+            resampler = av.AudioResampler(format="s16", layout="mono", rate=rate)
+            pieces = [piece.to_ndarray() for frame in container.decode(audio=0) for piece in resampler.resample(frame)]
+        samples = np.concatenate(pieces, axis=1)[0]
+        with wave.open(str(sound), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(np.resize(samples, round(frames * rate / self.fps)).tobytes())
+        return features, sound
+
+
+def bundled(folder: Path) -> Scenario:
+    """The bundled avatar and its sample; the features are made in ``folder``."""
+    encoder = SpeechEncoder(BUNDLE / "encoder.safetensors", "cpu")
+    rows = torch.cat(list(encoder.covering_features(BUNDLE / "sample.flac")))
+    [features] = save_features(rows, folder / "sample.npy")
+    return _scenario(
+        "bundled", BUNDLE / "template", features, BUNDLE / "sample.flac", BUNDLE / "unet.safetensors", "ave"
+    )
+
+
+def given(
+    template: Path,
+    features: Path,
+    audio: Path,
+    folder: Path,
+    *,
+    checkpoint: Path | None = None,
+    mode: Mode = "ave",
+    width: float = 1.0,
+) -> Scenario:
+    """Somebody's own; without a checkpoint a network of random weights, which costs the same, is made in ``folder``."""
+    SpeechFeatures(features, mode)  # raises what is wrong with them now
+    if checkpoint is None:
+        checkpoint = folder / f"seeded-{mode}-{width:g}.pth"
+        torch.save(seeded_network(mode, width=width).state_dict(), checkpoint)
+    return _scenario(template.resolve().name, template, features, audio, checkpoint, mode)
+
+
+def _scenario(name: str, template: Path, features: Path, audio: Path, checkpoint: Path, mode: Mode) -> Scenario:
+    width = load_unet(checkpoint, mode).width
+    opened = Template.from_directory(template, memory_budget=0)
+    return Scenario(name, template, features, audio, checkpoint, mode, (opened.width, opened.height), width)

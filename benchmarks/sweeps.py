@@ -1,0 +1,159 @@
+"""How the figures grow: with the batch, with the resolution, and with the length of the clip."""
+
+from __future__ import annotations
+
+import wave
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.io import write_jpeg
+
+from gpupipe.benchmarks import contestants
+from gpupipe.benchmarks.common import Row, Spread, row
+from gpupipe.benchmarks.contestants import Say
+from gpupipe.benchmarks.scenario import Scenario
+from gpupipe.engines import EngineName
+from gpupipe.landmarks import read_landmarks
+from gpupipe.template import numbered_files
+from gpupipe.video.decode import read_image
+
+BATCHES = {"cuda": (1, 4, 16, 32, 64, 128, 256), "cpu": (1, 2, 4, 8)}
+RESOLUTIONS = ((640, 360), (1280, 720), (1920, 1080), (3840, 2160))
+LENGTHS = (1, 10, 60, 600, 3600)
+"""Seconds."""
+
+STUB_SIZE = (256, 144)
+_TEMPLATE_FRAMES = 24
+_LONG = 60
+"""Seconds from which on a clip is rendered once."""
+
+
+def batch_rows(
+    scenario: Scenario, folder: Path, *, device: str, crf: int, frames: int, rounds: int, values: list[int], say: Say
+) -> list[Row]:
+    """gpupipe end to end at several batch sizes, in turns."""
+    values = values or list(BATCHES[torch.device(device).type])
+    made = [contestants.gpupipe(scenario, device=device, crf=crf, batch_size=size) for size in values]
+    for one, size in zip(made, values, strict=True):
+        one.name = f"gpupipe, batch {size}"  # told while it runs
+    contestants.take_turns(made, scenario, folder, frames=frames, rounds=rounds, device=device, say=say)
+    rows = []
+    for one, size in zip(made, values, strict=True):
+        one.name = "gpupipe"
+        config = scenario.facts() | {"crf": crf, "frames": frames}
+        rows += contestants.clip_rows([one], frames=frames, config=config, device=device, axis="batch", value=size)
+    return rows
+
+
+def resolution_rows(
+    scenario: Scenario,
+    folder: Path,
+    *,
+    device: str,
+    crf: int,
+    frames: int,
+    rounds: int,
+    values: list[int],
+    say: Say,
+    reference: bool,
+) -> list[Row]:
+    """The template resized, by the reference loop (where OpenCV is there) and by gpupipe, in turns.
+
+    Args:
+        values: heights of the sizes to take; none takes all.
+    """
+    rows = []
+    for size in RESOLUTIONS:
+        if values and size[1] not in values:
+            continue
+        name = f"{size[0]}×{size[1]}"
+        template = resized_template(scenario.template, folder / name, size, min(frames, _TEMPLATE_FRAMES))
+        resized = replace(scenario, template=template, size=size)
+        made = [contestants.reference_loop(resized, device=device, crf=crf)] if reference else []
+        made.append(contestants.gpupipe(resized, device=device, crf=crf))
+        say(f"{name}:")
+        contestants.take_turns(made, resized, folder, frames=frames, rounds=rounds, device=device, say=say)
+        config = scenario.facts() | {"crf": crf, "frames": frames, "size": list(size), "resized": True}
+        rows += contestants.clip_rows(made, frames=frames, config=config, device=device, axis="size", value=name)
+    return rows
+
+
+def length_rows(
+    scenario: Scenario, folder: Path, *, device: str, crf: int, rounds: int, values: list[int], say: Say
+) -> list[Row]:
+    """Everything but the network, by the clip's length: a stub paints grey, the sound is silence, frames are small.
+
+    What a frame costs and what memory is held must not depend on how many there are; an hour says whether they do.
+    """
+    template = resized_template(scenario.template, folder / "small", STUB_SIZE, _TEMPLATE_FRAMES)
+    small = replace(scenario, template=template, size=STUB_SIZE)
+    rows = []
+    for seconds in values or LENGTHS:
+        frames = seconds * small.fps
+        clip = _silent_clip(small, frames, folder)
+        one = contestants.gpupipe(small, device=device, crf=crf, stub=_StubEngine)
+        one.render(*_silent_clip(small, contestants.WARMUP_FRAMES, folder), folder / "clip.mp4")
+        for _ in range(rounds if seconds <= _LONG else 1):
+            contestants.take_turn(one, clip, folder / "clip.mp4", frames=frames, device=device)
+        config = small.facts() | {"crf": crf, "network": "stub", "resized": True}
+        rows += contestants.clip_rows([one], frames=frames, config=config, device=device, axis="seconds", value=seconds)
+        milliseconds = Spread.of([1000 * spent / frames for spent in one.seconds])
+        place: dict[str, Any] = {"what": "end_to_end", "axis": "seconds", "value": seconds, "device": device}
+        facts: dict[str, Any] = {"provider": "gpupipe", "config": config | one.facts}
+        rows.append(row(milliseconds, metric="time", unit="ms/frame", **place, **facts))
+        say(f"{seconds} s: {milliseconds.p50:.3f} ms a frame")
+    return rows
+
+
+class _StubEngine:
+    """Paints grey at once: whatever is left of a render's cost is not the network's."""
+
+    name: EngineName = "eager"
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._mouth = torch.full((1, 3, 320, 320), 0.5, device=device, dtype=dtype)
+
+    def encode(self, image: Tensor) -> dict[str, Tensor]:
+        """Nothing."""
+        return {"nothing": torch.zeros(len(image), 1, device=self.device)}
+
+    def decode(self, features: dict[str, Tensor], index: Tensor, audio: Tensor) -> Tensor:
+        """Grey."""
+        return self._mouth.expand(len(index), -1, -1, -1)
+
+
+def _silent_clip(scenario: Scenario, frames: int, folder: Path) -> tuple[Path, Path]:
+    """Features that are all zero and silence, ``frames`` long; both files are holes, as long as they may be."""
+    features, sound = folder / f"silent-{frames}.npy", folder / f"silent-{frames}.wav"
+    shape = (frames, *np.load(scenario.features, mmap_mode="r").shape[1:])
+    np.lib.format.open_memmap(features, mode="w+", dtype=np.float32, shape=shape).flush()
+    with wave.open(str(sound), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        second = bytes(2 * 16000)
+        for _ in range(frames // scenario.fps):
+            file.writeframes(second)
+        file.writeframes(second[: 2 * round(16000 * (frames % scenario.fps) / scenario.fps)])
+    return features, sound
+
+
+def resized_template(template: Path, folder: Path, size: tuple[int, int], frames: int) -> Path:
+    """The first ``frames`` frames of a template at another size, with their landmarks, written to ``folder``."""
+    paths = numbered_files(template / "full_body_img", ".jpg", "template frame")[:frames]
+    for name in ("full_body_img", "landmarks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        bgr = read_image(path).permute(2, 0, 1)[None].float()
+        resized = nn.functional.interpolate(bgr, size[::-1], mode="bilinear", antialias=True)[0]
+        write_jpeg(resized.round().to(torch.uint8).flip(0).contiguous(), str(folder / "full_body_img" / path.name), 92)
+        scale = np.array([size[0] / bgr.shape[3], size[1] / bgr.shape[2]])
+        points = read_landmarks(template / "landmarks" / f"{path.stem}.lms") * scale
+        lines = "".join(f"{x:.3f} {y:.3f}\n" for x, y in points)
+        (folder / "landmarks" / f"{path.stem}.lms").write_text(lines)
+    return folder
