@@ -71,7 +71,9 @@ def render(
     mode: ModeOption = "ave",
     device: Device = None,
     start_frame: StartFrame = 0,
-    fps: Annotated[float | None, typer.Option(help="Frames a second; 25, and 20 for wenet.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second; by default the features' rate, 25 and 20 for wenet.")
+    ] = None,
     crf: Crf = 20,
     codec: Codec = "auto",
     blend: BlendOption = "feather",

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from gpupipe.avatar import FEATHER, Avatar, Blend, PixelFormat, feather_width
 from gpupipe.errors import InputError
-from gpupipe.features import SpeechFeatures
+from gpupipe.features import FRAME_RATES, SpeechFeatures
 from gpupipe.image_processor import Image, ImageProcessor
 from gpupipe.lanes import cpu_lanes, map_in_lanes
 from gpupipe.models import AUDIO_SHAPES, Mode
-from gpupipe.schedule import WINDOW_ROWS, template_indices
+from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, template_indices
 from gpupipe.template import Template
 from gpupipe.unet_model import UNetModel
 from gpupipe.video.images import write_frames
@@ -111,7 +112,7 @@ class FrameGenerator:
             img_dir, lms_dir, parsing_dir: ``0.jpg`` …, ``0.lms`` … and, if given, ``0.png`` ….
             audio_features: (N, …), as :class:`~gpupipe.features.SpeechFeatures` takes it.
             start_frame: first template frame of the walk there and back.
-            fps: kept for the seed's callers; frames do not depend on it.
+            fps: kept for the seed's callers: a list of frames has no rate, there is one for each row.
 
         Returns:
             N frames uint8 (H, W, 3), BGR. For long clips use :meth:`stream`, whose memory does not grow.
@@ -145,37 +146,65 @@ class FrameGenerator:
         *,
         start_frame: int = 0,
         pixel_format: PixelFormat = "bgr",
+        fps: float | Fraction | None = None,
     ) -> Iterator[Tensor]:
         """Render a clip batch by batch.
 
         Args:
             start_frame: first template frame of the walk there and back.
             pixel_format: of the finished frames.
+            fps: frames a second; another rate than the features' own resamples the clip
+                (:class:`~gpupipe.schedule.Resampling`). None renders one frame for each row.
 
         Yields:
-            uint8 (b, H, W, 3) BGR or (b, H·3/2, W) NV12 on the device; b is the batch size but for the last.
+            uint8 (b, H, W, 3) BGR or (b, H·3/2, W) NV12 on the device; at the features' own rate b is the batch size
+            but for the last, else at most that.
 
         Raises:
-            InputError: ``start_frame`` outside the template, before anything is rendered.
+            InputError: ``start_frame`` outside the template or ``fps`` out of range, before anything is rendered.
         """
         template_indices(0, 1, template.length, start_frame)  # raises now, not at the first frame
+        timing = self.resampling(speech, fps)
         avatar = Avatar(template, self.unet_model.engine, pixel_format=pixel_format, feather=self._seam)
-        return self._batches(avatar, speech, start_frame)
+        return self._batches(avatar, speech, start_frame, timing)
 
-    def _batches(self, avatar: Avatar, speech: SpeechFeatures, start_frame: int) -> Iterator[Tensor]:
-        def render(start: int) -> Tensor:
-            stop = min(start + self.batch_size, len(speech))
-            frames = template_indices(start, stop, avatar.template.length, start_frame)
-            return avatar.render(frames, speech.windows(start, stop))
+    def resampling(self, speech: SpeechFeatures, fps: float | Fraction | None = None) -> Resampling:
+        """Which rows the frames of a video show that has ``fps`` frames a second, or one for each row."""
+        rate = Fraction(FRAME_RATES[self.mode])
+        return Resampling(len(speech), rate, rate if fps is None else frame_rate(fps))
 
-        starts = range(0, len(speech), self.batch_size)
+    def _batches(
+        self, avatar: Avatar, speech: SpeechFeatures, start_frame: int, timing: Resampling
+    ) -> Iterator[Tensor]:
+        # At a low rate only some rows are shown, and a batch spans more of them.
+        step = max(self.batch_size, int(self.batch_size * timing.rate / timing.fps))
+
+        def shown(start: int) -> range:
+            return timing.frames_of(start, min(start + step, len(speech)))
+
+        def render(start: int) -> tuple[Tensor, NDArray[np.int64]]:
+            """The rows from ``start`` on that are shown at all, rendered, and which of them each frame shows."""
+            frames = shown(start)
+            rows, which = np.unique(timing.rows(frames.start, frames.stop), return_inverse=True)
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            template_frames = template_indices(first, last, avatar.template.length, start_frame)[rows - first]
+            whole = len(rows) == last - first
+            windows = speech.windows(first, last) if whole else torch.cat([speech.windows(i, i + 1) for i in rows])
+            return avatar.render(template_frames, windows), which
+
+        starts = [start for start in range(0, len(speech), step) if shown(start)]
         # A GPU's work is queued anyway: more hands would only get in each other's way.
         batches = (
             map_in_lanes(render, starts, cpu_lanes()) if self.unet_model.device.type == "cpu" else map(render, starts)
         )
-        for start, batch in zip(starts, batches, strict=True):
-            logger.debug("rendered frames %d to %d", start, start + len(batch) - 1)
-            yield batch
+        for start, (batch, which) in zip(starts, batches, strict=True):
+            frames = shown(start)
+            logger.debug("rendered frames %d to %d", frames.start, frames.stop - 1)
+            if len(which) == len(batch):
+                yield batch
+                continue
+            for some in torch.from_numpy(which).to(batch.device).split(self.batch_size):
+                yield batch.index_select(0, some)
 
     def _window(self, audio: ArrayLike | Tensor) -> Tensor:
         """One frame's audio as (1, *audio_shape)."""

@@ -23,6 +23,7 @@ from gpupipe.features import FeatureSource, SpeechFeatures, save_features_bin
 from gpupipe.files import make_folder, replacing
 from gpupipe.frame_generator import FrameGenerator
 from gpupipe.kernels.dispatch import backend
+from gpupipe.kernels.nv12 import from_nv12
 from gpupipe.lanes import available_cores
 from gpupipe.models import Mode
 from gpupipe.onnx_export import OPSET_VERSION
@@ -140,12 +141,14 @@ class FrameGenerationPipeline:
         """Render a clip to a video with sound, in one pass.
 
         Args:
-            audio_features_path: ``.npy``, or the features themselves; one row a video frame.
+            audio_features_path: ``.npy``, or the features themselves.
             template_dir: ``full_body_img/``, ``landmarks/`` and, with ``use_parsing``, ``parsing/``.
             audio_path: any file that FFmpeg reads with a sound track; None renders a silent video.
             output_path: ``.mp4``, ``.mkv`` or ``.mov``; appears only when it is whole.
             start_frame: first template frame of the walk there and back.
-            fps: frames a second of the video.
+            fps: frames a second of the video. Features come at the mode's rate, 25 rows a second and 20 for wenet; at
+                another rate the picture is resampled to keep pace with the sound
+                (:class:`~gpupipe.schedule.Resampling`), and the sound stays as it is.
             crf: quality, 0 (best) to 51.
             save_frames: keep the frames as JPEGs too, in ``frames_dir`` or beside the video in ``<name>_frames``.
             codec: see :data:`gpupipe.video.codecs.CODECS`.
@@ -178,15 +181,16 @@ class FrameGenerationPipeline:
                 times["open"] = time.perf_counter()
                 if save_frames:
                     folder = make_folder(frames_dir or output_path.with_name(f"{output_path.stem}_frames"))
-                    batches = _saving(self._stream(clip, "bgr", progress), folder)
+                    kept: PixelFormat = "nv12" if clip.template.is_video else "bgr"  # as the template keeps its pixels
+                    batches = _saving(self._stream(clip, kept, progress, fps), folder)
                 else:
-                    batches = self._stream(clip, writer.pixel_format, progress)
+                    batches = self._stream(clip, writer.pixel_format, progress, fps)
                 for batch in batches:
                     writer.write(batch)
                 times["render"] = time.perf_counter()
             times["finish"] = time.perf_counter()
-            self.last_render = self._record(len(clip.speech), times, stages, writer.encoder)
-        _compare_lengths(output_path, len(clip.speech) / fps, writer.sound_seconds, fps)
+            self.last_render = self._record(writer.frames, times, stages, writer.encoder)
+        _compare_lengths(output_path, writer.frames / fps, writer.sound_seconds, fps)
         return str(output_path)
 
     def generate_frames_only(
@@ -283,15 +287,17 @@ class FrameGenerationPipeline:
         )
         return Clip(template, speech, start_frame)
 
-    def _stream(self, clip: Clip, pixel_format: PixelFormat, progress: Progress | None) -> Iterator[Tensor]:
-        done = 0
+    def _stream(
+        self, clip: Clip, pixel_format: PixelFormat, progress: Progress | None, fps: float | None = None
+    ) -> Iterator[Tensor]:
+        done, total = 0, self.generator.resampling(clip.speech, fps).frames
         for batch in self.generator.stream(
-            clip.template, clip.speech, start_frame=clip.start_frame, pixel_format=pixel_format
+            clip.template, clip.speech, start_frame=clip.start_frame, pixel_format=pixel_format, fps=fps
         ):
             yield batch
             done += len(batch)
             if progress is not None:
-                progress(done, len(clip.speech))
+                progress(done, total)
 
     def _record(self, frames: int, times: dict[str, float], measured: Stages, codec: str | None = None) -> RenderRecord:
         """A record from the moments at which stages ended; the first entry is the start."""
@@ -312,10 +318,10 @@ class FrameGenerationPipeline:
 
 
 def _saving(batches: Iterator[Tensor], folder: Path) -> Iterator[Tensor]:
-    """Save BGR batches as numbered JPEGs on their way."""
+    """Save batches as numbered JPEGs on their way."""
     number = 0
     for batch in batches:
-        for frame in batch.cpu().numpy():
+        for frame in (batch if batch.dim() == 4 else from_nv12(batch)).cpu().numpy():
             save_image(frame, frame_path(folder, number))
             number += 1
         yield batch

@@ -1,6 +1,15 @@
-"""Which template frame and which rows of speech features belong to video frame i: pure functions of i."""
+"""Which rows of speech features and which template frame belong to a video frame: pure functions of its number.
+
+    video frame j ── at fps ──▶ row i of the features, at the mode's rate ──▶ template frame t(i), rows [i − 8, i + 8)
+
+At the mode's own rate i = j. At another rate the picture is resampled, so that it keeps pace with the sound.
+"""
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +18,51 @@ from gpupipe.errors import InputError
 
 WINDOW_ROWS = 16
 """Rows of speech features in a frame's window."""
+
+
+def frame_rate(fps: float | Fraction) -> Fraction:
+    """Frames a second as a fraction whose denominator is at most 1001, that of NTSC's rates.
+
+    Raises:
+        InputError: not more than 0 and at most 1000.
+    """
+    if not 0 < fps <= 1000:
+        raise InputError(f"fps is {fps}; expected more than 0 and at most 1000")
+    return Fraction(fps).limit_denominator(1001)
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """Which row of features each video frame shows, where rows and frames come at rates of their own.
+
+    Frame j is on the screen from j / fps on and shows what a video at the rows' own rate shows at that time: row
+    ⌊j·rate / fps⌋. N rows last N / rate seconds and make N·fps / rate frames, rounded half up, at least one.
+
+    Args:
+        length: number of rows N, ≥ 1.
+        rate: rows a second.
+        fps: video frames a second.
+    """
+
+    length: int
+    rate: Fraction
+    fps: Fraction
+
+    @property
+    def frames(self) -> int:
+        """Number of video frames."""
+        return max(1, math.floor(self.length * self.fps / self.rate + Fraction(1, 2)))
+
+    def rows(self, start: int, stop: int) -> NDArray[np.int64]:
+        """The row that each of the video frames ``[start, stop)`` shows: int64 (stop − start,), ascending."""
+        ratio = self.rate / self.fps
+        return np.arange(start, stop, dtype=np.int64) * ratio.numerator // ratio.denominator
+
+    def frames_of(self, start: int, stop: int) -> range:
+        """The video frames that show the rows ``[start, stop)``; none at a low rate, or several for each row."""
+        ratio = self.fps / self.rate
+        first, last = (min(math.ceil(row * ratio), self.frames) for row in (start, stop))
+        return range(first, last)
 
 
 def template_indices(start: int, stop: int, length: int, start_frame: int = 0) -> NDArray[np.int64]:

@@ -72,7 +72,7 @@ def test_options_reach_the_render(clip: dict[str, Path], tmp_path: Path) -> None
     result = run(*words, "--engine", "torch", "--crf", 30, "--save-frames", "--frames-dir", tmp_path / "kept", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["engine"] == "torch"
-    assert len(list((tmp_path / "kept").glob("frame_*.jpg"))) == FRAMES
+    assert len(list((tmp_path / "kept").glob("frame_*.jpg"))) == round(FRAMES / 25 * 10), "as many as in the video"
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert container.streams.video[0].average_rate == 10
 

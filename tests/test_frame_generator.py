@@ -298,6 +298,22 @@ def test_stream_gives_the_same_frames_in_batches(tiny_model: MakeModel, template
     assert np.array_equal(found, np.stack(rendered(generator, template, features(10), start_frame=1)))
 
 
+@pytest.mark.parametrize("fps", [10, 20, 60])
+def test_resampled_frames_are_the_rows_they_show(fps: int, tiny_model: MakeModel, template: Path) -> None:
+    """Whatever the batch; frames of the rows alone are what they are picked from."""
+    sound = SpeechFeatures(features(10))
+    alone = np.stack(rendered(FrameGenerator(tiny_model()), template, features(10)))
+    for batch_size in (1, 4):
+        generator = FrameGenerator(tiny_model(), batch_size=batch_size)
+        opened = generator.open_template(template / "full_body_img", template / "landmarks")
+        batches = list(generator.stream(opened, sound, fps=fps))
+        assert max(len(batch) for batch in batches) <= batch_size
+        assert min(len(batch) for batch in batches) > 0
+        found = torch.cat(batches).numpy()
+        assert len(found) == round(10 / 25 * fps)
+        assert np.array_equal(found, alone[[j * 25 // fps for j in range(len(found))]])
+
+
 def test_a_clip_ends_where_its_sound_does_and_begins_alike(tiny_model: MakeModel, template: Path) -> None:
     """A frame sees 8 rows ahead: the first frames of a clip cut after 12 rows are the whole clip's."""
     sound = features(20)

@@ -168,12 +168,24 @@ def test_frame_count_is_exact(count: int, render: Callable[..., Path], clip: dic
     assert len(pictures_of(render(audio_features_path=tmp_path / "short.npy"))) == count
 
 
-@pytest.mark.parametrize("fps", [20, 30, 29.97, Fraction(30000, 1001)])
-def test_frame_rate(fps: Any, render: Callable[..., Path]) -> None:
-    with av.open(str(render(fps=fps))) as container:
+@pytest.mark.parametrize(
+    ("fps", "count"), [(20, 9), (30, 13), (50, 22), (10, 4), (29.97, 13), (Fraction(30000, 1001), 13)]
+)
+def test_frame_rate(
+    fps: Any, count: int, render: Callable[..., Path], pipeline: FrameGenerationPipeline, clip: dict[str, Path]
+) -> None:
+    """As many frames as the features last; each shows what 25 frames a second show at its time, beside the sound."""
+    path = render(fps=fps, crf=10)
+    with av.open(str(path)) as container:
         times = [frame.time for frame in container.decode(video=0)]
         assert float(container.streams.video[0].average_rate) == pytest.approx(float(fps), rel=1e-4)
-    assert times == pytest.approx([i / float(fps) for i in range(FRAMES)], abs=1e-3)
+    assert times == pytest.approx([j / float(fps) for j in range(count)], abs=1e-3)
+    assert pipeline.last_render is not None
+    assert pipeline.last_render.frames == count
+    frames = frames_of(pipeline, clip)
+    match = [max(range(FRAMES), key=lambda k: cv2.PSNR(picture, frames[k])) for picture in pictures_of(path)]
+    assert match == [int(j * 25 / float(fps) + 1e-9) for j in range(count)]
+    assert match != list(range(count)), "not one row a frame"
 
 
 @pytest.mark.parametrize("suffix", ["mkv", "mov"])

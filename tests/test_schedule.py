@@ -1,7 +1,8 @@
-"""The closed form of the walk there and back, against walking it step by step."""
+"""The closed forms of the walk there and back and of resampling, against walking them step by step."""
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import islice
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from gpupipe import InputError
 from gpupipe.benchmarks.reference_loop import ping_pong
-from gpupipe.schedule import WINDOW_ROWS, template_indices, window_rows
+from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, template_indices, window_rows
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 150])
@@ -54,3 +55,67 @@ def test_window_is_eight_rows_before_and_eight_from_the_frame_on() -> None:
     assert window_rows(0, 1) == (-8, 8)
     assert window_rows(100, 101) == (92, 108)
     assert window_rows(20, 24) == (12, 31)
+
+
+# ── another rate than the features' ───────────────────────────────────────────────────────────────────────────────────
+
+RATES = [
+    Fraction(25),
+    Fraction(20),
+    Fraction(50),
+    Fraction(30000, 1001),
+    Fraction(24000, 1001),
+    Fraction(1),
+    Fraction(7),
+]
+
+
+@pytest.mark.parametrize("fps", [*RATES, Fraction(200)])
+@pytest.mark.parametrize("rate", [Fraction(25), Fraction(20)])
+@pytest.mark.parametrize("length", [1, 2, 3, 11])
+def test_frames_show_what_the_own_rate_shows_at_their_time(length: int, rate: Fraction, fps: Fraction) -> None:
+    """Against a clock: the row on the screen at j / fps is the last one that began by then."""
+    timing = Resampling(length, rate, fps)
+    begins = [i / rate for i in range(length)]
+    shown = [sum(begin <= j / fps for begin in begins) - 1 for j in range(timing.frames)]
+    assert timing.rows(0, timing.frames).tolist() == shown
+    assert abs(timing.frames / fps - length / rate) <= 1 / (2 * fps) or timing.frames == 1
+
+
+@pytest.mark.parametrize("fps", RATES)
+@pytest.mark.parametrize("step", [1, 3, 64])
+def test_rows_know_their_frames(fps: Fraction, step: int) -> None:
+    """Batches of rows make all frames, in order, once."""
+    timing = Resampling(100, Fraction(25), fps)
+    seen = []
+    for start in range(0, 100, step):
+        stop = min(start + step, 100)
+        frames = timing.frames_of(start, stop)
+        rows = timing.rows(frames.start, frames.stop)
+        assert ((rows >= start) & (rows < stop)).all()
+        seen += list(frames)
+    assert seen == list(range(timing.frames))
+
+
+def test_own_rate_is_one_row_a_frame() -> None:
+    timing = Resampling(10**9, Fraction(25), Fraction(25))
+    assert timing.frames == 10**9
+    assert timing.rows(10**9 - 3, 10**9).tolist() == list(range(10**9 - 3, 10**9))
+    assert timing.frames_of(5, 9) == range(5, 9)
+
+
+@pytest.mark.parametrize(
+    ("length", "rate", "fps", "frames"),
+    [(11, 25, 20, 9), (11, 25, 30, 13), (10, 20, 25, 13), (1, 25, 1, 1), (250, 25, 30, 300), (13, 25, 50, 26)],
+)
+def test_number_of_frames(length: int, rate: int, fps: int, frames: int) -> None:
+    """By hand: 10 rows of 20 a second last half a second, 12.5 frames of 25, rounded up."""
+    assert Resampling(length, Fraction(rate), Fraction(fps)).frames == frames
+
+
+def test_frame_rate_is_exact() -> None:
+    assert frame_rate(29.97) == Fraction(2997, 100)
+    assert frame_rate(30000 / 1001) == Fraction(30000, 1001)
+    for wrong in (0, -25, 1001, float("nan")):
+        with pytest.raises(InputError, match=f"^fps is {wrong}; expected more than 0 and at most 1000"):
+            frame_rate(wrong)

@@ -21,6 +21,7 @@ from torch import Tensor
 from gpupipe.errors import InputError, OutputError
 from gpupipe.files import replacing
 from gpupipe.kernels.nv12 import to_nv12
+from gpupipe.schedule import frame_rate
 from gpupipe.stages import UNTIMED, Stages
 from gpupipe.video.codecs import PictureFormat, choose_encoder, configure, host_frame
 from gpupipe.video.sound import SoundTrack
@@ -77,15 +78,13 @@ class VideoWriter:
         self._stages = stages
         if not 0 <= crf <= 51:
             raise InputError(f"crf is {crf}; expected 0 (best) to 51")
-        if not 0 < fps <= 1000:
-            raise InputError(f"fps is {fps}; expected more than 0 and at most 1000")
         even = (width + width % 2, height + height % 2)
         if even != (width, height):
             logger.warning(
                 "%s: frames are %d×%d and 4:2:0 video needs even sizes: the video is %d×%d, with the last column or row"
                 " repeated", path, width, height, *even,
             )  # fmt: skip
-        self.picture = PictureFormat(*even, Fraction(fps).limit_denominator(1001), crf)
+        self.picture = PictureFormat(*even, frame_rate(fps), crf)
         self.frames = 0
         self.encoder = choose_encoder(codec, *even)
         self.pixel_format: PixelFormat = "nv12" if even == (width, height) else "bgr"
