@@ -39,7 +39,7 @@ def check(target: Path, *architectures: int) -> None:
     assert widths["crop_resize", "channels-last float16"] == (8, 128)
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # CI runs `make report`
 def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
     check(tmp_path / "rows.json", 80, 86, 89, 90, 100)
 
