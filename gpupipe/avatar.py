@@ -16,7 +16,7 @@ from gpupipe.fallbacks import note_fallback
 from gpupipe.frame_cache import FrameCache, Tensors
 from gpupipe.graphs import GraphedStep
 from gpupipe.kernels.crop_resize import crop_and_input
-from gpupipe.kernels.nv12 import to_nv12
+from gpupipe.kernels.nv12 import from_nv12, nv12_window, to_nv12
 from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
 from gpupipe.stages import UNTIMED
 from gpupipe.template import Template
@@ -118,9 +118,24 @@ class Avatar:
         where = (mouth, derived["crop"], kept["frame"], index, boxes)
         seam, keep, largest = self.feather, kept.get("keep"), self.template.max_box
         if self.pixel_format == "bgr":
-            return paste_blend(*where, feather=seam, keep=keep, crop_index=row, max_box=largest)
-        background = derived["nv12"].index_select(0, row)
-        return paste_blend_nv12(*where, background, feather=seam, keep=keep, crop_index=row, max_box=largest)
+            pasted = paste_blend(*where, feather=seam, keep=keep, crop_index=row, max_box=largest)
+            if "nv12" not in kept:
+                return pasted
+            finished = from_nv12(kept["nv12"].index_select(0, index))
+            xmin, ymin, xmax, ymax = self.template.window
+            finished[:, ymin:ymax, xmin:xmax] = pasted
+            return finished
+        if "nv12" not in kept:
+            background = derived["nv12"].index_select(0, row)
+            return paste_blend_nv12(*where, background, feather=seam, keep=keep, crop_index=row, max_box=largest)
+        finished = kept["nv12"].index_select(0, index)
+        luma, chroma = nv12_window(finished, self.template.window)
+        background = torch.cat([luma, chroma], dim=1)
+        pasted = paste_blend_nv12(*where, background, feather=seam, keep=keep, crop_index=row, max_box=largest)
+        # A cell that a box cuts through was computed as a whole; outside the box its luma is still the source's.
+        luma.copy_(torch.where(_inside(boxes, luma), pasted[:, : luma.shape[1]], luma))
+        chroma.copy_(pasted[:, luma.shape[1] :])
+        return finished
 
     def _derive(self, frames: NDArray[np.int64]) -> Tensors:
         with self.template.stages.time("template half", self.template.device):
@@ -133,6 +148,14 @@ class Avatar:
         crop, image = crop_and_input(kept["frame"], index, boxes, dtype=self.engine.dtype, channels_last=half)
         derived = self.engine.encode(image)
         derived["crop"] = crop
-        if self.pixel_format == "nv12":
+        if self.pixel_format == "nv12" and "nv12" not in kept:
             derived["nv12"] = to_nv12(kept["frame"].index_select(0, index))
         return derived
+
+
+def _inside(boxes: Tensor, pixels: Tensor) -> Tensor:
+    """Which pixels (B, H, W) stand in their sample's box, (B, 4): bool."""
+    rows = torch.arange(pixels.shape[1], device=pixels.device)[:, None]
+    columns = torch.arange(pixels.shape[2], device=pixels.device)
+    xmin, ymin, xmax, ymax = boxes[:, :, None, None].unbind(1)
+    return (columns >= xmin) & (columns < xmax) & (rows >= ymin) & (rows < ymax)

@@ -39,7 +39,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 console = Console(stderr=True)
 
 Checkpoint = Annotated[Path, typer.Option(help="U-Net checkpoint, .pth or .safetensors.")]
-Template = Annotated[Path, typer.Option(help="Template directory: full_body_img/, landmarks/, optional parsing/.")]
+Template = Annotated[
+    Path, typer.Option(help="Template directory: full_body_img/ or template.mp4, landmarks/, optional parsing/.")
+]
 FeaturesOption = Annotated[Path, typer.Option(help="Speech features, .npy, one row a video frame.")]
 ModeOption = Annotated[Mode, typer.Option(help="Kind of speech features.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU if there is one.")]

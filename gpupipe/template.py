@@ -12,9 +12,11 @@ from torch import Tensor
 
 from gpupipe.errors import InputError
 from gpupipe.frame_cache import FrameCache, Tensors, default_budget
-from gpupipe.landmarks import crop_box, read_landmarks
+from gpupipe.kernels.nv12 import from_nv12, nv12_window
+from gpupipe.landmarks import Box, crop_box, read_landmarks
 from gpupipe.stages import UNTIMED, Stages
 from gpupipe.video.decode import read_image, read_images
+from gpupipe.video.frames import VIDEO_SUFFIXES, VideoFrames
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +27,9 @@ class Template:
     """Template frames on a device, every file checked before the first frame is rendered.
 
     ``image_dir`` holds ``0.jpg``, ``1.jpg`` … without gaps, ``landmark_dir`` a ``.lms`` and ``parsing_dir`` (if given)
-    a ``.png`` of the same number for each. Frames are kept as uint8 BGR; those that do not fit in the budget are
-    decoded again when they come round.
+    a ``.png`` of the same number for each. In place of a directory of images stands a video file, if it has as many
+    frames as there are landmark files. Frames are kept as uint8 BGR; of a video the decoded NV12 is kept, and BGR only
+    where the boxes are. Frames that do not fit in the budget are decoded again when they come round.
 
     Args:
         device: where frames, boxes and masks are kept.
@@ -38,7 +41,10 @@ class Template:
     Attributes:
         length: number of frames L.
         width, height: of every frame, in pixels.
-        boxes: int64 (L, 4) on ``device``: half-open (xmin, ymin, xmax, ymax), clamped to the frame.
+        frames: cache of ``frame``, uint8 (h, w, 3) BGR, what stands in ``window``; with parsing, ``keep``, bool (h, w);
+            of a video, ``nv12``, uint8 (H·3/2, W).
+        window: half-open (xmin, ymin, xmax, ymax): the whole frame; of a video the even rectangle around all boxes.
+        boxes: int64 (L, 4) on ``device``: half-open (xmin, ymin, xmax, ymax) in the window, clamped to the frame.
         max_box: the widest box's width and the highest one's height, known without asking the device.
         memory_left: bytes of the budget that the frames leave for what is derived from them.
 
@@ -61,18 +67,33 @@ class Template:
         self.stages = stages
         self.name = str(image_dir)
         self._exact = exact
-        self._images = numbered_files(Path(image_dir), ".jpg", "template frame")
-        self.length = len(self._images)
+        self._images: list[Path] = []
+        self._video: VideoFrames | None = None
+        if Path(image_dir).suffix.lower() in VIDEO_SUFFIXES:
+            self._video = VideoFrames(image_dir, device=self.device)
+            self.length, self.width, self.height = self._video.length, self._video.width, self._video.height
+            count = len(numbered_files(Path(landmark_dir), ".lms", "landmark file"))
+            if count != self.length:
+                raise InputError(
+                    f"{image_dir}: has {self.length} frames; expected {count}, one for each landmark file in"
+                    f" {landmark_dir}"
+                )
+        else:
+            self._images = numbered_files(Path(image_dir), ".jpg", "template frame")
+            self.length = len(self._images)
+            self.height, self.width = read_image(self._images[0]).shape[:2]
         self._parsing: list[Path] | None = None
         if parsing_dir is not None:
             self._parsing = [Path(parsing_dir) / f"{i}.png" for i in range(self.length)]
-        first = read_image(self._images[0])
-        self.height, self.width = first.shape[:2]
         boxes = [
             crop_box(read_landmarks(path), self.width, self.height, name=str(path))
             for path in (Path(landmark_dir) / f"{i}.lms" for i in range(self.length))
         ]
         self.boxes = torch.tensor(boxes, dtype=torch.int64, device=self.device)
+        self.window = (0, 0, self.width, self.height)
+        if self._video is not None:
+            self.window = _even_window(boxes)
+            self.boxes -= torch.tensor(self.window[:2] * 2, device=self.device)
         self.max_box = (max(x1 - x0 for x0, _, x1, _ in boxes), max(y1 - y0 for _, y0, _, y1 in boxes))
         budget = default_budget(self.device) if memory_budget is None else memory_budget
         self.frames = FrameCache(self.length, self._read, budget=budget, device=self.device)
@@ -94,12 +115,19 @@ class Template:
         memory_budget: int | None = None,
         stages: Stages = UNTIMED,
     ) -> Template:
-        """Open a template directory: ``full_body_img/``, ``landmarks/`` and, if ``use_parsing``, ``parsing/``."""
+        """Open a template directory: ``full_body_img/``, ``landmarks/`` and, if ``use_parsing``, ``parsing/``.
+
+        A video ``template.mp4`` (``.mov``, ``.mkv``, ``.webm``) may stand in place of ``full_body_img/``.
+        """
         directory = Path(directory)
         if not directory.is_dir():
             raise InputError(f"{directory}: no such template directory")
+        places = [directory / "full_body_img", *(directory / f"template{suffix}" for suffix in VIDEO_SUFFIXES)]
+        found = [path for path in places if path.exists()] or places[:1]
+        if len(found) > 1:
+            raise InputError(f"{directory}: holds {' and '.join(path.name for path in found)}; expected one of them")
         return cls(
-            directory / "full_body_img",
+            found[0],
             directory / "landmarks",
             directory / "parsing" if use_parsing else None,
             device=device,
@@ -108,29 +136,45 @@ class Template:
             stages=stages,
         )
 
+    @property
+    def is_video(self) -> bool:
+        """Whether the frames come from a video file, and are kept as its NV12."""
+        return self._video is not None
+
     def _read(self, frames: NDArray[np.int64]) -> Tensors:
         """Decode frames, and their masks if there are any."""
         with self.stages.time("template decode"):
             return self._decode(frames)
 
     def _decode(self, frames: NDArray[np.int64]) -> Tensors:
-        paths = [self._images[i] for i in frames]
-        pixels = read_images(paths, device=self.device, exact=self._exact)
-        self._check_size(paths[0], pixels)
-        tensors = {"frame": pixels}
+        if self._video is not None:
+            nv12 = self._video.read(frames)
+            tensors = {"nv12": nv12, "frame": from_nv12(torch.cat(nv12_window(nv12, self.window), dim=1))}
+        else:
+            paths = [self._images[i] for i in frames]
+            pixels = read_images(paths, device=self.device, exact=self._exact)
+            self._check_size(paths[0], pixels)
+            tensors = {"frame": pixels}
         if self._parsing is not None:
             paths = [self._parsing[i] for i in frames]
             parsing = read_images(paths, device=self.device)
             self._check_size(paths[0], parsing)
-            tensors["keep"] = keep_mask(parsing)
+            xmin, ymin, xmax, ymax = self.window
+            tensors["keep"] = keep_mask(parsing[:, ymin:ymax, xmin:xmax])
         return tensors
 
     def _check_size(self, path: Path, pixels: Tensor) -> None:
         if pixels.shape[1:3] != (self.height, self.width):
             raise InputError(
                 f"{path}: is {pixels.shape[2]}×{pixels.shape[1]}; expected {self.width}×{self.height} as"
-                f" {self._images[0]}"
+                f" {self._images[0] if self._images else self.name}"
             )
+
+
+def _even_window(boxes: list[Box]) -> Box:
+    """The rectangle of whole 2×2 pixels around all boxes."""
+    xmin, ymin, xmax, ymax = zip(*boxes, strict=True)
+    return min(xmin) // 2 * 2, min(ymin) // 2 * 2, (max(xmax) + 1) // 2 * 2, (max(ymax) + 1) // 2 * 2
 
 
 def numbered_files(directory: Path, suffix: str, what: str) -> list[Path]:

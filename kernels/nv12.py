@@ -28,13 +28,14 @@ KR, KB = 0.2126, 0.0722
 """BT.709's luma coefficients of red and blue; green's is 1 − KR − KB."""
 
 
-def _matrix() -> Tensor:
-    """(3, 3) float64: RGB in 0 … 255 → Y − 16, Cb − 128, Cr − 128 in limited range."""
-    kg = 1 - KR - KB
-    y = torch.tensor([KR, kg, KB], dtype=torch.float64)
-    cb = (torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64) - y) / (2 * (1 - KB))
-    cr = (torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64) - y) / (2 * (1 - KR))
-    return torch.stack([y * 219 / 255, cb * 224 / 255, cr * 224 / 255])
+def ycbcr_matrix(kr: float = KR, kb: float = KB, *, full_range: bool = False) -> Tensor:
+    """(3, 3) float64: RGB in 0 … 255 → Y, Cb − 128, Cr − 128; in limited range Y − 16 instead of Y."""
+    kg = 1 - kr - kb
+    y = torch.tensor([kr, kg, kb], dtype=torch.float64)
+    cb = (torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64) - y) / (2 * (1 - kb))
+    cr = (torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64) - y) / (2 * (1 - kr))
+    luma, chroma = (1.0, 1.0) if full_range else (219 / 255, 224 / 255)
+    return torch.stack([y * luma, cb * chroma, cr * chroma])
 
 
 FRACTION_BITS = 23
@@ -52,7 +53,7 @@ def yuv_weights(order: ColorOrder) -> tuple[tuple[int, int, int], ...]:
     exact here as float32 is, and add up to the same bits in whatever order and on whatever device. The chroma rows sum
     to 0, so that grey is exactly 128.
     """
-    matrix = (_matrix() if order == "rgb" else _matrix().flip(1)) * (1 << FRACTION_BITS)
+    matrix = (ycbcr_matrix() if order == "rgb" else ycbcr_matrix().flip(1)) * (1 << FRACTION_BITS)
     y = [round(v) for v in matrix[0].tolist()]
     cb, cr = ([round(v / 4) for v in row] for row in matrix[1:].tolist())
     return (y[0], y[1], y[2]), (cb[0], -cb[0] - cb[2], cb[2]), (cr[0], -cr[0] - cr[2], cr[2])
@@ -116,7 +117,7 @@ INVERSE_BITS = 21
 @functools.cache
 def rgb_weights(order: ColorOrder) -> tuple[tuple[int, int, int], ...]:
     """The inverse of BT.709 in units of 2⁻²¹: rows in the frame's colour order; columns Y − 16, Cb − 128, Cr − 128."""
-    inverse = torch.linalg.inv(_matrix()) * (1 << INVERSE_BITS)
+    inverse = torch.linalg.inv(ycbcr_matrix()) * (1 << INVERSE_BITS)
     rows = [(round(y), round(u), round(v)) for y, u, v in inverse.tolist()]
     return tuple(rows if order == "rgb" else reversed(rows))
 
@@ -135,6 +136,21 @@ def from_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
     half = 1 << (INVERSE_BITS - 1)
     channels = [(luma * y + cb * u + cr * v + half) >> INVERSE_BITS for y, u, v in rgb_weights(order)]
     return torch.stack(channels, dim=-1).clamp_(0, 255).to(torch.uint8)
+
+
+def nv12_window(frames: Tensor, window: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    """Views of a part of NV12 frames.
+
+    Args:
+        frames: uint8 (B, H·3/2, W).
+        window: half-open (xmin, ymin, xmax, ymax), all even.
+
+    Returns:
+        luma (B, h, w) and chroma (B, h/2, w), Cb and Cr interleaved; one below the other they are NV12 again.
+    """
+    xmin, ymin, xmax, ymax = window
+    height = frames.shape[1] // 3 * 2
+    return frames[:, ymin:ymax, xmin:xmax], frames[:, height + ymin // 2 : height + ymax // 2, xmin:xmax]
 
 
 def bytes_moved(size: tuple[int, int]) -> int:

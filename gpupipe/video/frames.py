@@ -1,0 +1,285 @@
+"""Frames of a video file by their number, as NV12 tensors: decoded by FFmpeg's threads, or by NVDEC where there is one.
+
+What is BT.709 in limited range already, as nearly all video of today, is kept bit for bit. Other colours are converted
+once, from YCbCr to YCbCr, so that all that follows knows one convention: that of :mod:`gpupipe.kernels.nv12`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import av
+import av.error
+import numpy as np
+import torch
+from av.codec.hwaccel import HWAccel
+from av.video.reformatter import ColorRange, Colorspace
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpupipe.errors import InputError
+from gpupipe.fallbacks import note_fallback
+from gpupipe.kernels.nv12 import ycbcr_matrix
+
+logger = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
+
+VideoDecoder = Literal["threads", "nvdec"]
+
+_RECENT = 32
+"""Decoded frames that are kept by: who walks backwards needs each of them after the one that it was decoded for."""
+
+_HD = (1280, 576)
+"""Video that does not name its matrix is BT.709 from this width on, or above this height, as mpv and others take it."""
+
+
+class Colours(NamedTuple):
+    """How a video's Y, Cb and Cr are meant."""
+
+    matrix: Literal["bt709", "bt601"]
+    full_range: bool
+
+
+BT709 = Colours("bt709", full_range=False)
+_KR_KB = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114)}
+_MATRICES: dict[int, Literal["bt709", "bt601"]] = {1: "bt709", 5: "bt601", 6: "bt601"}
+"""By the number that video carries for its matrix: ITU-T H.273, table 4."""
+_UNSPECIFIED, _FULL_RANGE = 2, 2
+
+
+class VideoFrames:
+    """Random access to the frames of a video file. Any thread may ask; one decodes at a time.
+
+    Frames are told apart by their times, so that what is found after a seek is what was found without. Walking on
+    decodes each frame once; walking back decodes from the keyframe before, and keeps the last frames by.
+
+    Args:
+        path: of the file; its first video stream counts.
+        device: where frames are to be. A CUDA device decodes with NVDEC if it takes the stream.
+
+    Attributes:
+        length: number of frames.
+        width, height: in pixels, even.
+        colours: how the file's pixels are meant; what :meth:`read` gives is always BT.709 in limited range.
+        decoder: ``"nvdec"`` or ``"threads"``.
+
+    Raises:
+        InputError: the file is missing, is no video, or has odd sizes, a rotation or unknown colours.
+    """
+
+    def __init__(self, path: str | Path, *, device: torch.device | str = "cpu") -> None:
+        self.path = Path(path)
+        self.device = torch.device(device)
+        if not self.path.is_file():
+            raise InputError(f"{path}: no such video file")
+        self._lock = threading.Lock()
+        self._recent: OrderedDict[int, Tensor] = OrderedDict()
+        self._times, self._keys = self._scan()
+        self.length = len(self._times)
+        self.decoder: VideoDecoder = "threads"
+        self._container, self._frames = self._open()
+        first = self._first()
+        self.width, self.height = first.width, first.height
+        self.colours = self._colours_of(first)
+        self._next = 0  # the number of the frame that the decoder gives next
+        self._seek(0)
+
+    def read(self, numbers: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """Decode frames.
+
+        Returns:
+            NV12 uint8 (n, H·3/2, W) on ``device``, BT.709 in limited range.
+
+        Raises:
+            InputError: a frame that cannot be decoded, or is of another size.
+        """
+        with self._lock:
+            found = {number: self._frame(number) for number in sorted(set(map(int, numbers)))}
+        return torch.stack([found[int(number)] for number in numbers]).to(self.device)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._container.close()
+
+    # ── the file ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _scan(self) -> tuple[list[int], list[int]]:
+        """The times of all frames, in order, and those of the keyframes, without decoding any."""
+        with self._reporting(), av.open(str(self.path)) as container:
+            if not container.streams.video:
+                raise InputError(f"{self.path}: has no picture; expected a video file")
+            packets = [
+                (packet.pts, packet.is_keyframe)
+                for packet in container.demux(video=0)
+                if packet.pts is not None and not packet.is_discard
+            ]
+        times = sorted({pts for pts, _ in packets})
+        keys = sorted({pts for pts, key in packets if key})
+        if not keys or len(times) < len(packets):
+            raise InputError(
+                f"{self.path}: has {len(packets)} frames at {len(times)} times; expected a whole video file"
+            )
+        return times, keys
+
+    def _open(self) -> tuple[av.container.InputContainer, Iterator[av.VideoFrame]]:
+        with self._reporting():
+            if self.device.type == "cuda":
+                container, reason = self._open_nvdec()
+                if container is not None:
+                    self.decoder = "nvdec"
+                    return container, container.decode(video=0)
+                note_fallback(f"NVDEC does not take {self.path.name} ({reason}): the CPU decodes it")
+            container = av.open(str(self.path))
+            container.streams.video[0].thread_type = "AUTO"
+            return container, container.decode(video=0)
+
+    def _open_nvdec(self) -> tuple[av.container.InputContainer | None, str]:
+        """The file, decoded on the GPU into surfaces of its primary context; or None, and why not."""
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        torch.cuda.synchronize(self.device)  # the primary context is there, and current
+        wanted = HWAccel("cuda", device=index, allow_software_fallback=False, is_hw_owned=True)
+        container = None
+        try:
+            container = av.open(str(self.path), hwaccel=wanted)
+            surface = next(container.decode(video=0)).sw_format
+            if surface is None or surface.name != "nv12":
+                raise ValueError(f"gives {surface.name if surface else 'frames of the host'}, not nv12")
+            container.seek(self._times[0], stream=container.streams.video[0])
+            return container, ""
+        except (av.error.FFmpegError, NotImplementedError, RuntimeError, ValueError, StopIteration) as error:
+            if container is not None:
+                container.close()
+            return None, str(error).splitlines()[0] if str(error) else type(error).__name__
+
+    def _first(self) -> av.VideoFrame:
+        with self._reporting():
+            first = next(self._frames, None)
+        if first is None:
+            raise InputError(f"{self.path}: holds no frame that can be decoded; expected a whole video file")
+        if first.width % 2 or first.height % 2:
+            raise InputError(
+                f"{self.path}: frames are {first.width}×{first.height}; expected even sizes, as 4:2:0 video needs"
+            )
+        if first.rotation:
+            raise InputError(
+                f"{self.path}: is to be turned by {first.rotation}° when shown; expected upright frames, as landmarks"
+                " are found in them: encode it again"
+            )
+        return first
+
+    def _colours_of(self, frame: av.VideoFrame) -> Colours:
+        if frame.format.is_rgb:
+            return BT709  # the conversion to NV12 makes it so
+        full = int(frame.color_range) == _FULL_RANGE or frame.format.name.startswith("yuvj")
+        number = int(frame.colorspace)
+        if number == _UNSPECIFIED:
+            matrix: Literal["bt709", "bt601"] = "bt709" if self.width >= _HD[0] or self.height > _HD[1] else "bt601"
+            logger.warning("%s: does not name its colour matrix; taken as %s for its size", self.path, matrix)
+            return Colours(matrix, full)
+        if number not in _MATRICES:
+            raise InputError(f"{self.path}: its colour matrix has number {number} (H.273); expected BT.709 or BT.601")
+        return Colours(_MATRICES[number], full)
+
+    # ── the way to a frame ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _frame(self, number: int) -> Tensor:
+        if number not in self._recent:
+            key = bisect.bisect_left(self._times, self._key_before(number))
+            if number < self._next or key > self._next:
+                self._seek(key)
+            while self._next <= number:
+                self._step(keep=number - self._next < _RECENT)
+        self._recent.move_to_end(number)
+        return self._recent[number]
+
+    def _key_before(self, number: int) -> int:
+        """The time of the last keyframe that is not later than a frame."""
+        return self._keys[max(0, bisect.bisect_right(self._keys, self._times[number]) - 1)]
+
+    def _seek(self, number: int) -> None:
+        with self._reporting():
+            self._container.seek(self._times[number], stream=self._container.streams.video[0])
+        self._frames = self._container.decode(video=0)
+        self._next = number
+
+    def _step(self, *, keep: bool) -> None:
+        """Take the next frame from the decoder; those before it, which a seek may give, are passed over."""
+        with self._reporting():
+            frame = next((one for one in self._frames if one.pts is None or one.pts >= self._times[self._next]), None)
+        if frame is None or frame.pts != self._times[self._next] or frame.is_corrupt:
+            raise InputError(f"{self.path}: frame {self._next} cannot be decoded; expected a whole video file")
+        if (frame.width, frame.height) != (self.width, self.height):
+            raise InputError(
+                f"{self.path}: frame {self._next} is {frame.width}×{frame.height}; expected {self.width}×{self.height}"
+                " as the first"
+            )
+        if keep:
+            self._recent[self._next] = to_bt709(self._pixels(frame), self.colours)
+            while len(self._recent) > _RECENT:
+                self._recent.popitem(last=False)
+        self._next += 1
+
+    def _pixels(self, frame: av.VideoFrame) -> Tensor:
+        if self.decoder == "threads":
+            return torch.from_numpy(host_nv12(frame, self.colours))
+        # Handed over as capsules: PyAV refuses the stream that torch would ask it to wait for, so the waiting is here.
+        torch.cuda.synchronize(self.device)
+        luma, chroma = (torch.from_dlpack(plane.__dlpack__()) for plane in frame.planes)
+        pixels = torch.cat([luma, chroma.flatten(1)])  # out of the surface, which the decoder will use again
+        torch.cuda.synchronize(self.device)
+        return pixels
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        try:
+            yield
+        except (av.error.FFmpegError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{self.path}: not a video that FFmpeg decodes ({error})") from error
+
+
+def host_nv12(frame: av.VideoFrame, colours: Colours) -> NDArray[np.uint8]:
+    """A decoded frame as NV12 (H·3/2, W). 8-bit 4:2:0 is only laid out anew; other formats are converted to it."""
+    height, width = frame.height, frame.width
+    if frame.format.name not in ("yuv420p", "yuvj420p", "nv12"):
+        space = Colorspace.ITU709 if colours.matrix == "bt709" else Colorspace.ITU601
+        extent = ColorRange.JPEG if colours.full_range else ColorRange.MPEG
+        source = {} if frame.format.is_rgb else {"src_colorspace": space, "src_color_range": extent}
+        frame = frame.reformat(format="nv12", dst_colorspace=space, dst_color_range=extent, **source)
+    planes: NDArray[np.uint8] = np.asarray(frame.to_ndarray(), dtype=np.uint8)
+    if frame.format.name == "nv12":
+        return planes
+    out = np.empty_like(planes)
+    out[:height] = planes[:height]
+    pairs = out[height:].reshape(height // 2, width // 2, 2)
+    for channel, plane in enumerate(planes[height:].reshape(2, height // 2, width // 2)):
+        pairs[..., channel] = plane
+    return out
+
+
+def to_bt709(frame: Tensor, colours: Colours) -> Tensor:
+    """NV12 (H·3/2, W) of any :class:`Colours` → BT.709 in limited range, rounded half up; what is that already stays.
+
+    The way is linear: YCbCr → RGB → YCbCr, not clipped in between. Chroma depends on chroma alone, for grey has none in
+    either, and each luma takes the chroma of its 2×2 pixels.
+    """
+    if colours == BT709:
+        return frame
+    height, width = frame.shape[0] // 3 * 2, frame.shape[1]
+    source = ycbcr_matrix(*_KR_KB[colours.matrix], full_range=colours.full_range)
+    matrix = (ycbcr_matrix() @ torch.linalg.inv(source)).float().tolist()
+    luma = frame[:height].float() - (0 if colours.full_range else 16)
+    cb, cr = (frame[height:].float() - 128).view(height // 2, width // 2, 2).unbind(-1)
+    shift = (cb * matrix[0][1] + cr * matrix[0][2]).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    chroma = [cb * row[1] + cr * row[2] + 128 for row in matrix[1:]]
+    out = torch.cat([luma * matrix[0][0] + shift + 16, torch.stack(chroma, dim=-1).view(height // 2, width)])
+    return out.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
