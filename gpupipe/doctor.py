@@ -10,7 +10,7 @@ import av.codec.hwaccel
 import torch
 
 from gpupipe.avatar import FEATHER
-from gpupipe.engines.choice import CANDIDATES, Figures, find_dtype, measure, measured, remember
+from gpupipe.engines.choice import Figures, candidates, find_dtype, measure, measured, remember
 from gpupipe.errors import DeviceError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.frame_cache import default_budget
@@ -77,7 +77,7 @@ def _engine(device: torch.device, *, exact: bool) -> str:
     figures = measured(UNet328("ave"), device, dtype)
     if figures is None:
         return (
-            f"auto: the fastest of {', '.join(CANDIDATES[device.type])}, measured at the first render or by --engines"
+            f"auto: the fastest of {', '.join(candidates(device, dtype))}, measured at the first render or by --engines"
         )
     told = ", ".join("fails: " + name if math.isinf(ms) else f"{name} {ms:.1f}" for name, ms in figures.items())
     return f"{min(figures, key=lambda name: figures[name])} (ms a frame, mode ave, full width: {told})"
@@ -88,7 +88,7 @@ def measure_engines(device: str | torch.device | None = None) -> Figures:
     chosen = find_device(device)
     dtype = find_dtype(chosen, exact=chosen.type == "cpu", precision=None)
     network = UNet328("ave").eval()
-    figures, _ = measure(network, chosen, dtype, list(CANDIDATES[chosen.type]))
+    figures, _ = measure(network, chosen, dtype, candidates(chosen, dtype))
     remember(network, chosen, dtype, figures)
     return figures
 

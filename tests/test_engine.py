@@ -211,3 +211,11 @@ def test_compile_is_taken_only_where_a_measurement_found_it_fastest(timed: dict[
 def test_the_measurement_runs_the_engine() -> None:
     engine = make_engine(seeded_network(width=1 / 8), device=CPU, engine="onnxruntime")
     assert 0 < choice._seconds(engine, seeded_network(width=1 / 8)) < 10
+
+
+def test_engines_of_cuda() -> None:
+    cuda = torch.device("cuda")
+    assert choice.candidates(cuda, torch.float16) == ["fused", "compile", "eager"]
+    assert choice.candidates(cuda, torch.float32) == ["compile", "eager"], "the fused kernels are for half precision"
+    with pytest.raises(DeviceError, match=r"^engine is 'fused' and precision 'float32'; expected float16 or bfloat16"):
+        make_engine(seeded_network(width=1 / 8), device=cuda, engine="fused", exact=True)

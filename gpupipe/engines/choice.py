@@ -73,7 +73,9 @@ def make_engine(
         return _build(engine, network, device, dtype)
     figures = measured(network, device, dtype)
     if figures is None:
-        figures, built = measure(network, device, dtype, [n for n in CANDIDATES[device.type] if n not in SLOW_TO_BUILD])
+        figures, built = measure(
+            network, device, dtype, [n for n in candidates(device, dtype) if n not in SLOW_TO_BUILD]
+        )
         remember(network, device, dtype, figures)
     else:
         built = {}
@@ -84,6 +86,11 @@ def make_engine(
     told = ", ".join(f"{name} {ms:.1f}" for name, ms in figures.items())
     logger.debug("engine %s on %s, %s: fastest of %s ms a frame", chosen.name, device, dtype, told)
     return chosen
+
+
+def candidates(device: torch.device, dtype: torch.dtype) -> list[EngineName]:
+    """Engines that may run on a device in a type, the expected order of speed."""
+    return [name for name in CANDIDATES[device.type] if name != "fused" or dtype != torch.float32]
 
 
 def find_dtype(device: torch.device, *, exact: bool, precision: Precision | None) -> torch.dtype:
@@ -110,6 +117,14 @@ def _build(name: str, network: UNet328, device: torch.device, dtype: torch.dtype
         return OnnxRuntimeEngine(network)
     if name == "eager":
         return EagerEngine(network, device=device, dtype=dtype)
+    if name == "fused":
+        if dtype == torch.float32:
+            raise DeviceError(
+                "engine is 'fused' and precision 'float32'; expected float16 or bfloat16 with this engine"
+            )
+        from gpupipe.engines.fused import FusedEngine  # noqa: PLC0415 - loads Triton
+
+        return FusedEngine(network, device=device, dtype=dtype)
     if reason := compiled.obstacle(device):
         raise DeviceError(f"engine is 'compile': {reason}")
     return CompiledEngine(network, device=device, dtype=dtype)
