@@ -1,0 +1,210 @@
+"""Triton kernels of :mod:`gpupipe.kernels.pointwise`: matrix products over the pixels of channels-last maps.
+
+Both compute a tile of pixels by a tile of output channels, on tensor cores, accumulating in float32. Programs that
+share pixels are neighbours, so that a tile of the input comes from device memory once and from L2 after that.
+
+The upsampling expansion makes its left operand while loading: four gathered neighbours (L1 and L2 serve most of them:
+four output pixels share a source pixel) weighed in float32. What it saves is writing and reading the upsampled map
+and the concatenation. Upsampling the product instead would do less arithmetic, but there are two to four times as many
+hidden channels as low ones to gather, and a map of them to write.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gpupipe.kernels.cubic_triton import INTERPRETED
+
+
+@triton.jit
+def _pointwise_kernel(
+    x,
+    weight,
+    bias,
+    residual,
+    index,
+    out,
+    pixels,
+    SAMPLE_PIXELS: tl.constexpr,
+    STORED: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    first = tl.program_id(0) // (N // BLOCK_N) * BLOCK_M
+    channel = tl.program_id(0) % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    pixel = tl.arange(0, BLOCK_M)
+    inside = (first + pixel < pixels)[:, None]
+    k = tl.arange(0, BLOCK_K)
+    base = x + first.to(tl.int64) * STORED
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + tl.load(bias + channel)[None, :]
+    for start in range(0, K, BLOCK_K):
+        mask = inside
+        if STORED != K:
+            mask = inside & (start + k < STORED)[None, :]
+        values = tl.load(base + (pixel * STORED)[:, None] + (start + k)[None, :], mask=mask, other=0.0)
+        total = tl.dot(values, tl.load(weight + (start + k)[:, None] * N + channel[None, :]), total)
+    if residual is not None:
+        row = first + pixel
+        if index is None:
+            row = row.to(tl.int64)
+        else:
+            sample = tl.load(index + row // SAMPLE_PIXELS, mask=row < pixels, other=0)
+            row = sample.to(tl.int64) * SAMPLE_PIXELS + row % SAMPLE_PIXELS
+        total += tl.load(residual + row[:, None] * N + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    if RELU:
+        total = tl.maximum(total, 0.0)
+    to = out + first.to(tl.int64) * N + (pixel * N)[:, None] + channel[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _upsample_expand_kernel(
+    low,
+    skip,
+    index,
+    low_weight,
+    skip_weight,
+    bias,
+    out,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    LOW: tl.constexpr,
+    SKIP: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_LOW: tl.constexpr,
+    BLOCK_SKIP: tl.constexpr,
+):
+    tiles: tl.constexpr = (HEIGHT * WIDTH + BLOCK_M - 1) // BLOCK_M
+    low_height: tl.constexpr = HEIGHT // 2
+    low_width: tl.constexpr = WIDTH // 2
+    channel = tl.program_id(0) % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = tl.program_id(0) // (N // BLOCK_N)
+    sample = (tile // tiles).to(tl.int64)
+    pixel = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = (pixel < HEIGHT * WIDTH)[:, None]
+    y0, y1, down = _neighbours(pixel // WIDTH, low_height, HEIGHT)
+    x0, x1, right = _neighbours(pixel % WIDTH, low_width, WIDTH)
+    upper_left = ((y0 * low_width + x0) * LOW)[:, None]
+    upper_right = ((y0 * low_width + x1) * LOW)[:, None]
+    lower_left = ((y1 * low_width + x0) * LOW)[:, None]
+    lower_right = ((y1 * low_width + x1) * LOW)[:, None]
+    down, right = down[:, None], right[:, None]
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + tl.load(bias + channel)[None, :]
+    k = tl.arange(0, BLOCK_LOW)
+    for start in range(0, LOW, BLOCK_LOW):
+        source = low + sample * (low_height * low_width * LOW) + (start + k)[None, :]
+        upper = _between(source, upper_left, upper_right, right, inside)
+        lower = _between(source, lower_left, lower_right, right, inside)
+        values = (upper + down * (lower - upper)).to(low.dtype.element_ty)
+        total = tl.dot(values, tl.load(low_weight + (start + k)[:, None] * N + channel[None, :]), total)
+    k = tl.arange(0, BLOCK_SKIP)
+    source = skip + tl.load(index + sample).to(tl.int64) * (HEIGHT * WIDTH * SKIP) + (pixel * SKIP)[:, None]
+    for start in range(0, SKIP, BLOCK_SKIP):
+        values = tl.load(source + (start + k)[None, :], mask=inside, other=0.0)
+        total = tl.dot(values, tl.load(skip_weight + (start + k)[:, None] * N + channel[None, :]), total)
+    to = out + sample * (HEIGHT * WIDTH * N) + (pixel * N)[:, None] + channel[None, :]
+    tl.store(to, tl.maximum(total, 0.0).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _neighbours(position, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Both source positions of an upsampled one, corners aligned, and the second one's weight."""
+    scale: tl.constexpr = (LOW - 1) / (HIGH - 1)
+    at = position.to(tl.float32) * scale
+    first = tl.minimum(at.to(tl.int32), LOW - 1)
+    return first, tl.minimum(first + 1, LOW - 1), at - first.to(tl.float32)
+
+
+@triton.jit
+def _between(source, left, right, weight, inside):
+    a = tl.load(source + left, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(source + right, mask=inside, other=0.0).to(tl.float32)
+    return a + weight * (b - a)
+
+
+def pointwise_tiles(k: int, n: int) -> dict[str, int]:
+    """Tile of a product of ``k`` by ``n`` channels, and how it is launched."""
+    if INTERPRETED:  # its cost is by the program
+        return {"BLOCK_M": 4096, "BLOCK_N": n, "BLOCK_K": k}
+    return {"BLOCK_M": 128, "BLOCK_N": min(n, 128), "BLOCK_K": min(k, 64), "num_warps": 4 if n <= 64 else 8}
+
+
+def upsample_tiles(low: int, skip: int, n: int) -> dict[str, int]:
+    """Tile of an upsampling expansion, and how it is launched."""
+    if INTERPRETED:
+        return {"BLOCK_M": 4096, "BLOCK_N": n, "BLOCK_LOW": low, "BLOCK_SKIP": skip}
+    blocks = {"BLOCK_M": 128, "BLOCK_N": min(n, 128), "BLOCK_LOW": min(low, 32), "BLOCK_SKIP": min(skip, 64)}
+    return {**blocks, "num_warps": 8, "num_stages": 1}
+
+
+def pointwise_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    relu: bool = False,
+    residual: Tensor | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """As :func:`~gpupipe.kernels.pointwise.pointwise`, on the GPU, in half precision."""
+    samples, height, width, stored = x.shape
+    k, n = weight.shape
+    out = x.new_empty(samples, height, width, n)
+    pixels = samples * height * width
+    tiles = pointwise_tiles(k, n)
+    grid = (triton.cdiv(pixels, tiles["BLOCK_M"]) * (n // tiles["BLOCK_N"]),)
+    if pixels:
+        _pointwise_kernel[grid](
+            x,
+            weight,
+            bias,
+            residual,
+            index,
+            out,
+            pixels,
+            SAMPLE_PIXELS=height * width,
+            STORED=stored,
+            K=k,
+            N=n,
+            RELU=relu,
+            **tiles,
+        )
+    return out
+
+
+def upsample_expand_triton(
+    low: Tensor, skip: Tensor, index: Tensor, low_weight: Tensor, skip_weight: Tensor, bias: Tensor
+) -> Tensor:
+    """As :func:`~gpupipe.kernels.pointwise.upsample_expand`, on the GPU, in half precision."""
+    samples = len(low)
+    _, height, width, skip_channels = skip.shape
+    low_channels, n = low_weight.shape
+    out = low.new_empty(samples, height, width, n)
+    tiles = upsample_tiles(low_channels, skip_channels, n)
+    grid = (samples * triton.cdiv(height * width, tiles["BLOCK_M"]) * (n // tiles["BLOCK_N"]),)
+    if samples:
+        _upsample_expand_kernel[grid](
+            low,
+            skip,
+            index,
+            low_weight,
+            skip_weight,
+            bias,
+            out,
+            HEIGHT=height,
+            WIDTH=width,
+            LOW=low_channels,
+            SKIP=skip_channels,
+            N=n,
+            **tiles,
+        )
+    return out
