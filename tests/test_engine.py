@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.engines import ENGINES, Engine, EngineName, choice, make_engine
-from gpupipe.engines.compiled import CompiledEngine
+from gpupipe.engines import ENGINES, Engine, EngineName, choice, compiled, make_engine
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.errors import DeviceError, InputError
@@ -139,7 +139,7 @@ def test_precisions_that_cannot_be() -> None:
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
-    """Engines "take" the seconds that the test puts here; the others cannot run. Nothing is known before."""
+    """Engines "take" the seconds that the test puts here; the others cannot run. Nothing is built, or known before."""
     seconds: dict[str, float] = {}
 
     def take(engine: Engine, network: object) -> float:
@@ -147,7 +147,11 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
             raise RuntimeError(f"{engine.name} is out of order\nand says more")
         return seconds[engine.name]
 
+    def build(name: str, network: object, device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
+        return SimpleNamespace(name=name, device=device, dtype=dtype)
+
     monkeypatch.setattr(choice, "_seconds", take)
+    monkeypatch.setattr(choice, "_build", build)
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "cache"))
     return seconds
 
@@ -204,13 +208,26 @@ def test_compile_is_taken_only_where_a_measurement_found_it_fastest(timed: dict[
     timed.update(onnxruntime=0.2, eager=0.1, compile=0.01)
     assert make_engine(network, device=CPU).name == "eager", "compiling takes minutes: not measured unasked"
     choice.remember(network, CPU, torch.float32, {"onnxruntime": 200.0, "eager": 100.0, "compile": 10.0})
-    if choice.compiled.obstacle(CPU) is None:
-        assert isinstance(make_engine(network, device=CPU), CompiledEngine)
+    assert make_engine(network, device=CPU).name == "compile"
 
 
 def test_the_measurement_runs_the_engine() -> None:
     engine = make_engine(seeded_network(width=1 / 8), device=CPU, engine="onnxruntime")
     assert 0 < choice._seconds(engine, seeded_network(width=1 / 8)) < 10
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiled.obstacle(CPU) is not None, reason="torch.compile needs a C++ compiler on a CPU")
+@torch.no_grad()
+def test_compiled_engine_is_the_network() -> None:
+    """Batches smaller than the first are padded, larger ones compiled anew."""
+    network = seeded_network(width=1 / 8)
+    engine = make_engine(network, device=CPU, engine="compile")
+    for batch in (2, 1, 3):
+        image, audio = inputs("ave", batch)
+        mouth = engine.decode(engine.encode(image), torch.arange(batch), audio)
+        assert mouth.shape == (batch, 3, 320, 320)
+        assert (mouth - network(image, audio)).abs().max() <= BOUND
 
 
 def test_engines_of_cuda() -> None:
