@@ -114,23 +114,6 @@ def picture() -> np.ndarray:
     return np.clip(cv2.resize(coarse, (64, 48), interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
 
 
-def with_orientation(jpeg: bytes, orientation: int) -> bytes:
-    """A JPEG with an EXIF block that holds nothing but the orientation."""
-    tiff = b"MM\0*\0\0\0\x08" + b"\0\x01" + b"\x01\x12\0\x03\0\0\0\x01" + bytes([0, orientation, 0, 0]) + bytes(4)
-    exif = b"Exif\0\0" + tiff
-    return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_as_opencv_does(orientation: int, picture: np.ndarray, tmp_path: Path) -> None:
-    path = tmp_path / "turned.jpg"
-    path.write_bytes(with_orientation(cv2.imencode(".jpg", picture)[1].tobytes(), orientation))
-    found = read_image(path).numpy()
-    assert np.array_equal(found, cv2.imread(str(path)))
-    unturned = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    assert np.array_equal(found, unturned) == (orientation == 1), "the block must be one that OpenCV heeds"
-
-
 @pytest.mark.parametrize(
     "options",
     [

@@ -19,14 +19,17 @@ from gpupipe.lanes import available_cores
 
 _JPEG_SUFFIXES = {".jpg", ".jpeg"}
 
+_EXIF_END = 1 << 17
+"""Bytes of a JPEG among which its EXIF block begins and ends: it is among the first segments, of 64 KB at most."""
+
 JpegDecoder = Literal["cpu", "nvjpeg"]
 
 
 def read_image(path: str | Path) -> Tensor:
     """Decode one JPEG, PNG, WebP or GIF file on the CPU.
 
-    EXIF orientation is applied, as OpenCV's ``imread`` with ``IMREAD_COLOR`` does; grey images become BGR. A file named
-    ``.jpg`` or ``.jpeg`` must be one.
+    As OpenCV's ``imread`` with ``IMREAD_COLOR``: EXIF orientation is applied, grey images become BGR, and so does CMYK
+    (within a step of OpenCV's rounding). A file named ``.jpg`` or ``.jpeg`` must be one.
 
     Returns:
         uint8 (H, W, 3), BGR.
@@ -91,6 +94,11 @@ def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
     """Decode a batch on the GPU; None if nvJPEG refuses it, so that the CPU decodes it or names the bad file."""
     try:
         data = [read_file(str(path)) for path in paths]
+        if any(exif_orientation(one[:_EXIF_END].numpy().tobytes()) != 1 for one in data):
+            note_fallback(
+                "nvJPEG does not turn pictures as their EXIF block asks: the CPU decodes those that are turned"
+            )
+            return None
         # nvJPEG has been seen to write wrong pixels into memory that another stream still used: wait for all streams.
         torch.cuda.synchronize(device)
         images = decode_jpeg(data, mode=ImageReadMode.RGB, device=device)
@@ -100,6 +108,28 @@ def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
         reason = str(error).splitlines()[0]
         note_fallback(f"nvJPEG refused a batch ({reason}): the CPU decodes what it refuses")
         return None
+
+
+def exif_orientation(jpeg: bytes) -> int:
+    """The orientation that a JPEG's EXIF block asks for, 1 (upright) to 8; 1 without one.
+
+    The block is a TIFF file's first directory, entry 0x0112 (Exif 2.32, section 4.6; TIFF 6.0, section 2).
+    """
+    start = jpeg.find(b"Exif\0\0", 0, _EXIF_END)
+    tiff = jpeg[start + 6 :]
+    if start < 0 or tiff[:2] not in (b"II", b"MM"):
+        return 1
+    order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(tiff[at : at + size], order)
+
+    directory = number(4, 4)
+    for entry in range(directory + 2, directory + 2 + 12 * number(directory, 2), 12):
+        if number(entry, 2) == 0x0112:
+            value = number(entry + 8, 2)
+            return value if 1 <= value <= 8 else 1
+    return 1
 
 
 def _to_bgr(rgb: Tensor) -> Tensor:

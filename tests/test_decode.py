@@ -1,0 +1,132 @@
+"""JPEGs of every kind as OpenCV reads them, and those that nvJPEG must not be given."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gpupipe.fallbacks import fallbacks
+from gpupipe.video import decode
+from gpupipe.video.decode import exif_orientation, read_image, read_images
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """Smooth, without symmetry, 64×48, BGR."""
+    coarse = np.random.default_rng(3).integers(256, size=(4, 5, 3)).astype(np.float32)
+    return np.clip(cv2.resize(coarse, (64, 48), interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
+
+
+def with_exif(jpeg: bytes, orientation: int, *, order: str = "big", entries: int = 0) -> bytes:
+    """A JPEG with an EXIF block: the orientation, after so many other entries."""
+
+    def number(value: int, size: int) -> bytes:
+        return value.to_bytes(size, order)  # type: ignore[arg-type]
+
+    others = b"".join(number(0x0100 + i, 2) + number(3, 2) + number(1, 4) + number(7, 4) for i in range(entries))
+    value = number(orientation, 2) + bytes(2)
+    entry = number(0x0112, 2) + number(3, 2) + number(1, 4) + value
+    tiff = (b"MM" if order == "big" else b"II") + number(42, 2) + number(8, 4)
+    tiff += number(entries + 1, 2) + others + entry + bytes(4)
+    exif = b"Exif\0\0" + tiff
+    return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
+
+
+@pytest.mark.parametrize("order", ["big", "little"])
+@pytest.mark.parametrize("orientation", [*range(10), 65535])
+def test_orientation_is_the_one_that_opencv_heeds(
+    orientation: int, order: str, picture: np.ndarray, tmp_path: Path
+) -> None:
+    path = tmp_path / "turned.jpg"
+    path.write_bytes(with_exif(cv2.imencode(".jpg", picture)[1].tobytes(), orientation, order=order, entries=3))
+    read, plain = cv2.imread(str(path)), cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    assert np.array_equal(read_image(path).numpy(), read)
+    found = exif_orientation(path.read_bytes())
+    assert found == (orientation if 1 <= orientation <= 8 else 1)
+    assert np.array_equal(read, plain) == (found == 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"Exif\0\0", b"Exif\0\0II*\0", b"Exif\0\0XX" + bytes(40)])
+def test_a_block_that_is_none_asks_for_nothing(content: bytes) -> None:
+    assert exif_orientation(content) == 1
+
+
+def test_block_of_another_program(picture: np.ndarray, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112], exif[0x0132] = "a camera", 6, "2024:01:01 00:00:00"
+    Image.fromarray(picture[..., ::-1]).save(tmp_path / "turned.jpg", exif=exif)
+    assert exif_orientation((tmp_path / "turned.jpg").read_bytes()) == 6
+    assert np.array_equal(read_image(tmp_path / "turned.jpg").numpy(), cv2.imread(str(tmp_path / "turned.jpg")))
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_grey_and_progressive(progressive: bool, picture: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "frame.jpg"
+    Image.fromarray(picture[..., ::-1]).convert("L").save(path, quality=90, progressive=progressive)
+    assert (b"\xff\xc2" in path.read_bytes()) == progressive, "the marker of a progressive JPEG"
+    assert np.array_equal(read_image(path).numpy(), cv2.imread(str(path)))
+
+
+def test_cmyk_is_within_a_step(picture: np.ndarray, tmp_path: Path) -> None:
+    """OpenCV cuts a product's fraction off where libjpeg's other users round it."""
+    path = tmp_path / "frame.jpg"
+    Image.fromarray(picture[..., ::-1]).convert("CMYK").save(path, quality=95)
+    ours, theirs = read_image(path).numpy().astype(int), cv2.imread(str(path)).astype(int)
+    assert np.abs(ours - theirs).max() <= 1
+    assert np.abs(ours - picture).mean() < 1
+    assert np.abs(255 - ours - theirs).mean() > 20, "negative control: inks the other way round"
+
+
+# ── nvJPEG ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_turned_pictures_are_not_given_to_nvjpeg(
+    picture: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would leave them as they lie, and the same file would look otherwise on another machine."""
+    given: list[int] = []
+    upright = torch.from_numpy(picture[..., ::-1].transpose(2, 0, 1).copy())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    monkeypatch.setattr(decode, "decode_jpeg", lambda data, **_: given.append(len(data)) or [upright] * len(data))
+    jpeg = cv2.imencode(".jpg", picture)[1].tobytes()
+    paths = [tmp_path / name for name in ("plain.jpg", "upright.jpg", "turned.jpg")]
+    for path, content in zip(paths, (jpeg, with_exif(jpeg, 1), with_exif(jpeg, 8)), strict=True):
+        path.write_bytes(content)
+    decoded = decode._nvjpeg(paths[:2], torch.device("cuda"))
+    assert decoded is not None
+    assert np.array_equal(decoded[1].numpy(), picture), "BGR"
+    assert decode._nvjpeg(paths, torch.device("cuda")) is None
+    assert given == [2]
+    assert any("EXIF" in message for message in fallbacks())
+
+
+@pytest.mark.cuda
+def test_nvjpeg_gives_the_same_pixels_every_time(make_template: Callable[..., Path], tmp_path: Path) -> None:
+    """It has been seen to give wrong pixels when it decoded into memory that another stream still used.
+
+    So memory is made to change hands: a second stream writes large tensors that are freed while it still works on them.
+    Each round must have the checksum of the first, and be near what the CPU decodes.
+    """
+    folder = make_template(tmp_path, frames=32, size=(1280, 720)) / "full_body_img"
+    paths = [folder / f"{i}.jpg" for i in range(32)]
+    on_cpu = read_images(paths)
+    other = torch.cuda.Stream()
+    checksums = set()
+    for round_ in range(12):
+        with torch.cuda.stream(other):
+            for _ in range(8):
+                torch.randn(32, 3, 720, 1280, device="cuda").mul_(round_).sum()
+        decoded = read_images(paths, device="cuda", exact=False)
+        checksums.add(hashlib.sha256(decoded.cpu().numpy().tobytes()).hexdigest())
+    assert len(checksums) == 1
+    difference = (decoded.cpu().int() - on_cpu.int()).abs()
+    assert difference.float().mean() < 2, "steps: another IDCT and another upsampling of chroma"
+    wrong = (on_cpu.roll(1, 0).int() - on_cpu.int()).abs()
+    assert wrong.float().mean() > 10, "negative control: another frame"
