@@ -217,7 +217,7 @@ def _clip_table(rows: list[Row]) -> Table:
 
 def _stage_table(rows: list[Row]) -> Table:
     table = Table(title="stage by stage", title_justify="left")
-    for name in ("stage", "once a", "ms", "floor, ms", "bound by", "% of floor"):
+    for name in ("stage", "once a", "ms", "floor, ms", "set by", "% of floor"):
         table.add_column(name)
     lines: dict[str, dict[str, Row]] = {}
     for one in rows:

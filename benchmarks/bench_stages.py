@@ -7,6 +7,7 @@ frame (decode, crop, template half, convert) run once for each frame of the temp
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ class Step:
         self._mouths = self._speech_half(every)
         self._backgrounds = nv12.to_nv12(self._pixels)
 
+    @functools.cached_property
     def stages(self) -> list[Stage]:
         """In a frame's order."""
         (width, height), dtype = self._scenario.size, self.model.engine.dtype
@@ -202,7 +204,7 @@ def stage_rows(
     dtype = model.engine.dtype
     config = scenario.facts() | {"engine": model.engine.name, "precision": str(dtype).removeprefix("torch.")}
     rows = machine_rows(model.device, dtype)
-    for stage in step.stages():
+    for stage in step.stages:
         floor = Floor.of(stage.moved, stage.operations, model.device, dtype)
         facts = config | {"once": stage.once, "bytes": stage.moved, "operations": stage.operations}
         facts |= {"floor_ms": floor.seconds * 1000, "floor_by": floor.by}

@@ -4,7 +4,7 @@
 #   benchmarks/gpu_session.sh OUT [WHEELS]
 #
 # OUT     folder for the rows (<device>.jsonl), the logs and summary.txt
-# WHEELS  folder of wheels that the machine lacks (av, kornia, kornia_rs, pytest …), installed beside the project
+# WHEELS  folder of wheels that the machine lacks (av, kornia, kornia_rs …), installed beside the project
 #
 # A part that fails or takes too long does not stop the others; the summary says which, and the exit status is 1 then.
 # PYTHON names the interpreter (python3); MINUTES bounds the whole (9).
@@ -50,16 +50,33 @@ import torch, triton, gpupipe
 from gpupipe.kernels.dispatch import backend
 print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "torch", torch.__version__, "triton", triton.__version__)
 assert backend("cuda") == "triton", backend("cuda")'
-tests=("$root"/tests/test_{crop_resize,paste_blend,nv12}_triton.py)
-part tests 240 "$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -rfE "${tests[@]}"
-for name in crop_resize paste_blend nv12; do
-    part "bench_$name" 90 "$python" -m "gpupipe.benchmarks.bench_$name" --device cuda --record --results "$out"
+
+# A kernel NAME has tests/test_NAME_triton.py and benchmarks/bench_NAME.py: one more is one more word here.
+kernels=(crop_resize paste_blend nv12)
+pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -rfE)
+tests=()
+for name in "${kernels[@]}"; do tests+=("$root/tests/test_${name}_triton.py"); done
+part tests 150 "${pytest[@]}" "${tests[@]}"
+part tests_cuda 120 "${pytest[@]}" -m cuda "$root/tests"
+for name in "${kernels[@]}"; do
+    part "bench_$name" 60 "$python" -m "gpupipe.benchmarks.bench_$name" --device cuda --record --results "$out"
 done
+
+# End to end, stage by stage and by batch at real shapes: 1280×720, full-width network of random weights.
+gpupipe=("$python" -c 'from gpupipe.cli import main; main()')
+scene=$layout/scene
+part scene 60 "$python" -m gpupipe.benchmarks.scenario "$scene" --size 1280x720
+bench=("${gpupipe[@]}" bench --device cuda --template "$scene/template" --audio-features "$scene/features.npy"
+    --audio "$scene/speech.flac" --results "$out")
+part bench_end_to_end 150 "${bench[@]}" --frames 300 --rounds 2 --record
+part bench_batches 90 "${bench[@]}" --sweep batch --values 16,64,128 --frames 1200 --rounds 2 --record
+part bench_unet 120 "$python" -m gpupipe.benchmarks.bench_unet --device cuda --rounds 10 --batch 1 64 --record --results "$out"
+part trace 60 "${bench[@]}" --profile "$out/trace.json"
 part report 120 "$python" -m gpupipe.kernels.report --arch 90 --json "$out/report.json"
 
 {
     echo
-    tail -n 1 "$out/tests.log" 2>/dev/null
+    tail -q -n 1 "$out"/tests*.log 2>/dev/null
     cat "$out"/bench_*.log 2>/dev/null | grep -v '^recorded in'
     if ((${#failed[@]})); then
         printf 'FAILED: %s\n' "${failed[@]}"

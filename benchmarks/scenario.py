@@ -1,7 +1,15 @@
-"""What is rendered in a benchmark: a template, a network, features and a sound, cut to the length asked for."""
+"""What is rendered in a benchmark: a template, a network, features and a sound, cut to the length asked for.
+
+    python -m gpupipe.benchmarks.scenario OUT [--size 1280x720]
+
+writes the bundled avatar at another size to ``OUT``: ``template/``, ``features.npy`` and ``speech.flac``, to measure
+real shapes with where no other template is at hand.
+"""
 
 from __future__ import annotations
 
+import argparse
+import shutil
 import wave
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +18,17 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from torch import nn
+from torchvision.io import write_jpeg
 
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.demo import BUNDLE
 from gpupipe.features import FRAME_RATES, SpeechFeatures
+from gpupipe.landmarks import read_landmarks
 from gpupipe.models import Mode, load_unet
 from gpupipe.speech import SpeechEncoder, save_features
-from gpupipe.template import Template
+from gpupipe.template import Template, numbered_files
+from gpupipe.video.decode import read_image
 
 
 @dataclass(frozen=True)
@@ -98,3 +110,36 @@ def _scenario(name: str, template: Path, features: Path, audio: Path, checkpoint
     width = load_unet(checkpoint, mode).width
     opened = Template.from_directory(template, memory_budget=0)
     return Scenario(name, template, features, audio, checkpoint, mode, (opened.width, opened.height), width)
+
+
+def resized_template(template: Path, folder: Path, size: tuple[int, int], frames: int | None = None) -> Path:
+    """A template at another size with its landmarks, or the first ``frames`` frames of it, written to ``folder``."""
+    paths = numbered_files(template / "full_body_img", ".jpg", "template frame")[:frames]
+    for name in ("full_body_img", "landmarks"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        bgr = read_image(path).permute(2, 0, 1)[None].float()
+        resized = nn.functional.interpolate(bgr, size[::-1], mode="bilinear", antialias=True)[0]
+        write_jpeg(resized.round().to(torch.uint8).flip(0).contiguous(), str(folder / "full_body_img" / path.name), 92)
+        scale = np.array([size[0] / bgr.shape[3], size[1] / bgr.shape[2]])
+        points = read_landmarks(template / "landmarks" / f"{path.stem}.lms") * scale
+        lines = "".join(f"{x:.3f} {y:.3f}\n" for x, y in points)
+        (folder / "landmarks" / f"{path.stem}.lms").write_text(lines)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The bundled avatar at another size.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", default="1280x720", help="WIDTHxHEIGHT, even")
+    options = parser.parse_args()
+    width, height = map(int, options.size.split("x"))
+    options.out.mkdir(parents=True, exist_ok=True)
+    made = bundled(options.out)
+    made.features.replace(options.out / "features.npy")
+    shutil.copy(made.audio, options.out / "speech.flac")
+    resized_template(made.template, options.out / "template", (width, height))
+
+
+if __name__ == "__main__":
+    main()

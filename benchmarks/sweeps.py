@@ -9,17 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torchvision.io import write_jpeg
+from torch import Tensor
 
 from gpupipe.benchmarks import contestants
 from gpupipe.benchmarks.common import Row, Spread, row
 from gpupipe.benchmarks.contestants import Say
-from gpupipe.benchmarks.scenario import Scenario
+from gpupipe.benchmarks.scenario import Scenario, resized_template
 from gpupipe.engines import EngineName
-from gpupipe.landmarks import read_landmarks
-from gpupipe.template import numbered_files
-from gpupipe.video.decode import read_image
 
 BATCHES = {"cuda": (1, 4, 16, 32, 64, 128, 256), "cpu": (1, 2, 4, 8)}
 RESOLUTIONS = ((640, 360), (1280, 720), (1920, 1080), (3840, 2160))
@@ -95,7 +91,7 @@ def length_rows(
     for seconds in values or LENGTHS:
         frames = seconds * small.fps
         clip = _silent_clip(small, frames, folder)
-        one = contestants.gpupipe(small, device=device, crf=crf, stub=_StubEngine)
+        one = contestants.gpupipe(small, device=device, crf=crf, engine="eager", stub=_StubEngine)
         one.render(*_silent_clip(small, contestants.WARMUP_FRAMES, folder), folder / "clip.mp4")
         for _ in range(rounds if seconds <= _LONG else 1):
             contestants.take_turn(one, clip, folder / "clip.mp4", frames=frames, device=device)
@@ -141,19 +137,3 @@ def _silent_clip(scenario: Scenario, frames: int, folder: Path) -> tuple[Path, P
             file.writeframes(second)
         file.writeframes(second[: 2 * round(16000 * (frames % scenario.fps) / scenario.fps)])
     return features, sound
-
-
-def resized_template(template: Path, folder: Path, size: tuple[int, int], frames: int) -> Path:
-    """The first ``frames`` frames of a template at another size, with their landmarks, written to ``folder``."""
-    paths = numbered_files(template / "full_body_img", ".jpg", "template frame")[:frames]
-    for name in ("full_body_img", "landmarks"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        bgr = read_image(path).permute(2, 0, 1)[None].float()
-        resized = nn.functional.interpolate(bgr, size[::-1], mode="bilinear", antialias=True)[0]
-        write_jpeg(resized.round().to(torch.uint8).flip(0).contiguous(), str(folder / "full_body_img" / path.name), 92)
-        scale = np.array([size[0] / bgr.shape[3], size[1] / bgr.shape[2]])
-        points = read_landmarks(template / "landmarks" / f"{path.stem}.lms") * scale
-        lines = "".join(f"{x:.3f} {y:.3f}\n" for x, y in points)
-        (folder / "landmarks" / f"{path.stem}.lms").write_text(lines)
-    return folder

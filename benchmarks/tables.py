@@ -1,77 +1,162 @@
-"""The README's tables of figures, from the recorded rows.
+"""The tables and plots of recorded figures.
 
-    python benchmarks/tables.py            # write them into README.md
-    python benchmarks/tables.py --check    # exit 1 if README.md says anything else
+    python benchmarks/tables.py            # write them into the READMEs and benchmarks/results/*.svg
+    python benchmarks/tables.py --check    # exit 1 if they say anything else
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``. Of repeated runs the newest counts.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` in README.md or benchmarks/README.md. Of repeated
+runs the newest counts.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks" / "results"
+from gpupipe.benchmarks import plots
+from gpupipe.benchmarks.common import RESULTS, ROOT, Record, read_rows
 
-Rows = list[dict[str, Any]]
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 
-
-def read_rows(folder: Path = RESULTS) -> Rows:
-    """Every recorded row, oldest first."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
-    return sorted((json.loads(line) for line in lines), key=lambda row: row["time"])
-
-
-def end_to_end(rows: Rows) -> str:
-    """Frames a second to a finished file: the reference loop and gpupipe, by device and length of the clip."""
-    newest: dict[tuple[str, float], dict[tuple[str, str], dict[str, Any]]] = {}
-    for row in rows:
-        if row["what"] == "end_to_end" and row["axis"] == "frames" and row["error"] is None:
-            newest.setdefault((row["device"], row["value"]), {})[(row["provider"], row["metric"])] = row
-    lines = [
-        "| machine | clip | reference loop | gpupipe | ratio (p20–p80) | turns | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for (device, frames), found in sorted(newest.items()):
-        reference, ours = found["reference_loop", "throughput"], found["gpupipe", "throughput"]
-        ratio = found["gpupipe", "ratio"]
-        lines.append(
-            f"| {device} | {frames:g} frames | {reference['p50']:.2f} frames/s | {ours['p50']:.2f} frames/s |"
-            f" **{ratio['p50']:.1f}×** ({ratio['p20']:.1f}–{ratio['p80']:.1f}) | {ratio['n']} | `{ratio['commit']}` |"
-        )
-    return "\n".join(lines)
-
-
-def unet(rows: Rows) -> str:
-    """Milliseconds of the network alone, by device."""
-    newest = {(row["device"], row["provider"]): row for row in rows if row["what"] == "unet" and row["error"] is None}
-    lines = ["| machine | network at batch 1, float32 | ms a frame (p20–p80) | commit |", "| --- | --- | --- | --- |"]
-    for (device, provider), row in sorted(newest.items(), key=lambda item: (item[0][0], -item[1]["p50"])):
-        lines.append(
-            f"| {device} | {provider} | **{row['p50']:.0f}** ({row['p20']:.0f}–{row['p80']:.0f}) | `{row['commit']}` |"
-        )
-    return "\n".join(lines)
+Rows = list[Record]
 
 
 def headline(rows: Rows) -> str:
-    """The newest ratio for the longest clip, in a sentence with its conditions."""
-    ratios = [row for row in rows if row["what"] == "end_to_end" and row["metric"] == "ratio" and row["error"] is None]
+    """The newest ratio for the longest clip of a full-width network, in a sentence with its conditions."""
+    ratios = [
+        row
+        for row in rows
+        if row["what"] == "end_to_end" and row["axis"] == "frames" and row["error"] is None
+        if (row["provider"], row["metric"]) == ("gpupipe", "ratio") and row["config"].get("width") == 1
+    ]
     row = max(ratios, key=lambda row: (row["value"], row["time"]))
     config = row["config"]
+    width, height = config.get("size", (1280, 720))
+    where = row["device"] if row["driver"] else f"{row['device']}, no GPU"
+    precision = "float32" if config["exact"] else "half precision"
     return (
-        f"**{row['p50']:.1f}× the reference loop's frames a second** to a finished .mp4 on {row['device']}, no GPU:"
-        f" {row['value']:g} frames of 1280×720, full-width network, mode {config['mode']}, float32"
+        f"**{row['p50']:.1f}× the reference loop's frames a second** to a finished .mp4 on {where}:"
+        f" {row['value']:g} frames of {width}×{height}, full-width network, mode {config['mode']}, {precision}"
         " ([how it was measured](#results))."
     )
 
 
-TABLES = {"end_to_end": end_to_end, "headline": headline, "unet": unet}
+def end_to_end(rows: Rows) -> str:
+    """Frames a second to a finished file: the reference loop and gpupipe at full width, by device and length."""
+    lines = [
+        "| machine | clip | reference loop | gpupipe | ratio (p20–p80) | turns | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for group, by_length in plots.clips(rows).items():
+        for frames, found in sorted(by_length.items()):
+            if group.width != 1 or ("gpupipe", "ratio") not in found:
+                continue
+            reference, ours = found["reference_loop", "throughput"], found["gpupipe", "throughput"]
+            ratio = found["gpupipe", "ratio"]
+            lines.append(
+                f"| {group.device} | {frames:g} frames | {reference['p50']:.2f} frames/s | {ours['p50']:.2f} frames/s |"
+                f" {_ratio(ratio)} | {ratio['n']} | `{ratio['commit']}` |"
+            )
+    return "\n".join(lines)
+
+
+def side_by_side(rows: Rows) -> str:
+    """All contestants of `gpupipe bench`, with memory and loading."""
+    lines = [
+        "| machine, template | clip | who | frames/s (p20–p80) | ratio (p20–p80) | memory, MB | load, s | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for group, by_length in plots.clips(rows).items():
+        for frames, found in sorted(by_length.items()):
+            for provider, name in plots.NAMES.items():
+                speed = found.get((provider, "throughput"))
+                if speed is None:
+                    continue
+                ratio, memory = found.get((provider, "ratio")), found.get((provider, "memory"))
+                cells = [
+                    str(group),
+                    f"{frames:g} frames",
+                    name,
+                    f"{speed['p50']:.2f} ({speed['p20']:.2f}–{speed['p80']:.2f})",
+                    _ratio(ratio) if ratio else "",
+                    f"{memory['p50']:.0f}" if memory else "",
+                    f"{found[provider, 'load']['p50']:.1f}",
+                    f"`{speed['commit']}`",
+                ]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def stages(rows: Rows) -> str:
+    """Each stage beside its floor, and the reference loop's stage of the same name."""
+    lines = [
+        "| machine, template | stage | once a | ms (p20–p80) | floor, ms | set by | % of floor | reference loop, ms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for group, found in plots.stages(rows).items():
+        loop = plots.loop_stages(rows, group)
+        for name, metrics in found.items():
+            time, config = metrics["time"], metrics["time"]["config"]
+            theirs = loop.get("network" if name.endswith("speech half") else name)
+            cells = [
+                str(group),
+                name,
+                config["once"],
+                f"{time['p50']:.2f} ({time['p20']:.2f}–{time['p80']:.2f})",
+                f"{config['floor_ms']:.3f}",
+                config["floor_by"],
+                f"{metrics['floor_share']['p50']:.3g}",
+                "" if theirs is None else f"{theirs:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def sweeps(rows: Rows) -> str:
+    """Frames a second by batch, size and length."""
+    names = {"batch": "batch", "size": "size", "seconds": "length, s (stub network)"}
+    newest: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for row in rows:
+        if row["what"] == "end_to_end" and row["axis"] in names and row["error"] is None:
+            key = (plots.group_of(row), names[row["axis"]], row["value"], row["provider"])
+            newest.setdefault(key, {})[row["metric"]] = row
+    lines = [
+        "| machine, template | varied | value | who | frames/s (p20–p80) | ratio | memory, MB | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (group, axis, value, provider), found in newest.items():
+        speed, ratio, memory = found["throughput"], found.get("ratio"), found.get("memory")
+        cells = [
+            str(group),
+            axis,
+            str(value),
+            plots.NAMES[provider],
+            f"{speed['p50']:.2f} ({speed['p20']:.2f}–{speed['p80']:.2f})",
+            _ratio(ratio) if ratio else "",
+            f"{memory['p50']:.0f}" if memory else "",
+            f"`{speed['commit']}`",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def claims(rows: Rows) -> str:
+    """What others have published; not measured here."""
+    lines = ["| who | frames/s | hardware | what | said by |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {c.who} | {c.frames_per_second:g} | {c.hardware} | {c.what} | {c.source} |" for c in plots.CLAIMS]
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Rows], str]] = {
+    "claims": claims,
+    "end_to_end": end_to_end,
+    "headline": headline,
+    "side_by_side": side_by_side,
+    "stages": stages,
+    "sweeps": sweeps,
+}
 
 
 def fill(text: str, rows: Rows) -> str:
@@ -83,15 +168,40 @@ def fill(text: str, rows: Rows) -> str:
     return re.sub(r"<!-- table: (\w+) -->.*?<!-- end -->", table, text, flags=re.DOTALL)
 
 
+def same_plot(drawn: str, kept: str) -> bool:
+    """Whether two SVGs show the same: to the byte where one version of matplotlib drew both, else in all they say."""
+    if plots.drawn_by(drawn) == plots.drawn_by(kept):
+        return drawn == kept
+    return sorted(plots.texts(drawn)) == sorted(plots.texts(kept))
+
+
+def differences(rows: Rows) -> list[str]:
+    """Names of the files that say anything else than the rows."""
+    found = [page.name for page in PAGES if fill(page.read_text("utf-8"), rows) != page.read_text("utf-8")]
+    for name, svg in plots.draw(rows).items():
+        path = RESULTS / f"{name}.svg"
+        if not path.is_file() or not same_plot(svg, path.read_text("utf-8")):
+            found.append(path.name)
+    return found
+
+
+def _ratio(row: Record) -> str:
+    return f"**{row['p50']:.1f}×** ({row['p20']:.1f}–{row['p80']:.1f})"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     options = parser.parse_args()
-    text = README.read_text("utf-8")
-    made = fill(text, read_rows())
+    rows = read_rows()
     if options.check:
-        return int(made != text)
-    README.write_text(made, "utf-8")
+        found = differences(rows)
+        for name in found:
+            print(f"{name} differs from the recorded rows")
+        return int(bool(found))
+    for page in PAGES:
+        page.write_text(fill(page.read_text("utf-8"), rows), "utf-8")
+    plots.write(RESULTS, plots.draw(rows))
     return 0
 
 

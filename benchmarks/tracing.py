@@ -30,7 +30,7 @@ def named(name: str, device: torch.device) -> Iterator[None]:
 def run_step(step: Step) -> None:
     """Every stage once, in a frame's order, each in its range; a CUDA device is waited for."""
     every = torch.arange(len(step.frames))
-    for stage in step.stages():
+    for stage in step.stages:
         with named(stage.name, step.device):
             stage.run(every)
     if step.device.type == "cuda":

@@ -1,24 +1,82 @@
-"""The README's figures are the recorded ones."""
+"""The tables and plots say what was recorded."""
+
+from __future__ import annotations
 
 import copy
 
 import pytest
 
-from gpupipe.benchmarks.tables import README, fill, read_rows
+from gpupipe.benchmarks import plots
+from gpupipe.benchmarks.common import RESULTS, Record, read_rows
+from gpupipe.benchmarks.tables import PAGES, TABLES, fill, same_plot
 
 
-def test_readme_shows_the_recorded_figures() -> None:
-    text = README.read_text("utf-8")
-    assert "<!-- table: end_to_end -->" in text
-    assert fill(text, read_rows()) == text, "run python benchmarks/tables.py"
+@pytest.fixture(scope="module")
+def rows() -> list[Record]:
+    found = read_rows()
+    assert found, "benchmarks/results holds no row"
+    return found
 
 
-def test_another_figure_would_be_noticed() -> None:
-    rows = copy.deepcopy(read_rows())
-    if not rows:
-        pytest.fail("benchmarks/results holds no row")
-    for row in rows:
+@pytest.fixture(scope="module")
+def other_rows(rows: list[Record]) -> list[Record]:
+    """The same with every figure half as large again."""
+    changed = copy.deepcopy(rows)
+    for row in changed:
         if row["p50"] is not None:
-            row["p50"] += 1
-    text = README.read_text("utf-8")
-    assert fill(text, rows) != text
+            row["p50"] *= 1.5
+    return changed
+
+
+@pytest.fixture(scope="module")
+def drawn(rows: list[Record]) -> dict[str, str]:
+    pytest.importorskip("matplotlib")
+    return plots.draw(rows)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_pages_show_the_recorded_figures(page, rows: list[Record]) -> None:
+    text = page.read_text("utf-8")
+    assert "<!-- table: " in text
+    assert fill(text, rows) == text, "run python benchmarks/tables.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+def test_another_figure_would_be_noticed(page, other_rows: list[Record]) -> None:
+    text = page.read_text("utf-8")
+    assert fill(text, other_rows) != text
+
+
+def test_plots_show_the_recorded_figures(drawn: dict[str, str]) -> None:
+    assert set(drawn) == set(plots.PLOTS)
+    for name, svg in drawn.items():
+        assert same_plot(svg, (RESULTS / f"{name}.svg").read_text("utf-8")), "run python benchmarks/tables.py"
+
+
+def test_another_figure_would_be_noticed_in_each_plot(drawn: dict[str, str], other_rows: list[Record]) -> None:
+    for name, svg in plots.draw(other_rows).items():
+        assert not same_plot(svg, drawn[name]), name
+
+
+def test_a_plot_of_another_matplotlib_is_held_to_what_it_says(drawn: dict[str, str]) -> None:
+    svg = drawn["end_to_end"]
+    other = svg.replace(f"Matplotlib v{plots.drawn_by(svg)}", "Matplotlib v0.0").replace('width="', 'width="1')
+    assert same_plot(svg, other)
+    assert not same_plot(svg, other.replace("LiveTalking", "DeadTalking"))
+
+
+def test_every_claim_names_hardware_and_source_and_is_drawn_apart(drawn: dict[str, str]) -> None:
+    said = "\n".join(plots.texts(drawn["end_to_end"]))
+    assert "not measured here" in said
+    for claim in plots.CLAIMS:
+        assert claim.hardware and claim.source
+        assert f"{claim.who} — {claim.hardware}" in said
+    assert str(len(plots.CLAIMS)) and all(claim.who in TABLES["claims"]([]) for claim in plots.CLAIMS)
+
+
+def test_the_newest_run_counts_whatever_its_place_in_the_file(rows: list[Record]) -> None:
+    mine = [row for row in rows if row["what"] == "end_to_end" and row["metric"] == "ratio"]
+    newer = copy.deepcopy(mine[-1]) | {"p50": 777.0, "time": "2999-01-01T00:00:00+00:00"}
+    by_time = sorted([newer, *rows], key=lambda row: row["time"])
+    assert "777.0×" in TABLES["side_by_side"](by_time)
+    assert "777.0×" not in TABLES["side_by_side"]([newer, *rows])  # whoever does not sort sees an older one

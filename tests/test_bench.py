@@ -1,0 +1,228 @@
+"""`gpupipe bench`: what is measured is what it says, on networks so small that it takes seconds."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeCheckpoint, MakeTemplate
+from typer.testing import CliRunner
+
+from gpupipe.benchmarks import bench, bench_stages, contestants, floors, sweeps, tracing
+from gpupipe.benchmarks.common import Row, read_rows
+from gpupipe.benchmarks.meters import PeakMemory, resident_bytes
+from gpupipe.benchmarks.scenario import Scenario, given, resized_template
+from gpupipe.cli import app
+from gpupipe.errors import InputError
+from gpupipe.models import UNet328
+from gpupipe.models.hoisted import SpeechHalf
+from gpupipe.unet_model import UNetModel
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, make_template: MakeTemplate) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bench")
+    template = make_template(folder / "speaker", 3)
+    np.save(folder / "features.npy", np.random.default_rng(0).random((6, 512), dtype=np.float32))
+    samples = (np.sin(np.arange(16000) / 20) * 9000).astype(np.int16)
+    from wave import open as open_wave
+
+    with open_wave(str(folder / "speech.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(samples.tobytes())
+    return {"template": template, "audio_features": folder / "features.npy", "audio": folder / "speech.wav"}
+
+
+@pytest.fixture(scope="module")
+def scenario(
+    files: dict[str, Path], tiny_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory
+) -> Scenario:
+    folder = tmp_path_factory.mktemp("scenario")
+    return given(*files.values(), folder, checkpoint=tiny_checkpoint())
+
+
+# ── what is compared ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def run(files: dict[str, Path], tiny_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One run of the command, as a user starts it."""
+    results = tmp_path_factory.mktemp("results")
+    options = {name.replace("_", "-"): str(path) for name, path in files.items()}
+    options |= {"checkpoint": str(tiny_checkpoint()), "frames": "5", "rounds": "2", "results": str(results)}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench_stages.FRAMES, "cpu", 4)
+        done = CliRunner().invoke(app, ["bench", *words, "--engine", "eager", "--record", "--json"])
+    assert done.exit_code == 0, done.output
+    return done, results
+
+
+def test_the_command_measures_everybody_and_every_stage(run: Any) -> None:
+    done, _ = run
+    rows = json.loads(done.stdout.splitlines()[-1])
+    assert all(row["error"] is None and row["p20"] <= row["p50"] <= row["p80"] for row in rows)
+    providers = {row["provider"] for row in rows if row["metric"] == "throughput"}
+    assert providers == {"reference_loop", "reference_loop_onnxruntime", "gpupipe"}
+    assert {row["provider"] for row in rows if row["metric"] == "ratio"} == providers - {"reference_loop"}
+    stages = [row["value"] for row in rows if row["what"] == "stage" and row["metric"] == "time"]
+    halves = ["network, template half", "network, speech half"]
+    assert stages == ["decode", "crop", *halves, "paste", "convert", "encode"]
+    for row in rows:
+        if row["metric"] == "floor_share":
+            assert row["config"]["bytes"] > 0
+            assert (row["config"]["operations"] > 0) == row["value"].startswith("network")
+
+
+def test_recorded_rows_are_those_printed(run: Any) -> None:
+    done, results = run
+    printed = json.loads(done.stdout.splitlines()[-1])
+    assert sorted(map(json.dumps, read_rows(results))) == sorted(map(json.dumps, printed))
+
+
+def test_ratios_are_taken_within_a_turn() -> None:
+    slow = contestants.Contestant("reference_loop", 0, lambda *_: {}, seconds=[10, 40], stages=[{}, {}])
+    fast = contestants.Contestant("gpupipe", 0, lambda *_: {}, seconds=[5, 10], stages=[{}, {}])
+    rows = contestants.clip_rows([slow, fast], frames=10, config={}, device="cpu")
+    [ratio] = [row for row in rows if row.metric == "ratio"]
+    assert (ratio.p20, ratio.p50, ratio.p80) == pytest.approx((2.4, 3, 3.6))  # of 2 and 4
+
+
+def test_a_file_with_fewer_frames_is_no_result(scenario: Scenario, tmp_path: Path) -> None:
+    one = contestants.gpupipe(scenario, device="cpu", crf=30, engine="eager")
+    honest = one.render
+    short = scenario.clip(3, tmp_path)
+    one.render = lambda features, sound, output: honest(*short, output)
+    with pytest.raises(RuntimeError, match=r"gpupipe wrote 3 frames.*expected 5"):
+        contestants.take_turns([one], scenario, tmp_path, frames=5, rounds=1, device="cpu", say=print)
+
+
+def test_features_and_sound_come_round_again(scenario: Scenario, tmp_path: Path) -> None:
+    features, sound = scenario.clip(15, tmp_path)
+    rows = np.load(features)
+    assert len(rows) == 15
+    assert np.array_equal(rows[6:12], np.load(scenario.features))
+    assert sound.stat().st_size == 44 + 2 * 16000 * 15 // 25
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"template": Path("x")}, {"width": 0.5}, {"frames": 0}, {"rounds": 0}],
+    ids=["template alone", "width without template", "no frames", "no rounds"],
+)
+def test_options_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="expected"):
+        bench.run(bench.Options(**options), print)
+
+
+@pytest.mark.parametrize("text", ["a", "0", "1,-2", "1.5"])
+def test_values_are_whole_numbers(text: str) -> None:
+    assert bench.whole_numbers("1, 8,64") == [1, 8, 64]
+    with pytest.raises(InputError, match="whole numbers"):
+        bench.whole_numbers(text)
+
+
+def test_without_opencv_the_loop_is_left_out_aloud(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "stage_rows", lambda *_, **__: [])
+    said: list[str] = []
+    options = bench.Options(frames=2, rounds=1, engine="eager")
+    rows = bench._side_by_side(scenario, options, tmp_path, "cpu", said.append)
+    assert bench.NO_OPENCV in said
+    assert [row.error for row in rows if row.provider == "reference_loop"] == [bench.NO_OPENCV]
+    assert any(row.provider == "gpupipe" and row.metric == "throughput" for row in rows)
+
+
+# ── floors and meters ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_operations_are_twice_the_multiply_adds() -> None:
+    layer = torch.nn.Conv2d(3, 8, 3, padding=1, bias=False)
+    assert floors.operations_of(layer, torch.zeros(1, 3, 10, 20)) == 2 * 8 * 3 * 9 * 10 * 20
+
+
+def test_the_speech_half_has_the_operations_it_is_said_to_have() -> None:
+    network = UNet328(width=1.0).eval()
+    (_, template), (moved, speech) = bench_stages.network_costs(network, torch.float32)
+    assert speech / 2 == pytest.approx(2.68e9, rel=0.01)  # models/hoisted.py
+    assert (speech + template) / 2 == pytest.approx(3.82e9, rel=0.01)
+    weights = sum(one.numel() for one in SpeechHalf(network).parameters())
+    assert moved > 4 * weights
+
+
+def test_a_floor_is_the_larger_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floors, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(floors, "matrix_rate", lambda device, dtype: 1e12)
+    assert floors.Floor.of(2_000_000, 10**9, CPU, torch.float32) == floors.Floor(0.002, "bytes")
+    assert floors.Floor.of(2_000_000, 4 * 10**9, CPU, torch.float32) == floors.Floor(0.004, "operations")
+    assert floors.Floor.of(2_000_000, 0, CPU, torch.float32) == floors.Floor(0.002, "bytes")
+
+
+@pytest.mark.skipif(resident_bytes() is None, reason="resident memory is read from /proc")
+def test_peak_memory_sees_what_is_gone_at_the_end() -> None:
+    before = resident_bytes()
+    assert before is not None
+    with PeakMemory() as memory:
+        block = np.ones(200_000_000, dtype=np.uint8)
+        time.sleep(0.1)
+        del block
+    assert memory.bytes is not None
+    assert memory.bytes - before > 150_000_000
+
+
+# ── sweeps and traces ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_long_clip_of_the_stub_has_its_length(scenario: Scenario, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"device": "cpu", "crf": 30, "rounds": 1, "say": print}
+    rows = sweeps.length_rows(scenario, tmp_path, values=[2], **how)
+    told = {row.metric: row for row in rows}
+    assert told["throughput"].value == 2 and told["throughput"].config["network"] == "stub"
+    assert told["time"].p50 == pytest.approx(1000 / told["throughput"].p50)
+
+
+def test_a_template_is_resized_with_its_landmarks(files: dict[str, Path], tmp_path: Path) -> None:
+    from gpupipe.template import Template
+
+    before = Template.from_directory(files["template"])
+    folder = resized_template(files["template"], tmp_path / "large", (384, 256), 2)
+    after = Template.from_directory(folder)
+    assert (after.width, after.height, after.length) == (384, 256, 2)
+    assert torch.equal(after.boxes, 2 * before.boxes[:2])
+
+
+def test_a_trace_names_every_stage(scenario: Scenario, tmp_path: Path) -> None:
+    model = UNetModel(scenario.checkpoint, device="cpu", engine="eager")
+    with torch.inference_mode():
+        step = bench_stages.Step(scenario, model, tmp_path, frames=2)
+        table = tracing.write_trace(step, tmp_path / "trace.json")
+    names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    stages = {stage.name for stage in step.stages}
+    assert stages <= names
+    assert "step 2" in names
+    assert "decode" in table
+
+
+def test_a_stage_that_fails_is_a_row_and_the_next_still_runs(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(bench_stages.FRAMES, "cpu", 2)
+    monkeypatch.setattr(bench_stages.Step, "_paste", fail)
+    rows: list[Row] = bench_stages.stage_rows(scenario, tmp_path, device="cpu", engine="eager", rounds=1)
+    errors = {row.value: row.error for row in rows if row.error}
+    assert errors == {"paste": "RuntimeError: no such kernel"}
+    assert any(row.value == "encode" and row.p50 for row in rows)

@@ -1,0 +1,79 @@
+"""The regression guard: what it compares, and how much worse it lets a figure be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from gpupipe.benchmarks import guard
+from gpupipe.benchmarks.common import Row, Spread, row
+
+QUIET = Spread(99, 100, 101, 5)
+OLDER = "2020-01-01T00:00:00+00:00"
+
+
+def made(spread: Spread, metric: str = "throughput", **more: Any) -> Row:
+    place: dict[str, Any] = {"what": "end_to_end", "provider": "gpupipe", "axis": "frames", "value": 100}
+    return row(spread, metric=metric, unit="x", config={"width": 1.0, "rounds": 5} | more, **place)
+
+
+def verdicts(now: Row, then: Row, *, time: str = OLDER, ancestor: bool = True) -> list[guard.Verdict]:
+    return guard.compare([now], [replace(then, time=time).as_dict()], lambda commit: ancestor)
+
+
+def scaled(spread: Spread, factor: float) -> Spread:
+    return Spread(spread.p20 * factor, spread.p50 * factor, spread.p80 * factor, spread.n)
+
+
+@pytest.mark.parametrize(("factor", "worse"), [(1.2, False), (0.96, False), (0.94, True)])
+def test_a_quiet_figure_may_be_five_percent_worse(factor: float, worse: bool) -> None:
+    [verdict] = verdicts(made(scaled(QUIET, factor)), made(QUIET))
+    assert verdict.bound == pytest.approx(0.05)
+    assert verdict.worse == worse
+
+
+def test_of_times_less_is_better() -> None:
+    [slower] = verdicts(made(scaled(QUIET, 1.1), "time"), made(QUIET, "time"))
+    [faster] = verdicts(made(scaled(QUIET, 0.9), "time"), made(QUIET, "time"))
+    assert slower.worse and not faster.worse
+
+
+def test_the_bound_grows_with_the_noise_of_both() -> None:
+    noisy = Spread(96, 100, 104, 5)  # 4 % each: 3·√(4² + 4²) = 17 %
+    [verdict] = verdicts(made(scaled(noisy, 0.85)), made(noisy))
+    assert verdict.bound == pytest.approx(3 * 2**0.5 * 0.04)
+    assert not verdict.worse
+    [verdict] = verdicts(made(scaled(noisy, 0.8)), made(noisy))
+    assert verdict.worse
+
+
+@pytest.mark.parametrize("then", [Spread(90, 100, 110, 5), Spread(100, 100, 100, 1)], ids=["noisy", "once"])
+def test_on_a_noisy_machine_only_ratios_are_compared(then: Spread) -> None:
+    assert verdicts(made(scaled(QUIET, 0.1)), made(then)) == []
+    [verdict] = verdicts(made(scaled(QUIET, 0.1), "ratio"), made(then, "ratio"))
+    assert verdict.worse
+
+
+def test_only_the_same_thing_at_an_earlier_ancestor_is_compared() -> None:
+    slow = made(scaled(QUIET, 0.5))
+    assert verdicts(slow, made(QUIET))[0].worse
+    assert verdicts(slow, made(QUIET, rounds=3))  # found out by a run, not chosen
+    assert verdicts(slow, made(QUIET, width=0.25)) == []
+    assert verdicts(slow, replace(made(QUIET), device="another")) == []
+    assert verdicts(slow, made(QUIET), ancestor=False) == []
+    assert verdicts(slow, made(QUIET), time="2999-01-01T00:00:00+00:00") == []
+
+
+def test_the_newest_row_counts() -> None:
+    older = replace(made(scaled(QUIET, 0.5)), time=OLDER).as_dict()
+    newer = replace(made(QUIET), time="2021-01-01T00:00:00+00:00").as_dict()
+    failed = replace(made(QUIET), time="2022-01-01T00:00:00+00:00", p20=None, p50=None, p80=None, n=0, error="no")
+    [verdict] = guard.compare([made(scaled(QUIET, 0.7))], [newer, failed.as_dict(), older], lambda commit: True)
+    assert verdict.then == 100 and verdict.worse
+
+
+def test_facts_of_the_machine_are_not_guarded() -> None:
+    assert verdicts(made(scaled(QUIET, 0.1), "memory"), made(QUIET, "memory")) == []
+    assert verdicts(made(scaled(QUIET, 0.1), "copy_bandwidth"), made(QUIET, "copy_bandwidth")) == []
