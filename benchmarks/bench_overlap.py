@@ -1,0 +1,169 @@
+"""How well computing and encoding share a machine, and what a render costs besides its network.
+
+    python -m gpupipe.benchmarks.bench_overlap [--template DIR --features NPY --audio SOUND] [--frames 72] [--record]
+
+Four things take turns within a round, on the same clip:
+
+* ``compute``: template and features opened, every frame rendered to NV12 and thrown away;
+* ``encode``: the finished frames, kept in memory, through the encoder and the muxer, with sound;
+* ``render``: both at once, as ``gpupipe render`` does it, from files to a file;
+* ``network``: the network's two halves alone, on as many frames, in the same lanes.
+
+``ratio`` is the time of ``render`` over that of the slower of ``compute`` and ``encode``: 1 if the other one were free.
+On a CPU both use the same cores, so that their CPU seconds add up, whoever waits for whom: ``least`` is that sum over
+the cores, again over the slower of the two, which no scheduling can beat. ``share`` is the part of a render's CPU
+seconds that is not spent in the network; it counts all threads, those of the encoder too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from gpupipe import FrameGenerationPipeline, SpeechFeatures, Template
+from gpupipe.benchmarks.common import ROOT, Row, Spread, append_rows, device_name, row
+from gpupipe.benchmarks.scenario import Scenario, bundled, given
+from gpupipe.lanes import available_cores, cpu_lanes, map_in_lanes
+from gpupipe.models import AUDIO_SHAPES, MODES
+from gpupipe.models.unet328 import INPUT_SIZE
+from gpupipe.video.encode import VideoWriter
+
+
+class Cost(NamedTuple):
+    """Seconds by the clock, and of all cores together."""
+
+    seconds: float
+    cpu: float
+
+
+def main() -> None:
+    """Measure, print, and with ``--record`` append to the recorded results."""
+    options = _options()
+    torch.set_grad_enabled(False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.template is None:
+            scenario = bundled(folder)
+        else:
+            scenario = given(
+                options.template, options.features, options.audio, folder, mode=options.mode, width=options.width
+            )
+        costs = _measure(scenario, options, folder)
+    rows = _rows(costs, scenario, options)
+    for one in rows:
+        print(f"{one.provider} {one.metric}: {one.p50:.3f} ({one.p20:.3f} to {one.p80:.3f}) {one.unit}")
+    if options.record:
+        for path in append_rows(rows):
+            print(f"recorded in {path.relative_to(ROOT)}")
+
+
+def _measure(scenario: Scenario, options: argparse.Namespace, folder: Path) -> dict[str, list[Cost]]:
+    pipeline = FrameGenerationPipeline(scenario.checkpoint, scenario.mode, "cpu")
+    features, sound = scenario.clip(options.frames, folder)
+    engine, shape = pipeline.unet_model.engine, AUDIO_SHAPES[scenario.mode]
+    image, window = torch.rand(1, 6, INPUT_SIZE, INPUT_SIZE), torch.rand(1, *shape)
+    finished: list[torch.Tensor] = []
+
+    def compute() -> None:
+        template = Template.from_directory(scenario.template)
+        finished.clear()
+        finished.extend(
+            pipeline.generator.stream(template, SpeechFeatures(features, scenario.mode), pixel_format="nv12")
+        )
+
+    def encode() -> None:
+        width, height = scenario.size
+        with VideoWriter(folder / "encode.mp4", width=width, height=height, fps=scenario.fps, sound=sound) as writer:
+            for batch in finished:
+                writer.write(batch.clone())  # which then belongs to the writer
+
+    def render() -> None:
+        pipeline.generate_video(features, scenario.template, sound, folder / "render.mp4", fps=scenario.fps)
+
+    def network(frames: int = options.frames) -> None:
+        def one(_: int) -> torch.Tensor:
+            return engine.decode(engine.encode(image), torch.zeros(1, dtype=torch.int64), window)
+
+        for _ in map_in_lanes(one, range(frames), cpu_lanes()):
+            pass
+
+    works: dict[str, Callable[[], None]] = {"compute": compute, "encode": encode, "render": render, "network": network}
+    network(2 * cpu_lanes().number)  # does not count
+    costs: dict[str, list[Cost]] = defaultdict(list)
+    for turn in range(options.rounds):
+        for name in works if turn % 2 == 0 else reversed(works):
+            costs[name].append(_cost(works[name]))
+            print(
+                f"turn {turn + 1}: {name} {costs[name][-1].seconds:.2f} s, {costs[name][-1].cpu:.2f} s of CPU",
+                flush=True,
+            )
+    return costs
+
+
+def _cost(work: Callable[[], None]) -> Cost:
+    start, cpu = time.perf_counter(), time.process_time()
+    work()
+    return Cost(time.perf_counter() - start, time.process_time() - cpu)
+
+
+def _rows(costs: dict[str, list[Cost]], scenario: Scenario, options: argparse.Namespace) -> list[Row]:
+    """The ratios are taken within each turn."""
+    config = scenario.facts() | {"engine": "onnxruntime", "exact": True, "cores": available_cores()}
+    turns = list(zip(*(costs[name] for name in ("compute", "encode", "render", "network")), strict=True))
+    ratios, least, shares = [], [], []
+    for compute, encode, render, network in turns:
+        slower = max(compute.seconds, encode.seconds)
+        ratios.append(render.seconds / slower)
+        least.append((compute.cpu + encode.cpu) / available_cores() / slower)
+        shares.append(100 * (1 - network.cpu / render.cpu))
+    figures: list[tuple[str, str, str, list[float]]] = [
+        (name, "throughput", "frames/s", [options.frames / cost.seconds for cost in found])
+        for name, found in costs.items()
+    ]
+    figures += [
+        (name, "cpu", "ms/frame", [1000 * cost.cpu / options.frames for cost in found]) for name, found in costs.items()
+    ]
+    figures += [("render", "ratio", "×", ratios), ("render", "least", "×", least), ("render", "share", "%", shares)]
+    return [
+        row(
+            Spread.of(values),
+            what="overlap",
+            provider=provider,
+            metric=metric,
+            unit=unit,
+            axis="frames",
+            value=options.frames,
+            config=config,
+        )
+        for provider, metric, unit, values in figures
+    ]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--template", type=Path, help="template directory; default: the bundled avatar")
+    parser.add_argument("--features", type=Path, help=".npy, with --template")
+    parser.add_argument("--audio", type=Path, help="sound, with --template")
+    parser.add_argument("--mode", choices=MODES, default="ave")
+    parser.add_argument("--width", type=float, default=1.0, help="of the seeded network, with --template")
+    parser.add_argument("--frames", type=int, default=72)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
+    options = parser.parse_args()
+    if len({options.template is None, options.features is None, options.audio is None}) > 1:
+        parser.error("expected --template, --features and --audio together, or none of them")
+    if options.frames < 1 or options.rounds < 1:
+        parser.error(f"--frames {options.frames} --rounds {options.rounds}: expected 1 or more of each")
+    print(f"{device_name()}; {options.frames} frames, {options.rounds} turns")
+    return options
+
+
+if __name__ == "__main__":
+    main()
