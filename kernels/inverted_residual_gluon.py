@@ -81,39 +81,27 @@ _PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))  # row after row
 
 
 @gluon.constexpr_function
-def _vectors(channels):
+def _depth(channels):
+    """Channels are staged and multiplied this many at a time."""
+    return min(channels, 32)
+
+
+@gluon.constexpr_function
+def _vectors(depth):
     """Pixels × channels as they lie in memory: 8 channels, 16 bytes, a lane."""
-    lanes = min(channels // 8, 32)
-    return gl.BlockedLayout([1, 8], [32 // lanes, lanes], [4, 1], [1, 0])
+    return gl.BlockedLayout([1, 8], [256 // depth, depth // 8], [4, 1], [1, 0])
 
 
 @gluon.constexpr_function
 def _weight_vectors(depth):
     """The same of a right operand, depth × hidden channels, whose columns lie in a row in memory."""
-    lanes = min(depth // 8, 32)
-    return gl.BlockedLayout([8, 1], [lanes, 32 // lanes], [1, 4], [0, 1])
+    return gl.BlockedLayout([8, 1], [depth // 8, 256 // depth], [1, 4], [0, 1])
 
 
 @gluon.constexpr_function
-def _tile_layout(channels, wgmma):
-    """The halo in shared memory. A pixel's 16 (32, 64 …) channels are read 32 at a time, two pixels by 8 lanes."""
-    if wgmma:
-        return gl.NVMMASharedLayout(swizzle_byte_width=min(2 * channels, 128), element_bitwidth=16, rank=2)
-    if channels <= 32:
-        return gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    # 64 bytes between pixels, so that two neighbours' 64 bytes are in different banks.
-    return gl.PaddedSharedLayout.with_identity_for([[channels, 32]], [256, channels], [1, 0])
-
-
-@gluon.constexpr_function
-def _weight_layout(depth):
-    return gl.NVMMASharedLayout(swizzle_byte_width=min(2 * depth, 128), element_bitwidth=16, transposed=True, rank=2)
-
-
-@gluon.constexpr_function
-def _together(depth):
-    """How many depths a lane holds together: as many as 16 bytes, or as the operand has for each lane of four."""
-    return min(depth // 4, 8)
+def _swizzled(depth, transposed=False):
+    """A left operand (a right one, transposed) in shared memory, as tensor cores and matrix loads like to read it."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=2 * depth, element_bitwidth=16, transposed=transposed, rank=2)
 
 
 @gluon.constexpr_function
@@ -193,21 +181,24 @@ def _halo(pixel, y0, x0, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.constexpr)
 
 
 @gluon.jit
-def _load_skip(skip, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr, STRIDE: gl.constexpr):
-    layout: gl.constexpr = _vectors(C)
+def _load_skip(
+    skip, y0, x0, FIRST: gl.constexpr, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr, STRIDE: gl.constexpr
+):
+    """Channels from FIRST on of the halo; 0 outside the map."""
+    layout: gl.constexpr = _vectors(_depth(C))
     y, x, inside = _halo(gl.arange(0, _HALO, layout=gl.SliceLayout(1, layout)), y0, x0, H, W, STRIDE)
-    channel = gl.arange(0, C, layout=gl.SliceLayout(0, layout))
+    channel = FIRST + gl.arange(0, _depth(C), layout=gl.SliceLayout(0, layout))
     return gl.load(skip + ((y * W + x) * C)[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
 
 
 @gluon.jit
-def _load_upsampled(low, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr):
-    """Bilinear ×2, align_corners=True, in float16; 0 outside the map."""
-    layout: gl.constexpr = _vectors(C)
+def _load_upsampled(low, y0, x0, FIRST: gl.constexpr, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr):
+    """The same of the map that is upsampled: bilinear ×2, align_corners=True, in float16."""
+    layout: gl.constexpr = _vectors(_depth(C))
     LOW_H: gl.constexpr = H // 2
     LOW_W: gl.constexpr = W // 2
     y, x, inside = _halo(gl.arange(0, _HALO, layout=gl.SliceLayout(1, layout)), y0, x0, H, W, 1)
-    channel = gl.arange(0, C, layout=gl.SliceLayout(0, layout))[None, :]
+    channel = FIRST + gl.arange(0, _depth(C), layout=gl.SliceLayout(0, layout))[None, :]
     v = gl.minimum(gl.maximum(y, 0), H - 1).to(gl.float32) * ((LOW_H - 1) / (H - 1))
     u = gl.minimum(gl.maximum(x, 0), W - 1).to(gl.float32) * ((LOW_W - 1) / (W - 1))
     top = v.to(gl.int32)
@@ -218,12 +209,30 @@ def _load_upsampled(low, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constex
     top_right = gl.load(low + ((top * LOW_W + right) * C)[:, None] + channel)
     bottom_left = gl.load(low + ((bottom * LOW_W + left) * C)[:, None] + channel)
     bottom_right = gl.load(low + ((bottom * LOW_W + right) * C)[:, None] + channel)
-    zero = gl.zeros([_HALO, C], gl.float16, layout=layout)
+    zero = gl.zeros([_HALO, _depth(C)], gl.float16, layout=layout)
     down = (v - top.to(gl.float32)).to(gl.float16)[:, None] + zero
     across = (u - left.to(gl.float32)).to(gl.float16)[:, None] + zero
     above = _multiply_add(top_right - top_left, across, top_left)
     below = _multiply_add(bottom_right - bottom_left, across, bottom_left)
     return gl.where(inside[:, None], _multiply_add(below - above, down, above), zero)
+
+
+@gluon.jit
+def _stage_skip(skip, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr, STRIDE: gl.constexpr):
+    """Shared memory [part][halo][≤ 32 channels]."""
+    tile = gl.allocate_shared_memory(gl.float16, [C // _depth(C), _HALO, _depth(C)], _swizzled(_depth(C)))
+    for part in gl.static_range(C // _depth(C)):
+        tile.index(part).store(_load_skip(skip, y0, x0, part * _depth(C), H, W, C, STRIDE))
+    return tile
+
+
+@gluon.jit
+def _stage_upsampled(low, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr):
+    """The same of the map that is upsampled."""
+    tile = gl.allocate_shared_memory(gl.float16, [C // _depth(C), _HALO, _depth(C)], _swizzled(_depth(C)))
+    for part in gl.static_range(C // _depth(C)):
+        tile.index(part).store(_load_upsampled(low, y0, x0, part * _depth(C), H, W, C))
+    return tile
 
 
 @gluon.jit
@@ -254,11 +263,32 @@ def _load_bias(bias, start, layout: gl.constexpr):
 
 
 @gluon.jit
-def _multiply(tile, weights, start, acc, INPUTS: gl.constexpr, FIRST: gl.constexpr, DEPTH: gl.constexpr):
-    """acc + tile × weights, tile from shared memory, weights from global memory straight into place."""
-    left: gl.constexpr = gl.DotOperandLayout(0, _MMA, _together(DEPTH))
-    right: gl.constexpr = gl.DotOperandLayout(1, _MMA, _together(DEPTH))
-    return mma_v2(tile.load(left), _load_weights(weights, start, INPUTS, FIRST, DEPTH, right), acc)
+def _stage_weights(weights, start, INPUTS: gl.constexpr, FIRST: gl.constexpr, CHANNELS: gl.constexpr):
+    """Shared memory [part][≤ 32 inputs][chunk]."""
+    depth: gl.constexpr = _depth(CHANNELS)
+    staged = gl.allocate_shared_memory(gl.float16, [CHANNELS // depth, depth, _CHUNK], _swizzled(depth, True))
+    for part in gl.static_range(CHANNELS // depth):
+        values = _load_weights(weights, start, INPUTS, FIRST + part * depth, depth, _weight_vectors(depth))
+        staged.index(part).store(values)
+    return staged
+
+
+@gluon.jit
+def _multiply(acc, tile, weights, start, INPUTS: gl.constexpr, FIRST: gl.constexpr, CHANNELS: gl.constexpr):
+    """acc + tile × weights, the tile from shared memory, the weights from global memory straight into place."""
+    depth: gl.constexpr = _depth(CHANNELS)
+    for part in gl.static_range(CHANNELS // depth):
+        right = _load_weights(weights, start, INPUTS, FIRST + part * depth, depth, _RIGHT)
+        acc = mma_v2(tile.index(part).load(_LEFT), right, acc)
+    return acc
+
+
+@gluon.jit
+def _multiply_by_warpgroup(acc, tile, staged, CHANNELS: gl.constexpr):
+    """The same with weights that are staged too."""
+    for part in gl.static_range(CHANNELS // _depth(CHANNELS)):
+        acc = warpgroup_mma(tile.index(part), staged.index(part), acc)
+    return acc
 
 
 @gluon.jit
@@ -267,27 +297,24 @@ def _expand(
 ):
     """A chunk of the hidden tensor, float16 [halo, chunk], channels in order."""
     if WGMMA:
-        shared_bias = gl.allocate_shared_memory(
-            gl.float16, [_STEP, _CHUNK], _weight_layout(_STEP), _load_bias(bias, start, _weight_vectors(_STEP))
-        )
-        skip_weights = _load_weights(weights, start, LOW + SKIP, LOW, SKIP, _weight_vectors(SKIP))
-        shared_skip = gl.allocate_shared_memory(gl.float16, [SKIP, _CHUNK], _weight_layout(SKIP), skip_weights)
+        values = _load_bias(bias, start, _weight_vectors(_STEP))
+        staged_bias = gl.allocate_shared_memory(gl.float16, [_STEP, _CHUNK], _swizzled(_STEP, True), values)
+        skip_weights = _stage_weights(weights, start, LOW + SKIP, LOW, SKIP)
         if LOW:
-            low_weights = _load_weights(weights, start, LOW + SKIP, 0, LOW, _weight_vectors(LOW))
-            shared_low = gl.allocate_shared_memory(gl.float16, [LOW, _CHUNK], _weight_layout(LOW), low_weights)
+            low_weights = _stage_weights(weights, start, LOW + SKIP, 0, LOW)
         fence_async_shared()  # what ordinary stores wrote is read by the tensor cores' own path
         gl.barrier()
         acc = gl.zeros([_HALO, _CHUNK], gl.float32, layout=_WARPGROUP)
-        acc = warpgroup_mma(mask, shared_bias, acc, use_acc=False)
-        acc = warpgroup_mma(skip_tile, shared_skip, acc)
+        acc = warpgroup_mma(mask, staged_bias, acc, use_acc=False)
+        acc = _multiply_by_warpgroup(acc, skip_tile, skip_weights, SKIP)
         if LOW:
-            acc = warpgroup_mma(low_tile, shared_low, acc)
+            acc = _multiply_by_warpgroup(acc, low_tile, low_weights, LOW)
     else:
         acc = gl.zeros([_HALO, _CHUNK], gl.float32, layout=_MMA)
         acc = mma_v2(mask, _load_bias(bias, start, _RIGHT), acc)
-        acc = _multiply(skip_tile, weights, start, acc, LOW + SKIP, LOW, SKIP)
+        acc = _multiply(acc, skip_tile, weights, start, LOW + SKIP, LOW, SKIP)
         if LOW:
-            acc = _multiply(low_tile, weights, start, acc, LOW + SKIP, 0, LOW)
+            acc = _multiply(acc, low_tile, weights, start, LOW + SKIP, 0, LOW)
     return _in_order(_relu_to_half(acc), _HALO, _CHUNK)
 
 
@@ -425,16 +452,14 @@ def _whole_block_kernel(
     else:
         out += sample * (H * W * OUT)
 
-    tile = _load_skip(skip, y0, x0, H, W, SKIP, 1)
-    skip_tile = gl.allocate_shared_memory(gl.float16, [_HALO, SKIP], _tile_layout(SKIP, WGMMA), tile)
+    skip_tile = _stage_skip(skip, y0, x0, H, W, SKIP, 1)
     low_tile = None
     if LOW:
-        tile = _load_upsampled(low + sample * ((H // 2) * (W // 2) * LOW), y0, x0, H, W, LOW)
-        low_tile = gl.allocate_shared_memory(gl.float16, [_HALO, LOW], _tile_layout(LOW, WGMMA), tile)
+        low += sample * ((H // 2) * (W // 2) * LOW)
+        low_tile = _stage_upsampled(low, y0, x0, H, W, LOW)
     if WGMMA:
-        mask = gl.allocate_shared_memory(
-            gl.float16, [_HALO, _STEP], _tile_layout(_STEP, WGMMA), _load_mask(y0, x0, H, W, 1, _vectors(_STEP))
-        )
+        values = _load_mask(y0, x0, H, W, 1, _vectors(_STEP))
+        mask = gl.allocate_shared_memory(gl.float16, [_HALO, _STEP], _swizzled(_STEP), values)
     else:
         mask = _load_mask(y0, x0, H, W, 1, _LEFT)
     hidden = gl.allocate_shared_memory(gl.float16, [_HALO, _CHUNK], _PLAIN)
@@ -523,12 +548,10 @@ def _halving_block_kernel(
     skip += source * (H * W * SKIP)
     out += sample * (OUT_H * OUT_W * OUT)
 
-    tile = _load_skip(skip, y0, x0, H, W, SKIP, 2)
-    skip_tile = gl.allocate_shared_memory(gl.float16, [_HALO, SKIP], _tile_layout(SKIP, WGMMA), tile)
+    skip_tile = _stage_skip(skip, y0, x0, H, W, SKIP, 2)
     if WGMMA:
-        mask = gl.allocate_shared_memory(
-            gl.float16, [_HALO, _STEP], _tile_layout(_STEP, WGMMA), _load_mask(y0, x0, H, W, 2, _vectors(_STEP))
-        )
+        values = _load_mask(y0, x0, H, W, 2, _vectors(_STEP))
+        mask = gl.allocate_shared_memory(gl.float16, [_HALO, _STEP], _swizzled(_STEP), values)
     else:
         mask = _load_mask(y0, x0, H, W, 2, _LEFT)
     hidden = gl.allocate_shared_memory(gl.float16, [_HALO, _CHUNK], _PLAIN)

@@ -18,7 +18,7 @@ Here are the packing and the plain-torch reference, in float32 throughout; the k
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,9 @@ class PackedBlock:
 
     def to(self, device: torch.device | str) -> PackedBlock:
         """The same weights on ``device``."""
-        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **tensors)
 
 

@@ -66,9 +66,9 @@ class _Layout:
 class _SharedMemory:
     """A descriptor of shared memory."""
 
-    def __init__(self, dtype: Any, shape: list[int]) -> None:
+    def __init__(self, dtype: Any, values: np.ndarray) -> None:
         self.dtype = dtype
-        self.values = np.full(shape, np.nan, NUMPY_TYPES[str(dtype)])
+        self.values = values
 
     def store(self, value: Any) -> None:
         assert self.values.shape == value.handle.data.shape
@@ -76,6 +76,9 @@ class _SharedMemory:
 
     def load(self, layout: Any = None) -> Any:
         return _tensor(self.values.copy(), self.dtype)
+
+    def index(self, first: Any) -> _SharedMemory:
+        return _SharedMemory(self.dtype, self.values[_int(first)])
 
     def gather(self, places: Any, axis: int) -> Any:
         assert axis == 0
@@ -101,7 +104,7 @@ def _constexpr_function(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _allocate(dtype: Any, shape: Any, layout: Any, value: Any = None) -> _SharedMemory:
-    memory = _SharedMemory(dtype, _ints(shape))
+    memory = _SharedMemory(dtype, np.full(_ints(shape), np.nan, NUMPY_TYPES[str(dtype)]))
     if value is not None:
         memory.store(value)
     return memory
