@@ -17,6 +17,7 @@ Here are the packing and the plain-torch reference, in float32 throughout; the k
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,6 +29,9 @@ MouthLayout = Literal["channels_last", "planar"]
 
 LEAST_CHANNELS = 16
 """The depth of one step of a half-precision matrix product on the tensor cores."""
+
+OLDEST_TRITON = (3, 8)
+"""The first whose Gluon reads shared memory by index (``shared_memory_descriptor.gather``)."""
 
 HIDDEN_CHUNK = 32
 """Hidden channels are made this many at a time; their number is padded to a multiple of it."""
@@ -95,6 +99,17 @@ class PackedHead:
     def to(self, device: torch.device | str) -> PackedHead:
         """The same weights on ``device``."""
         return PackedHead(self.weight.to(device), self.bias.to(device))
+
+
+def gluon_obstacle() -> str | None:
+    """Why this Triton cannot compile the Gluon kernels; None if it can. The device is another question."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed"
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton is {version}; the Gluon kernels need {'.'.join(map(str, OLDEST_TRITON))}"
+    return None
 
 
 def padded(channels: int) -> int:

@@ -1,0 +1,76 @@
+"""The Gluon kernels in every configuration that the network at full width has, for :mod:`gpupipe.kernels.report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gpupipe.kernels.report import Variant
+
+WARPGROUP_ARCHITECTURES = (90,)
+"""Where warpgroup instructions exist."""
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """A block of the network at full width; channels padded, ``size`` the skip's height and width."""
+
+    size: int
+    low: int
+    skip: int
+    hidden: int
+    out: int
+    stride: int = 1
+    residual: bool = False
+    head: bool = False
+    planar: bool = False
+
+    @property
+    def indexed(self) -> bool:
+        """Whether the skip is a template's, kept, and taken by index."""
+        return self.low > 0
+
+
+BLOCKS = {
+    "up5.0": BlockShape(320, 32, 32, 128, 16),
+    "up5.0, skip 16": BlockShape(320, 32, 16, 128, 16),  # the first block's hidden tensor in place of x1
+    "up5.1, head": BlockShape(320, 0, 16, 32, 16, residual=True, head=True),
+    "up5.1, head, planar": BlockShape(320, 0, 16, 32, 16, residual=True, head=True, planar=True),
+    "up4.0": BlockShape(160, 32, 32, 128, 32),
+    "up4.1, down1.1": BlockShape(160, 0, 32, 64, 32, residual=True),
+    "up3.0": BlockShape(80, 64, 64, 256, 32),
+    "up3.1": BlockShape(80, 0, 32, 64, 32, residual=True),
+    "down1.0": BlockShape(320, 0, 32, 64, 32, stride=2),
+    "down1.0, skip 16": BlockShape(320, 0, 16, 64, 32, stride=2),
+    "down2.0": BlockShape(160, 0, 32, 64, 64, stride=2),
+}
+"""The blocks on maps of 80² and more, but for down2.1 (64 channels out at 80²), whose sums do not fit in registers."""
+
+
+def gluon_variants() -> list[Variant]:
+    """Each block by warp and by warpgroup instructions."""
+    return [variant_of(name, wgmma=wgmma) for name in BLOCKS for wgmma in (False, True)]
+
+
+def variant_of(name: str, *, wgmma: bool) -> Variant:
+    """The kernel that makes the block ``name`` of :data:`BLOCKS`."""
+    from gpupipe.kernels import inverted_residual_gluon
+
+    block = BLOCKS[name]
+    halves = ("skip", "low", "expand", "expand_bias", "depthwise", "project", "head")
+    types = dict.fromkeys(halves, "*fp16") | dict.fromkeys(("project_bias", "head_bias"), "*fp32")
+    types |= {"index": "*i64", "out": "*u8" if block.head else "*fp16"}
+    constants = {"H": block.size, "W": block.size, "LOW": block.low, "SKIP": block.skip, "HIDDEN": block.hidden}
+    constants |= {"OUT": block.out, "RESIDUAL": block.residual, "HEAD": block.head, "PLANAR": block.planar}
+    constants |= {"INDEXED": block.indexed, "WGMMA": wgmma}
+    given = {"index": block.indexed, "low": block.low > 0, "head": block.head, "head_bias": block.head}
+    constants |= {argument: None for argument, is_given in given.items() if not is_given}
+    kernels = {1: inverted_residual_gluon._whole_block_kernel, 2: inverted_residual_gluon._halving_block_kernel}
+    return Variant(
+        kernels[block.stride],
+        "whole_block",
+        f"{name}, {'warpgroup' if wgmma else 'warp'}",
+        types,
+        constants,
+        num_warps=inverted_residual_gluon.NUM_WARPS,
+        architectures=WARPGROUP_ARCHITECTURES if wgmma else None,
+    )
