@@ -87,6 +87,15 @@ def test_real_frames_at_full_width(mode: Mode, golden_checkpoint: Callable[..., 
     check_parity(model, speaker_part, features(3, mode), start_frame={"ave": 0, "hubert": 2, "wenet": 4}[mode])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_every_frame_of_the_real_template(mode: Mode, golden_checkpoint: Callable[..., Path], speaker: Path) -> None:
+    model = UNetModel(golden_checkpoint(mode, 3), mode, "cpu")
+    length = len(list((speaker / "full_body_img").iterdir()))
+    sound = np.load(speaker / "features_ave.npy")[:length] if mode == "ave" else features(length, mode)
+    check_parity(model, speaker, sound)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_other_weights_at_full_width(
     seed: int, golden_checkpoint: Callable[..., Path], speaker: Path, speaker_part: Path
