@@ -156,9 +156,10 @@ def network_costs(network: UNet328, dtype: torch.dtype, batch: int = 1) -> tuple
     The operations are those of the halves as :mod:`gpupipe.models.hoisted` rearranges them, the fewest that we know.
     The bytes are the inputs, the outputs, and the weights once a batch; nothing between the layers.
     """
-    template, speech = TemplateHalf(network), SpeechHalf(network)
-    image, audio = torch.zeros(1, 6, INPUT_SIZE, INPUT_SIZE), torch.zeros(1, *network.audio_shape)
-    with torch.inference_mode():
+    with torch.device("meta"), torch.inference_mode():  # shapes are enough to count
+        empty = UNet328(network.mode, width=network.width).eval()
+        template, speech = TemplateHalf(empty), SpeechHalf(empty)
+        image, audio = torch.zeros(1, 6, INPUT_SIZE, INPUT_SIZE), torch.zeros(1, *network.audio_shape)
         features = template(image)
     kept = sum(one.numel() for one in features)
 

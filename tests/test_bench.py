@@ -58,10 +58,11 @@ def run(files: dict[str, Path], tiny_checkpoint: MakeCheckpoint, tmp_path_factor
     """One run of the command, as a user starts it."""
     results = tmp_path_factory.mktemp("results")
     options = {name.replace("_", "-"): str(path) for name, path in files.items()}
-    options |= {"checkpoint": str(tiny_checkpoint()), "frames": "5", "rounds": "2", "results": str(results)}
+    options |= {"checkpoint": str(tiny_checkpoint()), "frames": "3", "rounds": "1", "results": str(results)}
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(bench_stages.FRAMES, "cpu", 4)
+        patch.setitem(bench_stages.FRAMES, "cpu", 2)
+        patch.setattr(contestants, "WARMUP_FRAMES", 1)
         done = CliRunner().invoke(app, ["bench", *words, "--engine", "eager", "--record", "--json"])
     assert done.exit_code == 0, done.output
     return done, results
