@@ -171,7 +171,7 @@ def pointwise_triton(
             index,
             out,
             pixels,
-            SAMPLE_PIXELS=height * width,
+            SAMPLE_PIXELS=1 if index is None else height * width,
             STORED=stored,
             K=k,
             N=n,

@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from gpupipe.kernels import crop_resize_triton, nv12_triton, paste_blend_triton
+from gpupipe.kernels.whole_block import gluon_obstacle
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 """Compute capabilities, times ten: A100, RTX 30, RTX 40 and L4, H100, B200."""
@@ -45,6 +46,7 @@ class Variant:
             bytes, as torch allocates them.
         constants: the ``constexpr`` arguments, and those that are None or 1 in this configuration.
         multiples: integer arguments that are multiples of 16, as a 1280×720 or 1920×1080 frame's are.
+        architectures: the only ones it is for; None is all.
     """
 
     kernel: Any
@@ -54,6 +56,8 @@ class Variant:
     constants: dict[str, Any]
     multiples: tuple[str, ...] = ()
     num_warps: int = 4
+    architectures: tuple[int, ...] | None = None
+    num_stages: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,11 +140,17 @@ def variants() -> list[Variant]:
         Variant(nv12_triton._from_nv12_wide_kernel, "from_nv12", "16×2 pixels", words, block, ("height", "width")),
         Variant(nv12_triton._from_nv12_cell_kernel, "from_nv12", "2×2 pixels", cell, block),
     ]
-    return found
+    if gluon_obstacle() is None:
+        from gpupipe.kernels.report_gluon import gluon_variants
+
+        found += gluon_variants()
+    from gpupipe.kernels.report_network import network_variants
+
+    return found + network_variants()
 
 
-def compile_variant(variant: Variant, arch: int) -> Row:
-    """Compile for compute capability ``arch`` / 10 and read off what came of it."""
+def compiled_kernel(variant: Variant, arch: int) -> Any:
+    """What Triton makes of ``variant`` for compute capability ``arch`` / 10."""
     names = variant.kernel.arg_names
     constants = {name: value for name, value in variant.constants.items() if name in names}
     signature = {name: "constexpr" if name in constants else variant.types[name] for name in names}
@@ -149,10 +159,22 @@ def compile_variant(variant: Variant, arch: int) -> Row:
         for i, name in enumerate(names)
         if signature[name].startswith("*") or name in variant.multiples
     }
+    if variant.kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        Source = ASTSource
+    source = Source(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": variant.num_warps}
+    if variant.num_stages is not None:
+        options["num_stages"] = variant.num_stages
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_variant(variant: Variant, arch: int) -> Row:
+    """Compile for compute capability ``arch`` / 10 and read off what came of it."""
     label = (variant.name, variant.config, f"sm_{arch}")
     try:
-        source = ASTSource(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": variant.num_warps})
+        compiled = compiled_kernel(variant, arch)
         ptx = compiled.asm["ptx"]
         registers, stack, spills = _resources(ptx, arch)
     except Exception as error:  # whatever a compiler raises is this row's result
@@ -210,15 +232,21 @@ def _main_width(counts: dict[int, int]) -> int:
     return max(counts, key=lambda bits: (bits * counts[bits], bits), default=0)
 
 
-def report(architectures: Iterable[int] = ARCHITECTURES) -> list[Row]:
-    """Compile everything.
+def report(architectures: Iterable[int] = ARCHITECTURES, kernels: Collection[str] | None = None) -> list[Row]:
+    """Compile everything, or the named kernels only.
 
     Raises:
         RuntimeError: Triton's interpreter is on, which leaves nothing to compile.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set; the kernels are interpreted, and cannot be compiled")
-    return [compile_variant(variant, arch) for variant in variants() for arch in architectures]
+    wanted = [variant for variant in variants() if kernels is None or variant.name in kernels]
+    return [
+        compile_variant(variant, arch)
+        for variant in wanted
+        for arch in architectures
+        if variant.architectures is None or arch in variant.architectures
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -237,10 +265,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m gpupipe.kernels.report", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, times ten")
+    parser.add_argument("--kernel", nargs="+", metavar="NAME", help="only these kernels")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a list")
     options = parser.parse_args(arguments)
-    rows = report(options.arch)
+    rows = report(options.arch, options.kernel)
     print(table(rows))
+    if (reason := gluon_obstacle()) is not None:
+        print(f"without the Gluon kernels: {reason}")
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     return 0 if all(row.clean for row in rows) else 1

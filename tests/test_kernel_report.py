@@ -14,6 +14,12 @@ pytest.importorskip("triton")
 
 COLUMNS = {"kernel", "config", "arch", "registers", "stack", "spills", "shared_bytes", "load_bits", "store_bits"}
 
+AROUND = {"crop_resize", "paste_blend", "to_nv12", "from_nv12"}
+"""The kernels around the network."""
+
+NETWORK = {"pointwise", "upsample_expand", "depthwise", "depthwise_project", "inverted_residual"}
+"""The network's kernels in plain Triton, in the configurations of the fused engine."""
+
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """In a process of its own: this one may have Triton's interpreter on, which leaves nothing to compile."""
@@ -22,18 +28,23 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def check(target: Path, *architectures: int) -> None:
+def check(target: Path, kernels: set[str], *architectures: int) -> dict[tuple[str, str], tuple[int, int]]:
+    """Compile; returns the widths of each configuration's loads and stores."""
     names = [str(arch) for arch in architectures]
-    done = run("--json", str(target), "--arch", *names)
+    done = run("--json", str(target), "--arch", *names, "--kernel", *kernels)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(target.read_text())
     assert all(set(row) >= COLUMNS for row in rows)
     assert {row["arch"] for row in rows} == {f"sm_{arch}" for arch in architectures}
-    assert {row["kernel"] for row in rows} == {"crop_resize", "paste_blend", "to_nv12", "from_nv12"}
+    assert {row["kernel"] for row in rows} == kernels
     for row in rows:
         assert row["error"] is None and row["stack"] == 0 and row["spills"] == 0, row
         assert 0 < row["registers"] <= 255, row
-    widths = {(row["kernel"], row["config"]): (row["load_bits"], row["store_bits"]) for row in rows}
+    return {(row["kernel"], row["config"]): (row["load_bits"], row["store_bits"]) for row in rows}
+
+
+def check_around(target: Path, *architectures: int) -> None:
+    widths = check(target, AROUND, *architectures)
     assert widths["to_nv12", "16×2 pixels"] == (128, 128)
     assert widths["from_nv12", "16×2 pixels"] == (128, 128)
     assert widths["crop_resize", "channels-last float16"] == (8, 128)
@@ -41,11 +52,14 @@ def check(target: Path, *architectures: int) -> None:
 
 @pytest.mark.slow  # CI runs `make report`
 def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
-    check(tmp_path / "rows.json", 80, 86, 89, 90, 100)
+    check_around(tmp_path / "around.json", 80, 86, 89, 90, 100)
+    widths = check(tmp_path / "network.json", NETWORK, 80, 86, 89, 90, 100)
+    assert all(stores == 128 for _, stores in widths.values())
+    assert all(loads == 128 for (kernel, _), (loads, _) in widths.items() if kernel.startswith("depthwise"))
 
 
 def test_kernels_compile_for_the_oldest_and_the_newest(tmp_path: Path) -> None:
-    check(tmp_path / "rows.json", 80, 100)
+    check_around(tmp_path / "rows.json", 80, 100)
 
 
 def test_a_spill_fails_the_report() -> None:

@@ -1,0 +1,163 @@
+"""The network's kernels as the fused engine launches them at width 1, for :mod:`gpupipe.kernels.report`.
+
+The launchers themselves say what they launch: they are called on tensors without memory, and each launch is written
+down in place of being made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from gpupipe.kernels import inverted_residual, inverted_residual_triton, pointwise, pointwise_triton
+from gpupipe.kernels.inverted_residual import Block, Projection
+from gpupipe.kernels.report import Variant
+
+KERNELS = {
+    "pointwise": (pointwise_triton, "_pointwise_kernel"),
+    "upsample_expand": (pointwise_triton, "_upsample_expand_kernel"),
+    "depthwise": (inverted_residual_triton, "_depthwise_kernel"),
+    "depthwise_project": (inverted_residual_triton, "_depthwise_project_kernel"),
+    "inverted_residual": (inverted_residual_triton, "_whole_block_kernel"),
+}
+"""By noun: where each kernel is."""
+
+BATCH = 64
+
+BLOCKS = (
+    # name, height and width, channels stored, in and out, stride, residual
+    ("inc", 320, 320, 6, 16, 16, 1, False),
+    ("down1.0", 320, 320, 16, 16, 32, 2, False),
+    ("down1.1, up4.1", 160, 160, 32, 32, 32, 1, True),
+    ("down2.0", 160, 160, 32, 32, 64, 2, False),
+    ("down2.1", 80, 80, 64, 64, 64, 1, True),
+    ("down3.0", 80, 80, 64, 64, 128, 2, False),
+    ("down3.1", 40, 40, 128, 128, 128, 1, True),
+    ("down4.0", 40, 40, 128, 128, 256, 2, False),
+    ("down4.1", 20, 20, 256, 256, 256, 1, True),
+    ("down5.0", 20, 20, 256, 256, 512, 2, False),
+    ("down5.1, fuse0.1, conv6, conv7", 10, 10, 512, 512, 512, 1, True),
+    ("fuse1.0", 10, 10, 512, 512, 256, 1, False),
+    ("fuse1.1", 10, 10, 256, 256, 256, 1, True),
+    ("up1.1", 20, 20, 128, 128, 128, 1, True),
+    ("up2.1", 40, 40, 64, 64, 64, 1, True),
+    ("up3.1", 80, 80, 32, 32, 32, 1, True),
+    ("conv1, ave", 16, 16, 32, 32, 64, 1, False),
+    ("conv2, ave", 16, 16, 64, 64, 128, 1, False),
+    ("conv1, hubert", 32, 32, 32, 32, 64, 1, False),
+    ("conv2, hubert", 32, 32, 64, 64, 128, 1, False),
+    ("conv1, conv2, wenet", 16, 32, 256, 256, 256, 1, True),
+    ("conv4", 16, 16, 256, 256, 256, 1, True),
+)
+
+HIDDEN = {"inc": 16, "down1.0": 64}
+"""Expanded channels where they are not twice those that come in: of 6, and of the 32 that a projection left out."""
+
+UPS = (
+    # name, height and width, channels of low, of the skip, hidden, and out
+    ("up1.0", 20, 256, 256, 1024, 128),
+    ("up2.0", 40, 128, 128, 512, 64),
+    ("up3.0", 80, 64, 64, 256, 32),
+    ("up4.0", 160, 32, 32, 128, 32),
+    ("up5.0", 320, 32, 16, 128, 16),
+)
+
+
+def network_variants() -> list[Variant]:
+    """Every kernel in every configuration that the fused engine launches, at width 1, in float16, batch 64."""
+    with recording() as launches:
+        for config, *shape, stored, channels, outputs, stride, residual in BLOCKS:
+            hidden = HIDDEN.get(config, 2 * channels)
+            launches.config = config
+            x = _half(BATCH, *shape, stored)
+            inverted_residual.inverted_residual(x, _block(channels, hidden, outputs), stride=stride, residual=residual)
+        index = torch.empty(BATCH, dtype=torch.int64, device="meta")
+        for config, size, low, skip, hidden, outputs in UPS:
+            launches.config = config
+            given = (_half(BATCH, size // 2, size // 2, low), _half(BATCH, size, size, skip), index)
+            wide = pointwise.upsample_expand(*given, _half(low, hidden), _half(skip, hidden), _single(hidden))
+            inverted_residual.depthwise_project(wide, _projection(hidden, outputs))
+        launches.config = "up5.1 and head"
+        given = (_half(BATCH, 320, 320, 16), _block(16, 32, 16), _half(16, 16), _single(16))
+        inverted_residual.inverted_residual_head(*given, residual=True)
+        launches.config = "bottleneck"
+        wide = pointwise.pointwise(_half(BATCH, 10, 10, 512), _half(512, 2048), _single(2048))
+        launches.config = "fuse0.0"
+        given = (_half(BATCH, 10, 10, 512), _half(512, 2048), _single(2048))
+        pointwise.pointwise(*given, relu=True, residual=wide, index=index)
+        inverted_residual.depthwise_project(wide, _projection(2048, 512))
+    return launches.variants
+
+
+class Launches:
+    """Launches written down, each configuration once.
+
+    Attributes:
+        config: what to call those that follow.
+        variants: what was launched.
+    """
+
+    def __init__(self) -> None:
+        self.config = ""
+        self.variants: list[Variant] = []
+
+    def record(self, name: str, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """One launch: positional arguments are the kernel's first, and keywords its constants and the launch's own."""
+        warps, stages = options.pop("num_warps", 4), options.pop("num_stages", None)
+        given = dict(zip(kernel.arg_names, arguments, strict=False))
+        types = {key: _type_name(value) for key, value in given.items() if value is not None}
+        constants = options | {key: None for key, value in given.items() if value is None}
+        variant = Variant(kernel, name, self.config, types, constants, num_warps=warps, num_stages=stages)
+        same = (name, types, constants, warps, stages)
+        if all(same != (v.name, v.types, v.constants, v.num_warps, v.num_stages) for v in self.variants):
+            self.variants.append(variant)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Launches]:
+    """Within this context the network's kernels are written down where they would be launched, on any device."""
+    launches = Launches()
+    with contextlib.ExitStack() as stack:
+        for module in (pointwise, inverted_residual):
+            stack.enter_context(mock.patch.object(module, "backend", return_value="triton"))
+        for name, (module, attribute) in KERNELS.items():
+            stand_in = _StandIn(name, getattr(module, attribute), launches)
+            stack.enter_context(mock.patch.object(module, attribute, stand_in))
+        yield launches
+
+
+class _StandIn:
+    """In a kernel's place: ``stand_in[grid](…)`` writes the launch down."""
+
+    def __init__(self, name: str, kernel: Any, launches: Launches) -> None:
+        self._name, self._kernel, self._launches = name, kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **options: self._launches.record(self._name, self._kernel, arguments, options)
+
+
+def _type_name(value: Tensor | int) -> str:
+    names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    names |= {torch.uint8: "*u8", torch.int64: "*i64"}
+    return names[value.dtype] if isinstance(value, Tensor) else "i32"
+
+
+def _half(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float16, device="meta")
+
+
+def _single(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device="meta")
+
+
+def _projection(hidden: int, outputs: int) -> Projection:
+    return Projection(_half(9, hidden), _single(hidden), _half(hidden, outputs), _single(outputs))
+
+
+def _block(channels: int, hidden: int, outputs: int) -> Block:
+    return Block(_half(channels, hidden), _single(hidden), _projection(hidden, outputs))
