@@ -94,6 +94,8 @@ def run(options: Options, say: Say) -> Report:
     report = Report(rows)
     if options.compare:
         report.verdicts = guard.compare(rows, read_rows(options.results), guard.is_ancestor)
+        if not report.verdicts:
+            say("nothing recorded of an earlier commit on this device can be compared with this run")
     if options.record:
         for path in append_rows(rows, options.results):
             say(f"recorded in {path}")
