@@ -42,25 +42,42 @@ CODECS: dict[str, tuple[str, ...]] = {
 _NVENC = {"preset": "p4", "rc": "vbr", "cq": "{crf}", "b": "0"}
 _OPTIONS: dict[str, dict[str, str]] = {
     "libx264": {"preset": "veryfast", "crf": "{crf}", "x264-params": "chromaloc=1"},
-    "libx265": {"preset": "fast", "crf": "{crf}", "x265-params": "log-level=none:chromaloc=1"},
+    "libx265": {
+        "preset": "fast",
+        "crf": "{crf}",
+        "x265-params": "log-level=none:chromaloc=1:open-gop=0",
+    },
     "libsvtav1": {"preset": "9", "crf": "{crf}"},
     "h264_nvenc": _NVENC,
     "hevc_nvenc": _NVENC,
     "av1_nvenc": _NVENC,
-    "ffv1": {"level": "3", "slicecrc": "1"},
+    "ffv1": {"level": "3", "slicecrc": "1", "g": "1"},
 }
+
+SEGMENTED = frozenset({"libx264", "libx265"})
+"""Encoders that can be run on one thread each, beside each other on the segments of a clip (video/segments.py)."""
 
 FULL_RANGE_601 = frozenset({"mjpeg"})
 """Encoders whose pictures are BT.601 in full range."""
 
 
 class PictureFormat(NamedTuple):
-    """What all frames of a video share: width and height in pixels, even; frames a second; quality 0 to 51."""
+    """What all frames of a video share.
+
+    Width and height in pixels, even; frames a second; quality 0 to 51; whether it is encoded in segments
+    (video/segments.py), by encoders that can do so.
+    """
 
     width: int
     height: int
     rate: Fraction
     crf: int
+    segmented: bool = False
+
+    @property
+    def segment_length(self) -> int:
+        """Frames of a segment: two seconds."""
+        return max(2, round(2 * self.rate))
 
 
 def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
@@ -77,6 +94,13 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
     context.color_trc = ColorTrc.BT709
     context.thread_count, context.thread_type = 0, "AUTO"  # all cores, frames beside each other
     context.options = {key: value.format(crf=picture.crf) for key, value in _OPTIONS.get(encoder, {}).items()}
+    if picture.segmented and encoder in SEGMENTED:
+        # One IDR frame, the segment's first: a cut gets a plain I frame, so that no two IDR frames meet at a joint
+        # (their idr_pic_id would have to differ, H.264 7.4.3).
+        context.thread_count = 1
+        context.options |= {"g": str(4 * picture.segment_length), "keyint_min": str(2 * picture.segment_length)}
+        if encoder == "libx265":
+            context.options["x265-params"] += ":pools=none:frame-threads=1"
     if encoder == "mjpeg":
         context.qmin = context.qmax = jpeg_quantiser(picture.crf)  # no rate control
 

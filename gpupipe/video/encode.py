@@ -23,7 +23,8 @@ from gpupipe.files import replacing
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.schedule import frame_rate
 from gpupipe.stages import UNTIMED, Stages
-from gpupipe.video.codecs import PictureFormat, choose_encoder, configure, host_frame
+from gpupipe.video.codecs import SEGMENTED, PictureFormat, choose_encoder, configure
+from gpupipe.video.segments import DecodeTimes, HostEncoder, SegmentPool, pool_size
 from gpupipe.video.sound import SoundTrack
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,10 @@ class VideoWriter:
         crf: quality, 0 (best) to 51; for NVENC its ``cq``, for Motion-JPEG see
             :func:`~gpupipe.video.codecs.jpeg_quantiser`.
         sound: any file that FFmpeg reads with a sound track; None writes a silent video.
+        segmented: let libx264 and libx265 encode pieces of two seconds beside each other, one to a core
+            (:mod:`~gpupipe.video.segments`), instead of one encoder on all cores: for frames that come faster than that
+            one takes them, as from a GPU, and for parts to be joined. Files are some 5 % larger, as every piece begins
+            with a whole picture. Beside a network on two cores it was not seen to be faster.
         stages: what measures where the time goes.
 
     Attributes:
@@ -72,6 +77,7 @@ class VideoWriter:
         codec: str = "auto",
         crf: int = 20,
         sound: str | Path | None = None,
+        segmented: bool = False,
         stages: Stages = UNTIMED,
     ) -> None:
         self.path = Path(path)
@@ -84,21 +90,24 @@ class VideoWriter:
                 "%s: frames are %d×%d and 4:2:0 video needs even sizes: the video is %d×%d, with the last column or row"
                 " repeated", path, width, height, *even,
             )  # fmt: skip
-        self.picture = PictureFormat(*even, frame_rate(fps), crf)
+        self.picture = PictureFormat(*even, frame_rate(fps), crf, segmented)
         self.frames = 0
         self.encoder = choose_encoder(codec, *even)
         self.pixel_format: PixelFormat = "nv12" if even == (width, height) else "bgr"
+        self._decode_times = DecodeTimes()
         self._error: BaseException | None = None
         self._batches: queue.Queue[Tensor | None] = queue.Queue(_QUEUE)
         self._resources = contextlib.ExitStack()
         with self._resources:
             temporary = self._resources.enter_context(replacing(self.path))
-            self._output = self._open(temporary)
+            self._output = open_output(self.path, temporary)
             self._resources.callback(self._close_output)
             self._video = self._add_video_stream()
             self._sound = SoundTrack(sound, self._output) if sound is not None else None
             if self._sound is not None:
                 self._resources.callback(self._sound.close)
+            self._pool = self._start_encoders()
+            self._resources.callback(self._pool.close)
             self._resources = self._resources.pop_all()
         self._thread = threading.Thread(target=self._run, name=f"encode {self.path.name}", daemon=True)
         self._thread.start()
@@ -137,13 +146,6 @@ class VideoWriter:
         """Length of the sound written so far; None without sound."""
         return None if self._sound is None else self._sound.seconds
 
-    def _open(self, temporary: Path) -> av.container.OutputContainer:
-        options = {"movflags": "+faststart"} if self.path.suffix in {".mp4", ".mov", ".m4v"} else {}
-        try:
-            return av.open(str(temporary), "w", options=options)
-        except (ValueError, av.error.FFmpegError) as error:
-            raise InputError(f"{self.path}: suffix is {self.path.suffix!r}; expected .mp4, .mkv or .mov") from error
-
     def _add_video_stream(self) -> av.VideoStream:
         try:
             stream = self._output.add_stream(self.encoder, rate=self.picture.rate)
@@ -152,6 +154,19 @@ class VideoWriter:
         assert isinstance(stream, av.VideoStream)
         configure(stream.codec_context, self.picture)
         return stream
+
+    def _start_encoders(self) -> SegmentPool[NDArray[np.uint8]]:
+        """The first encoder is the stream's own, from which the container takes its header."""
+        model = self._video.codec_context
+        model.open()
+
+        def make(k: int) -> HostEncoder:
+            return HostEncoder(self.picture, model, use_model=k == 0)
+
+        inside: dict[str, int] = {}
+        if self.picture.segmented and self.encoder in SEGMENTED:
+            inside = {"workers": pool_size(self.picture), "length": self.picture.segment_length}
+        return SegmentPool(make, **inside, name=self.path.name, stages=self._stages)
 
     def _put(self, item: Tensor | None) -> None:
         """Hand something to the thread; raise its error if it has stopped."""
@@ -178,14 +193,11 @@ class VideoWriter:
     def _run(self) -> None:
         try:
             while self._error is None and (batch := self._batches.get()) is not None:
-                with self._stages.time("encode"):
-                    for frame in batch.cpu().numpy():
-                        self._encode(frame)
+                for frame in batch.cpu().numpy():
+                    self._encode(frame)
             if self._error is None:
-                with self._stages.time("encode"):
-                    packets = self._video.encode(None)
+                self._mux(self._pool.finish())
                 with self._stages.time("mux"):
-                    self._output.mux(packets)
                     if self._sound is not None:
                         self._sound.finish()
                     self._output.close()
@@ -195,20 +207,37 @@ class VideoWriter:
             self._error = error
 
     def _encode(self, nv12: NDArray[np.uint8]) -> None:
-        context = self._video.codec_context
-        assert context.pix_fmt is not None
-        frame = host_frame(nv12, context.pix_fmt)
-        frame.pts, frame.time_base = self.frames, 1 / self.picture.rate
-        packets = self._video.encode(frame)
+        self._mux(self._pool.encode(nv12))
         self.frames += 1
+
+    def _mux(self, packets: list[av.Packet]) -> None:
+        """Write packets in the frames' order, and the sound up to them."""
+        if not packets:
+            return
         with self._stages.time("mux"):
-            self._output.mux(packets)
+            for packet in packets:
+                packet.stream = self._video
+                self._decode_times.set(packet)
+                self._output.mux_one(packet)
             if self._sound is not None:
-                self._sound.advance(self.frames / self.picture.rate)
+                self._sound.advance(self._decode_times.packets / self.picture.rate)
 
     def _close_output(self) -> None:
         with contextlib.suppress(av.error.FFmpegError):
             self._output.close()
+
+
+def open_output(path: Path, temporary: Path) -> av.container.OutputContainer:
+    """Open the file that is to become ``path`` once it is whole.
+
+    Raises:
+        InputError: a suffix that no container has.
+    """
+    options = {"movflags": "+faststart"} if path.suffix in {".mp4", ".mov", ".m4v"} else {}
+    try:
+        return av.open(str(temporary), "w", options=options)
+    except (ValueError, av.error.FFmpegError) as error:
+        raise InputError(f"{path}: suffix is {path.suffix!r}; expected .mp4, .mkv or .mov") from error
 
 
 def pad_to_even(frames: Tensor) -> Tensor:

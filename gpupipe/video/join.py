@@ -1,0 +1,123 @@
+"""Videos of a clip's parts → one video with sound, without encoding a frame again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import av
+import av.error
+
+from gpupipe.errors import InputError
+from gpupipe.files import replacing
+from gpupipe.video.encode import open_output
+from gpupipe.video.segments import DecodeTimes
+from gpupipe.video.sound import SoundTrack
+
+
+def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str | Path | None = None) -> int:
+    """Join videos that :class:`~gpupipe.video.encode.VideoWriter` wrote, silent and with the same options, in order.
+
+    Each part begins with a frame that needs no other, so that parts may have been written anywhere and at any time.
+    When all but the last have a whole number of segments (:attr:`~gpupipe.video.codecs.PictureFormat.segment_length`),
+    the packets are those of the clip written in one go.
+
+    Args:
+        paths: the parts, at least one.
+        output: the video; its suffix chooses the container. Appears only when it is whole.
+        sound: any file that FFmpeg reads with a sound track; None for a silent video.
+
+    Returns:
+        the number of frames.
+
+    Raises:
+        InputError: a part that is missing, is no video, or differs from the first in codec, size, rate or header.
+        OutputError: ``output`` cannot be written.
+    """
+    if not paths:
+        raise InputError(f"{output}: there are no parts to join; expected at least one video")
+    output = Path(output)
+    with replacing(output) as temporary, contextlib.ExitStack() as stack:
+        target = open_output(output, temporary)
+        stack.callback(_close, target)
+        with _open(Path(paths[0])) as first:
+            expected = _traits(first)
+            rate = first.streams.video[0].average_rate
+            assert rate is not None
+            stream = target.add_stream_from_template(first.streams.video[0], opaque=True)
+        track = SoundTrack(sound, target) if sound is not None else None
+        if track is not None:
+            stack.callback(track.close)
+        times, frames = DecodeTimes(), 0
+        for path in map(Path, paths):
+            with _open(path) as part:
+                _compare(path, _traits(part), Path(paths[0]), expected)
+                source, begin = part.streams.video[0], frames
+                for packet in _packets(path, part):
+                    assert packet.pts is not None and source.time_base is not None
+                    delay = source.codec_context.reorder_depth  # Matroska does not keep decoding times
+                    if packet.dts is not None:
+                        delay = round((packet.pts - packet.dts) * source.time_base * rate)
+                    packet.pts = begin + round(packet.pts * source.time_base * rate)
+                    packet.dts = packet.pts - delay
+                    packet.time_base = 1 / rate
+                    packet.duration = 1
+                    times.set(packet)
+                    packet.stream = stream
+                    frames += 1
+                    target.mux_one(packet)
+                    if track is not None:
+                        track.advance(frames / rate)
+        if track is not None:
+            track.finish()
+        target.close()
+    return frames
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[av.container.InputContainer]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such video; expected a part of the clip")
+    try:
+        container = av.open(str(path))
+    except (av.error.FFmpegError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a video ({error})") from error
+    with container:
+        if not container.streams.video:
+            raise InputError(f"{path}: has no picture; expected a part of the clip")
+        yield container
+
+
+def _packets(path: Path, part: av.container.InputContainer) -> Iterator[av.Packet]:
+    """A part's packets; the demuxer ends with an empty one."""
+    try:
+        for packet in part.demux(part.streams.video[0]):
+            if packet.size:
+                yield packet
+    except av.error.FFmpegError as error:
+        raise InputError(f"{path}: cannot be read to its end ({error})") from error
+
+
+def _traits(part: av.container.InputContainer) -> dict[str, object]:
+    """What all parts must have in common."""
+    stream = part.streams.video[0]
+    context = stream.codec_context
+    return {
+        "codec": context.name,
+        "size": f"{context.width}×{context.height}",
+        "frames a second": stream.average_rate,
+        "header": context.extradata,
+    }
+
+
+def _compare(path: Path, found: dict[str, object], first: Path, expected: dict[str, object]) -> None:
+    for name, value in expected.items():
+        if found[name] != value:
+            known = "" if name == "header" else f" ({found[name]}, not {value})"
+            raise InputError(f"{path}: has another {name} than {first}{known}; expected parts of one clip")
+
+
+def _close(container: av.container.OutputContainer) -> None:
+    with contextlib.suppress(av.error.FFmpegError):
+        container.close()

@@ -1,0 +1,242 @@
+"""Encoding in segments: pieces of a clip by encoders of their own, joined by the muxer without encoding again.
+
+A segment is a closed group of pictures: it begins with an IDR frame, and nothing in it refers to another. All segments
+but the last have the same number of frames, so that where they are cut depends on the frame's number alone, and each
+comes out the same whoever encodes it, whenever and beside however many others.
+
+    frames 0 …  L−1 ─▶ encoder 0 ─┐
+    frames L … 2L−1 ─▶ encoder 1 ─┼─▶ packets in the frames' order ─▶ muxer
+    frames 2L …     ─▶ encoder 0 ─┘
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Generic, Protocol, TypeVar
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from gpupipe.lanes import available_cores
+from gpupipe.stages import UNTIMED, Stages
+from gpupipe.video.codecs import PictureFormat, configure, host_frame
+
+MAX_WORKERS = 16
+POOL_BYTES = 2_000_000_000
+"""What the frames may take that wait for the encoders of a pool."""
+
+Picture = TypeVar("Picture")
+Picture_contra = TypeVar("Picture_contra", contravariant=True)
+
+
+class Encoder(Protocol[Picture_contra]):
+    """Encodes one segment after another."""
+
+    def encode(self, number: int, picture: Picture_contra) -> list[av.Packet]:
+        """Encode the clip's frame ``number``; returns packets that are ready, not always its own."""
+
+    def finish(self) -> list[av.Packet]:
+        """End the segment: the packets that are left of it. The next frame begins another one."""
+
+
+class HostEncoder:
+    """Encodes frames that lie in memory, NV12 uint8 (H·3/2, W), each segment with a new FFmpeg encoder.
+
+    Args:
+        picture: what all frames share.
+        model: a set-up encoder of the stream that the packets go into. Its name and flags are taken, and its header
+            must be that of every segment.
+        use_model: encode the first segment with ``model`` itself.
+    """
+
+    def __init__(self, picture: PictureFormat, model: av.VideoCodecContext, *, use_model: bool) -> None:
+        self._picture = picture
+        self._model = model
+        self._context = model if use_model else None
+
+    def encode(self, number: int, picture: NDArray[np.uint8]) -> list[av.Packet]:
+        """See :class:`Encoder`."""
+        if self._context is None:
+            self._context = self._open()
+        assert self._context.pix_fmt is not None
+        frame = host_frame(picture, self._context.pix_fmt)
+        frame.pts, frame.time_base = number, 1 / self._picture.rate
+        return self._context.encode(frame)
+
+    def finish(self) -> list[av.Packet]:
+        """See :class:`Encoder`."""
+        context, self._context = self._context, None
+        return context.encode(None) if context is not None else []
+
+    def _open(self) -> av.VideoCodecContext:
+        context = av.CodecContext.create(self._model.name, "w")
+        assert isinstance(context, av.VideoCodecContext)
+        configure(context, self._picture)
+        context.flags = self._model.flags  # where headers go is the container's choice
+        context.open()
+        if context.extradata != self._model.extradata:
+            raise RuntimeError(f"{context.name} gave a segment another header than the first's: they cannot be joined")
+        return context
+
+
+def pool_size(picture: PictureFormat) -> int:
+    """Encoders for a CPU: one to a core, as long as a segment of frames for each fits into :data:`POOL_BYTES`."""
+    segment = picture.segment_length * picture.width * picture.height * 3 // 2
+    return max(1, min(available_cores(), MAX_WORKERS, POOL_BYTES // segment))
+
+
+_MAX_DELAY = 16
+"""Frames that H.264 and H.265 may hold back at most."""
+
+
+class DecodeTimes:
+    """Gives a clip's packets, which come in decoding order, decoding times that run on from segment to segment.
+
+    A segment's encoder lets them begin before its first frame's time, by the frames that it may show later than it
+    decodes them; one that is shorter than that leaves out some. In units of frames, packet n is decoded at n less that
+    delay, which is the first packet's.
+
+    Attributes:
+        packets: how many there were.
+    """
+
+    def __init__(self) -> None:
+        self.packets = 0
+        self._delay = 0
+
+    def set(self, packet: av.Packet) -> None:
+        """Give the next packet its decoding time; its ``pts`` is a frame's number in the clip."""
+        if self.packets == 0 and packet.pts is not None and packet.dts is not None:
+            self._delay = packet.pts - packet.dts
+            if not 0 <= self._delay <= _MAX_DELAY:  # x265 leaves it to chance in clips of one and two frames
+                self._delay = 1
+        packet.dts = self.packets - self._delay
+        self.packets += 1
+
+
+class _Segment:
+    """What has come out of one segment so far."""
+
+    def __init__(self) -> None:
+        self.packets: deque[av.Packet] = deque()
+        self.done = False
+
+
+class SegmentPool(Generic[Picture]):
+    """Encoders at work beside each other on the segments of one clip.
+
+    Each has a thread and a queue of a segment's length: when the first is busy with a segment, the next one begins as
+    soon as its frames come, and memory is bounded by ``workers`` segments. Frames that come slowly are encoded by one
+    at a time, as they come.
+
+    Args:
+        make: makes the encoder of worker k, 0 ≤ k < ``workers``.
+        workers: how many.
+        length: frames of a segment; None for one segment without end, by one worker.
+        name: of the threads.
+        stages: what measures the time, as ``encode``.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Encoder[Picture]],
+        *,
+        workers: int = 1,
+        length: int | None = None,
+        name: str = "",
+        stages: Stages = UNTIMED,
+    ) -> None:
+        self._length = length
+        self._frames = 0
+        self._stages = stages
+        self._error: BaseException | None = None
+        self._segments: deque[_Segment] = deque()
+        size = 2 if length is None else length + 1
+        self._inboxes: list[queue.Queue[Any]] = [queue.Queue(size) for _ in range(1 if length is None else workers)]
+        self._threads = [
+            threading.Thread(target=self._work, args=(make, k), name=f"encode {name} {k}", daemon=True)
+            for k in range(len(self._inboxes))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def encode(self, picture: Picture) -> list[av.Packet]:
+        """Take the clip's next frame; returns the packets that are next in order, as far as they are ready.
+
+        Waits while the frame's encoder is a segment behind. Raises the error of an encoder that failed.
+        """
+        number = self._frames
+        segment, place = (0, number) if self._length is None else divmod(number, self._length)
+        inbox = self._inboxes[segment % len(self._inboxes)]
+        if place == 0:
+            self._segments.append(_Segment())
+        self._put(inbox, (self._segments[-1], number, picture))
+        self._frames += 1
+        if place + 1 == self._length:
+            self._put(inbox, (self._segments[-1], number, None))
+        return self._ready()
+
+    def finish(self) -> list[av.Packet]:
+        """End the clip and the workers: all packets that are left, in order."""
+        if self._length is None or self._frames % self._length:
+            inbox = self._inboxes[(0 if self._length is None else self._frames // self._length) % len(self._inboxes)]
+            if self._frames:
+                self._put(inbox, (self._segments[-1], self._frames, None))
+        self._join()
+        return self._ready()
+
+    def close(self) -> None:
+        """End the workers, whatever is left undone."""
+        self._error = self._error or RuntimeError("the encoders were closed")
+        self._join()
+
+    def _put(self, inbox: queue.Queue[Any], item: Any) -> None:
+        while True:
+            if self._error is not None:
+                raise self._error
+            try:
+                inbox.put(item, timeout=0.5)
+                return
+            except queue.Full:
+                continue
+
+    def _join(self) -> None:
+        for inbox, thread in zip(self._inboxes, self._threads, strict=True):
+            if thread.is_alive():
+                inbox.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _ready(self) -> list[av.Packet]:
+        if self._error is not None:
+            raise self._error
+        packets: list[av.Packet] = []
+        while self._segments:
+            head = self._segments[0]
+            done = head.done  # before the packets are taken: what comes after it is not missed
+            while head.packets:
+                packets.append(head.packets.popleft())
+            if not done:
+                break
+            self._segments.popleft()
+        return packets
+
+    def _work(self, make: Callable[[int], Encoder[Picture]], k: int) -> None:
+        """Encode what comes; after an error only empty the queue, so that nobody waits for it."""
+        encoder: Encoder[Picture] | None = None
+        while (item := self._inboxes[k].get()) is not None:
+            if self._error is not None:
+                continue
+            segment, number, picture = item
+            try:
+                with self._stages.time("encode"):
+                    encoder = encoder or make(k)
+                    segment.packets += encoder.encode(number, picture) if picture is not None else encoder.finish()
+            except BaseException as error:
+                self._error = error
+            if picture is None:
+                segment.done = True

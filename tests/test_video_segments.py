@@ -1,0 +1,300 @@
+"""Segments: encoded beside each other or alone, joined without a seam."""
+
+from __future__ import annotations
+
+import threading
+import time
+import wave
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from gpupipe import InputError
+from gpupipe.kernels.nv12 import to_nv12
+from gpupipe.video import encode
+from gpupipe.video.codecs import PictureFormat
+from gpupipe.video.encode import VideoWriter
+from gpupipe.video.join import join_segments
+from gpupipe.video.segments import MAX_WORKERS, POOL_BYTES, DecodeTimes, SegmentPool, pool_size
+
+WIDTH, HEIGHT = 96, 64
+LENGTH = 50
+"""Frames of a segment at 25 frames a second."""
+
+
+@pytest.fixture(scope="module")
+def clip() -> torch.Tensor:
+    """Two whole segments and 11 frames of drifting colours, every frame another: NV12."""
+    count = 2 * LENGTH + 11
+    colours = np.random.default_rng(0).integers(256, size=(6, 30, 3)).astype(np.uint8)
+    wide = cv2.resize(colours, (WIDTH + 2 * count, HEIGHT), interpolation=cv2.INTER_CUBIC)
+    return to_nv12(torch.from_numpy(np.stack([wide[:, 2 * i : 2 * i + WIDTH] for i in range(count)])))
+
+
+def write(path: Path, frames: torch.Tensor, **options: Any) -> Path:
+    with VideoWriter(path, width=WIDTH, height=HEIGHT, **{"segmented": True, **options}) as writer:
+        for batch in frames.split(7):
+            writer.write(batch)
+    return path
+
+
+def packets_of(path: Path) -> list[tuple[int, int, bool, bytes]]:
+    """pts and dts in frames, whether a decoder can begin there, and the bytes."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        step = 1 / (stream.average_rate * stream.time_base)
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        return [(round(p.pts / step), round(p.dts / step), p.is_keyframe, bytes(p)) for p in packets]
+
+
+def luma(path: Path) -> tuple[list[float], np.ndarray]:
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    return [frame.time for frame in frames], np.stack([f.reformat(format="gray").to_ndarray() for f in frames])
+
+
+def write_silence(path: Path, seconds: float) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(bytes(2 * round(16000 * seconds)))
+    return path
+
+
+def use_workers(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    monkeypatch.setattr(encode, "pool_size", lambda picture: workers)
+
+
+# ── one file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+def test_frames_come_in_order_whoever_encodes_them(
+    codec: str, clip: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+    for workers in (1, 2, 3):
+        use_workers(monkeypatch, workers)
+        written.append(packets_of(write(tmp_path / f"{workers}.mp4", clip, codec=codec, crf=10)))
+    assert written[0] == written[1] == written[2], "the same bytes, whatever the number of workers"
+    packets = written[0]
+    assert [n for n, packet in enumerate(packets) if packet[2]] == [0, LENGTH, 2 * LENGTH], "one IDR frame a segment"
+    assert sorted(pts for pts, *_ in packets) == list(range(len(clip)))
+    assert all(dts <= pts for pts, dts, *_ in packets)
+    assert [dts - packets[0][1] for _, dts, *_ in packets] == list(range(len(clip)))
+    times, pictures = luma(tmp_path / "3.mp4")
+    assert times == pytest.approx([i / 25 for i in range(len(clip))])
+    distance = np.abs(pictures[:, None, ::4, ::4].astype(int) - clip.numpy()[None, :, :HEIGHT:4, ::4]).mean(axis=(2, 3))
+    assert distance.argmin(axis=1).tolist() == list(range(len(clip)))
+
+
+def test_one_encoder_makes_no_segments(clip: torch.Tensor, tmp_path: Path) -> None:
+    packets = packets_of(write(tmp_path / "clip.mp4", clip, segmented=False))
+    assert [n for n, packet in enumerate(packets) if packet[2]] == [0]
+
+
+def test_a_segment_needs_no_other(clip: torch.Tensor, tmp_path: Path) -> None:
+    """Decoded alone, the second segment is what it is in the clip; without its IDR frame it is not."""
+    path = write(tmp_path / "clip.mp4", clip)
+    _, pictures = luma(path)
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        for first, last, alike in ((LENGTH, 2 * LENGTH, True), (LENGTH + 1, 2 * LENGTH, False)):
+            decoder = av.CodecContext.create("h264", "r")
+            decoder.extradata = stream.codec_context.extradata
+            frames = [f for packet in [*packets[first:last], None] for f in decoder.decode(packet)]
+            found = [frame.reformat(format="gray").to_ndarray() for frame in frames]
+            assert np.array_equal(np.array(found), pictures[LENGTH : 2 * LENGTH]) is alike
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, LENGTH - 1, LENGTH, LENGTH + 1, 2 * LENGTH])
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+def test_clips_that_end_anywhere(codec: str, count: int, clip: torch.Tensor, tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.mp4", clip[:count], codec=codec)
+    times, _ = luma(path)
+    assert times == pytest.approx([i / 25 for i in range(count)])
+
+
+# ── parts of a clip ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix", "fps"),
+    [
+        ("h264", "mp4", 25),
+        ("h264", "mkv", 25),
+        ("h264", "mp4", Fraction(30000, 1001)),
+        ("hevc", "mp4", 25),
+        ("av1", "mp4", 25),
+        ("mjpeg", "mp4", 25),
+        ("ffv1", "mkv", 25),
+    ],
+)
+def test_joined_parts_are_the_clip(codec: str, suffix: str, fps: Any, clip: torch.Tensor, tmp_path: Path) -> None:
+    length = PictureFormat(WIDTH, HEIGHT, Fraction(fps), 20).segment_length
+    starts = [0, length, len(clip) - 1] if length * 2 > len(clip) else [0, length, 2 * length]
+    parts = [
+        write(tmp_path / f"{first}.{suffix}", clip[first:last], codec=codec, fps=fps)
+        for first, last in zip(starts, [*starts[1:], len(clip)], strict=True)
+    ]
+    sound = write_silence(tmp_path / "silence.wav", len(clip) / fps)
+    joined, whole = tmp_path / f"joined.{suffix}", tmp_path / f"whole.{suffix}"
+    assert join_segments(parts, joined, sound=sound) == len(clip)
+    write(whole, clip, codec=codec, fps=fps, sound=sound)
+    times, pictures = luma(joined)
+    assert times == pytest.approx([i / float(fps) for i in range(len(clip))], abs=1e-3)
+    _, alone = zip(*map(luma, parts), strict=True)
+    assert np.array_equal(pictures, np.concatenate(alone))
+    if suffix == "mp4" and codec != "av1" and starts[2] % length == 0:
+        assert packets_of(joined) == packets_of(whole), "no trace of having been apart"
+    with av.open(str(joined)) as container, av.open(str(whole)) as other:
+        assert container.streams.audio[0].codec_context.name == "aac"
+        assert container.streams.video[0].start_time == 0
+        for name in ("codec_tag", "colorspace", "color_range", "color_primaries", "color_trc", "pix_fmt"):
+            found, expected = (getattr(c.streams.video[0].codec_context, name) for c in (container, other))
+            assert found == expected, name
+
+
+def other_size(folder: Path, clip: torch.Tensor) -> Path:
+    with VideoWriter(folder / "part.mp4", width=64, height=64, segmented=True) as writer:
+        writer.write(clip[:2, :, :64].contiguous())
+    return folder / "part.mp4"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (other_size, r"part\.mp4: has another size than .*first\.mp4 \(64×64, not 96×64\)"),
+        (lambda folder, clip: write(folder / "part.mp4", clip[:2], codec="hevc"), "another codec .*hevc, not h264"),
+        (lambda folder, clip: write(folder / "part.mp4", clip[:9], fps=20), "another frames a second .*20, not 25"),
+        (lambda folder, clip: write(folder / "part.mp4", clip[:2], crf=30), "another header than"),
+        (lambda folder, clip: folder / "part.mp4", r"part\.mp4: no such video"),
+        (lambda folder, clip: write_silence(folder / "part.wav", 1), r"part\.wav: has no picture"),
+    ],
+)
+def test_parts_that_do_not_belong_together(
+    make: Callable[[Path, torch.Tensor], Path], message: str, clip: torch.Tensor, tmp_path: Path
+) -> None:
+    first = write(tmp_path / "first.mp4", clip[:9])
+    other = make(tmp_path, clip)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=message):
+        join_segments([first, other], tmp_path / "out" / "joined.mp4")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_no_parts(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"joined\.mp4: there are no parts to join"):
+        join_segments([], tmp_path / "joined.mp4")
+
+
+@pytest.mark.parametrize(("first", "delay"), [(0, 0), (-2, 2), (-16, 16), (-55834575973, 1), (7, 1)])
+def test_decode_times_run_on(first: int, delay: int) -> None:
+    """Also where the first packet's is left to chance."""
+    times, found = DecodeTimes(), []
+    for pts, dts in ((0, first), (1, 5), (2, 5), (3, None)):
+        packet = av.Packet(b"x")
+        packet.pts, packet.dts = pts, dts
+        times.set(packet)
+        found.append(packet.dts)
+    assert found == [n - delay for n in range(4)]
+
+
+# ── the pool ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Recorder:
+    """In place of an encoder: a packet for each frame, named after it, later than it came; slow if told so."""
+
+    def __init__(self, worker: int, seen: list[tuple[int, int]], seconds: float = 0, fails_at: int = -1) -> None:
+        self._worker, self._seen, self._seconds, self._fails_at = worker, seen, seconds, fails_at
+        self._late: list[av.Packet] = []
+
+    def encode(self, number: int, picture: str) -> list[av.Packet]:
+        assert picture == f"frame {number}"
+        if number == self._fails_at:
+            raise ValueError(f"no frame {number}")
+        time.sleep(self._seconds)
+        self._seen.append((self._worker, number))
+        packet = av.Packet(bytes([number]))
+        packet.pts = number
+        self._late.append(packet)
+        return [self._late.pop(0)] if len(self._late) > 2 else []
+
+    def finish(self) -> list[av.Packet]:
+        late, self._late = self._late, []
+        return late
+
+
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 8, 23])
+@pytest.mark.parametrize(("workers", "length"), [(1, 4), (2, 4), (3, 4), (4, 1), (5, None)])
+@pytest.mark.usefixtures("no_thread_left")
+def test_packets_come_in_order(count: int, workers: int, length: int | None) -> None:
+    seen: list[tuple[int, int]] = []
+    delays = [0.003, 0, 0.001, 0, 0]  # the first is the slowest: what the others have done must wait
+    pool = SegmentPool(lambda k: Recorder(k, seen, delays[k]), workers=workers, length=length)
+    packets = [packet for i in range(count) for packet in pool.encode(f"frame {i}")]
+    packets += pool.finish()
+    assert [packet.pts for packet in packets] == list(range(count))
+    assert sorted(seen, key=lambda entry: entry[1]) == [
+        ((i // length) % workers if length else 0, i) for i in range(count)
+    ], "each segment by one worker"
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_memory_of_the_pool_is_bounded() -> None:
+    """Nobody is fed more than a segment ahead of what was encoded."""
+    seen: list[tuple[int, int]] = []
+    pool = SegmentPool(lambda k: Recorder(k, seen, 0.002), workers=2, length=4)
+    waiting = []
+    for i in range(40):
+        pool.encode(f"frame {i}")
+        waiting.append(i + 1 - len(seen))
+    pool.finish()
+    assert 2 * 4 <= max(waiting) <= 2 * (4 + 2), "two segments wait, so that two work, and no more"
+
+
+@pytest.mark.parametrize("frame", [0, 5, 11])
+@pytest.mark.usefixtures("no_thread_left")
+def test_error_of_an_encoder_is_raised(frame: int) -> None:
+    pool = SegmentPool(lambda k: Recorder(k, [], fails_at=frame), workers=2, length=4)
+    with pytest.raises(ValueError, match=f"no frame {frame}"):
+        for i in range(12):
+            pool.encode(f"frame {i}")
+        pool.finish()
+    pool.close()
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_pool_closes_in_the_middle() -> None:
+    seen: list[tuple[int, int]] = []
+    pool = SegmentPool(lambda k: Recorder(k, seen, 0.05), workers=2, length=4)
+    for i in range(6):
+        pool.encode(f"frame {i}")
+    pool.close()
+    assert len(seen) < 6, "what was waiting is not encoded"
+
+
+def test_pool_size_follows_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    small, huge = PictureFormat(1280, 720, Fraction(25), 20), PictureFormat(3840, 2160, Fraction(60), 20)
+    assert (small.segment_length, huge.segment_length) == (50, 120)
+    monkeypatch.setattr("gpupipe.video.segments.available_cores", lambda: 4)
+    assert pool_size(small) == 4
+    monkeypatch.setattr("gpupipe.video.segments.available_cores", lambda: 64)
+    assert pool_size(small) == MAX_WORKERS
+    assert pool_size(huge) == POOL_BYTES // (120 * 3840 * 2160 * 3 // 2) == 1
