@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -20,8 +21,9 @@ from gpupipe.lanes import available_cores
 from gpupipe.models import UNet328
 from gpupipe.unet_model import find_device
 from gpupipe.versions import processor_name, versions
-from gpupipe.video.codecs import choose_encoder
+from gpupipe.video.codecs import PictureFormat, choose_encoder
 from gpupipe.video.decode import jpeg_decoder
+from gpupipe.video.ways import Way, choose_way
 
 _ENCODERS = ("h264_nvenc", "hevc_nvenc", "av1_nvenc", "libx264", "libx265", "libsvtav1", "mjpeg", "ffv1")
 
@@ -51,7 +53,8 @@ def examine(device: str | None = None) -> dict[str, Any]:
         except DeviceError as error:
             can[encoder] = f"no: {_reason(error, encoder)}"
     exact = chosen.type == "cpu"
-    codec = choose_encoder("auto")
+    cuda_device = chosen.type == "cuda"
+    way = choose_way("auto", PictureFormat(1280, 720, Fraction(25), 20, segmented=cuda_device), chosen)
     return {
         "versions": versions(),
         "device": _device_facts(chosen),
@@ -62,13 +65,21 @@ def examine(device: str | None = None) -> dict[str, Any]:
             "precision": "float32" if exact else "float16; --exact for float32",
             "jpeg": jpeg_decoder(chosen, exact=exact),
             "kernels": f"{backend(chosen)}: {obstacle(chosen) or 'fused kernels around the network'}",
-            "codec": f"{codec}: " + ("NVENC opens" if codec.endswith("nvenc") else "NVENC does not open"),
+            "codec": _codec(way),
             "batch": f"{BATCH_SIZES[chosen.type]} frames",
             "seam": f"feathered over {FEATHER:g} pixels",
             "memory budget": f"{default_budget(chosen) / 1e9:.1f} GB for what is kept per template frame",
         },
         "fallbacks": fallbacks(),
     }
+
+
+def _codec(way: Way) -> str:
+    """The way that video is encoded, in words."""
+    if way.where == "nvenc":
+        return f"{way.encoder}: NVENC takes frames from the device, {way.workers} at once"
+    opens = "NVENC opens" if way.encoder.endswith("nvenc") else "NVENC does not open"
+    return f"{way.encoder}: {opens}; " + (f"{way.workers} encode segments" if way.workers > 1 else "one encoder")
 
 
 def _engine(device: torch.device, *, exact: bool) -> str:

@@ -142,7 +142,7 @@ class FrameGenerationPipeline:
 
         Args:
             audio_features_path: ``.npy``, or the features themselves.
-            template_dir: ``full_body_img/`` or ``template.mp4``, ``landmarks/`` and, with ``use_parsing``, ``parsing/``.
+            template_dir: as :meth:`gpupipe.Template.from_directory` takes it.
             audio_path: any file that FFmpeg reads with a sound track; None renders a silent video.
             output_path: ``.mp4``, ``.mkv`` or ``.mov``; appears only when it is whole.
             start_frame: first template frame of the walk there and back.
@@ -177,6 +177,7 @@ class FrameGenerationPipeline:
                 crf=crf,
                 sound=audio_path,
                 segmented=self.unet_model.device.type == "cuda",
+                device=self.unet_model.device,
                 stages=stages,
             ) as writer:
                 times["open"] = time.perf_counter()

@@ -18,7 +18,7 @@ import torch
 
 from gpupipe import InputError
 from gpupipe.kernels.nv12 import to_nv12
-from gpupipe.video import encode
+from gpupipe.video import ways
 from gpupipe.video.codecs import PictureFormat
 from gpupipe.video.encode import VideoWriter
 from gpupipe.video.join import join_segments
@@ -70,7 +70,7 @@ def write_silence(path: Path, seconds: float) -> Path:
 
 
 def use_workers(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
-    monkeypatch.setattr(encode, "pool_size", lambda picture: workers)
+    monkeypatch.setattr(ways, "pool_size", lambda picture: workers)
 
 
 # ── one file ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -142,7 +142,7 @@ def choose_encoder(codec: str = "auto", width: int = 1280, height: int = 720) ->
     reasons: list[str] = []
     for encoder in CODECS.get(codec, (codec,)):
         try:
-            _open(encoder, PictureFormat(width, height, Fraction(25), 20))
+            open_encoder(encoder, PictureFormat(width, height, Fraction(25), 20))
         except (av.error.FFmpegError, ValueError) as error:
             reasons.append(f"{encoder}: {error}")
             logger.debug("encoder %s does not open: %s", encoder, error)
@@ -156,7 +156,12 @@ def choose_encoder(codec: str = "auto", width: int = 1280, height: int = 720) ->
     )
 
 
-def _open(encoder: str, picture: PictureFormat) -> None:
+def open_encoder(encoder: str, picture: PictureFormat) -> None:
+    """Open an encoder and close it again.
+
+    Raises:
+        ValueError, av.error.FFmpegError: it does not open here, or is none.
+    """
     codec = av.Codec(encoder, "w")
     if codec.type != "video":
         raise ValueError("not a video encoder")

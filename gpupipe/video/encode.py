@@ -1,4 +1,8 @@
-"""NV12 tensors → a video file with sound, in one pass, on a thread of its own beside the network."""
+"""Batches of frames → a video file with sound, in one pass, on threads of its own beside the network.
+
+A batch on a CPU goes to the encoders as it is, and so does one on a GPU that encodes it itself, by NVENC or nvJPEG.
+Otherwise it is copied from the GPU through pinned memory, on a stream of its own, while the next one is rendered.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import threading
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import av
 import av.error
@@ -23,15 +27,31 @@ from gpupipe.files import replacing
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.schedule import frame_rate
 from gpupipe.stages import UNTIMED, Stages
-from gpupipe.video.codecs import SEGMENTED, PictureFormat, choose_encoder, configure
-from gpupipe.video.segments import DecodeTimes, HostEncoder, SegmentPool, pool_size
+from gpupipe.video.codecs import SEGMENTED, PictureFormat, configure
+from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc
+from gpupipe.video.segments import DecodeTimes, Encoder, HostEncoder, SegmentPool
 from gpupipe.video.sound import SoundTrack
+from gpupipe.video.ways import choose_way
 
 logger = logging.getLogger(__name__)
 
 PixelFormat = Literal["bgr", "nv12"]
 
 _QUEUE = 2  # batches that may wait for the encoder
+
+
+class _Batch(NamedTuple):
+    """Frames on their way to the encoders, and the event after which they may be read."""
+
+    frames: Tensor
+    ready: torch.cuda.Event | None
+
+
+def _mark(frames: Tensor) -> torch.cuda.Event:
+    """An event on the current stream of the frames' device."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(frames.device))
+    return event
 
 
 class VideoWriter:
@@ -52,10 +72,11 @@ class VideoWriter:
             (:mod:`~gpupipe.video.segments`), instead of one encoder on all cores: for frames that come faster than that
             one takes them, as from a GPU, and for parts to be joined. Files are some 5 % larger, as every piece begins
             with a whole picture. Beside a network on two cores it was not seen to be faster.
+        device: that frames come from; a GPU may encode them itself (:func:`~gpupipe.video.ways.choose_way`).
         stages: what measures where the time goes.
 
     Attributes:
-        encoder: the FFmpeg encoder that was chosen.
+        encoder: the encoder that was chosen, by FFmpeg's name or ``nvjpeg``.
         picture: size, rate and quality of what is written.
         pixel_format: in which frames are best written.
         frames: how many have been encoded.
@@ -78,6 +99,7 @@ class VideoWriter:
         crf: int = 20,
         sound: str | Path | None = None,
         segmented: bool = False,
+        device: torch.device | str = "cpu",
         stages: Stages = UNTIMED,
     ) -> None:
         self.path = Path(path)
@@ -92,11 +114,15 @@ class VideoWriter:
             )  # fmt: skip
         self.picture = PictureFormat(*even, frame_rate(fps), crf, segmented)
         self.frames = 0
-        self.encoder = choose_encoder(codec, *even)
-        self.pixel_format: PixelFormat = "nv12" if even == (width, height) else "bgr"
+        self._way = choose_way(codec, self.picture, device)
+        self.encoder = self._way.name
+        self._device = torch.device(device)
+        self._copies: torch.cuda.Stream | None = None
+        whole = even == (width, height) and self._way.where != "nvjpeg"
+        self.pixel_format: PixelFormat = "nv12" if whole else "bgr"
         self._decode_times = DecodeTimes()
         self._error: BaseException | None = None
-        self._batches: queue.Queue[Tensor | None] = queue.Queue(_QUEUE)
+        self._batches: queue.Queue[_Batch | None] = queue.Queue(_QUEUE)
         self._resources = contextlib.ExitStack()
         with self._resources:
             temporary = self._resources.enter_context(replacing(self.path))
@@ -122,8 +148,13 @@ class VideoWriter:
             OutputError: an earlier batch could not be written.
         """
         if frames.dim() == 4:
-            frames = to_nv12(pad_to_even(frames))
-        self._put(frames)
+            frames = pad_to_even(frames)
+            if self._way.where != "nvjpeg":
+                frames = to_nv12(frames)
+        if self._way.where == "host":
+            self._put(self._to_host(frames))
+        else:
+            self._put(_Batch(frames, _mark(frames)))
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -148,27 +179,47 @@ class VideoWriter:
 
     def _add_video_stream(self) -> av.VideoStream:
         try:
-            stream = self._output.add_stream(self.encoder, rate=self.picture.rate)
+            stream = self._output.add_stream(self._way.encoder, rate=self.picture.rate)
         except ValueError as error:
             raise InputError(f"{self.path}: {self.path.suffix} cannot hold {self.encoder}; expected .mkv") from error
         assert isinstance(stream, av.VideoStream)
-        configure(stream.codec_context, self.picture)
+        if self._way.where == "nvenc":
+            configure_nvenc(stream.codec_context, self.picture)
+        else:
+            configure(stream.codec_context, self.picture)
         return stream
 
-    def _start_encoders(self) -> SegmentPool[NDArray[np.uint8]]:
+    def _start_encoders(self) -> SegmentPool[Any]:
         """The first encoder is the stream's own, from which the container takes its header."""
-        model = self._video.codec_context
-        model.open()
+        model, way = self._video.codec_context, self._way
+        if way.where != "nvenc":  # which opens with its first frame
+            model.open()
 
-        def make(k: int) -> HostEncoder:
+        def make(k: int) -> Encoder[Any]:
+            if way.where == "nvenc":
+                return NvencEncoder(self.picture, model, use_model=k == 0, device=self._device)
+            if way.where == "nvjpeg":
+                return JpegEncoder(self.picture)
             return HostEncoder(self.picture, model, use_model=k == 0)
 
-        inside: dict[str, int] = {}
-        if self.picture.segmented and self.encoder in SEGMENTED:
-            inside = {"workers": pool_size(self.picture), "length": self.picture.segment_length}
-        return SegmentPool(make, **inside, name=self.path.name, stages=self._stages)
+        cut = way.where == "nvenc" or (self.picture.segmented and way.encoder in SEGMENTED)
+        length = self.picture.segment_length if cut else None
+        return SegmentPool(make, workers=way.workers, length=length, name=self.path.name, stages=self._stages)
 
-    def _put(self, item: Tensor | None) -> None:
+    def _to_host(self, frames: Tensor) -> _Batch:
+        """Copy a batch to the host; from CUDA behind what the current stream has to do, beside what comes next."""
+        if not frames.is_cuda:
+            return _Batch(frames, None)
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(frames.device)
+        self._copies.wait_stream(torch.cuda.current_stream(frames.device))
+        with torch.cuda.stream(self._copies):
+            host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
+            host.copy_(frames, non_blocking=True)
+            frames.record_stream(self._copies)  # its memory is not given away before it is copied
+            return _Batch(host, _mark(frames))
+
+    def _put(self, item: _Batch | None) -> None:
         """Hand something to the thread; raise its error if it has stopped."""
         while True:
             if self._error is not None:
@@ -193,7 +244,9 @@ class VideoWriter:
     def _run(self) -> None:
         try:
             while self._error is None and (batch := self._batches.get()) is not None:
-                for frame in batch.cpu().numpy():
+                if batch.ready is not None:
+                    batch.ready.synchronize()
+                for frame in batch.frames.numpy() if self._way.where == "host" else batch.frames:
                     self._encode(frame)
             if self._error is None:
                 self._mux(self._pool.finish())
@@ -206,8 +259,8 @@ class VideoWriter:
         except BaseException as error:
             self._error = error
 
-    def _encode(self, nv12: NDArray[np.uint8]) -> None:
-        self._mux(self._pool.encode(nv12))
+    def _encode(self, frame: NDArray[np.uint8] | Tensor) -> None:
+        self._mux(self._pool.encode(frame))
         self.frames += 1
 
     def _mux(self, packets: list[av.Packet]) -> None:

@@ -1,0 +1,178 @@
+"""Encoding frames where they are, on a CUDA device: NVENC without a copy, and JPEG by nvJPEG.
+
+None of this has run on a GPU yet. It is written after PyAV's and torchvision's sources; what can be is tested with
+frames in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from typing import Any
+
+import av
+import av.error
+import av.video.frame
+import torch
+from torch import Tensor
+from torchvision.io import encode_jpeg
+
+from gpupipe.fallbacks import note_fallback
+from gpupipe.video.codecs import PictureFormat, configure
+
+_ENGINES = {"T4": 1, "A10": 1, "L4": 2, "RTX 4090": 2, "L40S": 3}
+"""NVENC engines by GPU, as NVIDIA's support matrix is cited; a GPU that is not named is taken to have one."""
+
+_WITHOUT_NVENC = ("A100", "A30", "H100", "H200", "H800", "GH200", "B100", "B200", "GB200")
+
+
+def nvenc_engines(gpu: str) -> int:
+    """NVENC engines of a GPU by its name, such as ``NVIDIA L4``; 0 for those that have none."""
+    words = f" {gpu} ".replace("-", " ")
+    if any(f" {name} " in words for name in _WITHOUT_NVENC):
+        return 0
+    return next((count for name, count in _ENGINES.items() if f" {name} " in words), 1)
+
+
+class NvencEncoder:
+    """Encodes NV12 tensors uint8 (H·3/2, W) on a CUDA device; nothing is copied to the host.
+
+    One session for all of a worker's segments, in the device's primary context, which is PyTorch's. The frame keeps the
+    tensor alive until NVENC has read it; the caller has waited until it is computed.
+
+    Args:
+        picture: what all frames share.
+        model: a set-up encoder of the stream that the packets go into; see :func:`configure_nvenc`.
+        use_model: this worker's session is ``model`` itself.
+        device: of the tensors.
+    """
+
+    def __init__(
+        self, picture: PictureFormat, model: av.VideoCodecContext, *, use_model: bool, device: torch.device
+    ) -> None:
+        self._picture = picture
+        self._context = model if use_model else _session(model.name, picture, device)
+        self._context.flags = model.flags  # where headers go is the container's choice
+        self._cuda = _cuda_context(device.index or 0) if device.type == "cuda" else None
+        self._begins = True
+
+    def encode(self, number: int, picture: Tensor) -> list[av.Packet]:
+        """See :class:`~gpupipe.video.segments.Encoder`."""
+        height = self._picture.height
+        frame = av.VideoFrame.from_dlpack((picture[:height], picture[height:]), format="nv12", cuda_context=self._cuda)
+        frame.pts, frame.time_base = number, 1 / self._picture.rate
+        if self._begins:
+            frame.pict_type = av.video.frame.PictureType.I  # with forced-idr: an IDR frame
+            self._begins = False
+        return self._context.encode(frame)
+
+    def finish(self) -> list[av.Packet]:
+        """See :class:`~gpupipe.video.segments.Encoder`."""
+        packets = self._context.encode(None)
+        self._context.flush_buffers()  # the session stays open, for the next segment
+        self._begins = True
+        return packets
+
+
+class JpegEncoder:
+    """Encodes BGR tensors uint8 (H, W, 3) on a CUDA device as JPEGs, 4:4:4, by nvJPEG; only those reach the host.
+
+    Args:
+        picture: what all frames share.
+    """
+
+    def __init__(self, picture: PictureFormat) -> None:
+        self._picture = picture
+
+    def encode(self, number: int, picture: Tensor) -> list[av.Packet]:
+        """See :class:`~gpupipe.video.segments.Encoder`."""
+        rgb = picture.flip(-1).permute(2, 0, 1).contiguous()
+        packet = av.Packet(encode_jpeg(rgb, quality=jpeg_quality(self._picture.crf)).cpu().numpy().tobytes())
+        packet.pts = packet.dts = number
+        packet.time_base = 1 / self._picture.rate
+        packet.duration = 1
+        packet.is_keyframe = True
+        return [packet]
+
+    def finish(self) -> list[av.Packet]:
+        """See :class:`~gpupipe.video.segments.Encoder`."""
+        return []
+
+
+def jpeg_quality(crf: int) -> int:
+    """JPEG's quality, 1 to 100, for a quality 0 to 51: 92 at 20; as H.264's, the quantiser doubles every 6 steps.
+
+    libjpeg scales its tables by 2 − q/50 for q ≥ 50 and by 50/q below.
+    """
+    scale = 0.16 * 2 ** ((crf - 20) / 6)
+    return round(100 - 50 * scale if scale <= 1 else 50 / scale)
+
+
+def configure_nvenc(context: av.VideoCodecContext, picture: PictureFormat, *, on_device: bool = True) -> None:
+    """Set up an NVENC session that is fed from the device: closed groups of pictures of a segment's length."""
+    configure(context, picture)
+    if on_device:
+        context.pix_fmt = "cuda"  # the format's details come with the first frame
+    # No frame is shown later than it is decoded, so that a segment ends with its last frame's packet.
+    context.options |= {"g": str(picture.segment_length), "bf": "0", "forced-idr": "1"}
+
+
+@functools.cache
+def nvenc_sessions(encoder: str, picture: PictureFormat, device: torch.device) -> tuple[int, str]:
+    """Open a session on each engine at once, and encode a black frame: (how many opened, why not more).
+
+    As many as there are engines is as many as there is use for. 0 where NVENC cannot be used at all. The answer is kept
+    for the process.
+    """
+    gpu = torch.cuda.get_device_name(device)
+    wanted = nvenc_engines(gpu)
+    if wanted == 0:
+        return 0, f"{gpu} has no NVENC engine"
+    try:
+        ctypes.CDLL("libnvidia-encode.so.1")
+    except OSError:
+        return 0, (
+            "the driver's libnvidia-encode.so.1 is missing; a container needs NVIDIA_DRIVER_CAPABILITIES to name video"
+        )
+    black = torch.zeros(picture.height * 3 // 2, picture.width, dtype=torch.uint8, device=device)
+    black[picture.height :] = 128
+    torch.cuda.synchronize(device)
+    sessions: list[NvencEncoder] = []
+    try:
+        for _ in range(wanted):
+            session = NvencEncoder(picture, _session(encoder, picture, device), use_model=True, device=device)
+            session.encode(0, black)
+            sessions.append(session)
+    except (av.error.FFmpegError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+        return len(sessions), str(error)
+    finally:
+        for session in sessions:
+            with contextlib.suppress(av.error.FFmpegError):
+                session.finish()
+    return wanted, ""
+
+
+def can_encode_jpeg(device: torch.device) -> bool:
+    """Whether nvJPEG encodes on this device; a refusal is told as a fallback."""
+    try:
+        encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8, device=device))
+    except RuntimeError as error:
+        note_fallback(f"nvJPEG does not encode here ({str(error).splitlines()[0]}): the CPU encodes JPEGs")
+        return False
+    return True
+
+
+def _session(encoder: str, picture: PictureFormat, device: torch.device) -> av.VideoCodecContext:
+    context = av.CodecContext.create(encoder, "w")
+    assert isinstance(context, av.VideoCodecContext)
+    configure_nvenc(context, picture, on_device=device.type == "cuda")
+    return context
+
+
+@functools.cache
+def _cuda_context(index: int) -> Any:
+    """PyTorch's context on a device, as FFmpeg knows it; one for all frames."""
+    from av.video.frame import CudaContext  # noqa: PLC0415  PyAV 17 has none: NVENC is then told not to open
+
+    return CudaContext(device_id=index, primary_ctx=True)

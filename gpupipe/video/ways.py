@@ -1,0 +1,76 @@
+"""Ways to encode video: chosen once by codec, device and what opens here, and said aloud."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import av.error
+import torch
+
+from gpupipe.errors import DeviceError
+from gpupipe.fallbacks import note_fallback
+from gpupipe.video.codecs import CODECS, SEGMENTED, PictureFormat, choose_encoder, open_encoder
+from gpupipe.video.cuda import can_encode_jpeg, nvenc_sessions
+from gpupipe.video.segments import pool_size
+
+
+class Way(NamedTuple):
+    """How a video is encoded.
+
+    ``where`` frames are encoded: ``host`` by FFmpeg from memory, ``nvenc`` or ``nvjpeg`` on the device that they are
+    on; by how many encoders beside each other, on segments if there are several.
+    """
+
+    encoder: str
+    where: Literal["host", "nvenc", "nvjpeg"]
+    workers: int = 1
+
+    @property
+    def name(self) -> str:
+        """As a record of a render tells it."""
+        return "nvjpeg" if self.where == "nvjpeg" else self.encoder
+
+
+def choose_way(codec: str, picture: PictureFormat, device: torch.device | str = "cpu") -> Way:
+    """The first way behind ``codec`` that opens on this machine, for frames of this kind on ``device``.
+
+    On CUDA NVENC takes frames from the device, in as many sessions as the GPU has engines, and ``mjpeg`` is encoded by
+    nvJPEG; what else there is gets frames that are copied to the host.
+
+    Raises:
+        DeviceError: none opens; the message gives each one's reason.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return _on_host(choose_encoder(codec, picture.width, picture.height), picture)
+    if codec == "mjpeg" and can_encode_jpeg(device):
+        return Way("mjpeg", "nvjpeg")
+    reasons: list[str] = []
+    for encoder in CODECS.get(codec, (codec,)):
+        if encoder.endswith("_nvenc"):
+            sessions, reason = nvenc_sessions(encoder, picture, device)
+            if sessions and reason:
+                note_fallback(
+                    f"{encoder}: {sessions + 1} sessions do not open at once ({reason}; drivers of GeForce cards cap"
+                    f" them): {sessions} encode"
+                )
+            if sessions:
+                return Way(encoder, "nvenc", sessions)
+            reasons.append(f"{encoder}: {reason}")
+            continue
+        try:
+            open_encoder(encoder, picture)
+        except (av.error.FFmpegError, ValueError) as error:
+            reasons.append(f"{encoder}: {error}")
+            continue
+        if reasons:
+            note_fallback(
+                f"{'; '.join(reasons)}: frames are copied to the host and {encoder} encodes them; --codec mjpeg would"
+                " encode them on the GPU, to a larger file"
+            )
+        return _on_host(encoder, picture)
+    raise DeviceError(f"codec {codec!r} does not open here ({'; '.join(reasons)}); expected one of {', '.join(CODECS)}")
+
+
+def _on_host(encoder: str, picture: PictureFormat) -> Way:
+    return Way(encoder, "host", pool_size(picture) if picture.segmented and encoder in SEGMENTED else 1)

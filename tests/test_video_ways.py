@@ -1,0 +1,238 @@
+"""Which way a video is encoded, and NVENC's and nvJPEG's halves as far as they can be tried without a GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from gpupipe import DeviceError
+from gpupipe.video import ways
+from gpupipe.video.codecs import PictureFormat
+from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc, jpeg_quality, nvenc_engines, nvenc_sessions
+from gpupipe.video.encode import VideoWriter
+from gpupipe.video.segments import SegmentPool
+from gpupipe.video.ways import Way, choose_way
+
+PICTURE = PictureFormat(96, 64, Fraction(25), 20, segmented=True)
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    messages: list[str] = []
+    monkeypatch.setattr(ways, "note_fallback", messages.append)
+    return messages
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``sessions(count, reason)``: so many NVENC sessions open."""
+
+    def give(count: int, reason: str = "") -> None:
+        monkeypatch.setattr(ways, "nvenc_sessions", lambda encoder, picture, device: (count, reason))
+
+    return give
+
+
+def test_cpu_takes_one_encoder_or_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "pool_size", lambda picture: 3)
+    assert choose_way("libx264", PICTURE) == Way("libx264", "host", 3)
+    assert choose_way("libx264", PICTURE._replace(segmented=False)) == Way("libx264", "host", 1)
+    assert choose_way("mjpeg", PICTURE) == Way("mjpeg", "host", 1)
+
+
+@pytest.mark.parametrize("codec", ["auto", "h264", "hevc", "av1"])
+def test_nvenc_takes_a_session_to_an_engine(codec: str, sessions: Callable[..., None], noted: list[str]) -> None:
+    sessions(3)
+    encoder = {"hevc": "hevc_nvenc", "av1": "av1_nvenc"}.get(codec, "h264_nvenc")
+    assert choose_way(codec, PICTURE, GPU) == Way(encoder, "nvenc", 3)
+    assert noted == []
+
+
+def test_capped_sessions_are_said_aloud(sessions: Callable[..., None], noted: list[str]) -> None:
+    sessions(1, "incompatible client key")
+    assert choose_way("auto", PICTURE, GPU) == Way("h264_nvenc", "nvenc", 1)
+    assert len(noted) == 1
+    assert "2 sessions do not open at once (incompatible client key;" in noted[0]
+
+
+def test_gpu_without_nvenc_copies_to_the_cores(
+    sessions: Callable[..., None], noted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "pool_size", lambda picture: 8)
+    sessions(0, "NVIDIA H100 has no NVENC engine")
+    assert choose_way("auto", PICTURE, GPU) == Way("libx264", "host", 8)
+    assert len(noted) == 1
+    assert noted[0].startswith("h264_nvenc: NVIDIA H100 has no NVENC engine: frames are copied to the host and libx264")
+    assert "--codec mjpeg" in noted[0]
+    with pytest.raises(DeviceError, match=r"'av1_nvenc' does not open here .*has no NVENC engine"):
+        choose_way("av1_nvenc", PICTURE, GPU)
+
+
+@pytest.mark.parametrize(("can", "way"), [(True, Way("mjpeg", "nvjpeg")), (False, Way("mjpeg", "host"))])
+def test_jpeg_on_the_gpu(can: bool, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ways, "can_encode_jpeg", lambda device: can)
+    assert choose_way("mjpeg", PICTURE, GPU) == way
+    assert way.name == ("nvjpeg" if can else "mjpeg")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "engines"),
+    [
+        ("NVIDIA H100 80GB HBM3", 0), ("NVIDIA A100-SXM4-40GB", 0), ("NVIDIA B200", 0), ("Tesla T4", 1),
+        ("NVIDIA A10", 1), ("NVIDIA A10G", 1), ("NVIDIA L4", 2), ("NVIDIA L40S", 3), ("NVIDIA GeForce RTX 4090", 2),
+        ("NVIDIA GeForce RTX 3060", 1),
+    ],
+)  # fmt: skip
+def test_engines_by_name(gpu: str, engines: int) -> None:
+    assert nvenc_engines(gpu) == engines
+
+
+def test_why_nvenc_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvenc_sessions.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert nvenc_sessions("h264_nvenc", PICTURE, GPU) == (0, "NVIDIA H100 80GB HBM3 has no NVENC engine")
+
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    nvenc_sessions.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    monkeypatch.setattr("ctypes.CDLL", missing)
+    count, reason = nvenc_sessions("h264_nvenc", PICTURE, GPU)
+    assert count == 0
+    assert "libnvidia-encode.so.1 is missing" in reason
+    nvenc_sessions.cache_clear()
+
+
+@pytest.mark.parametrize("encoder", ["h264_nvenc", "hevc_nvenc", "av1_nvenc"])
+def test_nvenc_s_options_are_its_own(encoder: str) -> None:
+    """Every option is one that the encoder knows, so that none is passed over in silence."""
+    context = av.CodecContext.create(encoder, "w")
+    assert isinstance(context, av.VideoCodecContext)
+    configure_nvenc(context, PICTURE)
+    assert context.pix_fmt == "cuda"
+    known = context.supported_options
+    names = {option.name for option in (*known.generic, *known.private)}
+    assert set(context.options) <= names
+    assert context.options["cq"] == "20"
+
+
+# ── sessions that are used again ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class Session:
+    """In place of NVENC's: three frames late, and once it was drained it takes no more until it is flushed."""
+
+    name, flags = "h264_nvenc", 0
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, bool]] = []
+        self._late: list[av.Packet] = []
+        self._drained = False
+
+    def encode(self, frame: av.VideoFrame | None) -> list[av.Packet]:
+        assert not self._drained, "avcodec_send_frame() returned end of file"
+        if frame is None:
+            self._drained = True
+            late, self._late = self._late, []
+            return late
+        assert (frame.format.name, frame.width, frame.height, frame.time_base) == ("nv12", 96, 64, Fraction(1, 5))
+        self.seen.append((frame.pts or 0, int(frame.to_ndarray()[0, 0]), frame.pict_type == 1))
+        packet = av.Packet(b"x")
+        packet.pts = frame.pts
+        self._late.append(packet)
+        return [self._late.pop(0)] if len(self._late) > 3 else []
+
+    def flush_buffers(self) -> None:
+        assert self._drained, "packets are lost that were not asked for"
+        self._drained = False
+
+
+def test_a_session_encodes_segment_after_segment() -> None:
+    picture = PictureFormat(96, 64, Fraction(5), 20)
+    frames = torch.arange(25, dtype=torch.uint8)[:, None, None].expand(25, 96, 96).contiguous()
+    made: list[Any] = []
+
+    def make(k: int) -> NvencEncoder:
+        made.append(Session())
+        return NvencEncoder(picture, made[-1], use_model=True, device=torch.device("cpu"))
+
+    pool = SegmentPool(make, workers=2, length=picture.segment_length)
+    packets = [packet for frame in frames for packet in pool.encode(frame)] + pool.finish()
+    assert [packet.pts for packet in packets] == list(range(25))
+    assert len(made) == 2, "three segments, two sessions"
+    seen = sorted(entry for session in made for entry in session.seen)
+    assert seen == [(i, i, i % 10 == 0) for i in range(25)], "each frame's own pixels; an IDR frame begins a segment"
+
+
+# ── JPEGs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("crf", "quality"), [(0, 99), (20, 92), (26, 84), (32, 68), (38, 39), (51, 9)])
+def test_jpeg_quality_follows_crf(crf: int, quality: int) -> None:
+    assert jpeg_quality(crf) == quality
+
+
+def test_jpegs_become_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's JPEGs, made on the CPU here: the container and its pictures are what they would be."""
+    monkeypatch.setattr("gpupipe.video.encode.choose_way", lambda *_: Way("mjpeg", "nvjpeg"))
+    monkeypatch.setattr("gpupipe.video.encode._mark", lambda frames: None)
+    ramp = np.linspace(0, 255, 95, dtype=np.uint8)
+    frames = np.stack([np.stack([np.roll(ramp, 9 * i)] * 63) for i in range(4)])[..., None] * np.array([1, 0, 1], "u1")
+    frames[..., 1] = 255 - frames[..., 0]
+    with VideoWriter(tmp_path / "clip.mp4", width=95, height=63, codec="mjpeg", crf=5) as writer:
+        assert (writer.encoder, writer.pixel_format) == ("nvjpeg", "bgr")
+        writer.write(torch.from_numpy(frames))
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        assert container.streams.video[0].codec_context.name == "mjpeg"
+        shown = list(container.decode(video=0))
+    assert [frame.time for frame in shown] == pytest.approx([i / 25 for i in range(4)])
+    pictures = np.stack([frame.to_ndarray(format="bgr24") for frame in shown])
+    assert pictures.shape == (4, 64, 96, 3)
+    inside = np.abs(pictures[:, :63, :95].astype(int) - frames)
+    assert np.median(inside) <= 2
+
+
+def test_each_jpeg_stands_alone() -> None:
+    encoder = JpegEncoder(PICTURE)
+    (packet,) = encoder.encode(7, torch.full((64, 96, 3), 77, dtype=torch.uint8))
+    assert (packet.pts, packet.dts, packet.is_keyframe) == (7, 7, True)
+    assert bytes(packet)[:2] == b"\xff\xd8"
+    assert encoder.finish() == []
+
+
+# ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def luma_of(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.reformat(format="gray").to_ndarray() for frame in container.decode(video=0)])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("codec", ["auto", "hevc", "av1", "libx264", "mjpeg"])
+def test_frames_of_a_gpu(codec: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever way is taken, the frames come out in order, though their memory is written again at once."""
+    count, size = 130, (320, 192)
+    levels = torch.arange(count, device="cuda").to(torch.uint8)
+    options: dict[str, Any] = {"width": size[0], "height": size[1], "codec": codec, "segmented": True}
+    with caplog.at_level(logging.DEBUG), VideoWriter(tmp_path / "clip.mp4", device="cuda", **options) as writer:
+        for some in levels.split(16):
+            shape = (len(some), size[1], size[0], 3) if writer.pixel_format == "bgr" else (len(some), 288, size[0])
+            batch = torch.empty(shape, dtype=torch.uint8, device="cuda")
+            batch.copy_((some + 50).reshape(-1, *[1] * (len(shape) - 1)).expand(shape))
+            writer.write(batch)
+            del batch
+            torch.full(shape, 255, dtype=torch.uint8, device="cuda")
+    found = luma_of(tmp_path / "clip.mp4").mean(axis=(1, 2))
+    assert len(found) == count
+    assert (np.diff(found) > 0.3).all()
