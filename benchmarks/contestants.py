@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -181,7 +182,8 @@ def take_turn(
     device: str,
     joules: Callable[[], float] | None = None,
 ) -> None:
-    """One measured render."""
+    """One measured render; what an earlier one left behind is cleared away first."""
+    gc.collect()
     before = joules() if joules else 0.0
     with PeakMemory(device) as memory:
         start = time.perf_counter()

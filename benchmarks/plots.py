@@ -269,11 +269,13 @@ def draw(records: list[Record]) -> dict[str, str]:
     import matplotlib  # noqa: PLC0415 - an extra
     from matplotlib.figure import Figure  # noqa: PLC0415
 
+    style: Any = dict(matplotlib.rcParamsDefault)
+    style.update(_STYLE)
     made = {}
     for name, plot in PLOTS.items():
         if name in ("stages", "roofline") and not stages(records):
             continue
-        with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
+        with matplotlib.rc_context(style):
             figure = Figure()
             plot(records, figure)
             buffer = io.StringIO()

@@ -15,16 +15,13 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-if not __package__:  # run as a file: what stands beside this folder is not on the path yet
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
 from gpupipe.demo import BUNDLE
@@ -72,7 +69,13 @@ def measure(frames: int, device: torch.device) -> list[Row]:
     exact = steps(network, image, audio)
     rows = []
     for provider, name, paint in contestants(network, device):
-        what = {"what": "precision", "provider": provider, "axis": "format", "value": name, "device": device}
+        what: dict[str, Any] = {
+            "what": "precision",
+            "provider": provider,
+            "axis": "format",
+            "value": name,
+            "device": device,
+        }
         config = {"frames": frames, "network": "the bundled avatar's"}
         try:
             found = steps(paint, image.to(device), audio.to(device)).cpu()
