@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from gpupipe.kernels.report import Variant
 
@@ -59,9 +60,9 @@ def variant_of(name: str, *, wgmma: bool) -> Variant:
     halves = ("skip", "low", "expand", "expand_bias", "depthwise", "project", "head")
     types = dict.fromkeys(halves, "*fp16") | dict.fromkeys(("project_bias", "head_bias"), "*fp32")
     types |= {"index": "*i64", "out": "*u8" if block.head else "*fp16"}
-    constants = {"H": block.size, "W": block.size, "LOW": block.low, "SKIP": block.skip, "HIDDEN": block.hidden}
-    constants |= {"OUT": block.out, "RESIDUAL": block.residual, "HEAD": block.head, "PLANAR": block.planar}
-    constants |= {"INDEXED": block.indexed, "WGMMA": wgmma}
+    constants: dict[str, Any] = {"H": block.size, "W": block.size, "LOW": block.low, "SKIP": block.skip}
+    constants |= {"HIDDEN": block.hidden, "OUT": block.out, "RESIDUAL": block.residual, "HEAD": block.head}
+    constants |= {"PLANAR": block.planar, "INDEXED": block.indexed, "WGMMA": wgmma}
     given = {"index": block.indexed, "low": block.low > 0, "head": block.head, "head_bias": block.head}
     constants |= {argument: None for argument, is_given in given.items() if not is_given}
     kernels = {1: inverted_residual_gluon._whole_block_kernel, 2: inverted_residual_gluon._halving_block_kernel}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.seeded import seeded_network
+from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.kernels.whole_block import (
     PackedBlock,
     bytes_moved,

@@ -1,0 +1,343 @@
+"""The Gluon kernels, compiled where Triton is new enough and run where it is not.
+
+``python -m gpupipe.benchmarks.gluon_cubins build FOLDER [--arch 90] [--block NAME …]`` compiles the whole-block kernels
+(no GPU needed) and writes each as a ``.cubin``, with what a launch must know in ``manifest.json``.
+``python -m gpupipe.benchmarks.gluon_cubins run FOLDER [--batch 64] [--record]`` loads them through the CUDA driver
+(cuda-bindings), compares each with the plain reference on maps of the network's own size, and times it beside the same
+three convolutions in eager PyTorch, half precision, channels last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpupipe.benchmarks.common import RESULTS, Row, append_rows, commit
+from gpupipe.benchmarks.kernel_bench import rows_of, table
+from gpupipe.kernels.whole_block import PackedBlock, PackedHead, bytes_moved, pack_block, pack_head, whole_block
+
+MANIFEST = "manifest.json"
+
+LARGEST_ERROR, MEAN_ERROR = 1e-2, 4e-4
+"""Of a float16 map beside the float32 reference, on values of 0 to about 6; the tests bound small maps likewise."""
+
+CHECKED_SAMPLES = 3
+
+EQUAL_VALUES = 0.97
+"""Share of a mouth's values that must equal the reference's; the others are a step away at most."""
+
+
+# ── build ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def build(folder: Path, arch: int, blocks: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Compile for compute capability ``arch`` / 10 and write cubins and manifest into ``folder``.
+
+    Raises:
+        RuntimeError: a kernel does not compile, spills, or takes other parameters than its launch would pass.
+    """
+    import triton
+
+    from gpupipe.kernels.inverted_residual_gluon import TILE
+    from gpupipe.kernels.report import compile_variant, compiled_kernel
+    from gpupipe.kernels.report_gluon import BLOCKS, WARPGROUP_ARCHITECTURES, variant_of
+
+    folder.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    for name in blocks or BLOCKS:
+        for wgmma in (False, True) if arch in WARPGROUP_ARCHITECTURES else (False,):
+            variant = variant_of(name, wgmma=wgmma)
+            row = compile_variant(variant, arch)
+            if not row.clean:
+                told = row.error or f"{row.stack} bytes of stack, {row.spills} spilled"
+                raise RuntimeError(f"{variant.config}: {told}")
+            kernel = compiled_kernel(variant, arch)
+            arguments = [one for one in variant.kernel.arg_names if one not in variant.constants]
+            check_parameters(kernel, arguments)
+            file = f"{len(entries):02d}-sm_{arch}.cubin"
+            (folder / file).write_bytes(kernel.asm["cubin"])
+            entries.append(
+                {
+                    "file": file,
+                    "config": variant.config,
+                    "symbol": kernel.metadata.name,
+                    "arguments": arguments,
+                    "shared_bytes": kernel.metadata.shared,
+                    "num_warps": variant.num_warps,
+                    "tile": TILE[BLOCKS[name].stride],
+                    "block": dataclasses.asdict(BLOCKS[name]),
+                    "registers": row.registers,
+                }
+            )
+    facts = {"arch": arch, "triton": triton.__version__, "commit": commit(), "kernels": entries}
+    (folder / MANIFEST).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    return entries
+
+
+def check_parameters(kernel: Any, arguments: Sequence[str]) -> None:
+    """Raise unless the compiled kernel takes a pointer for each argument and Triton's two scratch pointers, unused."""
+    entry = kernel.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
+    pointers = entry.count(".param .u64")
+    scratch = (kernel.metadata.global_scratch_size, kernel.metadata.profile_scratch_size)
+    if pointers != entry.count(".param") or pointers != len(arguments) + 2 or any(scratch):
+        raise RuntimeError(
+            f"{kernel.metadata.name} takes {entry.count('.param')} parameters, {pointers} of them pointers, and "
+            f"scratch of {scratch} bytes; expected {len(arguments)} pointers, two more, and no scratch"
+        )
+
+
+# ── run ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def packed_arguments(pointers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Values of a launch's parameters, and the addresses of them that the driver wants; both must outlive the launch.
+
+    Two null pointers follow: Triton's scratch memory, of which these kernels use none.
+    """
+    values = np.array([*pointers, 0, 0], dtype=np.uint64)
+    return values, values.ctypes.data + values.itemsize * np.arange(len(values), dtype=np.uint64)
+
+
+class Cubin:
+    """A kernel from a folder that :func:`build` made, on the current CUDA device."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any]) -> None:
+        self._driver = importlib.import_module("cuda.bindings.driver")
+        self._entry = entry
+        torch.cuda.current_stream().synchronize()  # makes torch's context, which is the driver's current one
+        self._image = (folder / entry["file"]).read_bytes()
+        self._module = self._done(self._driver.cuModuleLoadData(self._image))
+        self._function = self._done(self._driver.cuModuleGetFunction(self._module, entry["symbol"].encode()))
+        attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        self._done(self._driver.cuFuncSetAttribute(self._function, attribute, entry["shared_bytes"]))
+
+    def launch(self, grid: tuple[int, int], tensors: dict[str, Tensor]) -> None:
+        """Launch on torch's current stream; ``tensors`` by the names of the kernel's arguments."""
+        _values, addresses = packed_arguments([tensors[name].data_ptr() for name in self._entry["arguments"]])
+        threads, stream = 32 * self._entry["num_warps"], torch.cuda.current_stream().cuda_stream
+        sizes = (*grid, 1, threads, 1, 1, self._entry["shared_bytes"])
+        self._done(self._driver.cuLaunchKernel(self._function, *sizes, stream, addresses.ctypes.data, 0))
+
+    def _done(self, answer: Any) -> Any:
+        status, *values = answer
+        if status != self._driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{self._entry['config']}: the CUDA driver says {status!r}")
+        return values[0] if values else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Random weights and maps for an entry of the manifest."""
+
+    block: PackedBlock
+    head: PackedHead | None
+    skip: Tensor
+    low: Tensor | None
+    index: Tensor | None
+    planar: bool
+
+    def expected(self) -> Tensor:
+        """By the plain reference."""
+        return whole_block(
+            self.skip,
+            self.block,
+            low=self.low,
+            index=self.index,
+            head=self.head,
+            mouth_layout="planar" if self.planar else "channels_last",
+        )
+
+    def empty(self) -> Tensor:
+        """Room for the result."""
+        batch, edge = self.skip.shape[0], math.ceil(self.skip.shape[1] / self.block.stride)
+        if self.head is None:
+            return self.skip.new_empty(batch, edge, edge, self.block.out_channels)
+        shape = (batch, 3, edge, edge) if self.planar else (batch, edge, edge, 3)
+        return self.skip.new_empty(shape, dtype=torch.uint8)
+
+    def tensors(self, out: Tensor) -> dict[str, Tensor]:
+        """By the names of the kernels' arguments."""
+        given = {"skip": self.skip, "low": self.low, "index": self.index, "out": out}
+        given |= {name: getattr(self.block, name) for name in ("expand", "expand_bias", "depthwise", "project")}
+        given |= {"project_bias": self.block.project_bias}
+        if self.head is not None:
+            given |= {"head": self.head.weight, "head_bias": self.head.bias}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def case_of(entry: dict[str, Any], batch: int, device: torch.device) -> Case:
+    """Weights that keep values near 1, the same every time, and normal noise."""
+    shape = entry["block"]
+    low, skip, hidden, out = (shape[name] for name in ("low", "skip", "hidden", "out"))
+    torch.manual_seed(0)
+    layers = [_layer(low + skip, hidden, 1), _layer(hidden, hidden, 3, shape["stride"], hidden), _layer(hidden, out, 1)]
+    block = pack_block(*layers, low_channels=low, residual=shape["residual"]).to(device)
+    head = pack_head(_layer(out, 3, 1)).to(device) if shape["head"] else None
+    size = shape["size"]
+
+    def noise(edge: int, channels: int) -> Tensor:
+        return torch.randn(batch, edge, edge, channels, dtype=torch.float16, device=device)
+
+    index = torch.randperm(batch, device=device) if low else None
+    return Case(block, head, noise(size, skip), noise(size // 2, low) if low else None, index, shape["planar"])
+
+
+def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    made = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups)
+    nn.init.normal_(made.weight, std=(inputs // groups * kernel**2) ** -0.5)
+    nn.init.normal_(made.bias, std=0.3)  # type: ignore[arg-type]
+    return made.requires_grad_(False)
+
+
+def grid_of(entry: dict[str, Any], batch: int) -> tuple[int, int]:
+    """Programs of a launch."""
+    edge = math.ceil(entry["block"]["size"] / entry["block"]["stride"])
+    rows, columns = entry["tile"]
+    return math.ceil(edge / rows) * math.ceil(edge / columns), batch
+
+
+def check(found: Tensor, expected: Tensor) -> None:
+    """Raise ``AssertionError`` unless the kernel's result is the reference's within the bounds above."""
+    error = (found.float() - expected.float()).abs()
+    largest, mean, equal = error.max().item(), error.mean().item(), (error == 0).float().mean().item()
+    if found.dtype == torch.uint8:
+        good, bound = largest <= 1 and equal >= EQUAL_VALUES, f"1 and {EQUAL_VALUES:.0%} equal"
+    else:
+        good, bound = largest <= LARGEST_ERROR and mean <= MEAN_ERROR, f"{LARGEST_ERROR} and {MEAN_ERROR} on average"
+    if not good:
+        raise AssertionError(f"errors of {largest:.4g}, {mean:.3g} on average, {equal:.2%} equal; expected {bound}")
+
+
+def eager(case: Case) -> Tensor:
+    """The block as PyTorch would run it: convolutions in half precision, channels last."""
+    block = case.block
+    x = (case.skip if case.index is None else case.skip.index_select(0, case.index)).permute(0, 3, 1, 2)
+    entry = x
+    if case.low is not None:
+        up = F.interpolate(case.low.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear", align_corners=True)
+        entry = torch.cat([up, x], dim=1)
+    y = F.conv2d(entry, block.expand[:, :, None, None], block.expand_bias[:, 0]).relu_()
+    taps = block.depthwise[:9].t().reshape(block.hidden_channels, 1, 3, 3)
+    y = F.conv2d(y, taps, block.depthwise[9], block.stride, 1, groups=block.hidden_channels).relu_()
+    y = F.conv2d(y, block.project[:, :, None, None], block.project_bias.half())
+    if block.residual:
+        y = y + x
+    if case.head is None:
+        return y
+    y = F.conv2d(y, case.head.weight[:3, :, None, None], case.head.bias[:3].half())
+    return (torch.sigmoid(y) * 255).to(torch.uint8)
+
+
+def checked(folder: Path, entry: dict[str, Any], device: torch.device) -> Cubin:
+    """The kernel, once its result on a small batch is the reference's and not that of a block without its bias.
+
+    Raises:
+        AssertionError: it is not.
+        RuntimeError: the driver refuses it.
+    """
+    kernel, case = Cubin(folder, entry), case_of(entry, CHECKED_SAMPLES, device)
+    expected = case.expected()
+    out = case.empty().fill_(77 if case.head is not None else math.nan)
+    kernel.launch(grid_of(entry, CHECKED_SAMPLES), case.tensors(out))
+    torch.cuda.synchronize(device)
+    check(out, expected)
+    unbiased = dataclasses.replace(case.block, expand_bias=torch.zeros_like(case.block.expand_bias))
+    try:
+        check(out, dataclasses.replace(case, block=unbiased).expected())
+    except AssertionError:
+        return kernel
+    raise AssertionError("the result is as near to a block without expand's bias: the check tells nothing")
+
+
+def run(folder: Path, device: torch.device, batch: int, rounds: int) -> list[Row]:
+    """Check and time every kernel of ``folder``; one that is wrong or fails is a row with an error."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    capability = torch.cuda.get_device_capability(device)
+    if capability != divmod(manifest["arch"], 10):
+        raise SystemExit(f"{folder} is for sm_{manifest['arch']}; this device has compute capability {capability}")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    rows: list[Row] = []
+    timed: set[str] = set()
+    for entry in manifest["kernels"]:
+        case, size = case_of(entry, batch, device), entry["block"]["size"]
+        launch = _launcher(folder, entry, device, grid_of(entry, batch), case.tensors(case.empty()))
+        kernels: dict[str, Callable[[], object]] = {"gluon": launch}
+        described = str(entry["block"])
+        if described not in timed:  # once for the two kernels of a block
+            timed.add(described)
+            kernels["torch"] = partial(eager, case)
+        for provider, function in kernels.items():
+            facts = {"case": entry["config"], "registers": entry["registers"], "triton": manifest["triton"]}
+            rows += rows_of(
+                "whole_block",
+                provider,
+                function,
+                frames=batch,
+                bytes_a_frame=bytes_moved(case.block, (size, size), head=case.head is not None),
+                config=facts | {"compiled_at": manifest["commit"]},
+                device=device,
+                rounds=rounds,
+            )
+    return rows
+
+
+def _launcher(
+    folder: Path, entry: dict[str, Any], device: torch.device, grid: tuple[int, int], tensors: dict[str, Tensor]
+) -> Callable[[], object]:
+    """A launch to time; raises what the check raised."""
+    try:
+        kernel = checked(folder, entry, device)
+    except (AssertionError, RuntimeError) as error:
+        return partial(_raise, error)
+    return partial(kernel.launch, grid, tensors)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    building = commands.add_parser("build", help="compile; no GPU needed")
+    building.add_argument("folder", type=Path)
+    building.add_argument("--arch", type=int, default=90, help="compute capability, times ten")
+    building.add_argument("--block", nargs="+", metavar="NAME", help="only these blocks")
+    running = commands.add_parser("run", help="check and time on the GPU")
+    running.add_argument("folder", type=Path)
+    running.add_argument("--batch", type=int, default=64)
+    running.add_argument("--rounds", type=int, default=10)
+    running.add_argument("--record", action="store_true", help="append the rows to the results")
+    running.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(arguments)
+    if options.command == "build":
+        for entry in build(options.folder, options.arch, options.block):
+            print(
+                f"{entry['file']}  {entry['config']:32} {entry['registers']} registers, {entry['shared_bytes']} bytes"
+            )
+        return 0
+    with torch.inference_mode():
+        rows = run(options.folder, torch.device("cuda"), options.batch, options.rounds)
+    print(table(rows))
+    if options.record:
+        for path in append_rows(rows, options.results):
+            print(f"recorded in {path}")
+    return 1 if any(one.error for one in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

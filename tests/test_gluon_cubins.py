@@ -1,0 +1,77 @@
+"""Cubins of the Gluon kernels: built here, and what a launch would pass to them. None is run without a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", minversion="3.8", reason="the Gluon kernels need Triton 3.8 (shared-memory gather)")
+
+from gpupipe.benchmarks import gluon_cubins
+from gpupipe.benchmarks.gluon_cubins import case_of, check, eager, grid_of, packed_arguments
+
+SHAPE = {"size": 8, "low": 16, "skip": 16, "hidden": 32, "out": 16, "stride": 1}
+FLAGS = {"residual": False, "head": False, "planar": False}
+ENTRY = {"block": SHAPE | FLAGS, "tile": [6, 30]}
+
+
+def build(folder: Path, *arguments: str) -> dict:
+    """In a process of its own: this one may have Triton's interpreter on, which leaves nothing to compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "gpupipe.benchmarks.gluon_cubins", "build", str(folder), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / gluon_cubins.MANIFEST).read_text())
+
+
+def test_a_block_compiles_to_a_cubin_that_its_launch_fits(tmp_path: Path) -> None:
+    manifest = build(tmp_path, "--arch", "80", "--block", "up5.1, head")
+    (entry,) = manifest["kernels"]
+    assert manifest["arch"] == 80
+    assert (tmp_path / entry["file"]).read_bytes().startswith(b"\x7fELF")
+    assert entry["shared_bytes"] == 256 * (16 + 32) * 2, "the halo's 16 channels and 32 hidden ones"
+    small = entry | {"block": entry["block"] | {"size": 8}}
+    case = case_of(small, 2, torch.device("cpu"))
+    assert set(entry["arguments"]) == set(case.tensors(case.empty()))
+    assert entry["arguments"][0] == "skip" and entry["arguments"][-1] == "out"
+    assert grid_of(entry, 64) == (54 * 11, 64)
+
+
+@pytest.mark.slow
+def test_every_block_compiles_for_every_architecture(tmp_path: Path) -> None:
+    for arch, kernels in ((80, 11), (86, 11), (89, 11), (90, 22), (100, 11)):
+        entries = build(tmp_path / str(arch), "--arch", str(arch))["kernels"]
+        assert len(entries) == kernels
+        most = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228}[arch] * 1024 - 1024
+        assert all(entry["shared_bytes"] <= most for entry in entries)
+
+
+def test_arguments_are_where_the_driver_looks() -> None:
+    values, addresses = packed_arguments([11, 1 << 47, 33])
+    read = [ctypes.c_uint64.from_address(int(address)).value for address in addresses]
+    assert read == [11, 1 << 47, 33, 0, 0] == values.tolist()
+
+
+def test_the_check_and_the_baseline_are_the_reference_s() -> None:
+    case = case_of(ENTRY, 2, torch.device("cpu"))
+    expected = case.expected()
+    check(expected, expected)
+    with pytest.raises(AssertionError, match=r"expected 0\.01"):
+        check(expected + 0.02, expected)
+    with pytest.raises(AssertionError, match="on average"):
+        check(torch.full_like(expected, torch.nan), expected)
+    baseline = eager(case).permute(0, 2, 3, 1)
+    assert (baseline.float() - expected.float()).abs().max() < 0.02
+    headed = case_of(ENTRY | {"block": SHAPE | FLAGS | {"head": True}}, 2, torch.device("cpu"))
+    mouth = headed.expected()
+    assert mouth.shape == headed.empty().shape and mouth.dtype == torch.uint8
+    check(mouth, mouth)
+    with pytest.raises(AssertionError, match="97% equal"):
+        check((mouth.int() + 2).to(torch.uint8), mouth)
