@@ -149,13 +149,58 @@ def claims(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def unet(rows: Rows) -> str:
+    """Milliseconds a frame of the network alone, by device, batch and precision."""
+    newest: dict[tuple[Any, ...], Record] = {}
+    for row in rows:
+        if (
+            row["what"] == "unet"
+            and row["metric"] == "latency"
+            and row["error"] is None
+            and row["config"]["width"] == 1
+        ):
+            config = row["config"]
+            key = (row["device"], config["precision"], row["value"], row["provider"], config["cached"])
+            newest[key] = row
+    lines = [
+        "| machine | precision, batch | the network in | template's half | ms a frame (p20–p80) | commit |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (device, precision, batch, provider, cached), row in sorted(
+        newest.items(), key=lambda item: (*item[0][:3], -item[1]["p50"])
+    ):
+        half = "kept" if cached else "run"
+        spread = f"**{row['p50']:.4g}** ({row['p20']:.4g}–{row['p80']:.4g})"
+        lines.append(f"| {device} | {precision}, {batch:g} | {provider} | {half} | {spread} | `{row['commit']}` |")
+    return "\n".join(lines)
+
+
+def precision(rows: Rows) -> str:
+    """What a number format costs in pictures."""
+    newest: dict[tuple[str, str, str], dict[str, Record]] = {}
+    for row in rows:
+        if row["what"] == "precision" and row["error"] is None:
+            newest.setdefault((row["device"], row["provider"], row["value"]), {})[row["metric"]] = row
+    lines = ["| format | by | PSNR | largest difference | frames | commit |", "| --- | --- | --- | --- | --- | --- |"]
+    for (device, provider, name), found in sorted(newest.items(), key=lambda item: -item[1]["psnr"]["p50"]):
+        psnr, largest = found["psnr"], found["largest_difference"]
+        by = "simulated: layers' outputs rounded" if provider == "simulated" else f"{provider} on {device}"
+        lines.append(
+            f"| {name} | {by} | {psnr['p50']:.1f} dB | {largest['p50']:.1f} steps of 255 |"
+            f" {psnr['config']['frames']} | `{psnr['commit']}` |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Rows], str]] = {
     "claims": claims,
     "end_to_end": end_to_end,
     "headline": headline,
+    "precision": precision,
     "side_by_side": side_by_side,
     "stages": stages,
     "sweeps": sweeps,
+    "unet": unet,
 }
 
 
