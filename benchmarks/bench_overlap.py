@@ -12,7 +12,9 @@ Four things take turns within a round, on the same clip:
 ``ratio`` is the time of ``render`` over that of the slower of ``compute`` and ``encode``: 1 if the other one were free.
 On a CPU both use the same cores, so that their CPU seconds add up, whoever waits for whom: ``least`` is that sum over
 the cores, again over the slower of the two, which no scheduling can beat. ``share`` is the part of a render's CPU
-seconds that is not spent in the network; it counts all threads, those of the encoder too.
+seconds that is not spent in the network; it counts all threads, those of the encoder too. It is an upper bound: alone,
+the network sees one frame over and over, whose features stay in the processor's caches, and a short clip opens a whole
+template.
 """
 
 from __future__ import annotations
