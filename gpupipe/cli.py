@@ -57,6 +57,9 @@ Budget = Annotated[int | None, typer.Option(help="MB for what is kept per templa
 Crf = Annotated[int, typer.Option(help="Quality, 0 (best) to 51.")]
 Codec = Annotated[str, typer.Option(help="auto, h264, hevc, av1, mjpeg, ffv1 (lossless) or an FFmpeg encoder.")]
 Sweep = Literal["batch", "resolution", "length"]
+Preset = Annotated[
+    str | None, typer.Option(help="Of the encoder: p1 (fastest) to p7 for NVENC, ultrafast … for libx264.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable record as the last line.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Log every batch; show tracebacks.")]
 OutputDir = Annotated[Path, typer.Option(help="Folder that the files are written to.")]
@@ -78,6 +81,7 @@ def render(
     ] = None,
     crf: Crf = 20,
     codec: Codec = "auto",
+    preset: Preset = None,
     blend: BlendOption = "feather",
     feather: Feather = FEATHER,
     use_parsing: UseParsing = False,
@@ -115,6 +119,7 @@ def render(
                 save_frames,
                 frames_dir,
                 codec=codec,
+                preset=preset,
                 progress=progress,
                 profile=profile,
             )

@@ -135,6 +135,7 @@ class FrameGenerationPipeline:
         frames_dir: str | Path | None = None,
         *,
         codec: str = "auto",
+        preset: str | None = None,
         progress: Progress | None = None,
         profile: str | Path | None = None,
     ) -> str:
@@ -152,6 +153,8 @@ class FrameGenerationPipeline:
             crf: quality, 0 (best) to 51.
             save_frames: keep the frames as JPEGs too, in ``frames_dir`` or beside the video in ``<name>_frames``.
             codec: see :data:`gpupipe.video.codecs.CODECS`.
+            preset: the encoder's, such as ``p1`` to ``p7`` for NVENC; None takes ours
+                (:class:`~gpupipe.video.encode.VideoWriter`).
             progress: called after each batch.
             profile: where to write a trace of every stage's work, ``.json`` for ``chrome://tracing`` or Perfetto.
 
@@ -177,6 +180,7 @@ class FrameGenerationPipeline:
                 crf=crf,
                 sound=audio_path,
                 segmented=self.unet_model.device.type == "cuda",
+                preset=preset,
                 device=self.unet_model.device,
                 stages=stages,
             ) as writer:

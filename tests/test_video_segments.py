@@ -116,8 +116,11 @@ def test_a_segment_needs_no_other(clip: torch.Tensor, tmp_path: Path) -> None:
             assert np.array_equal(np.array(found), pictures[LENGTH : 2 * LENGTH]) is alike
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, LENGTH - 1, LENGTH, LENGTH + 1, 2 * LENGTH])
-@pytest.mark.parametrize("codec", ["h264", "hevc"])
+@pytest.mark.parametrize(
+    ("codec", "count"),
+    [("h264", count) for count in (1, 2, 3, LENGTH - 1, LENGTH, LENGTH + 1)]
+    + [("hevc", count) for count in (1, 2, LENGTH, LENGTH + 1)],
+)
 def test_clips_that_end_anywhere(codec: str, count: int, clip: torch.Tensor, tmp_path: Path) -> None:
     path = write(tmp_path / "clip.mp4", clip[:count], codec=codec)
     times, _ = luma(path)

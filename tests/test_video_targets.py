@@ -118,13 +118,34 @@ def test_container_that_cannot_hold_the_codec(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("size", [(720, 1280), (3840, 2160), (2160, 3840)])
+@pytest.mark.parametrize("size", [(720, 1280), (3840, 2160)])
 def test_portrait_and_4k(size: tuple[int, int], tmp_path: Path) -> None:
     frames = moving_picture(*size, count=2)
     write(tmp_path / "clip.mp4", frames)
     shown = pictures(tmp_path / "clip.mp4")
     assert [picture.shape for picture in shown] == [(size[1], size[0], 3)] * 2
     assert min(cv2.PSNR(p, f.numpy()) for p, f in zip(shown, frames, strict=True)) > 33
+
+
+def test_preset_trades_size_for_time(tmp_path: Path) -> None:
+    frames, sizes = moving_picture(192, 128, count=20), []
+    for preset in ("ultrafast", "medium"):
+        write(tmp_path / "clip.mp4", frames, codec="libx264", preset=preset)
+        sizes.append((tmp_path / "clip.mp4").stat().st_size)
+    assert sizes[0] > 1.1 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("codec", "preset", "message"),
+    [
+        ("libx264", "p4", r"clip\.mp4: libx264 does not open with preset 'p4'"),
+        ("mjpeg", "fast", "preset is 'fast' and mjpeg has none"),
+    ],
+)
+def test_preset_that_is_not_there(codec: str, preset: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        VideoWriter(tmp_path / "clip.mp4", width=64, height=48, codec=codec, preset=preset)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ── odd sizes ─────────────────────────────────────────────────────────────────────────────────────────────────────────

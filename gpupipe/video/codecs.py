@@ -65,7 +65,7 @@ class PictureFormat(NamedTuple):
     """What all frames of a video share.
 
     Width and height in pixels, even; frames a second; quality 0 to 51; whether it is encoded in segments
-    (video/segments.py), by encoders that can do so.
+    (video/segments.py), by encoders that can do so; the encoder's preset, None for ours.
     """
 
     width: int
@@ -73,6 +73,7 @@ class PictureFormat(NamedTuple):
     rate: Fraction
     crf: int
     segmented: bool = False
+    preset: str | None = None
 
     @property
     def segment_length(self) -> int:
@@ -94,6 +95,8 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
     context.color_trc = ColorTrc.BT709
     context.thread_count, context.thread_type = 0, "AUTO"  # all cores, frames beside each other
     context.options = {key: value.format(crf=picture.crf) for key, value in _OPTIONS.get(encoder, {}).items()}
+    if picture.preset is not None:
+        context.options |= {"preset": picture.preset}
     if picture.segmented and encoder in SEGMENTED:
         # One IDR frame, the segment's first: a cut gets a plain I frame, so that no two IDR frames meet at a joint
         # (their idr_pic_id would have to differ, H.264 7.4.3).
@@ -103,6 +106,11 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
             context.options["x265-params"] += ":pools=none:frame-threads=1"
     if encoder == "mjpeg":
         context.qmin = context.qmax = jpeg_quantiser(picture.crf)  # no rate control
+
+
+def has_presets(encoder: str) -> bool:
+    """Whether an encoder trades speed for size by a preset."""
+    return "preset" in _OPTIONS.get(encoder, {})
 
 
 def jpeg_quantiser(crf: int) -> int:

@@ -27,7 +27,7 @@ from gpupipe.files import replacing
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.schedule import frame_rate
 from gpupipe.stages import UNTIMED, Stages
-from gpupipe.video.codecs import SEGMENTED, PictureFormat, configure
+from gpupipe.video.codecs import SEGMENTED, PictureFormat, configure, has_presets
 from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc
 from gpupipe.video.segments import DecodeTimes, Encoder, HostEncoder, SegmentPool
 from gpupipe.video.sound import SoundTrack
@@ -72,6 +72,8 @@ class VideoWriter:
             (:mod:`~gpupipe.video.segments`), instead of one encoder on all cores: for frames that come faster than that
             one takes them, as from a GPU, and for parts to be joined. Files are some 5 % larger, as every piece begins
             with a whole picture. Beside a network on two cores it was not seen to be faster.
+        preset: the encoder's own name for how hard it tries: ``p1`` (fastest) to ``p7`` for NVENC, ``ultrafast`` … for
+            libx264 and libx265, a number for SVT-AV1; None takes ours.
         device: that frames come from; a GPU may encode them itself (:func:`~gpupipe.video.ways.choose_way`).
         stages: what measures where the time goes.
 
@@ -82,8 +84,8 @@ class VideoWriter:
         frames: how many have been encoded.
 
     Raises:
-        InputError: quality out of range; a container that is unknown or cannot hold the codec; sound that cannot be
-            read.
+        InputError: quality out of range; a preset that the encoder does not have; a container that is unknown or cannot
+            hold the codec; sound that cannot be read.
         DeviceError: a codec that does not open here.
         OutputError: ``path`` cannot be written.
     """
@@ -99,6 +101,7 @@ class VideoWriter:
         crf: int = 20,
         sound: str | Path | None = None,
         segmented: bool = False,
+        preset: str | None = None,
         device: torch.device | str = "cpu",
         stages: Stages = UNTIMED,
     ) -> None:
@@ -112,10 +115,12 @@ class VideoWriter:
                 "%s: frames are %d×%d and 4:2:0 video needs even sizes: the video is %d×%d, with the last column or row"
                 " repeated", path, width, height, *even,
             )  # fmt: skip
-        self.picture = PictureFormat(*even, frame_rate(fps), crf, segmented)
+        self.picture = PictureFormat(*even, frame_rate(fps), crf, segmented, preset)
         self.frames = 0
         self._way = choose_way(codec, self.picture, device)
         self.encoder = self._way.name
+        if preset is not None and not has_presets(self.encoder):
+            raise InputError(f"preset is {preset!r} and {self.encoder} has none; expected no preset")
         self._device = torch.device(device)
         self._copies: torch.cuda.Stream | None = None
         whole = even == (width, height) and self._way.where != "nvjpeg"
@@ -193,7 +198,11 @@ class VideoWriter:
         """The first encoder is the stream's own, from which the container takes its header."""
         model, way = self._video.codec_context, self._way
         if way.where != "nvenc":  # which opens with its first frame
-            model.open()
+            try:
+                model.open()
+            except (av.error.FFmpegError, ValueError) as error:
+                told = f" with preset {self.picture.preset!r}" if self.picture.preset else ""
+                raise InputError(f"{self.path}: {self.encoder} does not open{told} ({error})") from error
 
         def make(k: int) -> Encoder[Any]:
             if way.where == "nvenc":
