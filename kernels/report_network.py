@@ -83,13 +83,13 @@ def network_variants() -> list[Variant]:
             wide = pointwise.upsample_expand(*given, _half(low, hidden), _half(skip, hidden), _single(hidden))
             inverted_residual.depthwise_project(wide, _projection(hidden, outputs))
         launches.config = "up5.1 and head"
-        given = (_half(BATCH, 320, 320, 16), _block(16, 32, 16), _half(16, 16), _single(16))
-        inverted_residual.inverted_residual_head(*given, residual=True)
+        x, head = _half(BATCH, 320, 320, 16), _half(16, 16)
+        inverted_residual.inverted_residual_head(x, _block(16, 32, 16), head, _single(16), residual=True)
         launches.config = "bottleneck"
         wide = pointwise.pointwise(_half(BATCH, 10, 10, 512), _half(512, 2048), _single(2048))
         launches.config = "fuse0.0"
-        given = (_half(BATCH, 10, 10, 512), _half(512, 2048), _single(2048))
-        pointwise.pointwise(*given, relu=True, residual=wide, index=index)
+        x = _half(BATCH, 10, 10, 512)
+        pointwise.pointwise(x, _half(512, 2048), _single(2048), relu=True, residual=wide, index=index)
         inverted_residual.depthwise_project(wide, _projection(2048, 512))
     return launches.variants
 

@@ -1,0 +1,161 @@
+"""The network's blocks: µs a frame, and GB/s on each block's byte budget beside the device's own copy.
+
+``python -m benchmarks.bench_inverted_residual [--record]``. On CUDA each block at full width and its own size runs on
+the Triton kernels and, as the baseline, in PyTorch layer by layer: channels last, batch norms folded, half precision.
+At the end come the fused engine's two halves, on what they must read and write at the least: image, features, mouth.
+On a CPU a few small blocks run on the plain reference, which shows that the script works and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.common import Row
+from benchmarks.kernel_bench import main, rows_of
+from benchmarks.seeded import seeded_network
+from gpupipe.engines.fused import FusedEngine
+from gpupipe.kernels.dispatch import backend
+from gpupipe.kernels.inverted_residual import (
+    bytes_moved,
+    depthwise_project,
+    expansion_is_recomputed,
+    inverted_residual,
+    inverted_residual_head,
+    pack_block,
+    pack_pointwise,
+)
+from gpupipe.kernels.pointwise import upsample_expand
+from gpupipe.models.unet328 import INPUT_SIZE
+
+BLOCKS = (
+    # name, side, channels in and out, stride, residual
+    ("down1.0", 320, 16, 32, 2, False),
+    ("down1.1, up4.1", 160, 32, 32, 1, True),
+    ("down2.0", 160, 32, 64, 2, False),
+    ("down2.1", 80, 64, 64, 1, True),
+    ("down3.0", 80, 64, 128, 2, False),
+    ("down3.1", 40, 128, 128, 1, True),
+    ("down4.1", 20, 256, 256, 1, True),
+    ("down5.1", 10, 512, 512, 1, True),
+)
+
+UPS = (
+    # name, side, channels of low and of the skip, hidden and out
+    ("up1.0", 20, 256, 256, 1024, 128),
+    ("up2.0", 40, 128, 128, 512, 64),
+    ("up3.0", 80, 64, 64, 256, 32),
+    ("up4.0", 160, 32, 32, 128, 32),
+    ("up5.0", 320, 32, 16, 128, 16),
+)
+
+
+def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
+    cuda = device.type == "cuda"
+    dtype = torch.float16 if cuda else torch.float32
+    rows: list[Row] = []
+
+    def add(case: str, functions: dict[str, Callable[[], object]], bytes_a_frame: int) -> None:
+        for provider, function in functions.items():
+            rows.extend(
+                rows_of(
+                    "inverted_residual",
+                    provider,
+                    function,
+                    frames=batch,
+                    bytes_a_frame=bytes_a_frame,
+                    config={"case": case},
+                    device=device,
+                    rounds=rounds,
+                )
+            )
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, device=device, dtype=dtype)
+
+    for name, side, channels, outputs, stride, residual in BLOCKS if cuda else BLOCKS[-2:]:
+        layers = _layers(channels, 2 * channels, outputs, stride)
+        block, x = pack_block(_convolutions(layers), device=device, dtype=dtype), noise(side, side, channels)
+        plain, planes = _on(layers, device, dtype), x.permute(0, 3, 1, 2)
+
+        def fused(x: Tensor = x, block=block, stride: int = stride, residual: bool = residual) -> Tensor:  # type: ignore[no-untyped-def]
+            return inverted_residual(x, block, stride=stride, residual=residual)
+
+        def layered(planes: Tensor = planes, plain: nn.Module = plain, residual: bool = residual) -> Tensor:
+            return planes + plain(planes) if residual else plain(planes)
+
+        how = "whole" if expansion_is_recomputed(block, stride) else "in two"
+        moved = bytes_moved(side, block, stride=stride, residual=residual)
+        add(f"{name}, {how}", {backend(device): fused, "layers": layered}, moved)
+
+    index = torch.arange(batch, device=device)
+    for name, side, low_channels, skip_channels, hidden, outputs in UPS if cuda else UPS[:1]:
+        layers = _layers(low_channels + skip_channels, hidden, outputs, 1)
+        expand, depthwise, project = _convolutions(layers)
+        block = pack_block((expand, depthwise, project), device=device, dtype=dtype)
+        first, second = (matrix.to(device, dtype).contiguous() for matrix in _split(expand, low_channels))
+        low, skip = noise(side // 2, side // 2, low_channels), noise(side, side, skip_channels)
+        plain = _on(layers, device, dtype)
+
+        def up(low: Tensor = low, skip: Tensor = skip, first=first, second=second, block=block) -> Tensor:  # type: ignore[no-untyped-def]
+            wide = upsample_expand(low, skip, index, first, second, block.expand_bias)
+            return depthwise_project(wide, block.projection)
+
+        def up_layered(low: Tensor = low, skip: Tensor = skip, plain: nn.Module = plain) -> Tensor:
+            small, large = low.permute(0, 3, 1, 2), skip.permute(0, 3, 1, 2)
+            upsampled = nn.functional.interpolate(small, scale_factor=2, mode="bilinear", align_corners=True)
+            return plain(torch.cat([upsampled, large], dim=1))
+
+        area = side * side
+        moved = dtype.itemsize * area * (low_channels // 4 + skip_channels + 2 * hidden + outputs)
+        add(f"{name}, upsampled and concatenated", {backend(device): up, "layers": up_layered}, moved)
+
+    if cuda:
+        layers, head = _layers(16, 32, 16, 1), nn.Conv2d(16, 3, 1)
+        block, x = pack_block(_convolutions(layers), device=device, dtype=dtype), noise(320, 320, 16)
+        packed = pack_pointwise(head, device=device, dtype=dtype)
+        plain, planes, last = _on(layers, device, dtype), x.permute(0, 3, 1, 2), head.to(device, dtype)
+        functions: dict[str, Callable[[], object]] = {
+            backend(device): lambda: inverted_residual_head(x, block, *packed, residual=True),
+            "layers": lambda: (last(planes + plain(planes)).sigmoid() * 255).to(torch.uint8),
+        }
+        add("up5.1, head, uint8", functions, 320 * 320 * (2 * 16 + 3))
+        engine = FusedEngine(seeded_network(width=1), device=device)
+        image, audio = torch.rand(batch, 6, INPUT_SIZE, INPUT_SIZE, device=device), noise(32, 16, 16)
+        image = image.to(dtype).contiguous(memory_format=torch.channels_last)
+        features = engine.encode(image)
+        kept = sum(value[0].nbytes for value in features.values())
+        add("template half", {"fused": lambda: engine.encode(image)}, image[0].nbytes + kept)
+        add("speech half", {"fused": lambda: engine.decode(features, index, audio)}, kept + 3 * INPUT_SIZE**2)
+    return rows
+
+
+def _layers(channels: int, hidden: int, outputs: int, stride: int) -> nn.Sequential:
+    """A block as PyTorch runs it once batch norms are folded."""
+    return nn.Sequential(
+        nn.Conv2d(channels, hidden, 1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(hidden, outputs, 1),
+    )
+
+
+def _convolutions(layers: nn.Sequential) -> list[nn.Conv2d]:
+    return [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+
+
+def _on(layers: nn.Sequential, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    return layers.to(device, dtype).to(memory_format=torch.channels_last)
+
+
+def _split(expand: nn.Conv2d, low: int) -> tuple[Tensor, Tensor]:
+    """An expansion's matrix, the rows of the upsampled map's channels and of the skip's."""
+    matrix = expand.weight.detach()[:, :, 0, 0].T
+    return matrix[:low], matrix[low:]
+
+
+if __name__ == "__main__":
+    main((__doc__ or "").split("\n")[0], cases)
