@@ -1,6 +1,6 @@
 """Runs Gluon kernels in Triton's CPU interpreter, which knows plain Triton only.
 
-:func:`interpreted` loads a kernel's module with a stand-in for ``triton.experimental.gluon``: layouts mean nothing,
+:func:`interpreted` loads kernels' modules with a stand-in for ``triton.experimental.gluon``: layouts mean nothing,
 shared memory is a numpy array that begins as NaN, tensor-core steps are ``tl.dot``, and the few lines of inline
 assembly that the kernels use are evaluated by their text, operand order included.
 
@@ -26,20 +26,22 @@ GLUON = "triton.experimental.gluon"
 NUMPY_TYPES = {"fp16": np.float16, "fp32": np.float32, "int32": np.int32, "uint8": np.uint8}
 
 
-def interpreted(name: str) -> ModuleType:
-    """The kernels' module ``name`` with its Gluon functions interpreted, beside the real one."""
-    found = importlib.util.find_spec(name)
-    assert found is not None and found.origin is not None, name
-    spec = importlib.util.spec_from_file_location(f"{name}_interpreted", found.origin)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+def interpreted(*names: str) -> ModuleType:
+    """The last of the kernels' modules ``names``, each imported anew with its Gluon functions interpreted.
+
+    They are given in the order in which they import each other; the real ones are left as they are.
+    """
     stand_in = _stand_in()
     with (
         mock.patch.dict(sys.modules, stand_in),
         mock.patch.object(triton.experimental, "gluon", stand_in[GLUON], create=True),
     ):
-        spec.loader.exec_module(module)
-    vars(module)["tl"] = tl  # the interpreter patches the language that it finds among a function's globals
+        for name in names:
+            spec = importlib.util.find_spec(name)
+            assert spec is not None and spec.loader is not None, name
+            module = sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            vars(module)["tl"] = tl  # the interpreter patches the language that it finds among a function's globals
     return module
 
 

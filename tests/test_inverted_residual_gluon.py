@@ -27,7 +27,7 @@ def kernels() -> Any:
         from gpupipe.kernels import inverted_residual_gluon
 
         return inverted_residual_gluon
-    return interpreted("gpupipe.kernels.inverted_residual_gluon")
+    return interpreted("gpupipe.kernels.gluon_device", "gpupipe.kernels.inverted_residual_gluon")
 
 
 def layer(inputs: int, outputs: int, kernel: int = 1, *, groups: int = 1, stride: int = 1) -> nn.Conv2d:
@@ -78,7 +78,7 @@ def test_plain_block_with_residual(kernels: Any, wgmma: bool) -> None:
 @pytest.mark.parametrize("wgmma", EXPANDS)
 def test_upsampled_and_concatenated(kernels: Any, wgmma: bool) -> None:
     """A skip of fewer channels than the upsampled map has, two chunks of hidden channels, and what must not pass."""
-    low, skip, block = noise(1, 4, 16, 20), noise(1, 8, 32, 12), block_of(20, 12, 40, 8)
+    low, skip, block = noise(1, 4, 15, 20), noise(1, 8, 30, 12), block_of(20, 12, 40, 8)
     found = run(kernels, skip, block, low=low, wgmma=wgmma)
     check(found, whole_block(skip, block, low=low))
     if wgmma:
