@@ -1,7 +1,8 @@
 """The network's blocks: µs a frame, and GB/s on each block's byte budget beside the device's own copy.
 
-``python -m benchmarks.bench_inverted_residual [--record]``. On CUDA each block at full width and its own size runs on
-the Triton kernels and, as the baseline, in PyTorch layer by layer: channels last, batch norms folded, half precision.
+``python -m gpupipe.benchmarks.bench_inverted_residual [--record]``. On CUDA each block at full width and its own size
+runs on the Triton kernels and, as the baseline, in PyTorch layer by layer: channels last, batch norms folded, half
+precision.
 At the end come the fused engine's two halves, on what they must read and write at the least: image, features, mouth.
 On a CPU a few small blocks run on the plain reference, which shows that the script works and no more.
 """
@@ -13,9 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Row
-from benchmarks.kernel_bench import main, rows_of
-from benchmarks.seeded import seeded_network
+from gpupipe.benchmarks.common import Row
+from gpupipe.benchmarks.kernel_bench import main, rows_of
+from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.fused import FusedEngine
 from gpupipe.kernels.dispatch import backend
 from gpupipe.kernels.inverted_residual import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.seeded import seeded_network
+from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.fused import FusedEngine
 from gpupipe.kernels import inverted_residual, pointwise
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode, UNet328

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from benchmarks.seeded import seeded_network
+from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.kernels.inverted_residual import (
     Block,
     bytes_moved,
