@@ -46,7 +46,7 @@ class Stage:
 
     Attributes:
         once: what it runs once for.
-        run: does it for the frames of an index, int64 on the CPU.
+        run: does it for the frames of an index, int64 on the CPU, a number after the other.
         where: ``lanes`` runs beside others of its kind, on CPU cores or as one batch on the GPU; ``host`` has threads
             of its own.
         moved: the fewest bytes of a frame, read and written.
@@ -119,16 +119,16 @@ class Step:
         )
 
     def _template_half(self, index: Tensor) -> object:
-        return self.model.engine.encode(self._images[index.to(self.device)])
+        return self.model.engine.encode(self._images[_slice(index)])
 
     def _speech_half(self, index: Tensor) -> Tensor:
-        index = index.to(self.device)
-        return self.model.engine.decode(self._features, index, self._audio[index])
+        return self.model.engine.decode(self._features, index.to(self.device), self._audio[_slice(index)])
 
     def _paste(self, index: Tensor) -> Tensor:
+        mouths = self._mouths[_slice(index)]
         index = index.to(self.device)
         return paste_blend.paste_blend_nv12(
-            self._mouths[index],
+            mouths,
             self._crops,
             self._pixels,
             index,
@@ -140,14 +140,19 @@ class Step:
         )
 
     def _convert(self, index: Tensor) -> Tensor:
-        return nv12.to_nv12(self._pixels[index.to(self.device)])
+        return nv12.to_nv12(self._pixels[_slice(index)])
 
     def _encode(self, index: Tensor) -> None:
         width, height = self._scenario.size
         path = self._folder / "stage.mp4"
         with VideoWriter(path, width=width, height=height, fps=self._scenario.fps) as writer:
-            for batch in self._backgrounds[index.to(self.device)].split(8):
+            for batch in self._backgrounds[_slice(index)].split(8):
                 writer.write(batch)
+
+
+def _slice(index: Tensor) -> slice:
+    """The frames of an index as a slice: what a stage gets in a render is not copied for it, and so not here either."""
+    return slice(int(index[0]), int(index[-1]) + 1)
 
 
 def network_costs(network: UNet328, dtype: torch.dtype, batch: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
