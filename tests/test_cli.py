@@ -77,6 +77,19 @@ def test_options_reach_the_render(clip: dict[str, Path], tmp_path: Path) -> None
         assert container.streams.video[0].average_rate == 10
 
 
+def test_profile_prints_where_time_went(clip: dict[str, Path], tmp_path: Path) -> None:
+    result = run(*render_words(clip, tmp_path / "out.mp4", "--profile", tmp_path / "trace.json", *QUICK, "--json"))
+    assert result.exit_code == 0, result.output
+    busy = json.loads(result.stdout.splitlines()[-1])["busy"]
+    lines = result.stderr.splitlines()
+    for stage, seconds in busy.items():
+        [line] = [line for line in lines if line.strip().startswith(stage)]
+        assert f"{seconds:.2f}" in line
+    assert any(line.startswith("bounded by the ") for line in lines)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["name"] for event in events if event["ph"] == "X"} == set(busy)
+
+
 def test_wenet_renders_at_20_frames_a_second(clip: dict[str, Path], tiny_checkpoint: Any, tmp_path: Path) -> None:
     features = tmp_path / "wenet.npy"
     np.save(features, np.zeros((3, 16 * 512), dtype=np.float32))

@@ -191,7 +191,7 @@ def test_events_of_a_real_gpu() -> None:
 
 @pytest.fixture(scope="module")
 def pipeline(tiny_checkpoint: Callable[..., Path]) -> FrameGenerationPipeline:
-    return FrameGenerationPipeline(tiny_checkpoint(), "ave", "cpu", batch_size=2)
+    return FrameGenerationPipeline(tiny_checkpoint(), "ave", "cpu", engine="eager", batch_size=2)
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_a_render_tells_where_its_time_went(
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     count = {stage: sum(event["name"] == stage for event in events) for stage in STAGES}
     assert count["speech half"] == count["paste"] == 5, "batches"
-    assert count["mux"] == 10, "frames, and the end"
+    assert count["mux"] >= 2, "packets, and the end"
 
 
 def test_frames_alone_are_not_encoded(

@@ -124,8 +124,11 @@ ORDERS: dict[str, list[int]] = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("batch", [1, 5])
-def test_every_way_leads_to_the_same_frames(batch: int, order: str, video: Path) -> None:
+@pytest.mark.parametrize(("batch", "recent"), [(1, 32), (1, 2), (5, 2)])
+def test_every_way_leads_to_the_same_frames(
+    batch: int, recent: int, order: str, video: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpupipe.video.frames._RECENT", recent)
     expected, frames = decoded(video), VideoFrames(video)
     assert (frames.length, frames.width, frames.height, frames.decoder) == (FRAMES, WIDTH, HEIGHT, "threads")
     for start in range(0, len(ORDERS[order]), batch):
@@ -229,6 +232,7 @@ def test_rendered_frames(
 def test_video_of_a_video(folder: Path, video: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """To a file without loss and back: outside the boxes it is the source; saving frames beside it changes nothing."""
     pipeline = FrameGenerationPipeline(tiny_checkpoint(), "ave", "cpu", engine="eager", batch_size=3)
+    pipeline.unet_model.engine = Painter()
     features, start = np.abs(np.random.default_rng(1).standard_normal((8, 512))).astype(np.float32), FRAMES - 5
     outputs = [tmp_path / "plain.mkv", tmp_path / "saved.mkv"]
     for output in outputs:
@@ -382,6 +386,32 @@ def test_no_template_at_all(folder: Path) -> None:
 
 
 # ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_without_nvdec_threads_decode(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What FFmpeg does where it finds no GPU; why is said once."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    refused = RuntimeError("no stream is compatible")
+    monkeypatch.setattr("gpupipe.video.frames.HWAccel", lambda *_, **__: (_ for _ in ()).throw(refused))
+    noted: list[str] = []
+    monkeypatch.setattr("gpupipe.video.frames.note_fallback", noted.append)
+    frames = VideoFrames(video, device="cuda")
+    assert frames.decoder == "threads"
+    assert noted == ["NVDEC does not take template.mp4 (no stream is compatible): the CPU decodes it"]
+
+
+def test_surfaces_are_copied_out(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NVDEC's are, of frames in the host's memory: planes with padding, handed over by DLPack."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+    frames = VideoFrames(video)
+    frames.decoder = "nvdec"
+    with av.open(str(video)) as container:
+        surface = next(container.decode(video=0)).reformat(width=150, height=90, format="nv12")
+    assert surface.planes[0].line_size > 150
+    pixels, expected = frames._pixels(surface), surface.to_ndarray()
+    del surface
+    assert np.array_equal(pixels.numpy(), expected)
 
 
 @pytest.mark.cuda

@@ -34,8 +34,9 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
 
 VideoDecoder = Literal["threads", "nvdec"]
 
-_RECENT = 32
-"""Decoded frames that are kept by: who walks backwards needs each of them after the one that it was decoded for."""
+_RECENT, _RECENT_BYTES = 32, 64 << 20
+"""Decoded frames that are kept by, and the bytes that they may take: who walks backwards needs each of them after the
+one that it was decoded for."""
 
 _HD = (1280, 576)
 """Video that does not name its matrix is BT.709 from this width on, or above this height, as mpv and others take it."""
@@ -89,6 +90,7 @@ class VideoFrames:
         first = self._first()
         self.width, self.height = first.width, first.height
         self.colours = self._colours_of(first)
+        self._recent_count = max(2, min(_RECENT, _RECENT_BYTES // (self.width * self.height * 3 // 2)))
         self._next = 0  # the number of the frame that the decoder gives next
         self._seek(0)
 
@@ -145,9 +147,9 @@ class VideoFrames:
         """The file, decoded on the GPU into surfaces of its primary context; or None, and why not."""
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         torch.cuda.synchronize(self.device)  # the primary context is there, and current
-        wanted = HWAccel("cuda", device=index, allow_software_fallback=False, is_hw_owned=True)
         container = None
         try:
+            wanted = HWAccel("cuda", device=index, allow_software_fallback=False, is_hw_owned=True)
             container = av.open(str(self.path), hwaccel=wanted)
             surface = next(container.decode(video=0)).sw_format
             if surface is None or surface.name != "nv12":
@@ -196,7 +198,7 @@ class VideoFrames:
             if number < self._next or key > self._next:
                 self._seek(key)
             while self._next <= number:
-                self._step(keep=number - self._next < _RECENT)
+                self._step(keep=number - self._next < self._recent_count)
         self._recent.move_to_end(number)
         return self._recent[number]
 
@@ -223,7 +225,7 @@ class VideoFrames:
             )
         if keep:
             self._recent[self._next] = to_bt709(self._pixels(frame), self.colours)
-            while len(self._recent) > _RECENT:
+            while len(self._recent) > self._recent_count:
                 self._recent.popitem(last=False)
         self._next += 1
 
