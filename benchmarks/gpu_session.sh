@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one call of less than ten minutes, on a machine where nothing can be downloaded.
 #
-#   benchmarks/gpu_session.sh OUT [WHEELS]
+#   benchmarks/gpu_session.sh OUT [WHEELS [CUBINS]]
 #
 # OUT     folder for the rows (<device>.jsonl), the logs and summary.txt
 # WHEELS  folder of wheels that the machine lacks (av, kornia, kornia_rs …), installed beside the project
+# CUBINS  what "python -m gpupipe.benchmarks.gluon_cubins build CUBINS" made elsewhere, where Triton here is too old for it
 #
 # A part that fails or takes too long does not stop the others; the summary says which, and the exit status is 1 then.
 # PYTHON names the interpreter (python3); MINUTES bounds the whole (9).
 set -u
 
 out=$(mkdir -p "$1" && cd "$1" && pwd)
-wheels=${2:-}
+wheels=${2:+$(realpath "$2")}
+cubins=${3:+$(realpath "$3")}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 deadline=$((SECONDS + ${MINUTES:-9} * 60))
@@ -52,7 +54,7 @@ print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "torch",
 assert backend("cuda") == "triton", backend("cuda")'
 
 # A kernel NAME has tests/test_NAME_triton.py and benchmarks/bench_NAME.py: one more is one more word here.
-kernels=(crop_resize paste_blend nv12)
+kernels=(crop_resize paste_blend nv12 inverted_residual)
 pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -rfE)
 tests=()
 for name in "${kernels[@]}"; do tests+=("$root/tests/test_${name}_triton.py"); done
@@ -61,6 +63,9 @@ part tests_cuda 120 "${pytest[@]}" -m cuda "$root/tests"
 for name in "${kernels[@]}"; do
     part "bench_$name" 60 "$python" -m "gpupipe.benchmarks.bench_$name" --device cuda --record --results "$out"
 done
+if [ -n "$cubins" ]; then
+    part bench_gluon 60 "$python" -m gpupipe.benchmarks.gluon_cubins run "$cubins" --record --results "$out"
+fi
 
 # End to end, stage by stage and by batch at real shapes: 1280×720, full-width network of random weights.
 gpupipe=("$python" -c 'from gpupipe.cli import main; main()')
