@@ -85,7 +85,8 @@ def _depthwise_sums(
     return tl.maximum(total, 0.0)
 
 
-@triton.jit
+# A last batch is shorter: it must not be compiled for.
+@triton.jit(do_not_specialize=["samples"])
 def _depthwise_kernel(
     x,
     weight,
@@ -115,7 +116,7 @@ def _depthwise_kernel(
     tl.store(to, total.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _depthwise_project_kernel(
     x,
     weight,
@@ -153,7 +154,7 @@ def _depthwise_project_kernel(
     tl.store(out + to, total.to(out.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _whole_block_kernel(
     x,
     expand,
@@ -240,7 +241,7 @@ def projection_tile(hidden: int, out: int) -> Tile:
     """Tile of depthwise and projection."""
     if INTERPRETED:  # its cost is by the program
         return Tile(4096, hidden)
-    return Tile(128, min(hidden, 64), 8) if out <= 32 else Tile(64, min(hidden, 64))
+    return Tile(128, min(hidden, 64), 8) if out <= 32 else Tile(64, min(hidden, 32))
 
 
 def whole_tile(channels: int, hidden: int) -> Tile:

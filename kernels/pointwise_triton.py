@@ -18,7 +18,8 @@ from torch import Tensor
 from gpupipe.kernels.cubic_triton import INTERPRETED
 
 
-@triton.jit
+# A last batch is shorter: it must not be compiled for.
+@triton.jit(do_not_specialize=["pixels"])
 def _pointwise_kernel(
     x,
     weight,
