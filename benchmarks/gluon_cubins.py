@@ -53,13 +53,14 @@ def build(folder: Path, arch: int, blocks: Sequence[str] | None = None) -> list[
 
     from gpupipe.kernels.inverted_residual_gluon import TILE
     from gpupipe.kernels.report import compile_variant, compiled_kernel
-    from gpupipe.kernels.report_gluon import BLOCKS, WARPGROUP_ARCHITECTURES, variant_of
+    from gpupipe.kernels.report_gluon import BLOCKS, variant_of
 
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
     for name in blocks or BLOCKS:
-        for wgmma in (False, True) if arch in WARPGROUP_ARCHITECTURES else (False,):
-            variant = variant_of(name, wgmma=wgmma)
+        for variant in (variant_of(name, wgmma=False), variant_of(name, wgmma=True)):
+            if variant.architectures is not None and arch not in variant.architectures:
+                continue
             row = compile_variant(variant, arch)
             if not row.clean:
                 told = row.error or f"{row.stack} bytes of stack, {row.spills} spilled"

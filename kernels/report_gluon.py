@@ -10,6 +10,9 @@ from gpupipe.kernels.report import Variant
 WARPGROUP_ARCHITECTURES = (90,)
 """Where warpgroup instructions exist."""
 
+WARP_ARCHITECTURES = {"up3.0": (80, 86, 89, 90)}
+"""Blocks by warp instructions that are not for every architecture: compiled for 10.0, this one spills 84 bytes."""
+
 
 @dataclass(frozen=True)
 class BlockShape:
@@ -73,5 +76,5 @@ def variant_of(name: str, *, wgmma: bool) -> Variant:
         types,
         constants,
         num_warps=inverted_residual_gluon.NUM_WARPS,
-        architectures=WARPGROUP_ARCHITECTURES if wgmma else None,
+        architectures=WARPGROUP_ARCHITECTURES if wgmma else WARP_ARCHITECTURES.get(name),
     )

@@ -46,7 +46,7 @@ def test_a_block_compiles_to_a_cubin_that_its_launch_fits(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_every_block_compiles_for_every_architecture(tmp_path: Path) -> None:
-    for arch, kernels in ((80, 11), (86, 11), (89, 11), (90, 22), (100, 11)):
+    for arch, kernels in ((80, 11), (86, 11), (89, 11), (90, 22), (100, 10)):
         entries = build(tmp_path / str(arch), "--arch", str(arch))["kernels"]
         assert len(entries) == kernels
         most = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228}[arch] * 1024 - 1024
