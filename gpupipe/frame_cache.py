@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,7 +39,8 @@ class FrameCache:
         self.device = device
         self.capacity: int | None = None  # frames that fit, known once a frame has been computed
         self.bytes_used = 0
-        self._compute = compute
+        # An owner's method must not keep its owner alive: the memory is to be free when the last user lets go of it.
+        self._compute = weakref.WeakMethod(compute) if inspect.ismethod(compute) else lambda: compute
         self._bank: Tensors = {}
         self._slot = np.full(length, -1, dtype=np.int64)
         self._kept = 0
@@ -53,7 +56,7 @@ class FrameCache:
         """
         wanted, inverse = np.unique(np.asarray(frames, dtype=np.int64), return_inverse=True)
         missing = wanted[self._slot[wanted] < 0]
-        computed = self._compute(missing) if len(missing) else {}
+        computed = self._computed(missing) if len(missing) else {}
         with self._lock:
             self._store(missing, computed)
             slot = self._slot[wanted]
@@ -80,6 +83,11 @@ class FrameCache:
         """As :meth:`lookup`, each tensor with one row for each of ``frames``."""
         tensors, index = self.lookup(frames)
         return {name: value.index_select(0, index) for name, value in tensors.items()}
+
+    def _computed(self, frames: NDArray[np.int64]) -> Tensors:
+        compute = self._compute()
+        assert compute is not None, "the cache's owner is gone"
+        return compute(frames)
 
     def _store(self, frames: NDArray[np.int64], computed: Tensors) -> None:
         """Keep as many of the computed frames as fit, but those that another thread has stored meanwhile."""

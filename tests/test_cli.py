@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import wave
@@ -14,13 +15,16 @@ import av
 import cv2
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from gpupipe import __version__
 from gpupipe.cli import app
+from gpupipe.engines import choice
+from gpupipe.models import UNet328
 
 FRAMES = 5
-QUICK = ("--engine", "torch")  # builds in no time; what these tests look at comes before or after the network
+QUICK = ("--engine", "eager")  # builds in no time; what these tests look at comes before or after the network
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +73,9 @@ def test_render_writes_a_video_with_sound_and_a_record(clip: dict[str, Path], tm
 
 def test_options_reach_the_render(clip: dict[str, Path], tmp_path: Path) -> None:
     words = render_words(clip, tmp_path / "out.mkv", "--fps", 10, "--blend", "none", "--start-frame", 1, "--exact")
-    result = run(*words, "--engine", "torch", "--crf", 30, "--save-frames", "--frames-dir", tmp_path / "kept", "--json")
+    result = run(*words, "--engine", "eager", "--crf", 30, "--save-frames", "--frames-dir", tmp_path / "kept", "--json")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout.splitlines()[-1])["engine"] == "torch"
+    assert json.loads(result.stdout.splitlines()[-1])["engine"] == "eager"
     assert len(list((tmp_path / "kept").glob("frame_*.jpg"))) == round(FRAMES / 25 * 10), "as many as in the video"
     with av.open(str(tmp_path / "out.mkv")) as container:
         assert container.streams.video[0].average_rate == 10
@@ -141,9 +145,12 @@ def test_export_and_reference(clip: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_doctor_names_the_way_a_render_takes(clip: dict[str, Path], tmp_path: Path) -> None:
+    network, cpu = UNet328("ave"), torch.device("cpu")
+    choice.remember(network, cpu, torch.float32, {"onnxruntime": 100.0, "eager": 400.0, "compile": math.inf})
     result = run("doctor", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout.splitlines()[-1])
+    assert "onnxruntime 100.0, eager 400.0, fails: compile" in facts["render"]["engine"]
     rendered = run(*render_words(clip, tmp_path / "out.mp4", "--json", "--device", "cpu"))
     record = json.loads(rendered.stdout.splitlines()[-1])
     assert facts["render"]["engine"].startswith(record["engine"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -347,3 +349,18 @@ def test_bad_parsing(template: Path) -> None:
 def test_missing_parsing_directory(template: Path) -> None:
     (template / "parsing").rename(template / "masks")
     assert "no such" in refusal(template, template / "parsing" / "0.png", use_parsing=True)
+
+
+def test_memory_is_free_when_the_template_is_let_go(make_template: Callable[..., Path], tmp_path: Path) -> None:
+    """Without the garbage collector, which may come late, and knows nothing of a GPU's memory."""
+    template = Template.from_directory(make_template(tmp_path))
+    gone = weakref.ref(template)
+    kept, _ = template.frames.lookup([0])
+    bank = weakref.ref(kept["frame"])
+    gc.disable()
+    try:
+        del template, kept
+        assert gone() is None
+        assert bank() is None
+    finally:
+        gc.enable()
