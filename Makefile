@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/gpupipe demo --output demo.mp4
 
 test: setup lint types
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -49,8 +49,8 @@ def cubic_taps(position: Tensor, source: Tensor, target: Tensor) -> Taps:
 
 
 def resize_by_taps(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
-    """Apply taps along both axes: float32 (B, C, H, W) → (B, C, D rows, D columns)."""
-    return _resize_rows(_resize_rows(images, rows).mT, columns).mT
+    """Apply taps along both axes: float32 (B, C, H, W) → contiguous (B, C, D rows, D columns)."""
+    return _resize_rows(_resize_rows(images, rows).mT, columns).mT.contiguous()
 
 
 def _resize_rows(images: Tensor, taps: Taps) -> Tensor:

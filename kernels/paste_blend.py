@@ -169,10 +169,11 @@ def _finish_region(
     row_in_box = torch.minimum((rows - ymin[:, None]).clamp_min(0), (ymax - ymin)[:, None] - 1)
     column_in_box = torch.minimum((columns - xmin[:, None]).clamp_min(0), (xmax - xmin)[:, None] - 1)
     row_taps, column_taps = cubic_taps(row_in_box, size, ymax - ymin), cubic_taps(column_in_box, size, xmax - xmin)
-    painted = round_to_uint8(resize_by_taps(canvas, row_taps, column_taps)).permute(0, 2, 3, 1)
+    painted = round_to_uint8(resize_by_taps(canvas, row_taps, column_taps))
 
+    # Channel by channel: each step below then runs over neighbouring numbers.
     batch_index = index[:, None, None]
-    template = frames[batch_index, rows[:, :, None], columns[:, None, :]]
+    template = frames[batch_index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
     row_distance = torch.minimum(rows - ymin[:, None], ymax[:, None] - 1 - rows)
     column_distance = torch.minimum(columns - xmin[:, None], xmax[:, None] - 1 - columns)
     distance = torch.minimum(row_distance[:, :, None], column_distance[:, None, :])
@@ -180,9 +181,9 @@ def _finish_region(
     if keep is not None:
         inside &= ~keep[batch_index, rows[:, :, None], columns[:, None, :]]
     if feather > 0:
-        alpha = ((distance + 0.5) / feather).clamp(0, 1)[..., None]
+        alpha = ((distance + 0.5) / feather).clamp(0, 1)[:, None]
         painted = round_to_uint8(template + alpha * (painted.float() - template))
-    return torch.where(inside[..., None], painted, template), rows, columns
+    return torch.where(inside[:, None], painted, template).permute(0, 2, 3, 1), rows, columns
 
 
 def _aligned_span(low: Tensor, high: Tensor, align: int) -> Tensor:

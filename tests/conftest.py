@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 # The benchmarks are not installed, and the parity tests' oracle is among them.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from gpupipe import UNetModel
+from gpupipe import UNetModel, fallbacks
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines import EngineName
 from gpupipe.models import Mode
@@ -131,6 +131,12 @@ def tiny_model(tiny_checkpoint: MakeCheckpoint) -> MakeModel:
         return UNetModel(tiny_checkpoint(mode, seed), mode, "cpu", engine=engine)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def own_fallbacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one test falls back to is not told by the next one's records."""
+    monkeypatch.setattr(fallbacks, "_noted", {})
 
 
 @pytest.fixture(scope="session", autouse=True)
