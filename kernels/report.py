@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,11 +242,20 @@ def report(architectures: Iterable[int] = ARCHITECTURES, kernels: Collection[str
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set; the kernels are interpreted, and cannot be compiled")
+    architectures = list(architectures)
+    if len(architectures) == 1:
+        return _of_architecture(architectures[0], kernels)
+    # A process for each: the compiler works on one core, and minutes for each architecture.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as processes:
+        found = processes.map(_of_architecture, architectures, [kernels] * len(architectures))
+        return [row for rows in found for row in rows]
+
+
+def _of_architecture(arch: int, kernels: Collection[str] | None) -> list[Row]:
     wanted = [variant for variant in variants() if kernels is None or variant.name in kernels]
     return [
         compile_variant(variant, arch)
         for variant in wanted
-        for arch in architectures
         if variant.architectures is None or arch in variant.architectures
     ]
 
