@@ -85,12 +85,13 @@ def test_closing_waits_for_what_is_under_way() -> None:
             ended.append(item)
         return item
 
+    before = set(threading.enumerate())  # some test may have left a clip half rendered
     results = map_in_lanes(slow, range(9), Lanes(1, 1))
     next(results)
     assert running.wait(5)
     results.close()  # type: ignore[attr-defined]
     assert ended == [1]
-    assert not any(thread.name.startswith("lane") for thread in threading.enumerate())
+    assert set(threading.enumerate()) <= before
 
 
 def test_pytorch_runs_on_a_lanes_threads_and_elsewhere_as_before() -> None:

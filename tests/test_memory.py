@@ -66,7 +66,7 @@ def peak(
 ) -> Callable[..., float]:
     """``peak(frames, variant)`` → megabytes that a process of its own takes to render that many small frames."""
     folder = tmp_path_factory.mktemp("memory")
-    template = make_template(folder / "template", frames=8, size=(96, 64), box=(30, 20, 32))
+    template = make_template(folder / "template", frames=8, size=(192, 128), box=(60, 40, 64))
 
     @functools.cache
     def measure(frames: int, variant: str = "streams") -> float:
@@ -91,7 +91,7 @@ def peak(
 
 
 def allowed(frames: int) -> float:
-    """The same growth a frame, for a clip between the two: 5 kB, about half a frame of this size."""
+    """The same growth a frame, for a clip between the two: 5 kB, a seventh of a frame of this size."""
     return ALLOWED_MB * (frames - SHORT) / (LONG - SHORT)
 
 
