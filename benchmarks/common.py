@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpupipe.lanes import available_cores
-from gpupipe.versions import processor_name
+from gpupipe.versions import device_name
 from gpupipe.versions import versions as gpupipe_versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,13 +76,6 @@ def measure(
 
 
 # ── the machine ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def device_name(device: str | torch.device = "cpu") -> str:
-    """The GPU's name, or the CPU's with the number of cores this process may use."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{processor_name()}, {available_cores()} cores"
 
 
 def driver_version(device: str | torch.device = "cpu") -> str | None:

@@ -11,11 +11,11 @@ import av.codec.hwaccel
 import torch
 
 from gpupipe.avatar import FEATHER
+from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.engines.choice import Figures, candidates, find_dtype, measure, measured, remember
 from gpupipe.errors import DeviceError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.frame_cache import default_budget
-from gpupipe.frame_generator import BATCH_SIZES
 from gpupipe.kernels.dispatch import backend, obstacle
 from gpupipe.lanes import available_cores
 from gpupipe.models import UNet328

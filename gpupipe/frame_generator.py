@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from gpupipe.avatar import FEATHER, Avatar, Blend, PixelFormat, feather_width
+from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.errors import InputError
 from gpupipe.features import FRAME_RATES, SpeechFeatures
 from gpupipe.image_processor import Image, ImageProcessor
@@ -24,9 +25,6 @@ from gpupipe.unet_model import UNetModel
 from gpupipe.video.images import write_frames
 
 logger = logging.getLogger(__name__)
-
-BATCH_SIZES = {"cuda": 64, "cpu": 1}
-"""Default frames in a batch, by kind of device; a CPU renders several batches side by side."""
 
 
 class FrameGenerator:

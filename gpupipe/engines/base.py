@@ -13,6 +13,9 @@ ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
+BATCH_SIZES = {"cuda": 64, "cpu": 1}
+"""Default frames in a batch, by kind of device; a CPU renders several batches side by side."""
+
 Features = dict[str, Tensor]
 """What the network makes of template frames, before it hears anything: tensors by name, frames along the first axis."""
 

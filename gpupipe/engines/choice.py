@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gpupipe.engines import compiled
-from gpupipe.engines.base import ENGINES, Engine, EngineName, Precision
+from gpupipe.engines.base import BATCH_SIZES, ENGINES, Engine, EngineName, Precision
 from gpupipe.engines.compiled import CompiledEngine
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
@@ -34,9 +34,6 @@ CANDIDATES: dict[str, tuple[EngineName, ...]] = {
 
 SLOW_TO_BUILD: frozenset[EngineName] = frozenset({"compile"})
 """Not built only to be measured: ``auto`` takes one if an earlier measurement found it the fastest."""
-
-BATCHES = {"cpu": 1, "cuda": 64}
-"""Frames of a measured batch."""
 
 _RUNS = 3
 _SECONDS = 0.5
@@ -167,7 +164,7 @@ def measure(
 @torch.inference_mode()
 def _seconds(engine: Engine, network: UNet328) -> float:
     """Seconds a frame, the best of a few runs."""
-    batch = BATCHES[engine.device.type]
+    batch = BATCH_SIZES[engine.device.type]
     image = torch.rand(batch, 6, INPUT_SIZE, INPUT_SIZE).to(engine.device, engine.dtype)
     audio = torch.rand(batch, *network.audio_shape).to(engine.device, engine.dtype)
     index = torch.arange(batch, device=engine.device)
@@ -237,7 +234,7 @@ def _read() -> dict[str, object]:
 def _key(network: UNet328, device: torch.device, dtype: torch.dtype) -> str:
     """All that a measurement depends on."""
     packages = versions()
-    lanes = f", {cpu_lanes().threads} threads" if device.type == "cpu" else f", batch {BATCHES['cuda']}"
+    lanes = f", {cpu_lanes().threads} threads" if device.type == "cpu" else f", batch {BATCH_SIZES['cuda']}"
     names = ("gpupipe", "torch", "onnxruntime") if device.type == "cpu" else ("gpupipe", "torch", "triton")
     parts = [device_name(device) + lanes, f"{network.mode}, width {network.width:g}", str(dtype).removeprefix("torch.")]
     return " | ".join(parts + [f"{name} {packages[name]}" for name in names])

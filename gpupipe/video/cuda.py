@@ -144,7 +144,7 @@ def nvenc_sessions(encoder: str, picture: PictureFormat, device: torch.device) -
             session = NvencEncoder(picture, _session(encoder, picture, device), use_model=True, device=device)
             session.encode(0, black)
             sessions.append(session)
-    except (av.error.FFmpegError, ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+    except (av.error.FFmpegError, ImportError, RuntimeError, ValueError) as error:
         return len(sessions), str(error)
     finally:
         for session in sessions:

@@ -156,7 +156,7 @@ class VideoFrames:
                 raise ValueError(f"gives {surface.name if surface else 'frames of the host'}, not nv12")
             container.seek(self._times[0], stream=container.streams.video[0])
             return container, ""
-        except (av.error.FFmpegError, NotImplementedError, RuntimeError, ValueError, StopIteration) as error:
+        except (av.error.FFmpegError, RuntimeError, ValueError, StopIteration) as error:
             if container is not None:
                 container.close()
             return None, str(error).splitlines()[0] if str(error) else type(error).__name__
