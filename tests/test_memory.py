@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 import wave
@@ -12,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SHORT, LONG = 500, 20_000
-ALLOWED_MB = 100
-"""How much more the peak of LONG frames may be than that of SHORT."""
+SHORT, MIDDLE, LONG = 500, 3000, 20_000
+ALLOWED_MB = {MIDDLE: 45, LONG: 100}
+"""How much more than that of SHORT the peak may be. Of MIDDLE: half of what its further frames take (92 MB); two runs
+of the same length can differ by 25 MB."""
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 
@@ -82,7 +84,9 @@ def peak(
             file.writeframes(noise.tobytes())
         arguments = [str(path) for path in (tiny_checkpoint(), template, features, sound, output)]
         command = [sys.executable, "-c", PROGRAM, *arguments, variant]
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        # One heap for all threads: with one each, what lies unused in them depends on who came when.
+        env = os.environ | {"MALLOC_ARENA_MAX": "1"}
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=env)
         assert finished.returncode == 0, finished.stderr
         assert output.is_file()
         return int(finished.stdout) / 1024
@@ -90,19 +94,14 @@ def peak(
     return measure
 
 
-def allowed(frames: int) -> float:
-    """The same growth a frame, for a clip between the two: 5 kB, a seventh of a frame of this size."""
-    return ALLOWED_MB * (frames - SHORT) / (LONG - SHORT)
-
-
 def test_memory_does_not_grow(peak: Callable[..., float]) -> None:
-    assert peak(3000) - peak(SHORT) <= allowed(3000)
+    assert peak(MIDDLE) - peak(SHORT) <= ALLOWED_MB[MIDDLE]
 
 
 def test_bound_fails_on_a_loop_that_keeps_its_frames(peak: Callable[..., float]) -> None:
-    assert peak(3000, "hoards") - peak(SHORT) > allowed(3000)
+    assert peak(MIDDLE, "hoards") - peak(SHORT) > ALLOWED_MB[MIDDLE]
 
 
 @pytest.mark.slow
 def test_20000_frames_take_no_more_than_500(peak: Callable[..., float]) -> None:
-    assert peak(LONG) - peak(SHORT) <= ALLOWED_MB
+    assert peak(LONG) - peak(SHORT) <= ALLOWED_MB[LONG]
