@@ -46,8 +46,8 @@ def headline(rows: Rows) -> str:
 def end_to_end(rows: Rows) -> str:
     """Frames a second to a finished file: the reference loop and gpupipe at full width, by device and length."""
     lines = [
-        "| machine | clip | reference loop | gpupipe | ratio (p20–p80) | turns | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| machine | template | clip | reference loop | gpupipe | ratio (p20–p80) | turns | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for group, by_length in plots.clips(rows).items():
         for frames, found in sorted(by_length.items()):
@@ -56,8 +56,8 @@ def end_to_end(rows: Rows) -> str:
             reference, ours = found["reference_loop", "throughput"], found["gpupipe", "throughput"]
             ratio = found["gpupipe", "ratio"]
             lines.append(
-                f"| {group.device} | {frames:g} frames | {reference['p50']:.2f} frames/s | {ours['p50']:.2f} frames/s |"
-                f" {_ratio(ratio)} | {ratio['n']} | `{ratio['commit']}` |"
+                f"| {group.device} | {group.template} | {frames:g} frames | {reference['p50']:.2f} frames/s |"
+                f" {ours['p50']:.2f} frames/s | {_ratio(ratio)} | {ratio['n']} | `{ratio['commit']}` |"
             )
     return "\n".join(lines)
 

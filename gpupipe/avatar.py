@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,9 @@ from gpupipe.template import Template
 
 PixelFormat = Literal["bgr", "nv12"]
 Blend = Literal["feather", "none"]
+
+_NOT_FEATURES = frozenset({"crop", "nv12"})
+"""What is derived from a template frame besides what the network makes of it."""
 
 FEATHER = 8.0
 """Default width of the feathered seam, in pixels of the frame."""
@@ -64,6 +68,12 @@ class Avatar:
         self._graphed: GraphedStep | None = None
         self._recordable = True
 
+    def look_up(self, frames: NDArray[np.int64]) -> tuple[Tensors, Tensors, Tensor, Tensor]:
+        """What was derived from template frames (B,), the frames themselves, and where each stands in both."""
+        derived, row = self._derived.lookup(frames)
+        kept, index = self.template.frames.lookup(frames)
+        return derived, kept, row, index
+
     @torch.inference_mode()
     def render(self, frames: NDArray[np.int64], audio: Tensor) -> Tensor:
         """Render a batch.
@@ -76,8 +86,7 @@ class Avatar:
             uint8 (B, H, W, 3) BGR, or (B, H·3/2, W) NV12.
         """
         device = self.template.device
-        derived, row = self._derived.lookup(frames)
-        kept, index = self.template.frames.lookup(frames)
+        derived, kept, row, index = self.look_up(frames)
         inputs = (row, index, torch.from_numpy(frames).to(device), audio.to(device, non_blocking=True))
         # A recording reads the caches where they lie: they must hold every frame.
         if device.type != "cuda" or not (self._derived.complete and self.template.frames.complete):
@@ -109,11 +118,12 @@ class Avatar:
         with stages.time("speech half", device):
             mouth = self.engine.decode(derived, row, audio)
         with stages.time("paste", device):
-            return self._paste(mouth, derived, kept, row, index, frames)
+            return self.paste(mouth, derived, kept, row, index, frames)
 
-    def _paste(
+    def paste(
         self, mouth: Tensor, derived: Tensors, kept: Tensors, row: Tensor, index: Tensor, frames: Tensor
     ) -> Tensor:
+        """Paste mouths (B, 3, 320, 320) into their frames; ``frames`` are their numbers, on the device."""
         boxes = self.template.boxes.index_select(0, frames)
         where = (mouth, derived["crop"], kept["frame"], index, boxes)
         seam, keep, largest = self.feather, kept.get("keep"), self.template.max_box
@@ -151,6 +161,32 @@ class Avatar:
         if self.pixel_format == "nv12" and "nv12" not in kept:
             derived["nv12"] = to_nv12(kept["frame"].index_select(0, index))
         return derived
+
+
+@torch.inference_mode()
+def render_together(requests: Sequence[tuple[Avatar, NDArray[np.int64], Tensor]]) -> list[Tensor]:
+    """:meth:`Avatar.render` for several avatars of one engine, in one run of the network's speech half.
+
+    Each avatar's features lie in a bank of their own: those of a batch of several are gathered first.
+    """
+    if len(requests) == 1:
+        ((avatar, frames, audio),) = requests
+        return [avatar.render(frames, audio)]
+    engine, device = requests[0][0].engine, requests[0][0].template.device
+    found = [avatar.look_up(frames) for avatar, frames, _ in requests]
+    features = {
+        name: torch.cat([derived[name].index_select(0, row) for derived, _, row, _ in found])
+        for name in found[0][0]
+        if name not in _NOT_FEATURES
+    }
+    windows = torch.cat([audio.to(device, non_blocking=True) for _, _, audio in requests])
+    mouths = engine.decode(features, torch.arange(len(windows), device=device), windows)
+    return [
+        avatar.paste(mouth, derived, kept, row, index, torch.from_numpy(frames).to(device))
+        for (avatar, frames, _), (derived, kept, row, index), mouth in zip(
+            requests, found, mouths.split([len(frames) for _, frames, _ in requests]), strict=True
+        )
+    ]
 
 
 def _inside(boxes: Tensor, pixels: Tensor) -> Tensor:

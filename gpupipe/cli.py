@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -29,11 +30,13 @@ from gpupipe.engines import EngineName, Precision
 from gpupipe.errors import GpupipeError, InputError
 from gpupipe.features import FRAME_RATES
 from gpupipe.models import Mode, load_unet
-from gpupipe.models.audio_encoder import FEATURES
 from gpupipe.onnx_export import export_unet
 from gpupipe.pipeline import FrameGenerationPipeline, RenderRecord
-from gpupipe.speech import SpeechEncoder, save_features
+from gpupipe.speech import SpeechEncoder, save_features, write_features
 from gpupipe.video.images import ImageFormat
+
+if TYPE_CHECKING:
+    from gpupipe.farm import JobState
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console(stderr=True)
@@ -235,6 +238,52 @@ def demo(
 
 
 @app.command()
+def farm(
+    jobs: Annotated[Path, typer.Argument(help="Jobs, one JSON object a line with render's options as keys.")],
+    output_dir: OutputDir,
+    device: Device = None,
+    batch_size: BatchSize = None,
+    memory_budget: Budget = None,
+    part_seconds: Annotated[float, typer.Option(help="Clips are rendered in parts so long.")] = 20.0,
+    workers: Annotated[int | None, typer.Option(help="So many workers of Ray; by default this process.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, auto for this machine's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Render what is done, too.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Only tell how far it is.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Render many clips; what is done already is skipped, and a run that was stopped goes on."""
+    from gpupipe import farm as many  # noqa: PLC0415 - the other commands do not wait for it
+
+    with _reporting(debug):
+        if status:
+            _print_states(many.farm_status(jobs, output_dir), as_json)
+            return
+        record = many.run_farm(
+            jobs,
+            output_dir,
+            device=device,
+            batch_size=batch_size,
+            memory_budget=None if memory_budget is None else memory_budget * 1_000_000,
+            part_seconds=part_seconds,
+            workers=workers,
+            address=ray,
+            force=force,
+            told=lambda state: console.print(_state_line(state), markup=False, highlight=False, soft_wrap=True),
+        )
+        console.print(
+            f"{output_dir}: {record.jobs} jobs: {record.done} done ({record.frames} frames in {record.seconds:.1f} s),"
+            f" {record.skipped} done before, {record.parked} parked",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if as_json:
+            print(json.dumps(record.as_dict()))
+        if record.parked:
+            raise typer.Exit(1)
+
+
+@app.command()
 def bench(
     template: Annotated[Path | None, typer.Option(help="Template directory; the bundled avatar by default.")] = None,
     audio_features: Annotated[Path | None, typer.Option(help="Speech features, .npy, with --template.")] = None,
@@ -357,7 +406,7 @@ def _pipeline(
 @contextlib.contextmanager
 def _features(
     path: Path | None, encoder: Path | None, sound: Path | None, pipeline: FrameGenerationPipeline
-) -> Iterator[Path | np.ndarray]:
+) -> Iterator[Path]:
     """The file of features, or features made from the sound, on disk for as long as they are needed."""
     if path is not None:
         yield path
@@ -365,11 +414,10 @@ def _features(
     assert encoder is not None and sound is not None
     if pipeline.mode != "ave":
         raise InputError(f"--encoder makes ave features and mode is {pipeline.mode!r}; expected --audio-features")
-    with tempfile.TemporaryFile(prefix="gpupipe-") as rows:
-        for piece in SpeechEncoder(encoder, pipeline.unet_model.device).covering_features(sound):
-            rows.write(piece.cpu().numpy().tobytes())
-        rows.flush()
-        yield np.memmap(rows, dtype=np.float32, mode="r").reshape(-1, FEATURES)
+    with tempfile.TemporaryDirectory(prefix="gpupipe-") as folder:
+        made = Path(folder) / "features.npy"
+        write_features(SpeechEncoder(encoder, pipeline.unet_model.device).covering_features(sound), made)
+        yield made
 
 
 @contextlib.contextmanager
@@ -426,6 +474,23 @@ def _progress() -> Iterator[Any]:
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _state_line(state: JobState) -> str:
+    if state.status == "done":
+        return f"{state.output}: {state.frames} frames, done"
+    return f"{state.output}: {state.status} after {state.attempts} attempts: {state.error}"
+
+
+def _print_states(states: list[JobState], as_json: bool) -> None:
+    """How many jobs are how far, and what is wrong with those that failed."""
+    for state in states:
+        if state.error is not None:
+            console.print(_state_line(state), markup=False, highlight=False, soft_wrap=True)
+    counts = Counter(state.status for state in states)
+    console.print(", ".join(f"{count} {status}" for status, count in counts.items()), highlight=False)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(state) for state in states]))
 
 
 def _print_waterfall(record: RenderRecord | None) -> None:

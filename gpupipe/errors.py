@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class GpupipeError(Exception):
     """Something that is not the user's input went wrong in a way gpupipe understands (exit code 1)."""
@@ -24,3 +26,13 @@ class DeviceError(InputError):
 
 class OutputError(InputError):
     """An output that cannot be written."""
+
+
+class DiskFullError(OutputError):
+    """An output that cannot be written because there is no room for it."""
+
+
+def output_error(path: object, error: OSError, what: str = "written") -> OutputError:
+    """What to raise for an error of the file system while ``path`` was written or made."""
+    kind = DiskFullError if error.errno in {errno.ENOSPC, errno.EDQUOT} else OutputError
+    return kind(f"{path}: cannot be {what}: {error.strerror or error}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from gpupipe.errors import InputError
-from gpupipe.files import replacing
+from gpupipe.files import input_file, replacing
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
-from gpupipe.schedule import WINDOW_ROWS, window_rows
+from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, window_rows
 
 Float32 = NDArray[np.float32]
 FeatureSource = str | Path | ArrayLike | Tensor
@@ -36,12 +37,13 @@ class SpeechFeatures:
         source: a ``.npy`` file of float32, or an array or tensor: ``(N, …)`` with 512 (ave), 2·1024 (hubert) or 16·512
             (wenet) values a row, or already windowed ``(N, *AUDIO_SHAPES[mode])``.
         mode: the kind of features.
+        check: look for NaN and infinite values, which reads the whole file; for parts of a clip once is enough.
 
     Raises:
         InputError: a file that is missing or not a ``.npy``; another shape or dtype; no rows; NaN or infinite values.
     """
 
-    def __init__(self, source: FeatureSource, mode: Mode = "ave") -> None:
+    def __init__(self, source: FeatureSource, mode: Mode = "ave", *, check: bool = True) -> None:
         if mode not in MODES:
             raise InputError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
         self.mode: Mode = mode
@@ -68,10 +70,16 @@ class SpeechFeatures:
             )
         if self.shape[0] == 0:
             raise InputError(f"{self.name}: has no rows; expected one a video frame")
-        self._check_finite()
+        if check:
+            self._check_finite()
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def timing(self, fps: float | Fraction | None = None) -> Resampling:
+        """Which rows the frames of a video show that has ``fps`` frames a second; None for one frame for each row."""
+        rate = Fraction(FRAME_RATES[self.mode])
+        return Resampling(len(self), rate, rate if fps is None else frame_rate(fps))
 
     def windows(self, start: int, stop: int) -> Tensor:
         """The windows of frames ``[start, stop)``: float32 (stop − start, *AUDIO_SHAPES[mode]), on the CPU.
@@ -100,6 +108,7 @@ class SpeechFeatures:
 
     def _open(self, path: Path) -> tuple[tuple[int, ...], int]:
         """Read the header: the shape, and where the values begin. A file in another order is read whole."""
+        input_file(path, "file of audio features")
         try:
             with path.open("rb") as file:
                 version = np.lib.format.read_magic(file)
@@ -107,10 +116,11 @@ class SpeechFeatures:
                 shape, fortran, dtype = read(file)
                 offset = file.tell()
                 size = file.seek(0, 2)
-        except FileNotFoundError as error:
-            raise InputError(f"{path}: no such file of audio features") from error
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: not a .npy file of audio features ({str(error).splitlines()[0]})") from error
+            if any(not 0 <= side < 2**63 for side in shape):
+                raise ValueError("its header promises a shape that no array has")
+        except Exception as error:  # the header is a Python expression: a damaged one makes NumPy raise nearly anything
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: not a .npy file of audio features ({reason})") from error
         if dtype.kind != "f" or dtype.itemsize != 4:
             raise InputError(f"{path}: dtype is {dtype}; expected float32")
         if size - offset < 4 * math.prod(shape):

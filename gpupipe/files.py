@@ -1,14 +1,63 @@
-"""Output files appear under their names only when they are whole."""
+"""Files in and out: what is read is an ordinary file; what is written appears under its name only when it is whole."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpupipe.errors import OutputError
+from gpupipe.errors import InputError, OutputError, output_error
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def input_file(path: str | Path, what: str, error: type[InputError] = InputError) -> Path:
+    """The path of an ordinary file, or of a link to one. A pipe would be waited for, and a device never ends.
+
+    Args:
+        what: the file is called in errors, as in "no such image file".
+        error: what is raised.
+
+    Raises:
+        InputError: no such file, one that may not be looked at, or something that is none.
+    """
+    mode = _mode(Path(path), what, error)
+    if not stat.S_ISREG(mode):
+        raise error(f"{path}: is {_kind(mode)}; expected an ordinary file")
+    return Path(path)
+
+
+def input_folder(path: str | Path, what: str) -> Path:
+    """The path of a folder, or of a link to one, which errors call ``what``.
+
+    Raises:
+        InputError: no such folder, one that may not be looked at, or something that is none.
+    """
+    if not stat.S_ISDIR(_mode(Path(path), what, InputError)):
+        raise InputError(f"{path}: is no folder; expected a {what}")
+    return Path(path)
+
+
+def _mode(path: Path, what: str, error: type[InputError]) -> int:
+    try:
+        return path.stat().st_mode
+    except FileNotFoundError as missing:
+        raise error(f"{path}: no such {what}") from missing
+    except (OSError, ValueError) as reason:  # ValueError: a name with a null byte
+        raise error(f"{path}: cannot be read as a {what} ({getattr(reason, 'strerror', reason)})") from reason
+
+
+def _kind(mode: int) -> str:
+    return _KINDS.get(stat.S_IFMT(mode), "no file")
 
 
 @contextlib.contextmanager
@@ -19,13 +68,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
         OutputError: the folder is missing or not writable, or the disk is full.
     """
     path = Path(path)
-    if path.is_dir():
-        raise OutputError(f"{path}: is a folder; expected the name of a file to write")
     try:
+        if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode):  # /dev/null would be put away
+            raise OutputError(f"{path}: is {_kind(mode)}; expected the name of a file to write")
         handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".part{path.suffix}", dir=path.parent)
         os.close(handle)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+        raise output_error(path, error) from error
     temporary = Path(name)
     try:
         yield temporary
@@ -34,7 +83,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; the user's own would not be
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise output_error(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -49,5 +98,5 @@ def make_folder(path: str | Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be made: {error.strerror}") from error
+        raise output_error(folder, error, "made") from error
     return folder

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from gpupipe.avatar import FEATHER, Avatar, Blend, PixelFormat, feather_width
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.errors import InputError
-from gpupipe.features import FRAME_RATES, SpeechFeatures
+from gpupipe.features import SpeechFeatures
 from gpupipe.image_processor import Image, ImageProcessor
-from gpupipe.lanes import cpu_lanes, map_in_lanes
 from gpupipe.models import AUDIO_SHAPES, Mode
-from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, template_indices
+from gpupipe.schedule import WINDOW_ROWS
+from gpupipe.shots import Piece, Shot, fill_batches, map_batches, render_batch
 from gpupipe.template import Template
 from gpupipe.unet_model import UNetModel
 from gpupipe.video.images import write_frames
@@ -155,54 +155,40 @@ class FrameGenerator:
                 (:class:`~gpupipe.schedule.Resampling`). None renders one frame for each row.
 
         Yields:
-            uint8 (b, H, W, 3) BGR or (b, H·3/2, W) NV12 on the device; at the features' own rate b is the batch size
-            but for the last, else at most that.
+            uint8 (b, H, W, 3) BGR or (b, H·3/2, W) NV12 on the device; b is the batch size but for the last, and at a
+            higher rate than the features' own at most that.
 
         Raises:
             InputError: ``start_frame`` outside the template or ``fps`` out of range, before anything is rendered.
         """
-        template_indices(0, 1, template.length, start_frame)  # raises now, not at the first frame
-        timing = self.resampling(speech, fps)
-        avatar = Avatar(template, self.unet_model.engine, pixel_format=pixel_format, feather=self._seam)
-        return self._batches(avatar, speech, start_frame, timing)
+        shot = self.shot(self.avatar(template, pixel_format), speech, start_frame=start_frame, fps=fps)
+        return self._batches(shot)
 
-    def resampling(self, speech: SpeechFeatures, fps: float | Fraction | None = None) -> Resampling:
-        """Which rows the frames of a video show that has ``fps`` frames a second, or one for each row."""
-        rate = Fraction(FRAME_RATES[self.mode])
-        return Resampling(len(speech), rate, rate if fps is None else frame_rate(fps))
+    def avatar(self, template: Template, pixel_format: PixelFormat = "bgr") -> Avatar:
+        """A template, prepared for this generator's network and seam."""
+        return Avatar(template, self.unet_model.engine, pixel_format=pixel_format, feather=self._seam)
 
-    def _batches(
-        self, avatar: Avatar, speech: SpeechFeatures, start_frame: int, timing: Resampling
-    ) -> Iterator[Tensor]:
-        # At a low rate only some rows are shown, and a batch spans more of them.
-        step = max(self.batch_size, int(self.batch_size * timing.rate / timing.fps))
+    def shot(
+        self,
+        avatar: Avatar,
+        speech: SpeechFeatures,
+        *,
+        start_frame: int = 0,
+        fps: float | Fraction | None = None,
+        frames: range | None = None,
+    ) -> Shot:
+        """A clip, or some of its frames, to be rendered: see :meth:`stream` for the arguments."""
+        timing = speech.timing(fps)
+        return Shot(avatar, speech, timing, start_frame, range(timing.frames) if frames is None else frames)
 
-        def shown(start: int) -> range:
-            return timing.frames_of(start, min(start + step, len(speech)))
+    def _batches(self, shot: Shot) -> Iterator[Tensor]:
+        def render(pieces: list[Piece]) -> tuple[list[Piece], list[Tensor]]:
+            return pieces, render_batch(pieces)
 
-        def render(start: int) -> tuple[Tensor, NDArray[np.int64]]:
-            """The rows from ``start`` on that are shown at all, rendered, and which of them each frame shows."""
-            frames = shown(start)
-            rows, which = np.unique(timing.rows(frames.start, frames.stop), return_inverse=True)
-            first, last = int(rows[0]), int(rows[-1]) + 1
-            template_frames = template_indices(first, last, avatar.template.length, start_frame)[rows - first]
-            whole = len(rows) == last - first
-            windows = speech.windows(first, last) if whole else torch.cat([speech.windows(i, i + 1) for i in rows])
-            return avatar.render(template_frames, windows), which
-
-        starts = [start for start in range(0, len(speech), step) if shown(start)]
-        # A GPU's work is queued anyway: more hands would only get in each other's way.
-        batches = (
-            map_in_lanes(render, starts, cpu_lanes()) if self.unet_model.device.type == "cpu" else map(render, starts)
-        )
-        for start, (batch, which) in zip(starts, batches, strict=True):
-            frames = shown(start)
-            logger.debug("rendered frames %d to %d", frames.start, frames.stop - 1)
-            if len(which) == len(batch):
-                yield batch
-                continue
-            for some in torch.from_numpy(which).to(batch.device).split(self.batch_size):
-                yield batch.index_select(0, some)
+        batches = fill_batches([shot], lambda: self.batch_size)
+        for (piece,), (rows,) in map_batches(render, batches, self.unet_model.device):
+            logger.debug("rendered frames %d to %d", piece.frames.start, piece.frames.stop - 1)
+            yield from piece.shown(rows, self.batch_size)
 
     def _window(self, audio: ArrayLike | Tensor) -> Tensor:
         """One frame's audio as (1, *audio_shape)."""

@@ -30,8 +30,13 @@ class Lanes(NamedTuple):
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use: those that it is bound to, and of them at most ``$GPUPIPE_CORES``.
+
+    That is for processes that share a machine, and so share out its cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = os.environ.get("GPUPIPE_CORES", "")
+    return max(1, min(cores, int(wanted))) if wanted.isdecimal() else cores
 
 
 def cpu_lanes(cores: int | None = None) -> Lanes:

@@ -296,7 +296,7 @@ class FrameGenerationPipeline:
     def _stream(
         self, clip: Clip, pixel_format: PixelFormat, progress: Progress | None, fps: float | None = None
     ) -> Iterator[Tensor]:
-        done, total = 0, self.generator.resampling(clip.speech, fps).frames
+        done, total = 0, clip.speech.timing(fps).frames
         for batch in self.generator.stream(
             clip.template, clip.speech, start_frame=clip.start_frame, pixel_format=pixel_format, fps=fps
         ):

@@ -58,6 +58,13 @@ class Resampling:
         ratio = self.rate / self.fps
         return np.arange(start, stop, dtype=np.int64) * ratio.numerator // ratio.denominator
 
+    def reach(self, start: int, most: int) -> int:
+        """Where the video frames from ``start`` on end that show at most ``most`` rows."""
+        if self.fps <= self.rate:
+            return min(start + most, self.frames)
+        row = int(self.rows(start, start + 1)[0])
+        return self.frames_of(row, row + most).stop
+
     def frames_of(self, start: int, stop: int) -> range:
         """The video frames that show the rows ``[start, stop)``; none at a low rate, or several for each row."""
         ratio = self.fps / self.rate

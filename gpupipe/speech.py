@@ -14,18 +14,17 @@ import logging
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
 import torch
 from torch import Tensor
 
-from gpupipe.errors import InputError
+from gpupipe.errors import CheckpointError, InputError
 from gpupipe.features import save_features_bin
 from gpupipe.files import replacing
 from gpupipe.models.audio_encoder import FEATURES, MEL_BANDS, MEL_COLUMNS, AudioEncoder, load_audio_encoder
-from gpupipe.video.sound import open_sound
+from gpupipe.video.sound import decode_sound, open_sound
 
 logger = logging.getLogger("gpupipe.speech")
 
@@ -58,35 +57,24 @@ def audio_chunks(path: str | Path, *, samples: int = 1 << 18) -> Iterator[np.nda
         InputError: the file is missing, unreadable, has no sound track, or a sound track without a sample.
     """
     path = Path(path)
-    count, held, pending = 0, 0, []
-    try:
-        with open_sound(path) as container:
-            # Channels are averaged here: FFmpeg's own mix to mono is 3 dB louder for a voice that is in both.
-            resampler = av.AudioResampler(format="fltp", rate=SAMPLE_RATE)
-            for frame in _then_none(container.decode(container.streams.audio[0])):
-                for piece in resampler.resample(frame):
-                    pending.append(piece.to_ndarray().mean(axis=0, dtype=np.float32))
-                    held += len(pending[-1])
-                if held >= samples:
-                    yield np.concatenate(pending)
-                    count, held, pending = count + held, 0, []
-    except av.error.FFmpegError as error:
-        raise InputError(f"{path}: sound cannot be decoded ({error})") from error
+    held, pending = 0, []
+    with open_sound(path) as container:
+        # Channels are averaged here: FFmpeg's own mix to mono is 3 dB louder for a voice that is in both. They come
+        # interleaved: where each has a plane of its own, PyAV looks past the last of 8 or more, and may crash.
+        for piece in decode_sound(path, container, av.AudioResampler(format="flt", rate=SAMPLE_RATE)):
+            channels = piece.to_ndarray().reshape(-1, piece.layout.nb_channels)
+            pending.append(channels.mean(axis=1, dtype=np.float32))
+            held += len(pending[-1])
+            if held >= samples:
+                yield np.concatenate(pending)
+                held, pending = 0, []
     if held:
         yield np.concatenate(pending)
-    if not count + held:
-        raise InputError(f"{path}: its sound track is empty; expected at least one sample")
 
 
 def load_audio(path: str | Path) -> np.ndarray:
     """The whole sound track as one array: float32 ``(n,)`` in [−1, 1], 16 kHz, mono. Errors: :func:`audio_chunks`."""
     return np.concatenate(list(audio_chunks(path)))
-
-
-def _then_none(frames: Iterable[Any]) -> Iterator[Any]:
-    """All frames, then the None that drains the resampler."""
-    yield from frames
-    yield None
 
 
 # ── mel spectrogram ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -245,6 +233,7 @@ class SpeechEncoder:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        self._path = Path(checkpoint_path)
         self.encoder: AudioEncoder = load_audio_encoder(checkpoint_path).to(self.device)
 
     @torch.inference_mode()
@@ -256,6 +245,8 @@ class SpeechEncoder:
         last: Tensor | None = None
         for windows in mel_windows(mel_pieces(chunks, device=self.device)):
             rows = self.encoder(windows)
+            if not torch.isfinite(rows).all():
+                raise CheckpointError(f"{self._path}: gives NaN or infinite features; expected a trained encoder")
             if last is None:
                 yield rows[:1]
             last = rows[-1:]
@@ -331,10 +322,35 @@ def save_features(features: np.ndarray | Tensor, path: str | Path, *, bin: bool 
     return [path, raw, raw.with_name(raw.name + ".json")]
 
 
+def write_features(pieces: Iterable[Tensor], path: str | Path) -> int:
+    """Write features to a ``.npy`` as they come, without holding the whole; returns how many rows there were.
+
+    Args:
+        pieces: (n, 512) each.
+        path: an existing temporary file, or one to be made.
+    """
+    count = 0
+
+    def header() -> int:
+        facts = {"descr": "<f4", "fortran_order": False, "shape": (count, FEATURES)}
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, facts)  # has room for any count
+        return file.tell()
+
+    with Path(path).open("wb") as file:
+        begin = header()
+        for piece in pieces:
+            count += len(piece)
+            file.write(np.ascontiguousarray(piece.cpu().numpy(), dtype="<f4").tobytes())
+        assert header() == begin
+    return count
+
+
 __all__ = [
     "SpeechEncoder",
     "audio_chunks",
     "load_audio",
     "mel_spectrogram",
     "save_features",
+    "write_features",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpupipe.errors import InputError
+from gpupipe.files import input_folder
 from gpupipe.frame_cache import FrameCache, Tensors, default_budget
 from gpupipe.kernels.nv12 import from_nv12, nv12_window
 from gpupipe.landmarks import Box, crop_box, read_landmarks
@@ -120,14 +123,8 @@ class Template:
         A video ``template.mp4`` (``.mov``, ``.mkv``, ``.webm``) may stand in place of ``full_body_img/``.
         """
         directory = Path(directory)
-        if not directory.is_dir():
-            raise InputError(f"{directory}: no such template directory")
-        places = [directory / "full_body_img", *(directory / f"template{suffix}" for suffix in VIDEO_SUFFIXES)]
-        found = [path for path in places if path.exists()] or places[:1]
-        if len(found) > 1:
-            raise InputError(f"{directory}: holds {' and '.join(path.name for path in found)}; expected one of them")
         return cls(
-            found[0],
+            _frames_of(directory),
             directory / "landmarks",
             directory / "parsing" if use_parsing else None,
             device=device,
@@ -171,6 +168,41 @@ class Template:
             )
 
 
+class TemplateSize(NamedTuple):
+    """Number of frames, and their size in pixels."""
+
+    length: int
+    width: int
+    height: int
+
+
+def template_size(directory: str | Path) -> TemplateSize:
+    """How large a template is, from its landmark files and its first frame: nothing else is read.
+
+    Raises:
+        InputError: one of them is missing or unreadable.
+    """
+    directory = Path(directory)
+    source = _frames_of(directory)
+    if source.suffix.lower() in VIDEO_SUFFIXES:
+        video = VideoFrames(source)
+        video.close()
+        width, height = video.width, video.height
+    else:
+        height, width = read_image(source / "0.jpg").shape[:2]
+    return TemplateSize(len(numbered_files(directory / "landmarks", ".lms", "landmark file")), width, height)
+
+
+def _frames_of(directory: Path) -> Path:
+    """The frames of a template directory: a folder of images, or a video."""
+    input_folder(directory, "template directory")
+    places = [directory / "full_body_img", *(directory / f"template{suffix}" for suffix in VIDEO_SUFFIXES)]
+    found = [path for path in places if os.path.lexists(path)] or places[:1]  # a broken link is told as one
+    if len(found) > 1:
+        raise InputError(f"{directory}: holds {' and '.join(path.name for path in found)}; expected one of them")
+    return found[0]
+
+
 def _even_window(boxes: list[Box]) -> Box:
     """The rectangle of whole 2×2 pixels around all boxes."""
     xmin, ymin, xmax, ymax = zip(*boxes, strict=True)
@@ -183,8 +215,7 @@ def numbered_files(directory: Path, suffix: str, what: str) -> list[Path]:
     Raises:
         InputError: no such directory, no file, or a gap in the numbers.
     """
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory; expected one with 0{suffix}, 1{suffix}, …")
+    input_folder(directory, f"directory; expected one with 0{suffix}, 1{suffix}, …")
     numbers = {int(path.stem) for path in directory.glob(f"*{suffix}") if path.stem.isdecimal()}
     if not numbers:
         raise InputError(f"{directory}: holds no {what}; expected 0{suffix}, 1{suffix}, …")

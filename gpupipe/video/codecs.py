@@ -77,8 +77,13 @@ class PictureFormat(NamedTuple):
 
     @property
     def segment_length(self) -> int:
-        """Frames of a segment: two seconds."""
-        return max(2, round(2 * self.rate))
+        """Frames of a segment."""
+        return segment_length(self.rate)
+
+
+def segment_length(rate: Fraction) -> int:
+    """Frames of a segment (video/segments.py) at ``rate`` frames a second: two seconds."""
+    return max(2, round(2 * rate))
 
 
 def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:

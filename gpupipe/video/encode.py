@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpupipe.errors import InputError, OutputError
+from gpupipe.errors import InputError, output_error
 from gpupipe.files import replacing
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.schedule import frame_rate
@@ -264,7 +264,7 @@ class VideoWriter:
                         self._sound.finish()
                     self._output.close()
         except OSError as error:  # FFmpeg's errors of the file system are OSErrors too
-            self._error = OutputError(f"{self.path}: cannot be written: {error.strerror or error}")
+            self._error = output_error(self.path, error)
         except BaseException as error:
             self._error = error
 
@@ -295,7 +295,9 @@ def open_output(path: Path, temporary: Path) -> av.container.OutputContainer:
     Raises:
         InputError: a suffix that no container has.
     """
-    options = {"movflags": "+faststart"} if path.suffix in {".mp4", ".mov", ".m4v"} else {}
+    options = {"fflags": "+bitexact"}  # nothing in the file by chance, by the clock or by FFmpeg's version
+    if path.suffix in {".mp4", ".mov", ".m4v"}:
+        options["movflags"] = "+faststart"
     try:
         return av.open(str(temporary), "w", options=options)
     except (ValueError, av.error.FFmpegError) as error:

@@ -1,0 +1,170 @@
+"""What a farm costs over single renders, how it scales over workers, and how it grows with the frames.
+
+    python -m gpupipe.benchmarks.bench_farm [--template DIR --features NPY --audio SOUND] [--rounds 3] [--record]
+
+* ``overhead``: the same clips by one :class:`~gpupipe.FrameGenerationPipeline`, one after the other, and by a farm in
+  this process; both load the network, and take turns. ``ratio`` is the farm's time over the single renders'; once for
+  one long clip and once for many short ones of the same face.
+* ``frames``: milliseconds a frame of a farm's clip, by its length.
+* ``workers``: frames a second of a farm on 1, 2 … workers of Ray on this machine, which share its cores. Starting and
+  ending the cluster is in ``start``, measured with nothing to do, and taken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpupipe import FrameGenerationPipeline
+from gpupipe.benchmarks.common import ROOT, Row, Spread, append_rows, device_name, row
+from gpupipe.benchmarks.scenario import Scenario, bundled, given
+from gpupipe.farm import FarmRecord, run_farm
+from gpupipe.lanes import available_cores
+from gpupipe.models import MODES
+
+SHAPES = {"one long clip": (1, 600), "many short clips": (20, 30)}
+"""Clips, and frames of each."""
+
+LENGTHS = (75, 150, 300, 600, 1200)
+CLIPS_OF_A_WORKER, FRAMES_OF_A_CLIP = 2, 300
+
+
+def main() -> None:
+    """Measure, print, and with ``--record`` append to the recorded results."""
+    options = _options()
+    torch.set_grad_enabled(False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.template is None:
+            scenario = bundled(folder)
+        else:
+            files = (options.template, options.features, options.audio, folder)
+            scenario = given(*files, mode=options.mode, width=options.width)
+        bench = _Bench(scenario, folder, options)
+        rows = [made for part in options.parts for made in getattr(bench, part)()]
+    print(f"\n{device_name(options.device)}: " + ", ".join(f"{k} {v}" for k, v in scenario.facts().items()))
+    for made in rows:
+        print(f"{made.axis} {made.value}: {made.metric} {made.p50:.3f} ({made.p20:.3f}–{made.p80:.3f}) {made.unit}")
+    if options.record:
+        for path in append_rows(rows):
+            print(f"recorded in {path}")
+
+
+class _Bench:
+    """The parts of the benchmark, each a list of rows."""
+
+    def __init__(self, scenario: Scenario, folder: Path, options: argparse.Namespace) -> None:
+        self.scenario, self.folder, self.options = scenario, folder, options
+
+    def overhead(self) -> list[Row]:
+        """A farm beside single renders."""
+        rows = []
+        for shape, (clips, frames) in SHAPES.items():
+            files = self.scenario.clip(frames, self.folder)
+            ratios = []
+            for turn in range(self.options.rounds + 1):  # the first does not count
+                single, farmed = 0.0, 0.0
+                for who in ("single", "farm") if turn % 2 else ("farm", "single"):
+                    if who == "single":
+                        single = self._single(clips, files)
+                    else:
+                        farmed = self._farm([files] * clips).seconds
+                print(f"{shape}: single {single:.2f} s, farm {farmed:.2f} s", flush=True)
+                ratios.append(farmed / single)
+            spread = Spread.of(ratios[1:])
+            config = {"clips": clips, "frames": frames}
+            rows.append(self._row(spread, "overhead", shape, metric="ratio", unit="×", config=config))
+        return rows
+
+    def frames(self) -> list[Row]:
+        """Milliseconds a frame, by the length of the clip."""
+        rows = []
+        for frames in LENGTHS:
+            files = self.scenario.clip(frames, self.folder)
+            spent = [1000 * self._farm([files]).seconds / frames for _ in range(self.options.rounds)]
+            rows.append(self._row(Spread.of(spent), "frames", frames, metric="time", unit="ms/frame", config={}))
+            print(f"{frames} frames: {rows[-1].p50:.2f} ms a frame", flush=True)
+        return rows
+
+    def workers(self) -> list[Row]:
+        """Frames a second by the number of workers."""
+        rows = []
+        files = self.scenario.clip(FRAMES_OF_A_CLIP, self.folder)
+        most = torch.cuda.device_count() if self.options.device == "cuda" else available_cores()
+        clips = [files] * (CLIPS_OF_A_WORKER * most)
+        config = {"clips": len(clips), "frames": FRAMES_OF_A_CLIP}
+        for workers in range(1, most + 1):
+            rates, starts = [], []
+            for _ in range(self.options.rounds):
+                whole = self._farm(clips, workers=workers, keep=True).seconds
+                starts.append(self._farm(clips, workers=workers, again=True).seconds)
+                rates.append(len(clips) * FRAMES_OF_A_CLIP / (whole - starts[-1]))
+                print(f"{workers} workers: {rates[-1]:.2f} frames/s, {starts[-1]:.1f} s to start", flush=True)
+            rate = Spread.of(rates)
+            rows.append(self._row(rate, "workers", workers, metric="throughput", unit="frames/s", config=config))
+            rows.append(self._row(Spread.of(starts), "workers", workers, metric="start", unit="s", config=config))
+        return rows
+
+    def _single(self, clips: int, files: tuple[Path, Path]) -> float:
+        start = time.perf_counter()
+        pipeline = FrameGenerationPipeline(self.scenario.checkpoint, self.scenario.mode, self.options.device)
+        for _ in range(clips):
+            pipeline.generate_video(files[0], self.scenario.template, files[1], self.folder / "single.mp4")
+        return time.perf_counter() - start
+
+    def _farm(
+        self, clips: list[tuple[Path, Path]], *, again: bool = False, keep: bool = False, **how: Any
+    ) -> FarmRecord:
+        """A run in a new folder; ``again`` in one that a run before has kept, where all is done."""
+        out, jobs = self.folder / "out", self.folder / "jobs.jsonl"
+        if not again:
+            shutil.rmtree(out, ignore_errors=True)
+        scenario = self.scenario
+        common = {"checkpoint": str(scenario.checkpoint), "template": str(scenario.template), "mode": scenario.mode}
+        lines = [
+            common | {"audio_features": str(features), "audio": str(sound), "output": f"{number}.mp4"}
+            for number, (features, sound) in enumerate(clips)
+        ]
+        jobs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        record = run_farm(jobs, out, device=self.options.device, **how)
+        if record.done + record.skipped != len(clips) or bool(record.skipped) != again:
+            raise RuntimeError(f"{out}: {record}; expected {len(clips)} clips to be {'there' if again else 'done'}")
+        if not keep:
+            shutil.rmtree(out)
+        return record
+
+    def _row(
+        self, spread: Spread, axis: str, value: float | str, *, metric: str, unit: str, config: dict[str, Any]
+    ) -> Row:
+        place: dict[str, Any] = {"what": "farm", "provider": "gpupipe", "axis": axis, "value": value}
+        facts = self.scenario.facts() | config
+        return row(spread, **place, metric=metric, unit=unit, config=facts, device=self.options.device)
+
+
+def _options() -> argparse.Namespace:
+    shared = ROOT.parent / "shared" / "data"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--template", type=Path, help="template directory; the bundled avatar by default")
+    parser.add_argument("--features", type=Path, help="with --template")
+    parser.add_argument("--audio", type=Path, default=shared / "speech.wav", help="with --template")
+    parser.add_argument("--mode", choices=MODES, default="ave")
+    parser.add_argument("--width", type=float, default=1.0, help="of the seeded network, with --template")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=("overhead", "frames", "workers"), default=["overhead", "frames"])
+    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
+    options = parser.parse_args()
+    if options.template is not None:
+        options.features = options.features or options.template / f"features_{options.mode}.npy"
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Many clips: a file of jobs → an output folder, on one machine or many, with nothing lost on the way."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gpupipe.errors import InputError
+from gpupipe.fallbacks import fallbacks
+from gpupipe.farm.cluster import work_on_ray
+from gpupipe.farm.farm import PART_SECONDS, Farm, Told
+from gpupipe.farm.jobs import Job, read_jobs
+from gpupipe.farm.ledger import JobState, Ledger
+from gpupipe.farm.local import work_here
+from gpupipe.farm.residents import Residents
+from gpupipe.farm.worker import Worker
+from gpupipe.unet_model import find_device
+from gpupipe.versions import versions
+
+__all__ = ["FarmRecord", "Job", "JobState", "farm_status", "read_jobs", "run_farm"]
+
+
+@dataclass
+class FarmRecord:
+    """Facts of a run: how many jobs there were, were skipped as done, were done, and are parked; frames rendered."""
+
+    jobs: int
+    skipped: int
+    done: int
+    parked: int
+    frames: int
+    seconds: float
+    device: str
+    workers: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record that `--json` prints: these facts, the rate, ``versions`` and ``fallbacks``."""
+        rate = self.frames / self.seconds
+        return asdict(self) | {"frames_per_second": rate, "versions": versions(), "fallbacks": fallbacks()}
+
+
+def run_farm(
+    jobs_path: str | Path,
+    output_dir: str | Path,
+    *,
+    device: str | None = None,
+    batch_size: int | None = None,
+    memory_budget: int | None = None,
+    part_seconds: float = PART_SECONDS,
+    workers: int | None = None,
+    address: str | None = None,
+    force: bool = False,
+    told: Told = lambda state: None,
+) -> FarmRecord:
+    """Render all jobs of a file that are not done yet.
+
+    Args:
+        jobs_path: see :mod:`gpupipe.farm.jobs`; checked as a whole before anything starts.
+        output_dir: where videos go, ``results.jsonl``, and what a later run needs to go on after this one.
+        device, batch_size, memory_budget: as :class:`~gpupipe.FrameGenerationPipeline` takes them, for each worker;
+            the budget is for all avatars of a worker together.
+        part_seconds: clips are rendered in parts of this length; a worker that dies loses one.
+        workers: None renders in this process; else so many workers of Ray, each with a GPU or its share of the cores.
+        address: of a running Ray cluster, ``"auto"`` for this machine's; None starts one here for this run.
+        force: render what is done, too.
+        told: called with the state of each job that comes to its end.
+
+    Raises:
+        InputError: a file of jobs or an option that cannot be used. What is wrong with one job's files is that job's
+            error, in its :class:`JobState`, and stops no other.
+        DiskFullError: there is no room; run it again when there is.
+    """
+    start = time.perf_counter()
+    jobs = [_absolute(job) for job in read_jobs(jobs_path)]
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch size is {batch_size}; expected 1 or more")
+    on_ray = workers is not None or address is not None
+    # A cluster's devices need not be this machine's.
+    kind = device.partition(":")[0] if on_ray and device else find_device(device).type
+    ledger = Ledger(output_dir, jobs)
+    with ledger.locked():
+        farm = Farm(jobs, ledger, device=kind, part_seconds=part_seconds, force=force, told=told)
+        try:
+            if on_ray:
+                options = {"device": kind, "batch_size": batch_size, "memory_budget": memory_budget}
+                workers = work_on_ray(farm, workers=workers, address=address, options=options)
+            else:
+                work_here(farm, Worker(batch_size=batch_size, residents=Residents(device, budget=memory_budget)))
+        finally:
+            ledger.write_results()
+    return FarmRecord(
+        jobs=len(jobs),
+        skipped=len(farm.skipped),
+        done=farm.done,
+        parked=sum(state.status == "parked" for state in ledger.states.values()),
+        frames=farm.frames,
+        seconds=time.perf_counter() - start,
+        device=kind,
+        workers=workers or 1,
+    )
+
+
+def farm_status(jobs_path: str | Path, output_dir: str | Path) -> list[JobState]:
+    """What is known of each job, in the order of the file; a farm may be at work meanwhile."""
+    jobs = read_jobs(jobs_path)
+    states = Ledger(output_dir, jobs).states
+    return [states[job.output] for job in jobs]
+
+
+def _absolute(job: Job) -> Job:
+    """A job that means the same files in whatever folder a worker runs."""
+    names = ("checkpoint", "template", "audio_features", "encoder", "audio")
+    given = {name: getattr(job, name) for name in names}
+    return job.model_copy(update={name: str(Path(path).absolute()) for name, path in given.items() if path})

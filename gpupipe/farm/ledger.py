@@ -1,0 +1,252 @@
+"""What a farm keeps on disk, so that a run that was killed at any moment goes on where it stopped.
+
+    output/
+        results.jsonl                   one line a job, for people and programs: always a whole file
+        anna/1.mp4                      an output, renamed to its name when it is whole
+        .gpupipe-farm/
+            lock                        held by the farm that is at work here
+            <job>/state.json            what is known of a job
+            <job>/features.npy (.json)  features that were made from its sound
+            <job>/00003.mp4   (.json)   a part of it, and its record, written the moment that the part is whole
+
+A record holds the hash of all that its file was made of and the file's checksum: a file counts as done if both are
+right. Nothing here is needed to be right for the next run to be: what does not match is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from gpupipe import __version__
+from gpupipe.errors import OutputError, output_error
+from gpupipe.farm.jobs import Job
+from gpupipe.files import make_folder, replacing
+from gpupipe.video.frames import VIDEO_SUFFIXES
+
+FOLDER = ".gpupipe-farm"
+RESULTS = "results.jsonl"
+_RESULTS_SECONDS = 1.0
+"""Results are written at most that often, and at the end: with many jobs the file is long."""
+
+Status = Literal["waiting", "done", "failed", "parked"]
+"""``failed`` is tried again, ``parked`` is not until its inputs change."""
+
+
+@dataclass
+class JobState:
+    """What is known of a job.
+
+    ``fingerprint`` is of the inputs that the rest belongs to, ``attempts`` and ``losses`` count failures and workers
+    that died with it, ``frames`` and ``seconds`` are of the finished video and of the work on it, ``checksum`` is the
+    video's SHA-256.
+    """
+
+    output: str
+    status: Status = "waiting"
+    fingerprint: str = ""
+    attempts: int = 0
+    losses: int = 0
+    error: str | None = None
+    frames: int | None = None
+    parts: int | None = None
+    seconds: float = 0.0
+    device: str | None = None
+    engine: str | None = None
+    codec: str | None = None
+    bytes: int | None = None
+    checksum: str | None = None
+    finished: str | None = None
+
+    def reset(self, fingerprint: str) -> None:
+        """Forget all but the output: other inputs make another clip."""
+        self.__init__(self.output, fingerprint=fingerprint)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a finished file that the farm will need: see the module's text."""
+
+    inputs: str
+    checksum: str
+    facts: dict[str, Any]
+
+
+def write_record(path: Path, inputs: str, facts: dict[str, Any] | None = None) -> Record:
+    """Record that ``path`` is whole. ``inputs`` is the hash of what it was made of."""
+    record = Record(inputs, file_hash(path), facts or {})
+    with replacing(_record_path(path)) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(record)) + "\n", encoding="utf-8")
+    return record
+
+
+def read_record(path: Path, inputs: str) -> Record | None:
+    """The record of a file, if it is whole and made of those inputs."""
+    try:
+        record = Record(**json.loads(_record_path(path).read_text(encoding="utf-8")))
+        return record if record.inputs == inputs and record.checksum == file_hash(path) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+class Ledger:
+    """The states of jobs and the files of an output folder.
+
+    Args:
+        output_dir: made if it is not there.
+        jobs: of this run, in their order.
+    """
+
+    def __init__(self, output_dir: str | Path, jobs: list[Job]) -> None:
+        self.output_dir = Path(output_dir)
+        self.states = {job.output: self._read(job) for job in jobs}
+        self._written = 0.0
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the output folder: two farms in one would undo each other's work.
+
+        Raises:
+            OutputError: another farm is at work there, or the folder cannot be written.
+        """
+        path = make_folder(self.output_dir / FOLDER) / "lock"
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(path.open("w"))
+                _lock(file)
+            except BlockingIOError:
+                raise OutputError(f"{self.output_dir}: another farm is at work in this folder") from None
+            except OSError as error:
+                raise output_error(path, error) from error
+            for left in self.output_dir.glob(f".{Path(RESULTS).stem}-*.part.jsonl"):  # by one that was killed
+                left.unlink(missing_ok=True)
+            yield
+
+    def folder(self, job: Job) -> Path:
+        """Where a job's own files are."""
+        return self.output_dir / FOLDER / job.id
+
+    def output(self, job: Job) -> Path:
+        """Where a job's video appears."""
+        return self.output_dir / job.output
+
+    def is_done(self, job: Job, fingerprint: str) -> bool:
+        """Whether a job's video is there, made of those inputs."""
+        state, output = self.states[job.output], self.output(job)
+        made = state.status == "done" and state.fingerprint == fingerprint
+        return made and output.is_file() and output.stat().st_size == state.bytes
+
+    def save(self, job: Job) -> None:
+        """Keep a job's state, and bring the results up to date if they have not just been."""
+        folder = make_folder(self.folder(job))
+        state = self.states[job.output]
+        with replacing(folder / "state.json") as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n", encoding="utf-8")
+        if time.monotonic() - self._written > _RESULTS_SECONDS:
+            self.write_results()
+
+    def write_results(self) -> None:
+        """Write one line a job to ``results.jsonl``."""
+        lines = [json.dumps(dataclasses.asdict(state)) for state in self.states.values()]
+        with replacing(self.output_dir / RESULTS) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._written = time.monotonic()
+
+    def publish(self, job: Job, video: Path, checksum: str) -> None:
+        """Give a whole video its name, and forget its parts."""
+        state, output = self.states[job.output], self.output(job)
+        state.checksum, state.bytes = checksum, video.stat().st_size
+        make_folder(output.parent)
+        try:
+            video.replace(output)
+        except OSError as error:
+            raise output_error(output, error) from error
+        state.status, state.error = "done", None
+        state.finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.save(job)
+        self.clean(job)
+
+    def clean(self, job: Job) -> None:
+        """Remove a job's files but its state."""
+        folder = self.folder(job)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name != "state.json":
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def _read(self, job: Job) -> JobState:
+        try:
+            state = JobState(**json.loads((self.folder(job) / "state.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return JobState(job.output)
+        return state if state.output == job.output else JobState(job.output)
+
+
+class Fingerprints:
+    """Hashes of what jobs are made of. A file that many jobs share is read once, as long as it does not change."""
+
+    def __init__(self) -> None:
+        self._hashes: dict[tuple[str, int, int], str] = {}
+
+    def of(self, job: Job) -> str:
+        """The hash of a job: its options, the content of its inputs, and gpupipe's version."""
+        options = job.model_dump(exclude={"checkpoint", "template", "audio_features", "encoder", "audio", "output"})
+        suffix = Path(job.output).suffix
+        contents = [self._content(path, job) for path in job.inputs()]
+        return text_hash(json.dumps([__version__, options, suffix, contents], sort_keys=True))
+
+    def _content(self, path: Path, job: Job) -> list[list[str]]:
+        if not path.is_dir():
+            return [["", self._file(path)]]
+        parts = ["full_body_img", "landmarks", *(["parsing"] if job.use_parsing else [])]
+        files = [file for part in parts for file in sorted((path / part).glob("*"))]
+        files += [path / f"template{suffix}" for suffix in VIDEO_SUFFIXES if (path / f"template{suffix}").exists()]
+        return [[str(file.relative_to(path)), self._file(file)] for file in files]
+
+    def _file(self, path: Path) -> str:
+        try:
+            facts = path.stat()
+            if not stat.S_ISREG(facts.st_mode):
+                return "is no file"
+            key = (os.fspath(path.resolve()), facts.st_size, facts.st_mtime_ns)
+            if key not in self._hashes:
+                self._hashes[key] = file_hash(path)
+            return self._hashes[key]
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"  # who opens it says so better
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def text_hash(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _lock(file: TextIO) -> None:
+    try:
+        import fcntl  # noqa: PLC0415 - not on Windows, where two farms in one folder are the user's to avoid
+    except ImportError:
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

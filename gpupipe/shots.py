@@ -1,0 +1,160 @@
+"""Frames of one clip or of many, in batches: what is rendered together, and whose each frame is.
+
+    shot A ████████████████▌      batch 0 │ AAAAAAAA
+    shot B ▐█████                 batch 1 │ AAAAAAAA
+    shot C ▐█████████             batch 2 │ ABBBBBCC   the same network: no batch is left half empty
+
+A shot is a run of frames of one clip; a piece is what one batch takes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpupipe.avatar import Avatar, render_together
+from gpupipe.features import SpeechFeatures
+from gpupipe.lanes import cpu_lanes, map_in_lanes
+from gpupipe.schedule import Resampling, template_indices
+
+Result = TypeVar("Result")
+
+
+@dataclass(eq=False)
+class Shot:
+    """Consecutive frames of one clip, to be rendered.
+
+    Args:
+        avatar: what renders them.
+        speech: the features of the whole clip.
+        timing: which row of the features each video frame shows.
+        start_frame: first template frame of the clip's walk there and back.
+        frames: the video frames, by their numbers in the clip.
+
+    Attributes:
+        cancelled: set it when nobody wants the rest.
+
+    Raises:
+        InputError: ``start_frame`` outside the template.
+    """
+
+    avatar: Avatar
+    speech: SpeechFeatures
+    timing: Resampling
+    start_frame: int
+    frames: range
+    cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        template_indices(0, 1, self.avatar.template.length, self.start_frame)  # raises now, not at the first frame
+
+    def piece(self, start: int, most: int) -> Piece:
+        """The frames from ``start`` on that show at most ``most`` rows."""
+        frames = range(start, min(self.timing.reach(start, most), self.frames.stop))
+        rows, which = np.unique(self.timing.rows(frames.start, frames.stop), return_inverse=True)
+        return Piece(self, frames, rows, which)
+
+
+@dataclass(eq=False)
+class Piece:
+    """Frames of a shot in one batch: each row that they show is rendered once.
+
+    Attributes:
+        shot: whose they are.
+        frames: their numbers in the clip.
+        rows: int64, the distinct rows of features, ascending.
+        which: int64, which of ``rows`` each frame shows.
+    """
+
+    shot: Shot
+    frames: range
+    rows: NDArray[np.int64]
+    which: NDArray[np.int64]
+
+    def template_frames(self) -> NDArray[np.int64]:
+        """The template frame of each row, int64."""
+        first, last = int(self.rows[0]), int(self.rows[-1]) + 1
+        walk = template_indices(first, last, self.shot.avatar.template.length, self.shot.start_frame)
+        return walk[self.rows - first]
+
+    def windows(self) -> Tensor:
+        """The window of each row: float32 (rows, *audio_shape), on the CPU."""
+        first, last, speech = int(self.rows[0]), int(self.rows[-1]) + 1, self.shot.speech
+        if last - first == len(self.rows):
+            return speech.windows(first, last)
+        return torch.cat([speech.windows(row, row + 1) for row in self.rows.tolist()])
+
+    def halves(self) -> list[Piece]:
+        """The piece in two, or as it is if it shows one row."""
+        if len(self.rows) == 1:
+            return [self]
+        first = self.shot.piece(self.frames.start, len(self.rows) // 2)
+        rest = range(first.frames.stop, self.frames.stop)
+        rows, which = np.unique(self.rows[self.which[len(first.frames) :]], return_inverse=True)
+        return [first, Piece(self.shot, rest, rows, which)]
+
+    def shown(self, rendered: Tensor, most: int) -> Iterator[Tensor]:
+        """The frames of the piece, at most ``most`` at a time, from its rendered rows."""
+        if len(self.which) == len(rendered):
+            yield rendered
+            return
+        for some in torch.from_numpy(self.which).to(rendered.device).split(most):
+            yield rendered.index_select(0, some)
+
+
+def fill_batches(shots: Iterable[Shot], size: Callable[[], int]) -> Iterator[list[Piece]]:
+    """Batches of ``size()`` rows each, over the joints of shots whose avatars have one engine.
+
+    A batch is smaller only before another engine's, and at the end. Shots are asked for one at a time, when there is
+    room for them.
+    """
+    batch: list[Piece] = []
+    room = size()
+    for shot in shots:
+        if batch and shot.avatar.engine is not batch[-1].shot.avatar.engine:
+            yield batch
+            batch, room = [], size()
+        start = shot.frames.start
+        while start < shot.frames.stop and not shot.cancelled:
+            batch.append(shot.piece(start, room))
+            start = batch[-1].frames.stop
+            room -= len(batch[-1].rows)
+            if room == 0:
+                yield batch
+                batch, room = [], size()
+    if batch:
+        yield batch
+
+
+def render_batch(pieces: list[Piece]) -> list[Tensor]:
+    """The rendered rows of each piece, as :meth:`gpupipe.avatar.Avatar.render` returns them."""
+    together: dict[Avatar, list[int]] = {}
+    for number, piece in enumerate(pieces):
+        together.setdefault(piece.shot.avatar, []).append(number)
+    requests = [
+        (
+            avatar,
+            np.concatenate([pieces[number].template_frames() for number in numbers]),
+            torch.cat([pieces[number].windows() for number in numbers]),
+        )
+        for avatar, numbers in together.items()
+    ]
+    rendered: list[Tensor] = [torch.empty(0)] * len(pieces)
+    for numbers, frames in zip(together.values(), render_together(requests), strict=True):
+        for number, rows in zip(numbers, frames.split([len(pieces[n].rows) for n in numbers]), strict=True):
+            rendered[number] = rows
+    return rendered
+
+
+def map_batches(
+    function: Callable[[list[Piece]], Result], batches: Iterable[list[Piece]], device: torch.device
+) -> Iterator[Result]:
+    """``map``; on a CPU batches are rendered side by side. A GPU's work is queued anyway: more hands would only get in
+    each other's way."""
+    return map_in_lanes(function, batches, cpu_lanes()) if device.type == "cpu" else map(function, batches)

@@ -1,0 +1,112 @@
+"""What a file of jobs may hold, and what is said of one that holds something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpupipe import InputError
+from gpupipe.farm.jobs import Job, read_jobs
+from gpupipe.farm.ledger import Fingerprints
+
+GOOD: dict[str, Any] = {"checkpoint": "a.pth", "template": "face", "audio_features": "a.npy", "output": "a.mp4"}
+
+
+def write(folder: Path, *lines: str | dict[str, Any]) -> Path:
+    path = folder / "jobs.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_options_are_those_of_render(tmp_path: Path) -> None:
+    first, second = read_jobs(write(tmp_path, GOOD, "", GOOD | {"output": "deep/b.mkv", "mode": "wenet", "crf": 0}))
+    assert (first.frame_rate, first.crf, first.blend, first.start_frame) == (25, 20, "feather", 0)
+    assert (second.frame_rate, second.crf, second.output) == (20, 0, "deep/b.mkv")
+    assert first.id != second.id
+
+
+def test_every_option_of_render_is_known(tmp_path: Path) -> None:
+    import inspect
+
+    from gpupipe import cli
+
+    options = set(inspect.signature(cli.render).parameters)
+    others = {"save_frames", "frames_dir", "profile", "as_json", "debug", "device", "batch_size", "memory_budget"}
+    assert options - others == set(Job.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("{", "not JSON"),
+        ("[]", "is list; expected a JSON object"),
+        (GOOD | {"speed": 2}, "speed is no key of a job"),
+        (GOOD | {"device": "cuda"}, "device is an option of the whole farm"),
+        (GOOD | {"save_frames": True}, "save_frames is an option of render"),
+        ({"template": "t", "audio_features": "a", "output": "a.mp4"}, "checkpoint is missing"),
+        (GOOD | {"crf": 52}, "crf is 52"),
+        (GOOD | {"crf": "20"}, "crf is '20'"),
+        (GOOD | {"fps": 0}, "fps is 0"),
+        (GOOD | {"mode": "mp3"}, "mode is 'mp3'"),
+        (GOOD | {"start_frame": -1}, "start_frame is -1"),
+        (GOOD | {"feather": float("nan")}, "feather is nan"),
+        (GOOD | {"output": "/a.mp4"}, "expected a file inside the output folder"),
+        (GOOD | {"output": "../a.mp4"}, "expected a file inside the output folder"),
+        (GOOD | {"output": "a.avi"}, "expected a file inside the output folder"),
+        (GOOD | {"output": ".gpupipe-farm/a.mp4"}, "the farm's own"),
+        (GOOD | {"encoder": "e.pth"}, "either audio_features or encoder"),
+        ({key: value for key, value in GOOD.items() if key != "audio_features"}, "either audio_features or encoder"),
+        (GOOD | {"audio_features": None, "encoder": "e.pth"}, "expected audio with it"),
+    ],
+)
+def test_a_wrong_line_is_told_by_its_number(tmp_path: Path, line: str | dict[str, Any], told: str) -> None:
+    path = write(tmp_path, GOOD | {"output": "first.mp4"}, line)
+    with pytest.raises(InputError) as error:
+        read_jobs(path)
+    assert str(error.value).startswith(f"{path}:2: ") and told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_two_jobs_cannot_have_one_output(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r":2: output \S*a.mp4 is also that of line 1 \(and 1 more"):
+        read_jobs(write(tmp_path, GOOD, GOOD | {"output": "./a.mp4"}, "nothing"))
+
+
+def test_a_file_without_jobs(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds no jobs"):
+        read_jobs(write(tmp_path, "", ""))
+    with pytest.raises(InputError, match="no such file of jobs"):
+        read_jobs(tmp_path / "gone.jsonl")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_jobs(tmp_path)
+
+
+def test_a_fingerprint_is_of_content_and_options(tmp_path: Path) -> None:
+    face = tmp_path / "face"
+    (face / "landmarks").mkdir(parents=True)
+    (face / "landmarks" / "0.lms").write_text("1 2")
+    (tmp_path / "a.pth").write_text("weights")
+    (tmp_path / "a.npy").write_text("rows")
+    paths = {"checkpoint": str(tmp_path / "a.pth"), "template": str(face), "audio_features": str(tmp_path / "a.npy")}
+    job = Job(**GOOD | paths)
+    first = Fingerprints().of(job)
+    assert first == Fingerprints().of(job.model_copy(update={"output": "b.mp4"}))
+    others = [Fingerprints().of(job.model_copy(update={"crf": 21}))]
+    others.append(Fingerprints().of(job.model_copy(update={"output": "a.mkv"})))
+    (face / "landmarks" / "0.lms").write_text("1 3")
+    others.append(Fingerprints().of(job))
+    (tmp_path / "a.pth").unlink()
+    others.append(Fingerprints().of(job))
+    assert len({first, *others}) == 5
+
+
+def test_a_fingerprint_sees_a_file_that_changes(tmp_path: Path) -> None:
+    prints = Fingerprints()
+    (tmp_path / "a.pth").write_text("one")
+    job = Job(**GOOD | {"checkpoint": str(tmp_path / "a.pth")})
+    first = prints.of(job)
+    (tmp_path / "a.pth").write_text("other")
+    assert prints.of(job) != first

@@ -1,0 +1,83 @@
+"""A farm on a real Ray cluster of this machine: two workers, one of which is killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from farming import left_over, videos, write_jobs, write_speech
+
+from gpupipe import InputError
+from gpupipe.farm import cluster, run_farm
+
+pytest.importorskip("ray", reason="Ray is not installed")
+
+
+@pytest.fixture(scope="module")
+def jobs(tiny_checkpoint: Any, make_template: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four clips of two faces, two parts each."""
+    folder = tmp_path_factory.mktemp("inputs")
+    faces = [str(make_template(folder / f"face{n}", frames=4, size=(96, 64), seed=n)) for n in range(2)]
+    lines = []
+    for number in range(4):
+        features, sound = write_speech(folder, str(number), 80, number)
+        files = {"checkpoint": str(tiny_checkpoint()), "template": faces[number % 2]}
+        speech = {"audio_features": features, "audio": sound}
+        lines.append(files | speech | {"output": f"{number}.mp4", "engine": "eager", "fps": 5.0})
+    return write_jobs(folder / "jobs.jsonl", lines)
+
+
+def test_a_killed_worker_costs_nothing(jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_farm(jobs, tmp_path / "alone", part_seconds=2)
+    monkeypatch.setattr(cluster, "BUNDLE_FRAMES", 10)
+    out = tmp_path / "out"
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        """The worker that records the first part."""
+        while not killed:
+            for record in out.glob(".gpupipe-farm/*/0*.mp4.json"):
+                killed.append(int(json.loads(record.read_text())["facts"]["worker"].rpartition(":")[2]))
+                os.kill(killed[0], signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    record = run_farm(jobs, out, part_seconds=2, workers=2, device="cpu")
+    killer.join(1)
+    assert killed and killed[0] != os.getpid()
+    assert (record.done, record.parked, record.workers) == (4, 0, 2)
+    assert videos(out) == videos(tmp_path / "alone")
+    assert left_over(out) == []
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert sum(row["losses"] for row in rows) >= 1
+    assert all(row["attempts"] == 0 for row in rows)
+
+
+def test_more_workers_than_cores_are_refused(jobs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="workers is 10000; expected 1 to as many as the cluster has"):
+        run_farm(jobs, tmp_path / "out", workers=10000, device="cpu")
+
+
+def test_a_cluster_that_is_not_there(jobs: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be reached"):
+        run_farm(jobs, tmp_path / "out", address="auto", device="cpu")
+
+
+def test_without_ray_the_extra_is_named(jobs: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; sys.modules['ray'] = None\n"
+        "from gpupipe.farm import run_farm\n"
+        f"run_farm({str(jobs)!r}, {str(tmp_path / 'out')!r}, workers=2, device='cpu')"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "pip install 'gpupipe[farm]'" in ran.stderr

@@ -1,0 +1,74 @@
+"""Avatars that stay: shared by jobs, within a budget, the one that is needed last out first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpupipe.farm.jobs import Job
+from gpupipe.farm.residents import AvatarKey, Residents
+from gpupipe.template import template_size
+
+
+@pytest.fixture(scope="module")
+def jobs(
+    tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[Job]:
+    """Three faces."""
+    folder = tmp_path_factory.mktemp("faces")
+    return [
+        Job(
+            checkpoint=str(tiny_checkpoint()),
+            template=str(make_template(folder / str(n), frames=3, size=(96, 64), seed=n)),
+            audio_features="a.npy",
+            output=f"{n}.mp4",
+            engine="eager",
+        )
+        for n in range(3)
+    ]
+
+
+def test_jobs_share_avatars_and_networks(jobs: list[Job]) -> None:
+    residents = Residents("cpu")
+    generator, avatar = residents.get(jobs[0], "nv12")
+    assert residents.get(jobs[0].model_copy(update={"crf": 3, "output": "x.mp4"}), "nv12") == (generator, avatar)
+    other, another = residents.get(jobs[1], "nv12")
+    assert another is not avatar and other.unet_model is generator.unet_model
+    soft, _ = residents.get(jobs[0].model_copy(update={"feather": 3.0}), "nv12")
+    assert soft.feather == 3.0
+    assert len(residents) == 3
+    residents.clear()
+    assert len(residents) == 0
+
+
+def needed(job: Job) -> int:
+    """What an avatar of the fixture takes, as a worker with all the room in the world counts it."""
+    residents = Residents("cpu", budget=1 << 40)
+    residents.get(job, "nv12")
+    return residents.used
+
+
+@pytest.mark.parametrize(("soon", "leaves"), [((0, 2, 1), 1), ((1, 2, 0), 0), ((1,), 0), ((0,), 1), ((), 0)])
+def test_who_is_needed_last_makes_room(jobs: list[Job], soon: tuple[int, ...], leaves: int) -> None:
+    keys = [AvatarKey.of(job) for job in jobs]
+    residents = Residents("cpu", budget=int(2.5 * needed(jobs[0])), upcoming=lambda: [keys[n] for n in soon])
+    avatars = [residents.get(job, "nv12")[1] for job in jobs[:2]]
+    residents.get(jobs[2], "nv12")
+    assert len(residents) == 2
+    stays = 1 - leaves
+    assert residents.get(jobs[stays], "nv12")[1] is avatars[stays]
+    assert residents.used <= residents.budget
+
+
+def test_one_that_does_not_fit_is_rendered_all_the_same(jobs: list[Job]) -> None:
+    residents = Residents("cpu", budget=1000)
+    _, avatar = residents.get(jobs[0], "nv12")
+    assert avatar.template.frames.capacity == 0
+    assert len(avatar.render(torch.tensor([0, 1]).numpy(), torch.zeros(2, 32, 16, 16))) == 2
+
+
+def test_a_size_is_read_from_little(jobs: list[Job]) -> None:
+    assert template_size(jobs[0].template) == (3, 96, 64)

@@ -1,0 +1,157 @@
+"""Batches over the joints of clips: filled up, and each clip's frames the same as rendered alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpupipe import FrameGenerator, SpeechFeatures, Template, UNetModel
+from gpupipe.avatar import Avatar
+from gpupipe.schedule import Resampling
+from gpupipe.shots import Piece, Shot, fill_batches, render_batch
+
+MakeModel = Callable[..., UNetModel]
+
+
+@pytest.fixture(scope="module")
+def faces(make_template: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Template]:
+    """Two templates of different sizes and lengths."""
+    folder = tmp_path_factory.mktemp("faces")
+    sizes = ((96, 64), (128, 96))
+    return [
+        Template.from_directory(make_template(folder / str(n), frames=4 + n, size=size, seed=n))
+        for n, size in enumerate(sizes)
+    ]
+
+
+@pytest.fixture(scope="module")
+def generator(tiny_model: MakeModel) -> FrameGenerator:
+    return FrameGenerator(tiny_model(engine="eager"), batch_size=4)
+
+
+def speech(frames: int, seed: int = 0) -> SpeechFeatures:
+    return SpeechFeatures(np.random.default_rng(seed).standard_normal((frames, 512)).astype(np.float32))
+
+
+def shots_of(generator: FrameGenerator, avatars: list[Avatar], fps: float | None = None) -> list[Shot]:
+    """Short clips of both faces, one of them from its middle on."""
+    return [
+        generator.shot(avatars[0], speech(5, 1), fps=fps),
+        generator.shot(avatars[1], speech(4, 2), fps=fps, start_frame=1),
+        generator.shot(avatars[0], speech(9, 3), fps=fps, frames=range(4, 9)),
+    ]
+
+
+def test_batches_are_full_over_the_joints(generator: FrameGenerator, faces: list[Template]) -> None:
+    shots = shots_of(generator, [generator.avatar(face) for face in faces])
+    batches = list(fill_batches(shots, lambda: 4))
+    assert [sum(len(piece.rows) for piece in batch) for batch in batches] == [4, 4, 4, 2]
+    assert [len(batch) for batch in batches] == [1, 2, 2, 1]
+    for shot in shots:
+        numbers = [n for batch in batches for piece in batch if piece.shot is shot for n in piece.frames]
+        assert numbers == list(shot.frames)
+
+
+@pytest.mark.parametrize("fps", [None, 10.0, 60.0], ids=["rows", "slower", "faster"])
+@pytest.mark.parametrize("pixel_format", ["bgr", "nv12"])
+def test_mixed_batches_render_what_each_clip_alone_does(
+    generator: FrameGenerator, faces: list[Template], fps: float | None, pixel_format: str
+) -> None:
+    avatars = [generator.avatar(face, pixel_format) for face in faces]  # type: ignore[arg-type]
+    shots = shots_of(generator, avatars, fps) if fps is None else [
+        generator.shot(avatars[0], speech(5, 1), fps=fps), generator.shot(avatars[1], speech(7, 2), fps=fps)
+    ]  # fmt: skip
+    together: dict[Shot, list[torch.Tensor]] = {shot: [] for shot in shots}
+    mixed = 0
+    for pieces in fill_batches(shots, lambda: 4):
+        mixed += len({piece.shot.avatar for piece in pieces}) > 1
+        for piece, rows in zip(pieces, render_batch(pieces), strict=True):
+            together[piece.shot] += list(piece.shown(rows, 2))
+    assert mixed
+    for shot, frames in together.items():
+        alone = list(
+            generator.stream(
+                shot.avatar.template, shot.speech, start_frame=shot.start_frame, pixel_format=pixel_format, fps=fps
+            )  # type: ignore[arg-type]
+        )
+        expected = torch.cat(alone)[shot.frames.start : shot.frames.stop]
+        # The network's sums come in another order in batches of another size: a step of 255 at most.
+        torch.testing.assert_close(torch.cat(frames).int(), expected.int(), atol=1, rtol=0)
+
+
+def test_a_mixed_batch_that_takes_another_ones_features_is_noticed(
+    generator: FrameGenerator, faces: list[Template], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    avatars = [generator.avatar(face) for face in faces]
+    pieces = [
+        generator.shot(avatars[0], speech(2, 1)).piece(0, 2),
+        generator.shot(avatars[1], speech(2, 2)).piece(0, 2),
+    ]
+    right = render_batch(pieces)
+    decode = generator.unet_model.engine.decode
+    monkeypatch.setattr(
+        generator.unet_model.engine, "decode", lambda features, index, audio: decode(features, index.flip(0), audio)
+    )
+    assert not all(torch.equal(a, b) for a, b in zip(right, render_batch(pieces), strict=True))
+
+
+def test_another_network_begins_another_batch(
+    generator: FrameGenerator, faces: list[Template], tiny_model: MakeModel
+) -> None:
+    other = FrameGenerator(tiny_model(seed=1, engine="eager"), batch_size=4)
+    shots = [generator.shot(generator.avatar(faces[0]), speech(3)), other.shot(other.avatar(faces[0]), speech(3))]
+    assert [[len(piece.rows) for piece in batch] for batch in fill_batches(shots, lambda: 4)] == [[3], [3]]
+
+
+def test_a_cancelled_shot_is_left(generator: FrameGenerator, faces: list[Template]) -> None:
+    avatar = generator.avatar(faces[0])
+    shots = [generator.shot(avatar, speech(40)), generator.shot(avatar, speech(3))]
+    batches = fill_batches(shots, lambda: 4)
+    next(batches)
+    shots[0].cancelled = True
+    assert [piece.shot for batch in batches for piece in batch] == [shots[1]]
+
+
+@pytest.mark.parametrize("fps", [1, 7, 24, 25, 30, Fraction(30000, 1001), 60, 240])
+@pytest.mark.parametrize("most", [1, 3, 64])
+def test_pieces_show_every_frame_once(fps: float, most: int) -> None:
+    class Face:
+        length = 3
+
+    class Someone:
+        template = Face()
+
+    sound = speech(37)
+    shot = Shot(Someone(), sound, sound.timing(fps), 0, range(sound.timing(fps).frames))  # type: ignore[arg-type]
+    start, seen = 0, []
+    while start < shot.frames.stop:
+        piece = shot.piece(start, most)
+        assert 0 < len(piece.rows) <= most
+        np.testing.assert_array_equal(piece.rows[piece.which], shot.timing.rows(piece.frames.start, piece.frames.stop))
+        for half in piece.halves():
+            np.testing.assert_array_equal(half.rows[half.which], shot.timing.rows(half.frames.start, half.frames.stop))
+        assert [n for half in piece.halves() for n in half.frames] == list(piece.frames)
+        seen += list(piece.frames)
+        start = piece.frames.stop
+    assert seen == list(shot.frames)
+
+
+def test_reach_is_as_far_as_it_goes() -> None:
+    for fps in (10, 25, 60):
+        timing = Resampling(50, Fraction(25), Fraction(fps))
+        for start in range(timing.frames):
+            stop = timing.reach(start, 4)
+            assert len(np.unique(timing.rows(start, stop))) <= 4
+            assert stop == timing.frames or len(np.unique(timing.rows(start, stop + 1))) == 5
+
+
+def test_pieces_have_windows_of_their_rows() -> None:
+    sound = speech(20)
+    piece = Piece(Shot.__new__(Shot), range(3), np.array([2, 5, 9]), np.arange(3))
+    piece.shot.speech = sound
+    torch.testing.assert_close(piece.windows(), sound.windows(0, 20)[[2, 5, 9]])
