@@ -84,7 +84,7 @@ class Worker:
         batch_size: int | None = None,
         residents: Residents | None = None,
     ) -> None:
-        self.residents = residents or Residents(device)
+        self.residents = Residents(device) if residents is None else residents
         self.device = self.residents.device
         self.batch_size = batch_size or BATCH_SIZES[self.device.type]
         self._encoder: tuple[str, SpeechEncoder] | None = None
