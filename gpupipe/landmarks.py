@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gpupipe.errors import InputError
+from gpupipe.files import input_file
 
 MIN_POINTS = 53
 LEFT, RIGHT, TOP = 1, 31, 52
@@ -26,11 +27,9 @@ def read_landmarks(path: str | Path) -> NDArray[np.int32]:
     Raises:
         InputError: the file is missing or short, or a line is not two finite numbers.
     """
-    path = Path(path)
+    path = input_file(path, "landmark file")
     try:
         lines = path.read_text(encoding="ascii").splitlines()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such landmark file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a landmark file ({error}); expected lines of 'x y'") from error
     points = []

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpupipe.errors import CheckpointError, InputError
+from gpupipe.errors import CheckpointError
 from gpupipe.features import save_features_bin
 from gpupipe.files import replacing
 from gpupipe.models.audio_encoder import FEATURES, MEL_BANDS, MEL_COLUMNS, AudioEncoder, load_audio_encoder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from gpupipe.errors import CheckpointError
+from gpupipe.files import input_file
 from gpupipe.models.unet328 import AUDIO_SHAPES, CHANNELS, MODES, Mode, UNet328
+
+MAX_WIDTH = 4
+"""Of a U-Net that is read: a few bytes may promise a network that no memory holds."""
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -24,21 +29,21 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing, unreadable, or holds anything but named tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint file")
+    path = input_file(path, "checkpoint file", CheckpointError)
     state: Any
     try:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of tensors that are refused below
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds something other than tensors, or is not a checkpoint; expected a state dict of tensors"
         ) from error
     except Exception as error:  # a damaged file makes the readers raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -47,7 +52,10 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: holds {type(state).__name__}; expected a state dict, name → tensor")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: entry {name!r} is {type(value).__name__}; expected a tensor under a name")
+            entry = repr(name)[:80] if isinstance(name, (str, int)) else f"under a {type(name).__name__}"
+            raise CheckpointError(f"{path}: entry {entry} is {type(value).__name__}; expected a tensor under a name")
+        if kind := _unusual(value):
+            raise CheckpointError(f"{path}: entry {name[:80]!r} is a {kind} tensor; expected a dense one")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     return dict(state)
@@ -59,25 +67,30 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) 
     ``num_batches_tracked`` counters take no part in inference: they may be missing.
 
     Raises:
-        CheckpointError: a key is missing, extra or misshapen, or a value is not finite.
+        CheckpointError: a key is missing, extra, misshapen or not of floats, or a value is none that trained weights
+            have: NaN, infinite in float32, a variance below 0.
     """
     own = module.state_dict()
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
     for problem, names in (("lacks", needed - state.keys()), ("has unexpected", state.keys() - own.keys())):
         if names:
-            first = sorted(names)[0]
+            first = sorted(names)[0][:80]
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(
                 f"{path}: {problem} {first}{more}; expected the {len(own)} entries of {_name(module)}"
             )
+    values: dict[str, Tensor] = {}
     for name, value in state.items():
         if value.shape != own[name].shape:
             raise CheckpointError(
                 f"{path}: {name} has shape {tuple(value.shape)}; expected {tuple(own[name].shape)} for {_name(module)}"
             )
-        if value.is_floating_point() and not torch.isfinite(value).all():
+        values[name] = own_value = _converted(value, own[name].dtype, f"{path}: {name}")
+        if not torch.isfinite(own_value).all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinite values")
-    module.load_state_dict(dict(state), strict=False)
+        if name.endswith("running_var") and (own_value < 0).any():
+            raise CheckpointError(f"{path}: {name} holds a variance below 0")
+    module.load_state_dict(values, strict=False)
 
 
 def load_unet(path: str | Path, mode: Mode = "ave") -> UNet328:
@@ -91,6 +104,11 @@ def load_unet(path: str | Path, mode: Mode = "ave") -> UNet328:
     if head is None or head.dim() != 4:
         raise CheckpointError(f"{path}: lacks inc.inconv.0.conv.6.weight; expected a checkpoint of the 328 U-Net")
     width = head.shape[0] / CHANNELS[0]
+    if width > MAX_WIDTH:
+        raise CheckpointError(
+            f"{path}: inc.inconv.0.conv.6.weight has {head.shape[0]} channels; expected at most"
+            f" {MAX_WIDTH * CHANNELS[0]}"
+        )
     possible = _modes_of(state)
     if possible and mode not in possible:
         raise CheckpointError(f"{path}: is a checkpoint of mode {' or '.join(possible)}; expected mode {mode}")
@@ -112,6 +130,28 @@ def _modes_of(state: Mapping[str, Tensor]) -> tuple[Mode, ...]:
     if first is None or first.dim() != 4:
         return ()
     return tuple(mode for mode in MODES if AUDIO_SHAPES[mode][0] == first.shape[1])
+
+
+def _unusual(value: Tensor) -> str | None:
+    """What sets a tensor apart from a dense one whose values are there; None if nothing does."""
+    if value.is_nested:
+        return "nested"
+    if value.layout != torch.strided:
+        return "sparse"
+    if value.is_quantized:
+        return "quantised"
+    return "meta" if value.is_meta else None
+
+
+def _converted(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Weights stay floating-point numbers, from whichever format; counters may have become ones in saving."""
+    try:
+        if value.is_complex() or (dtype.is_floating_point and not value.is_floating_point()):
+            raise TypeError
+        return value.to(dtype)
+    except (TypeError, RuntimeError) as error:  # RuntimeError: a format that only some kernels know
+        met = str(value.dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name} is of {met}; expected {str(dtype).removeprefix('torch.')}") from error
 
 
 def _name(module: nn.Module) -> str:

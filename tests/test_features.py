@@ -243,7 +243,7 @@ def test_file_that_is_something_else(content: bytes, tmp_path: Path) -> None:
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     assert "no such file of audio features" in refusal(tmp_path / "absent.npy")
-    assert "not a .npy file" in refusal(tmp_path)
+    assert "is a folder; expected an ordinary file" in refusal(tmp_path)
 
 
 def test_file_that_shrinks_meanwhile(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_file_that_is_something_else(content: bytes, tmp_path: Path) -> None:
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"0\.lms: no such landmark file"):
         read_landmarks(tmp_path / "0.lms")
-    with pytest.raises(InputError, match="not a landmark file"):
+    with pytest.raises(InputError, match="is a folder; expected an ordinary file"):
         read_landmarks(tmp_path)
 
 

@@ -199,9 +199,9 @@ def test_gap(i: int, template: Path) -> None:
     [
         (b"", "cannot be decoded"),
         (b"\xff\xd8", "cannot be decoded"),
-        (b"this is text, not a picture\n", "is not a JPEG"),
-        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "is not a JPEG"),
-        (cv2.imencode(".png", np.zeros((128, 192, 3), np.uint8))[1].tobytes(), "is not a JPEG"),
+        (b"this is text, not a picture\n", "(not a JPEG)"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "(not a JPEG)"),
+        (cv2.imencode(".png", np.zeros((128, 192, 3), np.uint8))[1].tobytes(), "(not a JPEG)"),
     ],
     ids=["empty", "two_bytes", "text", "pdf", "png"],
 )
@@ -226,13 +226,13 @@ def test_truncated_frame(progressive: int, lost: float, template: Path) -> None:
     content = path.read_bytes()
     kept = len(content) - lost if isinstance(lost, int) else int(len(content) * (1 - lost))
     path.write_bytes(content[:kept])
-    assert "incomplete or truncated" in refusal(template, path)
+    assert "truncated" in refusal(template, path)
 
 
 def test_frame_that_is_a_directory(template: Path) -> None:
     frame_file(template, 3).unlink()
     frame_file(template, 3).mkdir()
-    assert "no such image file" in refusal(template, frame_file(template, 3))
+    assert "is a folder; expected an ordinary file" in refusal(template, frame_file(template, 3))
 
 
 @pytest.mark.parametrize("i", [1, 4])

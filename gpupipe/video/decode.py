@@ -10,17 +10,34 @@ from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from gpupipe.errors import InputError
 from gpupipe.fallbacks import note_fallback
+from gpupipe.files import input_file
 from gpupipe.lanes import available_cores
 
 _JPEG_SUFFIXES = {".jpg", ".jpeg"}
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes a picture of an EXIF orientation upright: Exif 2.32, section 4.6.4."""
 
 _EXIF_END = 1 << 17
 """Bytes of a JPEG among which its EXIF block begins and ends: it is among the first segments, of 64 KB at most."""
+
+MAX_PIXELS = 1 << 26
+"""Of an image that is decoded; of frames of 8192×4320 the largest video has half as many."""
 
 JpegDecoder = Literal["cpu", "nvjpeg"]
 
@@ -29,30 +46,55 @@ def read_image(path: str | Path) -> Tensor:
     """Decode one JPEG, PNG, WebP or GIF file on the CPU.
 
     As OpenCV's ``imread`` with ``IMREAD_COLOR``: EXIF orientation is applied, grey images become BGR, and so does CMYK
-    (within a step of OpenCV's rounding). A file named ``.jpg`` or ``.jpeg`` must be one.
+    (within a step of OpenCV's rounding); transparency is left out. A file named ``.jpg`` or ``.jpeg`` must be one.
+
+    Pillow decodes, with the same libjpeg-turbo and so the same bits as torchvision, whose own decoders do not survive
+    every damaged file: some end the process.
 
     Returns:
         uint8 (H, W, 3), BGR.
 
     Raises:
-        InputError: the file is missing, empty, cut short or not an image.
+        InputError: the file is missing, empty, cut short, not an image, or larger than :data:`MAX_PIXELS`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such image file")
+    path = input_file(path, "image file")
+    is_jpeg = path.suffix.lower() in _JPEG_SUFFIXES
     try:
-        data = read_file(str(path))
-        if path.suffix.lower() in _JPEG_SUFFIXES and bytes(data[:2].tolist()) != b"\xff\xd8":
-            raise InputError(f"{path}: is not a JPEG; expected a whole JPEG image under this name")
-        rgb = decode_image(data, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0].split(", ", 2)[-1]  # after the C++ function and line
-        if reason.startswith("Unsupported image file"):
-            reason = "not an image"
+        with Image.open(path, formats=("JPEG",) if is_jpeg else _FORMATS) as image:
+            _check_header(path, image)
+            return _turned_bgr(image)
+    except UnidentifiedImageError as error:
+        reason, kind = ("not a JPEG", "JPEG") if is_jpeg else ("not an image", "JPEG or PNG")
+        raise InputError(f"{path}: cannot be decoded ({reason}); expected a whole {kind} image") from error
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file makes the decoders raise nearly anything
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: cannot be decoded ({reason}); expected a whole JPEG or PNG image") from error
-    if rgb.dim() != 3:
-        raise InputError(f"{path}: is an animation of {len(rgb)} pictures; expected a whole JPEG or PNG image")
-    return _to_bgr(rgb)
+
+
+def _check_header(path: Path, image: Image.Image) -> None:
+    """Refuse what a few bytes of header promise beyond reason, before memory is taken for it."""
+    pictures = getattr(image, "n_frames", 1) if image.format == "GIF" else 1
+    if pictures > 1:
+        raise InputError(f"{path}: is an animation of {pictures} pictures; expected a whole JPEG or PNG image")
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(f"{path}: is {image.width}×{image.height}; expected at most {MAX_PIXELS >> 20} megapixels")
+
+
+def _turned_bgr(image: Image.Image) -> Tensor:
+    """Decode, and turn as EXIF asks: uint8 (H, W, 3), BGR."""
+    image.load()
+    exif = image.info.get("exif", b"")
+    if image.mode.startswith("I"):  # 16 bits: the upper 8 are kept
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    turn = _TURNS.get(exif_orientation(exif))
+    upright = rgb if turn is None else rgb.transpose(turn)
+    pixels = bytearray(upright.tobytes("raw", "BGR"))  # several times faster than a flip of the array
+    return torch.frombuffer(pixels, dtype=torch.uint8).view(upright.height, upright.width, 3)
 
 
 def read_images(paths: Sequence[Path], *, device: torch.device | str = "cpu", exact: bool = True) -> Tensor:
@@ -130,15 +172,6 @@ def exif_orientation(jpeg: bytes) -> int:
             value = number(entry + 8, 2)
             return value if 1 <= value <= 8 else 1
     return 1
-
-
-def _to_bgr(rgb: Tensor) -> Tensor:
-    """(3, H, W) RGB → (H, W, 3) BGR. Plane by plane in NumPy: several times faster than torch's flip on the CPU."""
-    source = rgb.permute(1, 2, 0).numpy()
-    bgr = np.empty(source.shape, dtype=np.uint8)
-    for channel in range(3):
-        bgr[..., channel] = source[..., 2 - channel]
-    return torch.from_numpy(bgr)
 
 
 @functools.cache

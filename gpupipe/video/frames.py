@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gpupipe.errors import InputError
 from gpupipe.fallbacks import note_fallback
+from gpupipe.files import input_file
 from gpupipe.kernels.nv12 import ycbcr_matrix
 
 logger = logging.getLogger(__name__)
@@ -79,8 +80,7 @@ class VideoFrames:
     def __init__(self, path: str | Path, *, device: torch.device | str = "cpu") -> None:
         self.path = Path(path)
         self.device = torch.device(device)
-        if not self.path.is_file():
-            raise InputError(f"{path}: no such video file")
+        input_file(path, "video file")
         self._lock = threading.Lock()
         self._recent: OrderedDict[int, Tensor] = OrderedDict()
         self._times, self._keys = self._scan()

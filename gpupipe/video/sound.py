@@ -8,8 +8,20 @@ from pathlib import Path
 
 import av
 import av.error
+import numpy as np
 
 from gpupipe.errors import InputError
+from gpupipe.files import input_file
+
+MIN_RATE, MAX_RATE = 1000, 768_000
+"""Samples a second of a sound that is taken: a few samples at a rate of 1 would be hours of silence."""
+
+MAX_CHANNELS = 64
+"""What FFmpeg's resampler takes."""
+
+_LOUDEST = 2.0**16
+"""Beyond any sound, even of 16-bit integers that nobody has scaled to [−1, 1]; FFmpeg's AAC encoder was seen to search
+for ever where samples are a million."""
 
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 
@@ -71,32 +83,74 @@ class SoundTrack:
         resampler = av.AudioResampler(
             format="fltp", layout=layout, rate=self._rate, frame_size=self._stream.codec_context.frame_size
         )
-        try:
-            for frame in self._input.decode(audio=0):
-                frame.pts = None  # a gap in the source's times is not a reason to stop
-                yield from resampler.resample(frame)
-        except av.error.FFmpegError as error:
-            raise InputError(f"{self._path}: sound cannot be decoded ({error})") from error
-        yield from resampler.resample(None)
+        return decode_sound(self._path, self._input, resampler)
 
 
 def open_sound(path: str | Path) -> av.container.InputContainer:
     """Open a file that has a sound track.
 
     Raises:
-        InputError: the file is missing, unreadable or has no sound.
+        InputError: the file is missing, unreadable or has no sound, or sound of a kind that cannot be decoded.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such sound file")
+    path = input_file(path, "sound file")
     try:
         container = av.open(str(path))
     except (av.error.FFmpegError, ValueError) as error:
         raise InputError(f"{path}: not a media file that FFmpeg reads ({error})") from error
-    if not container.streams.audio:
+    if problem := _problem(container):
         container.close()
-        raise InputError(f"{path}: has no sound track")
+        raise InputError(f"{path}: {problem}")
     return container
+
+
+def _problem(container: av.container.InputContainer) -> str | None:
+    """What is wrong with a file's sound track, by its header; None if nothing is."""
+    if not container.streams.audio:
+        return "has no sound track"
+    stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        return "its sound is of a codec that this FFmpeg does not have"
+    if not MIN_RATE <= stream.rate <= MAX_RATE:
+        return f"its sound has {stream.rate} samples a second; expected {MIN_RATE} to {MAX_RATE}"
+    if not 1 <= stream.channels <= MAX_CHANNELS:
+        return f"its sound has {stream.channels} channels; expected 1 to {MAX_CHANNELS}"
+    return None
+
+
+def decode_sound(
+    path: Path, container: av.container.InputContainer, resampler: av.AudioResampler
+) -> Iterator[av.AudioFrame]:
+    """The first sound track of an open file, resampled to floats; ``path`` is only named in errors.
+
+    Raises:
+        InputError: it cannot be decoded, becomes another kind of sound on its way, has no samples, or some that are
+            none.
+    """
+    samples = 0
+    try:
+        for frame in _then_none(container.decode(audio=0)):
+            if frame is not None:
+                frame.pts = None  # a gap in the source's times is not a reason to stop
+            for piece in resampler.resample(frame):
+                if not (np.abs(piece.to_ndarray()) < _LOUDEST).all():  # NaN is not
+                    raise InputError(
+                        f"{path}: sound holds NaN, infinite or boundless samples near {samples / piece.rate:.2f} s;"
+                        " expected samples in [−1, 1]"
+                    )
+                samples += piece.samples
+                yield piece
+    except (av.error.FFmpegError, ValueError) as error:  # ValueError: another rate or layout than before
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: sound cannot be decoded ({error})") from error
+    if not samples:
+        raise InputError(f"{path}: its sound track is empty; expected at least one sample")
+
+
+def _then_none(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame | None]:
+    """All frames, then the None that drains the resampler."""
+    yield from frames
+    yield None
 
 
 def sound_seconds(path: str | Path) -> float | None:
