@@ -57,7 +57,7 @@ class Haul(NamedTuple):
     moments: list[Moment]
 
 
-class _StubAvatar:
+class StubAvatar:
     """Shows its template frames, brightened by what is heard."""
 
     engine = SimpleNamespace(name="stub")
@@ -86,7 +86,7 @@ class _StubResidents(Residents):
 
     def __init__(self) -> None:
         super().__init__("cpu")
-        self._stubs = _StubGenerator(), _StubAvatar()
+        self._stubs = _StubGenerator(), StubAvatar()
 
     def get(self, job: Job, pixel_format: str) -> Any:
         """The stubs."""

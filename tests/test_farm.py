@@ -19,8 +19,10 @@ from typer.testing import CliRunner
 from gpupipe import FrameGenerationPipeline, InputError
 from gpupipe.cli import app
 from gpupipe.errors import DiskFullError, OutputError
-from gpupipe.farm import farm_status, ledger, run_farm, worker
+from gpupipe.farm import farm_status, ledger, read_jobs, run_farm, worker
+from gpupipe.farm.farm import MAX_LOSSES, Farm, RenderTask
 from gpupipe.farm.ledger import Ledger
+from gpupipe.farm.residents import AvatarKey
 from gpupipe.models.audio_encoder import AudioEncoder
 from gpupipe.video.codecs import segment_length
 
@@ -84,6 +86,7 @@ def test_every_job_becomes_a_whole_video(done: Path, inputs: Jobs) -> None:
         row = results(done)[job["output"]]
         assert (row["status"], row["frames"], row["error"]) == ("done", frames, None)
         assert row["checksum"] == ledger.file_hash(done / job["output"])
+        assert row["timings"]["render"] > 0 and row["timings"]["join"] > 0
         assert row["device"] == "cpu" and row["engine"] == "eager" and row["codec"] == "libx264"
     assert results(done)["0.mp4"]["parts"] == 3
 
@@ -318,6 +321,31 @@ def test_memory_that_is_never_enough_fails_the_job(
 
     monkeypatch.setattr(worker, "render_batch", never)
     assert farm(inputs[1:2], tmp_path / "out", batch_size=4).parked == 1
+
+
+def test_a_job_over_which_workers_die_is_parked_at_last(inputs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", inputs[:1]))
+    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    for _ in range(MAX_LOSSES):
+        task = queue.next_task(frames=1000)
+        assert isinstance(task, RenderTask) and len(task.segments) == 3
+        assert not queue.finished
+        queue.lost(task)
+    assert queue.next_task() is None and queue.finished
+    state = farm_status(tmp_path / "jobs.jsonl", tmp_path / "out")[0]
+    assert (state.status, state.error) == ("parked", "5 workers died over it")
+
+
+def test_a_worker_is_given_more_of_what_it_has_at_hand(inputs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", inputs))
+    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    faces = [AvatarKey.of(job) for job in jobs]
+    assert queue.upcoming() == faces[:2]
+    first, other = queue.next_task(frames=1), queue.next_task(frames=1000, near=faces[1])
+    assert isinstance(first, RenderTask) and [segment.number for segment in first.segments] == [0]
+    # Both faces' jobs are not under way yet: the worker helps with the first face, of both of its jobs.
+    assert isinstance(other, RenderTask)
+    assert [segment.job.output for segment in other.segments] == ["0.mp4", "0.mp4", "deep/er/2.mp4"]
 
 
 def test_two_farms_in_one_folder_are_one_too_many(inputs: Jobs, tmp_path: Path) -> None:

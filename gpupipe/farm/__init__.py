@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gpupipe.errors import InputError
+from gpupipe.errors import DiskFullError, InputError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.farm.cluster import work_on_ray
 from gpupipe.farm.farm import PART_SECONDS, Farm, Told
@@ -88,8 +89,11 @@ def run_farm(
                 workers = work_on_ray(farm, workers=workers, address=address, options=options)
             else:
                 work_here(farm, Worker(batch_size=batch_size, residents=Residents(device, budget=memory_budget)))
+        except DiskFullError as error:
+            raise DiskFullError(f"{error}; what is whole is kept: run it again when there is room") from error
         finally:
-            ledger.write_results()
+            with contextlib.suppress(DiskFullError):
+                ledger.write_results()
     return FarmRecord(
         jobs=len(jobs),
         skipped=len(farm.skipped),

@@ -155,7 +155,7 @@ class _Crew:
             self._farm.featured(task)
         else:
             try:
-                self._farm.joined(task, *result)
+                self._farm.joined(task, result)
             except DiskFullError:
                 raise
             except GpupipeError as error:

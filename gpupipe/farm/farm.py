@@ -18,7 +18,7 @@ from gpupipe.errors import DiskFullError, InputError
 from gpupipe.farm.jobs import Job
 from gpupipe.farm.ledger import Fingerprints, JobState, Ledger, read_record, text_hash
 from gpupipe.farm.residents import AvatarKey
-from gpupipe.farm.worker import Outcome, Segment, tell
+from gpupipe.farm.worker import Joined, Outcome, Segment, tell
 from gpupipe.features import SpeechFeatures
 from gpupipe.schedule import frame_rate
 from gpupipe.versions import versions
@@ -174,21 +174,22 @@ class Farm:
         self._featuring.discard(task.job.output)
         self._queue.appendleft(task.job)
 
-    def joined(self, task: JoinTask, frames: int, checksum: str) -> None:
+    def joined(self, task: JoinTask, video: Joined) -> None:
         """Take note of a video that is whole: it gets its name."""
         plan = self._plans.get(task.job.output)
         if plan is None:
             return  # parked meanwhile
-        if frames != plan.frames:
-            self.failed(task.job, f"{task.path}: has {frames} frames; expected {plan.frames}")
+        if video.frames != plan.frames:
+            self.failed(task.job, f"{task.path}: has {video.frames} frames; expected {plan.frames}")
             return
         state = self.ledger.states[task.job.output]
-        state.frames, state.parts = frames, len(plan.segments)
-        state.seconds = round(sum(facts["seconds"] for facts in plan.facts.values()), 3)
+        state.frames, state.parts = video.frames, len(plan.segments)
+        state.timings["render"] = round(sum(facts["seconds"] for facts in plan.facts.values()), 3)
+        state.timings["join"] = video.seconds
         for name in ("device", "engine", "codec"):
             setattr(state, name, plan.facts[0][name])
         self._forget(task.job)
-        self.ledger.publish(task.job, task.path, checksum)
+        self.ledger.publish(task.job, task.path, video.checksum)
         self.done += 1
         self._told(state)
 
@@ -255,11 +256,14 @@ class Farm:
         try:
             features = Path(job.audio_features or folder / "features.npy")
             inputs = text_hash(json.dumps([fingerprint, self._runtime, "features"]))
-            if job.encoder is not None and read_record(features, inputs) is None:
+            made = read_record(features, inputs) if job.encoder is not None else None
+            if job.encoder is not None and made is None:
                 self._featuring.add(job.output)
                 self._ready.append(FeaturesTask(job, features, inputs))
-            else:
-                self._plan(job, features, fingerprint)
+                return
+            if made is not None:
+                state.timings["features"] = made.facts["seconds"]
+            self._plan(job, features, fingerprint)
         except DiskFullError:
             raise
         except Exception as error:

@@ -24,7 +24,7 @@ import shutil
 import stat
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -37,8 +37,8 @@ from gpupipe.video.frames import VIDEO_SUFFIXES
 
 FOLDER = ".gpupipe-farm"
 RESULTS = "results.jsonl"
-_RESULTS_SECONDS = 1.0
-"""Results are written at most that often, and at the end: with many jobs the file is long."""
+_RESULTS_SECONDS, _RESULTS_SHARE = 1.0, 0.02
+"""Results are written at most so often, for at most so much of the time, and at the end: the file may be long."""
 
 Status = Literal["waiting", "done", "failed", "parked"]
 """``failed`` is tried again, ``parked`` is not until its inputs change."""
@@ -49,8 +49,8 @@ class JobState:
     """What is known of a job.
 
     ``fingerprint`` is of the inputs that the rest belongs to, ``attempts`` and ``losses`` count failures and workers
-    that died with it, ``frames`` and ``seconds`` are of the finished video and of the work on it, ``checksum`` is the
-    video's SHA-256.
+    that died with it, ``timings`` holds the seconds of work on it (``features`` if they were made, ``render``, parts
+    beside each other counted each, and ``join``), ``checksum`` is the video's SHA-256.
     """
 
     output: str
@@ -61,7 +61,7 @@ class JobState:
     error: str | None = None
     frames: int | None = None
     parts: int | None = None
-    seconds: float = 0.0
+    timings: dict[str, float] = field(default_factory=dict)
     device: str | None = None
     engine: str | None = None
     codec: str | None = None
@@ -115,7 +115,7 @@ class Ledger:
     def __init__(self, output_dir: str | Path, jobs: list[Job]) -> None:
         self.output_dir = Path(output_dir)
         self.states = {job.output: self._read(job) for job in jobs}
-        self._written = 0.0
+        self._next_results = 0.0
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -156,16 +156,18 @@ class Ledger:
         folder = make_folder(self.folder(job))
         state = self.states[job.output]
         with replacing(folder / "state.json") as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n", encoding="utf-8")
-        if time.monotonic() - self._written > _RESULTS_SECONDS:
+            temporary.write_text(json.dumps(vars(state), indent=1) + "\n", encoding="utf-8")
+        if time.monotonic() > self._next_results:
             self.write_results()
 
     def write_results(self) -> None:
         """Write one line a job to ``results.jsonl``."""
-        lines = [json.dumps(dataclasses.asdict(state)) for state in self.states.values()]
+        start = time.monotonic()
+        lines = [json.dumps(vars(state)) for state in self.states.values()]
         with replacing(self.output_dir / RESULTS) as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self._written = time.monotonic()
+        now = time.monotonic()
+        self._next_results = now + max(_RESULTS_SECONDS, (now - start) / _RESULTS_SHARE)
 
     def publish(self, job: Job, video: Path, checksum: str) -> None:
         """Give a whole video its name, and forget its parts."""

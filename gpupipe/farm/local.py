@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from gpupipe.errors import DiskFullError
 from gpupipe.farm.farm import Farm, FeaturesTask, JoinTask, RenderTask
-from gpupipe.farm.worker import Segment, Worker, join_parts, tell
+from gpupipe.farm.worker import Joined, Segment, Worker, join_parts, tell
 
 
 def work_here(farm: Farm, worker: Worker) -> None:
@@ -19,7 +19,7 @@ def work_here(farm: Farm, worker: Worker) -> None:
     """
     worker.residents.upcoming = farm.upcoming
     with ThreadPoolExecutor(1, "join") as hand:
-        joins: deque[tuple[JoinTask, Future[tuple[int, str]]]] = deque()
+        joins: deque[tuple[JoinTask, Future[Joined]]] = deque()
 
         def segments() -> Iterator[Segment]:
             """Segments as there is room for them; what else comes up is done on the way."""
@@ -47,7 +47,7 @@ def work_here(farm: Farm, worker: Worker) -> None:
             while joins and (wait or joins[0][1].done()):
                 task, future = joins.popleft()
                 try:
-                    farm.joined(task, *future.result())
+                    farm.joined(task, future.result())
                 except DiskFullError:
                     raise
                 except Exception as error:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,12 +111,13 @@ class Worker:
     def features(self, job: Job, path: Path, inputs: str) -> None:
         """Make and record the features of a job's sound."""
         assert job.encoder is not None and job.audio is not None
+        start = time.perf_counter()
         make_folder(path.parent)
         if self._encoder is None or self._encoder[0] != job.encoder:
             self._encoder = job.encoder, SpeechEncoder(job.encoder, self.device)
         with replacing(path) as temporary:
             write_features(self._encoder[1].covering_features(job.audio), temporary)
-        write_record(path, inputs)
+        write_record(path, inputs, {"seconds": round(time.perf_counter() - start, 3)})
 
     def _attempt(self, pieces: list[Piece]) -> tuple[list[Piece], list[Tensor] | BaseException]:
         """Render a batch; an error is kept for who knows what to do about it."""
@@ -285,10 +286,19 @@ class _Abandoned(Exception):
     """Ends a part that nobody wants."""
 
 
-def join_parts(job: Job, parts: list[Path], path: Path) -> tuple[int, str]:
-    """Join a job's parts, with its sound; returns the number of frames and the video's checksum."""
+class Joined(NamedTuple):
+    """A whole video: its frames, its checksum, and the seconds that it took."""
+
+    frames: int
+    checksum: str
+    seconds: float
+
+
+def join_parts(job: Job, parts: list[Path], path: Path) -> Joined:
+    """Join a job's parts, with its sound."""
+    start = time.perf_counter()
     frames = join_segments(parts, path, sound=job.audio)
-    return frames, file_hash(path)
+    return Joined(frames, file_hash(path), round(time.perf_counter() - start, 3))
 
 
 def tell(error: BaseException) -> str:
