@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpupipe.kernels.cubic import cubic_taps, resize_by_taps, round_to_uint8
+from gpupipe.kernels.cubic import cubic_resize
 from gpupipe.kernels.dispatch import backend
 
 CROP_SIZE = 328
@@ -94,19 +94,12 @@ def bytes_moved(box: tuple[int, int], dtype: torch.dtype = torch.float16, *, cro
 
 
 def _crop_resize_torch(frames: Tensor, index: Tensor, boxes: Tensor) -> Tensor:
-    """The reference."""
-    xmin, ymin, xmax, ymax = boxes.long().unbind(1)
-    w, h = xmax - xmin, ymax - ymin
-    # One host read: the widest box sets the size of the padded crops.
-    max_w, max_h = int(w.max()), int(h.max())
-    device = frames.device
-    columns = xmin[:, None] + torch.minimum(torch.arange(max_w, device=device)[None], w[:, None] - 1)
-    rows = ymin[:, None] + torch.minimum(torch.arange(max_h, device=device)[None], h[:, None] - 1)
-    crops = frames[index[:, None, None], rows[:, :, None], columns[:, None, :]]
-    position = torch.arange(CROP_SIZE, device=device).expand(len(boxes), -1)
-    size = torch.full_like(w, CROP_SIZE)
-    rows_taps, columns_taps = cubic_taps(position, h, size), cubic_taps(position, w, size)
-    return round_to_uint8(resize_by_taps(crops.permute(0, 3, 1, 2).float(), rows_taps, columns_taps))
+    """The reference, sample by sample: each box has a size of its own."""
+    crops = [
+        frames[frame, ymin:ymax, xmin:xmax].permute(2, 0, 1)
+        for frame, (xmin, ymin, xmax, ymax) in zip(index.tolist(), boxes.tolist(), strict=True)
+    ]
+    return torch.stack([cubic_resize(crop, CROP_SIZE, CROP_SIZE) for crop in crops])
 
 
 def network_input(crops: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:

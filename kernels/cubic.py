@@ -5,11 +5,13 @@
 edge; it never antialiases. Source: R. G. Keys, "Cubic convolution interpolation for digital image processing", 1981;
 a and the coordinates as in OpenCV's imgproc module.
 
-The resize is separable: along each axis a destination row is a weighted sum of four source rows. Samples of a batch may
-each have another size.
+The resize is separable: along each axis a destination row is a weighted sum of four source rows.
 """
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 from torch import Tensor
@@ -18,67 +20,56 @@ from torch.nn.functional import embedding_bag
 CUBIC_A = -0.75
 
 
-Taps = tuple[Tensor, Tensor]
-"""Of each destination pixel: its four source pixels, int64 (B, D, 4), and their weights, float32 (B, D, 4)."""
-
-
-def cubic_taps(position: Tensor, source: Tensor, target: Tensor) -> Taps:
-    """What a cubic resize from ``source`` to ``target`` pixels sums up along one axis.
-
-    Args:
-        position: destination pixels, integers in ``[0, target)``, shape (B, D).
-        source: size of each sample's source, integers, shape (B,).
-        target: size of each sample's destination, integers, shape (B,).
+@functools.lru_cache(maxsize=1024)
+def cubic_taps(source: int, target: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """What a cubic resize from ``source`` to ``target`` pixels sums up along one axis; do not write to it.
 
     Returns:
-        taps in ``[0, source)``, and weights that sum to 1 over the last axis.
+        of each destination pixel its four source pixels in ``[0, source)``, int64 (target, 4), and their weights,
+        float32 (target, 4), which sum to 1.
     """
-    source, target = source.long()[:, None], target.long()[:, None]
+    position = torch.arange(target, device=device)
     # The coordinate times 2·target is an integer: the split into tap and fraction is exact.
-    scaled = (2 * position.long() + 1) * source - target
+    scaled = (2 * position + 1) * source - target
     tap = torch.div(scaled, 2 * target, rounding_mode="floor")
-    x = (scaled - tap * 2 * target).float() / (2 * target).float()
+    x = (scaled - tap * 2 * target).float() / (2 * target)
     a = CUBIC_A
     u, y = x + 1, 1 - x
     c0 = ((a * u - 5 * a) * u + 8 * a) * u - 4 * a
     c1 = ((a + 2) * x - (a + 3)) * x * x + 1
     c2 = ((a + 2) * y - (a + 3)) * y * y + 1
     c3 = 1 - c0 - c1 - c2
-    taps = tap[..., None] + torch.arange(-1, 3, device=tap.device)
-    return torch.minimum(taps.clamp_min(0), source[..., None] - 1), torch.stack([c0, c1, c2, c3], dim=-1)
-
-
-def resize_by_taps(images: Tensor, rows: Taps, columns: Taps) -> Tensor:
-    """Apply taps along both axes: float32 (B, C, H, W) → contiguous (B, C, D rows, D columns)."""
-    return _resize_rows(_resize_rows(images, rows).mT, columns).mT.contiguous()
-
-
-def _resize_rows(images: Tensor, taps: Taps) -> Tensor:
-    """(B, C, H, W) → (B, C, D, W)."""
-    b, c, h, w = images.shape
-    first = h * torch.arange(b * c, device=images.device).view(b, c, 1, 1)  # of each image's rows
-    row = (taps[0][:, None] + first).view(-1, 4)
-    weight = taps[1][:, None].expand(-1, c, -1, -1).reshape(-1, 4)
-    # An embedding bag is a weighted sum of a table's rows: the sparse matrix product that a resize is.
-    summed = embedding_bag(row, images.reshape(-1, w), mode="sum", per_sample_weights=weight)
-    return summed.view(b, c, -1, w)
-
-
-def round_to_uint8(values: Tensor) -> Tensor:
-    """Round half to even and saturate to 0 … 255, as OpenCV's resize does."""
-    return values.round().clamp_(0, 255).to(torch.uint8)
+    taps = (tap[:, None] + torch.arange(-1, 3, device=device)).clamp_(0, source - 1)
+    return taps, torch.stack([c0, c1, c2, c3], dim=-1)
 
 
 def cubic_resize(images: Tensor, width: int, height: int) -> Tensor:
     """Resize images as ``cv2.resize(…, (width, height), interpolation=cv2.INTER_CUBIC)`` does.
 
-    uint8 (B, C, H, W) → uint8 (B, C, height, width).
+    Floating or uint8 (…, H, W) with values in 0 … 255 → uint8 (…, height, width).
     """
+    rows = _resize_rows(images.float(), height)
+    return round_to_uint8(_resize_rows(rows.mT, width).mT.contiguous())
 
-    def taps(source: int, target: int) -> Taps:
-        position = torch.arange(target, device=images.device).expand(len(images), -1)
-        sizes = (torch.full((len(images),), size, device=images.device) for size in (source, target))
-        return cubic_taps(position, *sizes)
 
-    rows, columns = taps(images.shape[2], height), taps(images.shape[3], width)
-    return round_to_uint8(resize_by_taps(images.float(), rows, columns))
+def _resize_rows(images: Tensor, height: int) -> Tensor:
+    """(…, H, W) → (…, height, W)."""
+    *many, h, w = images.shape
+    count = math.prod(many)
+    taps, weights = _taps_of_many(count, h, height, images.device)
+    # An embedding bag is a weighted sum of a table's rows: the sparse matrix product that a resize is.
+    summed = embedding_bag(taps, images.reshape(-1, w), mode="sum", per_sample_weights=weights)
+    return summed.view(*many, height, w)
+
+
+@functools.lru_cache(maxsize=1024)
+def _taps_of_many(count: int, source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """:func:`cubic_taps` of ``count`` images that lie one below the other: (count·target, 4) each."""
+    taps, weights = cubic_taps(source, target, device)
+    first = source * torch.arange(count, device=device)[:, None, None]
+    return (taps + first).view(-1, 4), weights.repeat(count, 1)
+
+
+def round_to_uint8(values: Tensor) -> Tensor:
+    """Round half to even and saturate to 0 … 255, as OpenCV's resize does."""
+    return values.round().clamp_(0, 255).to(torch.uint8)

@@ -17,13 +17,17 @@ Here are the public functions and their plain-torch reference; on CUDA one Trito
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, RING
-from gpupipe.kernels.cubic import cubic_taps, resize_by_taps, round_to_uint8
+from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, inner_region
+from gpupipe.kernels.cubic import cubic_resize, round_to_uint8
 from gpupipe.kernels.dispatch import backend
-from gpupipe.kernels.nv12 import luma_chroma
+from gpupipe.kernels.nv12 import luma_chroma, nv12_window
+
+Box = tuple[int, int, int, int]
 
 
 def paste_blend(
@@ -107,18 +111,20 @@ def _paste_blend(
             crop_index = torch.arange(len(index), device=index.device)
         places = (crop_index, frames, index, boxes, out)
         return paste_blend_triton(mouth, crops, *places, nv12=nv12, max_box=max_box, feather=feather, keep=keep)
-    if crop_index is not None:
-        crops = crops.index_select(0, crop_index)
-    pixels, rows, columns = _finish_region(mouth, crops, frames, index, boxes, feather, keep, align=2 if nv12 else 1)
-    batch = _batch_index(index)
-    if not nv12:
-        out[batch, rows[:, :, None], columns[:, None, :]] = pixels
-        return out
-    luma, chroma = luma_chroma(pixels, order="bgr")
-    out[batch, rows[:, :, None], columns[:, None, :]] = luma
-    chroma_rows = frames.shape[1] + rows[:, ::2] // 2
-    # Cb stands at the cell's even column and Cr at its odd one: the pair fills the same columns as the luma above it.
-    out[batch, chroma_rows[:, :, None], columns[:, None, :]] = chroma.flatten(2)
+    painted = mouth if mouth.dtype == torch.uint8 else (mouth.float() * 255).to(torch.uint8)
+    rings = range(len(index)) if crop_index is None else crop_index.tolist()
+    for sample, (ring, frame, box) in enumerate(zip(rings, index.tolist(), boxes.tolist(), strict=True)):
+        kept = None if keep is None else keep[frame]
+        pixels, (xmin, ymin, xmax, ymax) = _finish_region(
+            painted[sample], crops[ring], frames[frame], box, feather, kept, align=2 if nv12 else 1
+        )
+        if not nv12:
+            out[sample, ymin:ymax, xmin:xmax] = pixels
+            continue
+        luma, chroma = luma_chroma(pixels[None], order="bgr")
+        luma_there, chroma_there = nv12_window(out[sample : sample + 1], (xmin, ymin, xmax, ymax))
+        luma_there.copy_(luma)
+        chroma_there.copy_(chroma.flatten(2))
     return out
 
 
@@ -142,60 +148,30 @@ def bytes_moved(
 
 
 def _finish_region(
-    mouth: Tensor,
-    crops: Tensor,
-    frames: Tensor,
-    index: Tensor,
-    boxes: Tensor,
-    feather: float,
-    keep: Tensor | None,
-    align: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The finished pixels of each box, grown to multiples of ``align``.
-
-    Samples of a batch have boxes of different sizes: each axis has the length of the longest, and a smaller sample's
-    last cell is repeated, so that writing the region writes equal values more than once and nothing has to be masked.
-
-    Returns:
-        pixels uint8 (B, R, C, 3), and the frame rows (B, R) and columns (B, C) that they belong to.
-    """
-    xmin, ymin, xmax, ymax = boxes.long().unbind(1)
-    rows = _aligned_span(ymin, ymax, align)
-    columns = _aligned_span(xmin, xmax, align)
-
-    canvas = crops.float()
-    canvas[..., RING:-RING, RING:-RING] = mouth if mouth.dtype == torch.uint8 else (mouth.float() * 255).trunc()
-    size = torch.full_like(xmin, CROP_SIZE)
-    row_in_box = torch.minimum((rows - ymin[:, None]).clamp_min(0), (ymax - ymin)[:, None] - 1)
-    column_in_box = torch.minimum((columns - xmin[:, None]).clamp_min(0), (xmax - xmin)[:, None] - 1)
-    row_taps, column_taps = cubic_taps(row_in_box, size, ymax - ymin), cubic_taps(column_in_box, size, xmax - xmin)
-    painted = round_to_uint8(resize_by_taps(canvas, row_taps, column_taps))
-
+    mouth: Tensor, crop: Tensor, frame: Tensor, box: Box, feather: float, keep: Tensor | None, align: int
+) -> tuple[Tensor, Box]:
+    """The finished pixels of one box, grown to multiples of ``align``: uint8 (h, w, 3), and where they belong."""
+    xmin, ymin, xmax, ymax = box
+    left, top = xmin // align * align, ymin // align * align
+    right, bottom = -(-xmax // align) * align, -(-ymax // align) * align
     # Channel by channel: each step below then runs over neighbouring numbers.
-    batch_index = index[:, None, None]
-    template = frames[batch_index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
-    row_distance = torch.minimum(rows - ymin[:, None], ymax[:, None] - 1 - rows)
-    column_distance = torch.minimum(columns - xmin[:, None], xmax[:, None] - 1 - columns)
-    distance = torch.minimum(row_distance[:, :, None], column_distance[:, None, :])
-    inside = distance >= 0
-    if keep is not None:
-        inside &= ~keep[batch_index, rows[:, :, None], columns[:, None, :]]
+    region = frame[top:bottom, left:right].permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+    template = region[:, ymin - top : ymax - top, xmin - left : xmax - left]
+    canvas = crop.clone()
+    inner_region(canvas).copy_(mouth)
+    painted = cubic_resize(canvas, xmax - xmin, ymax - ymin)
     if feather > 0:
-        alpha = ((distance + 0.5) / feather).clamp(0, 1)[:, None]
+        alpha = _seam(xmax - xmin, ymax - ymin, feather, frame.device)
         painted = round_to_uint8(template + alpha * (painted.float() - template))
-    return torch.where(inside[:, None], painted, template).permute(0, 2, 3, 1), rows, columns
+    if keep is not None:
+        painted = torch.where(keep[ymin:ymax, xmin:xmax], template, painted)
+    template.copy_(painted)
+    return region.permute(1, 2, 0), (left, top, right, bottom)
 
 
-def _aligned_span(low: Tensor, high: Tensor, align: int) -> Tensor:
-    """Pixels (B, D) of ``[low, high)`` grown to whole cells of ``align`` pixels; short spans repeat their last cell."""
-    first = torch.div(low, align, rounding_mode="floor")
-    cells = torch.div(high + align - 1, align, rounding_mode="floor") - first
-    # One host read, as in crop_resize.
-    offset = torch.arange(int(cells.max()), device=low.device)[None]
-    cell = first[:, None] + torch.minimum(offset, cells[:, None] - 1)
-    within = torch.arange(align, device=low.device)
-    return (cell[..., None] * align + within).flatten(1)
-
-
-def _batch_index(index: Tensor) -> Tensor:
-    return torch.arange(len(index), device=index.device)[:, None, None]
+@functools.lru_cache(maxsize=64)
+def _seam(width: int, height: int, feather: float, device: torch.device) -> Tensor:
+    """How much of the painted pixel shows: float32 (height, width)."""
+    row, column = torch.arange(height, device=device), torch.arange(width, device=device)
+    from_rows, from_columns = torch.minimum(row, height - 1 - row), torch.minimum(column, width - 1 - column)
+    return ((torch.minimum(from_rows[:, None], from_columns) + 0.5) / feather).clamp_(0, 1)
