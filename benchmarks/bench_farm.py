@@ -32,7 +32,7 @@ from gpupipe.models import MODES
 SHAPES = {"one long clip": (1, 600), "many short clips": (20, 30)}
 """Clips, and frames of each."""
 
-LENGTHS = (75, 150, 300, 600, 1200)
+LENGTHS = (75, 150, 300, 600)
 CLIPS_OF_A_WORKER, FRAMES_OF_A_CLIP = 2, 300
 
 

@@ -3,8 +3,8 @@
     python benchmarks/tables.py            # write them into the READMEs and benchmarks/results/*.svg
     python benchmarks/tables.py --check    # exit 1 if they say anything else
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` in README.md or benchmarks/README.md. Of repeated
-runs the newest counts.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` in README.md, benchmarks/README.md or
+docs/scale.md. Of repeated runs the newest counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from gpupipe.benchmarks import plots
 from gpupipe.benchmarks.common import RESULTS, ROOT, Record, read_rows
 
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scale.md")
 
 Rows = list[Record]
 
@@ -192,9 +192,29 @@ def precision(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def farm(rows: Rows) -> str:
+    """What a farm costs over single renders, by length and by workers."""
+    axes = {"overhead": "farm's time over single renders'", "frames": "frames of one clip", "workers": "workers of Ray"}
+    newest: dict[tuple[Any, ...], Record] = {}
+    for row in rows:
+        if row["what"] == "farm" and row["error"] is None:
+            newest[plots.group_of(row), axes[row["axis"]], row["value"], row["metric"]] = row
+    lines = [
+        "| machine, template | varied | value | what | (p20–p80) | runs | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (group, axis, value, metric), row in newest.items():
+        told = value if isinstance(value, str) else f"{value:g}"
+        shape = f" ({row['config']['clips']} × {row['config']['frames']} frames)" if "clips" in row["config"] else ""
+        spread = f"**{row['p50']:.3g}** {row['unit']} ({row['p20']:.3g}–{row['p80']:.3g})"
+        lines.append(f"| {group} | {axis} | {told}{shape} | {metric} | {spread} | {row['n']} | `{row['commit']}` |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Rows], str]] = {
     "claims": claims,
     "end_to_end": end_to_end,
+    "farm": farm,
     "headline": headline,
     "precision": precision,
     "side_by_side": side_by_side,
