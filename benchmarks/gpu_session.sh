@@ -4,7 +4,8 @@
 #   benchmarks/gpu_session.sh OUT [WHEELS [CUBINS]]
 #
 # OUT     folder for the rows (<device>.jsonl), the logs and summary.txt
-# WHEELS  folder of wheels that the machine lacks (av, kornia, kornia_rs …), installed beside the project
+# WHEELS  folder of wheels that the machine lacks (av, kornia, kornia_rs; pydantic, pydantic_core, annotated_types and
+#         typing_inspection for farms), installed beside the project
 # CUBINS  what "python -m gpupipe.benchmarks.gluon_cubins build CUBINS" made elsewhere, where Triton here is too old for it
 #
 # A part that fails or takes too long does not stop the others; the summary says which, and the exit status is 1 then.

@@ -100,6 +100,28 @@ def test_a_mixed_batch_that_takes_another_ones_features_is_noticed(
     assert not all(torch.equal(a, b) for a, b in zip(right, render_batch(pieces), strict=True))
 
 
+@pytest.mark.cuda
+def test_mixed_batches_on_the_gpu(
+    tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path: Path
+) -> None:
+    generator = FrameGenerator(UNetModel(tiny_checkpoint(), device="cuda"), batch_size=4)
+    there = [
+        Template.from_directory(make_template(tmp_path / str(n), frames=4 + n, size=size, seed=n), device="cuda")
+        for n, size in enumerate(((96, 64), (128, 96)))
+    ]
+    shots = shots_of(generator, [generator.avatar(face, "nv12") for face in there])
+    together: dict[Shot, list[torch.Tensor]] = {shot: [] for shot in shots}
+    for pieces in fill_batches(shots, lambda: 4):
+        for piece, rows in zip(pieces, render_batch(pieces), strict=True):
+            together[piece.shot].append(rows)
+    for shot, frames in together.items():
+        alone = list(
+            generator.stream(shot.avatar.template, shot.speech, start_frame=shot.start_frame, pixel_format="nv12")
+        )
+        expected = torch.cat(alone)[shot.frames.start : shot.frames.stop]
+        torch.testing.assert_close(torch.cat(frames).int(), expected.int(), atol=3, rtol=0)
+
+
 def test_another_network_begins_another_batch(
     generator: FrameGenerator, faces: list[Template], tiny_model: MakeModel
 ) -> None:
