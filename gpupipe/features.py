@@ -119,7 +119,7 @@ class SpeechFeatures:
             if any(not 0 <= side < 2**63 for side in shape):
                 raise ValueError("its header promises a shape that no array has")
         except Exception as error:  # the header is a Python expression: a damaged one makes NumPy raise nearly anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0] if str(error) else "its header cannot be read"
             raise InputError(f"{path}: not a .npy file of audio features ({reason})") from error
         if dtype.kind != "f" or dtype.itemsize != 4:
             raise InputError(f"{path}: dtype is {dtype}; expected float32")

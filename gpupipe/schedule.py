@@ -26,9 +26,10 @@ def frame_rate(fps: float | Fraction) -> Fraction:
     Raises:
         InputError: not more than 0 and at most 1000.
     """
-    if not 0 < fps <= 1000:
+    rate = Fraction(fps).limit_denominator(1001) if 0 < fps <= 1000 else None
+    if not rate:  # far below one frame a second the fraction is 0
         raise InputError(f"fps is {fps}; expected more than 0 and at most 1000")
-    return Fraction(fps).limit_denominator(1001)
+    return rate
 
 
 @dataclass(frozen=True)

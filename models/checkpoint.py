@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gpupipe.errors import CheckpointError
 from gpupipe.files import input_file
+from gpupipe.models.pickles import nests_too_deep
 from gpupipe.models.unet328 import AUDIO_SHAPES, CHANNELS, MODES, Mode, UNet328
 
 MAX_WIDTH = 4
@@ -35,6 +36,8 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
+            if nests_too_deep(path):
+                raise pickle.UnpicklingError
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of tensors that are refused below
                 state = torch.load(path, map_location="cpu", weights_only=True)

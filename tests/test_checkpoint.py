@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.errors import CheckpointError
 from gpupipe.models import MODES, Mode, UNet328, load_state_dict, load_unet
+from gpupipe.models.audio_encoder import load_audio_encoder
+from gpupipe.models.pickles import nests_too_deep
 
 State = dict[str, Tensor]
 HEAD = "outc.conv.weight"
@@ -210,6 +213,86 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
     refusal(tmp_path)
 
 
+# ── tensors that are no weights ───────────────────────────────────────────────────────────────────────────────────────
+
+
+NAME = "audio_model.conv3.weight"
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Sparse", "ignore:Validating", "ignore:The PyTorch API of nested", "ignore:torch.quantize"
+)
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda value: value.to_sparse(), "is a sparse tensor; expected a dense one"),
+        (lambda value: torch.eye(3).to_sparse_csr(), "is a sparse tensor; expected a dense one"),
+        (lambda value: value.to("meta"), "is a meta tensor; expected a dense one"),
+        (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), "is a quantised tensor"),
+        (lambda value: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "is a nested tensor"),
+        (lambda value: value.to(torch.complex64), f"{NAME} is of complex64; expected float32"),
+        (lambda value: value.to(torch.int8), f"{NAME} is of int8; expected float32"),
+        (lambda value: value != 0, f"{NAME} is of bool; expected float32"),
+        (lambda value: torch.full(value.shape, 1e300, dtype=torch.float64), f"{NAME} holds NaN or infinite values"),
+        (lambda value: torch.zeros(1).expand(1 << 40), f"{NAME} has shape (1099511627776,)"),
+    ],
+)
+def test_tensor_that_is_no_weight(
+    change: Callable[[Tensor], Tensor], told: str, state: State, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    state[NAME] = change(state[NAME])
+    path = as_pth(state, tmp_path)
+    capfd.readouterr()
+    assert told in refusal(path)
+    assert capfd.readouterr().err == "", "nothing is said beside the error"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn])
+def test_other_floating_point_numbers_are_read(dtype: torch.dtype, state: State, tmp_path: Path) -> None:
+    state[NAME] = state[NAME].to(dtype)
+    assert torch.equal(load_unet(as_pth(state, tmp_path)).state_dict()[NAME], state[NAME].float())
+
+
+def test_variance_below_0(state: State, tmp_path: Path) -> None:
+    """Its root would be NaN, and every picture black."""
+    state["audio_model.bn3.running_var"][1] = -0.5
+    assert "audio_model.bn3.running_var holds a variance below 0" in refusal(as_pth(state, tmp_path))
+
+
+def test_network_that_no_memory_holds(state: State, tmp_path: Path) -> None:
+    """One stored number may have any shape; the network would be made before its shapes were compared."""
+    state["inc.inconv.0.conv.6.weight"] = torch.zeros(()).expand(1 << 40, 12, 1, 1)
+    assert "has 1099511627776 channels; expected at most 128" in refusal(as_pth(state, tmp_path))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_pickle_that_nests_without_end(old: bool, tmp_path: Path) -> None:
+    """Hashing such a key overflows the C stack: where this fails, it takes the process along."""
+    path = tmp_path / "deep.pth"
+    program = b"\x80\x02}N" + b"\x85" * 200_000 + b"Ns."
+    if old:
+        heads = (0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001})
+        path.write_bytes(b"".join(pickle.dumps(head, protocol=2) for head in heads) + program)
+    else:
+        with zipfile.ZipFile(path, "w") as members:
+            for name, content in (("data.pkl", program), ("version", b"3\n"), ("byteorder", b"little")):
+                members.writestr(f"archive/{name}", content)
+    assert "holds something other than tensors" in refusal(path)
+
+
+def test_nesting_is_counted_as_it_is(state: State, tmp_path: Path) -> None:
+    """Many entries, in whichever format, do not nest."""
+    many = {f"{name}.{i}": value for name, value in state.items() for i in range(9)}
+    for old in (False, True):
+        torch.save({"state_dict": OrderedDict(many)}, tmp_path / "many.pth", _use_new_zipfile_serialization=not old)
+        assert not nests_too_deep(tmp_path / "many.pth")
+    deep: Any = 0
+    for _ in range(101):
+        deep = [deep]
+    torch.save({"deep": deep}, tmp_path / "deep.pth")
+    assert nests_too_deep(tmp_path / "deep.pth")
+
+
 # ── nothing in a file is run ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -243,6 +326,15 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(
     path, mark = tmp_path / name, tmp_path / "code-was-run"
     save(Armed(mark), path)
     refusal(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("save", [armed_zip, armed_old_format, armed_plain_pickle])
+def test_code_in_an_audio_encoder_is_refused_and_not_run(save: Callable[[Armed, Path], None], tmp_path: Path) -> None:
+    path, mark = tmp_path / "armed.pth", tmp_path / "code-was-run"
+    save(Armed(mark), path)
+    with pytest.raises(CheckpointError, match=r"armed\.pth: holds something other than tensors"):
+        load_audio_encoder(path)
     assert not mark.exists()
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gpupipe import InputError
 from gpupipe.video import decode
 from gpupipe.video.decode import exif_orientation, read_image, read_images
 
@@ -81,6 +82,68 @@ def test_cmyk_is_within_a_step(picture: np.ndarray, tmp_path: Path) -> None:
     assert np.abs(ours - theirs).max() <= 1
     assert np.abs(ours - picture).mean() < 1
     assert np.abs(255 - ours - theirs).mean() > 20, "negative control: inks the other way round"
+
+
+# ── damaged files ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damaged_png_does_not_end_the_process(
+    seed: int, picture: np.ndarray, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Found by fuzzing: torchvision's decoder crashes on some of these, and libpng speaks on stderr of others."""
+    content = bytearray(cv2.imencode(".png", picture)[1].tobytes())
+    rng = np.random.default_rng(seed)
+    at, length = int(rng.integers(8, len(content) // 2)), int(rng.choice([1, 16, 200]))
+    content[at : at + length] = rng.integers(256, size=rng.choice([0, length]), dtype=np.uint8).tobytes()
+    path = tmp_path / "0.png"
+    path.write_bytes(content)
+    try:
+        assert read_image(path).shape[2] == 3
+    except InputError as error:
+        assert str(error).startswith(f"{path}: ")
+    assert capfd.readouterr().err == ""
+
+
+def test_pixels_that_a_header_promises_are_not_made(picture: np.ndarray, tmp_path: Path) -> None:
+    """65535×65535 are 13 GB, and a damaged scan would be filled up with grey."""
+    jpeg = bytearray(cv2.imencode(".jpg", picture)[1].tobytes())
+    at = jpeg.index(b"\xff\xc0") + 5
+    jpeg[at : at + 4] = b"\xff" * 4
+    (tmp_path / "0.jpg").write_bytes(jpeg)
+    with pytest.raises(InputError, match=r"0\.jpg: .*(65535×65535; expected at most 64 megapixels|decompression bomb)"):
+        read_image(tmp_path / "0.jpg")
+    jpeg[at : at + 4] = (9000).to_bytes(2, "big") * 2
+    (tmp_path / "0.jpg").write_bytes(jpeg)
+    with pytest.raises(InputError, match=r"0\.jpg: is 9000×9000; expected at most 64 megapixels"):
+        read_image(tmp_path / "0.jpg")
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16", "P", "RGBA", "LA", "1"])
+def test_kinds_of_png(mode: str, picture: np.ndarray, tmp_path: Path) -> None:
+    image = Image.fromarray(picture[..., ::-1])
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    elif mode in ("RGBA", "LA"):
+        image.putalpha(77)
+        image = image.convert(mode)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "0.png")
+    assert np.array_equal(read_image(tmp_path / "0.png").numpy(), cv2.imread(str(tmp_path / "0.png")))
+
+
+def test_palette_with_transparency(picture: np.ndarray, tmp_path: Path) -> None:
+    image = Image.fromarray(picture[..., ::-1]).convert("P")
+    image.save(tmp_path / "0.png", transparency=bytes([0, 128, 255]))
+    assert np.array_equal(read_image(tmp_path / "0.png").numpy(), cv2.imread(str(tmp_path / "0.png")))
+
+
+def test_animation(picture: np.ndarray, tmp_path: Path) -> None:
+    first = Image.fromarray(picture)
+    first.save(tmp_path / "0.gif", save_all=True, append_images=[first.rotate(90), first.rotate(180)])
+    with pytest.raises(InputError, match=r"0\.gif: is an animation of 3 pictures"):
+        read_image(tmp_path / "0.gif")
 
 
 # ── nvJPEG ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -241,6 +241,26 @@ def test_file_that_is_something_else(content: bytes, tmp_path: Path) -> None:
     assert "not a .npy file of audio features" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        "'descr': '<f4', 'fortran_order': False, 'shape': (-2, 512)",
+        "'descr': '<f4', 'fortran_order': False, 'shape': (2, -2, -256)",
+        f"'descr': '<f4', 'fortran_order': False, 'shape': (0x{'f' * 9000}, 512)",
+        "'descr': '<f4', 'fortran_order': False, 'shape': (9223372036854775808, 512)",
+        "'descr': (), 'fortran_order': False, 'shape': (2, 512)",
+        "'descr': '<f4', 'fortran_order': False, 'shape': " + "-" * 9000 + "1",
+        "'descr': '<f4', 'fortran_order': False, 'shape': " + "(" * 500,
+    ],
+)
+def test_header_that_no_array_has(facts: str, tmp_path: Path) -> None:
+    """Found by fuzzing: each made NumPy or what follows raise something else than it raises for others."""
+    header = f"{{{facts}}}\n".encode()
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(2 * 512 * 4)
+    (tmp_path / "features.npy").write_bytes(content)
+    assert "not a .npy file of audio features" in refusal(tmp_path / "features.npy")
+
+
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     assert "no such file of audio features" in refusal(tmp_path / "absent.npy")
     assert "is a folder; expected an ordinary file" in refusal(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -12,11 +13,13 @@ import av
 import numpy as np
 import pytest
 import torch
+from fuzz_media import wav
 
 from gpupipe import speech
-from gpupipe.errors import InputError, OutputError
+from gpupipe.errors import CheckpointError, InputError, OutputError
 from gpupipe.models.audio_encoder import AudioEncoder
 from gpupipe.speech import SpeechEncoder, audio_chunks, load_audio, mel_spectrogram, save_features
+from gpupipe.video.sound import SoundTrack
 
 MEL_ERROR = 1e-3
 FEATURE_ERROR = 1e-3  # of the largest golden feature
@@ -288,6 +291,15 @@ def no_samples(folder: Path) -> Path:
     return write_sound(folder / "none.wav", np.zeros((1, 0), np.float32), 16000)
 
 
+def test_encoder_that_gives_no_numbers_is_named(tmp_path: Path) -> None:
+    """Weights that are finite and too large, as a flipped bit makes them."""
+    state = AudioEncoder().state_dict()
+    state["0.conv_block.0.weight"][:] = state["1.conv_block.0.weight"][:] = 3e38
+    torch.save(state, tmp_path / "encoder.pth")
+    with pytest.raises(CheckpointError, match=r"encoder\.pth: gives NaN or infinite features"):
+        list(SpeechEncoder(tmp_path / "encoder.pth", "cpu").feature_rows([babble(0.2)]))
+
+
 @pytest.mark.parametrize("make", [missing, silent_video, text, empty, no_samples])
 def test_files_without_sound_are_named(make: Callable[[Path], Path], tmp_path: Path, encoder: SpeechEncoder) -> None:
     path = make(tmp_path)
@@ -295,6 +307,53 @@ def test_files_without_sound_are_named(make: Callable[[Path], Path], tmp_path: P
         encoder.features(path)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        ({"rate": 0}, "expected 1000 to 768000|not a media file"),
+        ({"rate": 1}, "has 1 samples a second; expected 1000 to 768000"),
+        ({"rate": 4_000_000_000}, "expected 1000 to 768000|not a media file"),
+        ({"channels": 0}, "channels; expected 1 to 64|not a media file"),
+        ({"channels": 300}, "channels; expected 1 to 64|not a media file"),
+        ({"tag": 0x7777}, "codec that this FFmpeg does not have|has no sound|cannot be decoded"),
+    ],
+)
+def test_header_that_no_sound_has(header: dict[str, int], told: str, tmp_path: Path, encoder: SpeechEncoder) -> None:
+    (tmp_path / "it.wav").write_bytes(wav(bytes(3200), **header))
+    with pytest.raises(InputError, match=rf"it\.wav: .*({told})"):
+        encoder.features(tmp_path / "it.wav")
+
+
+@pytest.mark.parametrize("channels", [2, 7, 8, 9, 16, 25, 64])
+def test_all_channels_are_averaged(channels: int, tmp_path: Path) -> None:
+    """From 8 channels on PyAV crashes where each has a plane of its own."""
+    sound = np.arange(1600 * channels, dtype="<i2").reshape(1600, channels) % 1000
+    (tmp_path / "it.wav").write_bytes(wav(sound.tobytes(), channels=channels))
+    assert np.abs(load_audio(tmp_path / "it.wav") - sound.mean(axis=1) / 2**15).max() < 1e-6
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, 1e9, -1e6])
+@pytest.mark.parametrize("at", [0, 7, 1599])
+def test_samples_that_are_no_sound(value: float, at: int, tmp_path: Path) -> None:
+    """NaN would go through to the features; on samples of a million FFmpeg's AAC encoder was seen to hang."""
+    sound = np.zeros(1600, np.float32)
+    sound[at] = value
+    (tmp_path / "it.wav").write_bytes(wav(sound.tobytes(), tag=3, bits=32))
+    with pytest.raises(InputError, match=r"it\.wav: sound holds NaN, infinite or boundless samples near 0\.\d\d s"):
+        load_audio(tmp_path / "it.wav")
+    with av.open(str(tmp_path / "out.mp4"), "w") as container:
+        track = SoundTrack(tmp_path / "it.wav", container)
+        with pytest.raises(InputError, match=r"it\.wav: sound holds NaN, infinite or boundless samples"):
+            track.finish()
+        track.close()
+
+
+def test_loud_sound_is_taken(tmp_path: Path) -> None:
+    sound = np.full(1600, 1.5, np.float32)
+    (tmp_path / "it.wav").write_bytes(wav(sound.tobytes(), tag=3, bits=32))
+    assert np.array_equal(load_audio(tmp_path / "it.wav"), sound)
 
 
 def test_more_than_one_channel_is_refused() -> None:

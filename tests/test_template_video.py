@@ -378,6 +378,13 @@ def test_bad_video(spoil: Callable[[Path], Any], message: str, folder: Path) -> 
     assert "\n" not in str(caught.value)
 
 
+def test_broken_link_is_told_as_one(folder: Path) -> None:
+    (folder / "template.mp4").unlink(missing_ok=True)
+    (folder / "template.mp4").symlink_to("moved-away.mp4")
+    with pytest.raises(InputError, match=r"template\.mp4: no such video file"):
+        Template.from_directory(folder)
+
+
 def test_no_template_at_all(folder: Path) -> None:
     (folder / "template.mp4").rename(folder / "template.avi")
     with pytest.raises(InputError, match=r"full_body_img: no such directory"):

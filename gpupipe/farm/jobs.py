@@ -19,6 +19,7 @@ from gpupipe.avatar import FEATHER, Blend
 from gpupipe.engines import EngineName, Precision
 from gpupipe.errors import InputError
 from gpupipe.features import FRAME_RATES
+from gpupipe.files import input_file
 from gpupipe.models import Mode
 
 _OF_THE_FARM = ("device", "batch_size", "memory_budget", "json", "debug")
@@ -93,11 +94,9 @@ def read_jobs(path: str | Path) -> list[Job]:
         InputError: the file is missing or empty, or a line is no job, or two name one output. The message names the
             first wrong line, and says how many more there are.
     """
-    path = Path(path)
+    path = input_file(path, "file of jobs")
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file of jobs") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a file of jobs ({error})") from error
     jobs: list[Job] = []

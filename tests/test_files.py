@@ -1,0 +1,71 @@
+"""What is read is an ordinary file; what is written never stands in place of something that is none."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpupipe import InputError
+from gpupipe.errors import OutputError
+from gpupipe.farm.jobs import read_jobs
+from gpupipe.features import SpeechFeatures
+from gpupipe.files import input_file, input_folder, replacing
+from gpupipe.landmarks import read_landmarks
+from gpupipe.models import load_state_dict
+from gpupipe.video.decode import read_image
+from gpupipe.video.frames import VideoFrames
+from gpupipe.video.sound import open_sound
+
+READERS: list[Callable[[Path], Any]] = [
+    *(read_landmarks, SpeechFeatures, load_state_dict, read_image, VideoFrames, open_sound, read_jobs),
+    lambda path: input_file(path, "file"),
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop", "nothing"])
+def test_what_is_no_file_is_not_opened(kind: str, read: Callable[[Path], Any], tmp_path: Path) -> None:
+    """A pipe would be waited for until somebody writes to it, and /dev/zero never ends."""
+    path = tmp_path / "it"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"device": "/dev/zero", "loop": "it", "nothing": "absent"}[kind])
+    told = {"loop": "cannot be read as|Symlink loop", "nothing": "no such"}.get(
+        kind, f"is a {kind}; expected an ordinary"
+    )
+    with pytest.raises(InputError, match=rf"^{path}: .*({told})"):
+        read(path)
+
+
+def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    assert input_file(tmp_path / "link", "file") == tmp_path / "link"
+    assert input_folder(str(tmp_path), "folder") == tmp_path
+    with pytest.raises(InputError, match="file: is no folder; expected a template directory"):
+        input_folder(tmp_path / "file", "template directory")
+    with pytest.raises(InputError, match="null byte"):
+        input_file("a\0b", "file")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_only_files_are_replaced(kind: str, tmp_path: Path) -> None:
+    """To root /dev/null is a name like any other."""
+    path = tmp_path / "out.npy"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/null")
+    with pytest.raises(OutputError, match=f"is a {kind}; expected the name of a file"), replacing(path) as temporary:
+        np.save(temporary, np.zeros(3))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.npy"]
