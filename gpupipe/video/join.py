@@ -49,19 +49,21 @@ def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str
         track = SoundTrack(sound, target) if sound is not None else None
         if track is not None:
             stack.callback(track.close)
-        times, frames = DecodeTimes(), 0
+        times, frames, unit = DecodeTimes(), 0, 1 / rate
         for path in map(Path, paths):
             with _open(path) as part:
                 _compare(path, _traits(part), Path(paths[0]), expected)
                 source, begin = part.streams.video[0], frames
+                assert source.time_base is not None
+                n, d = (source.time_base * rate).as_integer_ratio()  # frames in a unit of the file's time
                 for packet in _packets(path, part):
-                    assert packet.pts is not None and source.time_base is not None
+                    assert packet.pts is not None
                     delay = source.codec_context.reorder_depth  # Matroska does not keep decoding times
                     if packet.dts is not None:
-                        delay = round((packet.pts - packet.dts) * source.time_base * rate)
-                    packet.pts = begin + round(packet.pts * source.time_base * rate)
+                        delay = (2 * (packet.pts - packet.dts) * n + d) // (2 * d)
+                    packet.pts = begin + (2 * packet.pts * n + d) // (2 * d)
                     packet.dts = packet.pts - delay
-                    packet.time_base = 1 / rate
+                    packet.time_base = unit
                     packet.duration = 1
                     times.set(packet)
                     packet.stream = stream
