@@ -53,6 +53,8 @@ def test_every_option_of_render_is_known(tmp_path: Path) -> None:
         (GOOD | {"mode": "mp3"}, "mode is 'mp3'"),
         (GOOD | {"start_frame": -1}, "start_frame is -1"),
         (GOOD | {"feather": float("nan")}, "feather is nan"),
+        (GOOD | {"audio": "\ud800"}, "expected the name of a file"),
+        (GOOD | {"output": "a\0.mp4"}, "expected the name of a file"),
         (GOOD | {"output": "/a.mp4"}, "expected a file inside the output folder"),
         (GOOD | {"output": "../a.mp4"}, "expected a file inside the output folder"),
         (GOOD | {"output": "a.avi"}, "expected a file inside the output folder"),
@@ -80,7 +82,7 @@ def test_a_file_without_jobs(tmp_path: Path) -> None:
         read_jobs(write(tmp_path, "", ""))
     with pytest.raises(InputError, match="no such file of jobs"):
         read_jobs(tmp_path / "gone.jsonl")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is a folder; expected an ordinary file"):
         read_jobs(tmp_path)
 
 

@@ -53,6 +53,14 @@ class Job(BaseModel):
     exact: bool = False
     precision: Precision | None = None
 
+    @field_validator("checkpoint", "template", "output", "audio_features", "encoder", "audio")
+    @classmethod
+    def _can_be_a_name(cls, name: str | None) -> str | None:
+        """JSON spells what no file system does: a null byte, half of a surrogate pair."""
+        if name is not None and ("\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name)):
+            raise ValueError("expected the name of a file")
+        return name
+
     @field_validator("output")
     @classmethod
     def _inside(cls, output: str) -> str:
