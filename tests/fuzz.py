@@ -65,15 +65,15 @@ RAN_CODE = "code-was-run"
 class Plan:
     """What a child is about to do: a command line; names of which an error must tell one; what was spoiled how.
 
-    ``unprivileged``: as a user who owns nothing, or root would read what is forbidden. ``parks``: a command that goes
-    on with what is left and ends with exit code 1.
+    ``unprivileged``: as a user who owns nothing, or root would read what is forbidden. ``allows``: what is said where
+    exit code 1 is right.
     """
 
     words: list[str]
     names: list[str]
     how: str
     unprivileged: bool = False
-    parks: bool = False
+    allows: str = ""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ _NOISE = re.compile(r"\d+/\d+ frames|WARNING |INFO |  ")
 def judge(outcome: Outcome) -> str | None:
     """What is wrong with how a case ended; None if nothing is."""
     code, left = outcome.code, outcome.left
-    parked = outcome.plan.parks and code == 1 and "parked after" in outcome.stderr
+    allowed = code == 1 and bool(outcome.plan.allows) and outcome.plan.allows in outcome.stderr
     last = (outcome.stderr.strip().splitlines() or ["nothing was said"])[-1]
     wrong = {
         f"hang: {outcome.seconds:.1f} s": code is None,
@@ -199,7 +199,7 @@ def judge(outcome: Outcome) -> str | None:
         "code in the file was run": any(RAN_CODE in name for name in left),
         f"traceback: {last}": "Traceback" in outcome.stderr,
         f"memory: {outcome.memory >> 20} MB": outcome.memory > LIMIT_MEMORY,
-        f"exit {code}: {last}": code not in (0, 2) and not parked,
+        f"exit {code}: {last}": code not in (0, 2) and not allowed,
         f"left over: {', '.join(left)}": any(".part" in name or name.startswith("tmp/") for name in left),
         f"output: {outcome.verdict}": outcome.verdict is not None,
     }

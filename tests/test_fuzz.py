@@ -28,11 +28,11 @@ def run(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_spoiled_files_are_refused_or_render() -> None:
-    done = run("--cases", 72)
+    done = run("--cases", 45)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = [int(count) for count in done.stdout.split("\nall")[1].split("\n")[0].split()]
-    assert counts[0] == 72
-    assert counts[1] >= 5 and counts[2] >= 30, "both ends are reached"
+    assert counts[0] == 45
+    assert counts[1] >= 4 and counts[2] >= 15, "both ends are reached"
     assert counts[3] == 0
 
 
@@ -88,10 +88,10 @@ def hoard(plan: Plan) -> None:
     bytearray(b"x" * (150 << 20))
 
 
-def judged(act: Callable[[Plan], Any], folder: Path, *, parks: bool = False, limit: float = 10) -> str | None:
+def judged(act: Callable[[Plan], Any], folder: Path, *, allows: str = "", limit: float = 10) -> str | None:
     def prepare(folder: Path) -> Plan:
         (folder / "out").mkdir()
-        return Plan([str(folder / "out")], ["0.lms"], "spoiled", parks=parks)
+        return Plan([str(folder / "out")], ["0.lms"], "spoiled", allows=allows)
 
     child = start(folder / "case", prepare, act)
     return judge(await_child(child, folder / "case", limit=limit))
@@ -104,7 +104,7 @@ def test_right_ends_are_let_pass(act: Callable[[Plan], Any], tmp_path: Path) -> 
 
 def test_parked_jobs_are_let_pass(tmp_path: Path) -> None:
     line = "a.mp4: parked after 1 attempts: /in/0.npy: no such file"
-    assert judged(lambda plan: refuse(plan, line, 1), tmp_path / "farm", parks=True) is None
+    assert judged(lambda plan: refuse(plan, line, 1), tmp_path / "farm", allows="parked after") is None
     assert judged(lambda plan: refuse(plan, line, 1), tmp_path / "render") is not None
 
 
