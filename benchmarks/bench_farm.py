@@ -48,13 +48,14 @@ def main() -> None:
             files = (options.template, options.features, options.audio, folder)
             scenario = given(*files, mode=options.mode, width=options.width)
         bench = _Bench(scenario, folder, options)
-        rows = [made for part in options.parts for made in getattr(bench, part)()]
-    print(f"\n{device_name(options.device)}: " + ", ".join(f"{k} {v}" for k, v in scenario.facts().items()))
-    for made in rows:
-        print(f"{made.axis} {made.value}: {made.metric} {made.p50:.3f} ({made.p20:.3f}–{made.p80:.3f}) {made.unit}")
-    if options.record:
-        for path in append_rows(rows):
-            print(f"recorded in {path}")
+        print(f"{device_name(options.device)}: " + ", ".join(f"{k} {v}" for k, v in scenario.facts().items()))
+        for part in options.parts:
+            rows = getattr(bench, part)()
+            for made in rows:
+                spread = f"{made.p50:.3f} ({made.p20:.3f}–{made.p80:.3f})"
+                print(f"{made.axis} {made.value}: {made.metric} {spread} {made.unit}", flush=True)
+            if options.record:
+                append_rows(rows)
 
 
 class _Bench:

@@ -61,6 +61,8 @@ def test_a_killed_worker_costs_nothing(jobs: Path, tmp_path: Path, monkeypatch: 
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert sum(row["losses"] for row in rows) >= 1
     assert all(row["attempts"] == 0 for row in rows)
+    again = run_farm(jobs, out, part_seconds=2, workers=2, device="cpu")
+    assert (again.done, again.skipped) == (0, 4)
 
 
 def test_more_workers_than_cores_are_refused(jobs: Path, tmp_path: Path) -> None:

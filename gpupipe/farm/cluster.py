@@ -109,8 +109,10 @@ class _Crew:
         """Until nothing is left."""
         from ray.exceptions import RayActorError, WorkerCrashedError  # noqa: PLC0415
 
-        while not self._farm.finished:
+        while True:
             self._hand_out()
+            if not self._flying:
+                return self.workers
             (ref,), _ = self._ray.wait(list(self._flying), num_returns=1)
             place, hand, task = self._flying.pop(ref)
             try:
@@ -124,7 +126,6 @@ class _Crew:
             if how == "full":
                 raise DiskFullError(result)
             self._settle(task, how, result)
-        return self.workers
 
     def _hand_out(self) -> None:
         """Give every worker as much as it is to have."""
