@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder by default")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # a fork does not take its parent's threads along, and would wait for them
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,6 @@ def start_farm(jobs: Path, out: Path) -> int:
     if child:
         return child
     try:
-        torch.set_num_threads(1)
         run_farm(jobs, out, device="cpu", part_seconds=2)
         os._exit(0)
     except BaseException:

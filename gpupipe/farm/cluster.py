@@ -43,6 +43,7 @@ def work_on_ray(farm: Farm, *, workers: int | None, address: str | None, options
         raise InputError("workers need Ray, which is not installed; expected pip install 'gpupipe[farm]'") from error
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a worker without a GPU sees what there is
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
