@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from gpupipe.farm import JobState
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, highlight=False)  # a path may hold what looks like markup
 
 Checkpoint = Annotated[Path, typer.Option(help="U-Net checkpoint, .pth or .safetensors.")]
 Template = Annotated[
@@ -184,7 +184,7 @@ def features(
     with _reporting(debug):
         rows = SpeechEncoder(encoder, device).features(sound)
         for path in save_features(rows, output, bin=bin_pair):
-            console.print(f"{path}: {len(rows)} rows", highlight=False)
+            console.print(f"{path}: {len(rows)} rows", soft_wrap=True)
 
 
 @app.command()
@@ -198,7 +198,7 @@ def export(
 
     with _reporting(debug):
         export_unet(load_unet(checkpoint, mode), output)
-        console.print(f"{output}: written, equal to PyTorch on random inputs", highlight=False)
+        console.print(f"{output}: written, equal to PyTorch on random inputs", soft_wrap=True)
 
 
 @app.command()
@@ -217,7 +217,7 @@ def reference(
     with _reporting(debug):
         pipeline = _pipeline(checkpoint, mode, device, engine, True, None, "none", 0.0, None, None)
         facts = pipeline.generate_reference_outputs(audio_features, template, output_dir, num_sample_frames)
-        console.print(f"{output_dir}: {len(facts['sample_indices'])} frames and metadata.json", highlight=False)
+        console.print(f"{output_dir}: {len(facts['sample_indices'])} frames and metadata.json", soft_wrap=True)
 
 
 @app.command()
@@ -233,7 +233,7 @@ def demo(
 
     with _reporting(debug), _progress() as progress:
         made = render_demo(audio, output, seconds, progress, device=device)
-        console.print(f"{made.sheet}: some frames over the waveform", highlight=False)
+        console.print(f"{made.sheet}: some frames over the waveform", soft_wrap=True)
         _finish(made.record, made.video, as_json)
 
 
@@ -269,12 +269,11 @@ def farm(
             workers=workers,
             address=ray,
             force=force,
-            told=lambda state: console.print(_state_line(state), markup=False, highlight=False, soft_wrap=True),
+            told=lambda state: console.print(_state_line(state), soft_wrap=True),
         )
         console.print(
             f"{output_dir}: {record.jobs} jobs: {record.done} done ({record.frames} frames in {record.seconds:.1f} s),"
             f" {record.skipped} done before, {record.parked} parked",
-            highlight=False,
             soft_wrap=True,
         )
         if as_json:
@@ -330,7 +329,7 @@ def bench(
             profile=profile,
             ncu_friendly=ncu_friendly,
         )
-        report = benchmark.run(options, lambda line: console.print(line, highlight=False, soft_wrap=True))
+        report = benchmark.run(options, lambda line: console.print(line, soft_wrap=True))
         benchmark.show(report, Console())
         if as_json:
             print(json.dumps([row.as_dict() for row in report.rows]))
@@ -431,7 +430,7 @@ def _reporting(debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        console.print("gpupipe: interrupted; nothing half-written is left", highlight=False)
+        console.print("gpupipe: interrupted; nothing half-written is left")
         raise typer.Exit(130) from None
     except Exception as error:
         if debug:
@@ -441,8 +440,6 @@ def _reporting(debug: bool) -> Iterator[None]:
         line = " ".join(str(error).split()) or type(error).__name__
         console.print(
             f"gpupipe: {line if known else f'{type(error).__name__}: {line}'}",
-            markup=False,
-            highlight=False,
             soft_wrap=True,
         )
         raise typer.Exit(2 if wrong_input else 1) from None
@@ -486,9 +483,9 @@ def _print_states(states: list[JobState], as_json: bool) -> None:
     """How many jobs are how far, and what is wrong with those that failed."""
     for state in states:
         if state.error is not None:
-            console.print(_state_line(state), markup=False, highlight=False, soft_wrap=True)
+            console.print(_state_line(state), soft_wrap=True)
     counts = Counter(state.status for state in states)
-    console.print(", ".join(f"{count} {status}" for status, count in counts.items()), highlight=False)
+    console.print(", ".join(f"{count} {status}" for status, count in counts.items()))
     if as_json:
         print(json.dumps([dataclasses.asdict(state) for state in states]))
 
@@ -501,8 +498,8 @@ def _print_waterfall(record: RenderRecord | None) -> None:
         share = seconds / record.seconds
         bar = "█" * max(1, round(20 * min(share, 4)))  # a stage on several cores is busy for longer than the run
         table.add_row(stage, f"{seconds:.2f}", f"{1000 * seconds / record.frames:.2f}", f"{share:.0%}", bar)
-    console.print(table, highlight=False)
-    console.print(f"bounded by {record.bound}", highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"bounded by {record.bound}", soft_wrap=True)
 
 
 def _finish(record: RenderRecord | None, output: Path, as_json: bool) -> None:
@@ -512,7 +509,6 @@ def _finish(record: RenderRecord | None, output: Path, as_json: bool) -> None:
     console.print(
         f"{output}: {record.frames} frames in {record.seconds:.1f} s, {record.frames_per_second:.1f} frames/s"
         f" ({', '.join(ways)})",
-        highlight=False,
         soft_wrap=True,
     )
     if as_json:

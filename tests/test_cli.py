@@ -71,6 +71,14 @@ def test_render_writes_a_video_with_sound_and_a_record(clip: dict[str, Path], tm
         assert len(container.streams.audio) == 1
 
 
+def test_paths_that_look_like_markup_are_told_as_they_are(clip: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "a[").mkdir()
+    output = tmp_path / "a[" / "b].mp4"
+    result = run(*render_words(clip, output, *QUICK))
+    assert result.exit_code == 0, result.output
+    assert f"{output}: {FRAMES} frames" in result.stderr
+
+
 def test_options_reach_the_render(clip: dict[str, Path], tmp_path: Path) -> None:
     words = render_words(clip, tmp_path / "out.mkv", "--fps", 10, "--blend", "none", "--start-frame", 1, "--exact")
     result = run(*words, "--engine", "eager", "--crf", 30, "--save-frames", "--frames-dir", tmp_path / "kept", "--json")

@@ -273,6 +273,12 @@ def test_a_bad_job_stops_no_other_and_is_parked(done: Path, inputs: Jobs, tmp_pa
     assert results(out)["bad.mp4"]["error"] is None
 
 
+def test_sound_that_is_missing_is_told_before_anything_is_rendered(inputs: Jobs, tmp_path: Path) -> None:
+    record = farm([inputs[1] | {"audio": "gone.wav"}], tmp_path / "out")
+    assert (record.parked, record.frames) == (1, 0)
+    assert "gone.wav: no such" in results(tmp_path / "out")["1.mp4"]["error"]
+
+
 def test_a_job_that_fails_while_it_is_rendered_is_the_only_one(
     done: Path, inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

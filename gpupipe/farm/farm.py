@@ -23,6 +23,7 @@ from gpupipe.features import SpeechFeatures
 from gpupipe.schedule import frame_rate
 from gpupipe.versions import versions
 from gpupipe.video.codecs import segment_length
+from gpupipe.video.sound import open_sound
 
 logger = logging.getLogger(__name__)
 
@@ -254,6 +255,8 @@ class Farm:
         state.status = "waiting"
         folder = self.ledger.folder(job)
         try:
+            if job.audio is not None:
+                open_sound(job.audio).close()  # before anything is rendered for it
             features = Path(job.audio_features or folder / "features.npy")
             inputs = text_hash(json.dumps([fingerprint, self._runtime, "features"]))
             made = read_record(features, inputs) if job.encoder is not None else None
