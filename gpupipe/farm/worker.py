@@ -159,16 +159,17 @@ class _Studio:
         self._residents = residents
         self._parts: dict[Shot, _Part] = {}
         self._done: deque[Outcome] = deque()
-        self._ending: deque[Future[Outcome]] = deque()
+        self._ending: deque[tuple[Future[Outcome], _Part]] = deque()
         self._hand = ThreadPoolExecutor(1, "finish")
 
     def __enter__(self) -> _Studio:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for part in self._parts.values():
+        unfinished = [part for future, part in self._ending if future.cancel()]
+        self._hand.shutdown()
+        for part in (*unfinished, *self._parts.values()):
             part.abandon()
-        self._hand.shutdown(cancel_futures=True)
 
     def shots(self, segments: Iterable[Segment]) -> Iterator[Shot]:
         """Each segment as a shot, as its turn comes."""
@@ -199,7 +200,7 @@ class _Studio:
                 continue
             if piece.frames.stop == piece.shot.frames.stop:
                 del self._parts[piece.shot]
-                self._ending.append(self._hand.submit(part.finish))
+                self._ending.append((self._hand.submit(part.finish), part))
 
     def fail(self, shot: Shot, error: BaseException) -> None:
         """Give up a shot."""
@@ -211,15 +212,15 @@ class _Studio:
 
     def outcomes(self) -> Iterator[Outcome]:
         """What has come to its end by now."""
-        while self._ending and self._ending[0].done():
-            self._done.append(self._ending.popleft().result())
+        while self._ending and self._ending[0][0].done():
+            self._done.append(self._ending.popleft()[0].result())
         while self._done:
             yield self._done.popleft()
 
     def finish(self) -> Iterator[Outcome]:
         """Wait for the rest."""
         while self._ending:
-            self._done.append(self._ending.popleft().result())
+            self._done.append(self._ending.popleft()[0].result())
         yield from self.outcomes()
 
 
