@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -110,13 +111,14 @@ class SpeechFeatures:
         """Read the header: the shape, and where the values begin. A file in another order is read whole."""
         input_file(path, "file of audio features")
         try:
-            with path.open("rb") as file:
+            with path.open("rb") as file, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's, of what the header says
                 version = np.lib.format.read_magic(file)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, fortran, dtype = read(file)
                 offset = file.tell()
                 size = file.seek(0, 2)
-            if any(not 0 <= side < 2**63 for side in shape):
+            if any(isinstance(side, bool) or not 0 <= side < 2**63 for side in shape):
                 raise ValueError("its header promises a shape that no array has")
         except Exception as error:  # the header is a Python expression: a damaged one makes NumPy raise nearly anything
             reason = str(error).splitlines()[0] if str(error) else "its header cannot be read"
