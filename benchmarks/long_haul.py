@@ -109,7 +109,7 @@ def haul(seconds: int, folder: Path) -> Haul:
                 moments.append(Moment(farm.frames, time.perf_counter() - start, _held()))
 
         farm.rendered = note  # type: ignore[method-assign]
-        work_here(farm, Worker(batch_size=64, residents=_StubResidents()))
+        work_here(farm, Worker(_StubResidents(), batch_size=64))
     state = ledger.states[job.output]
     if state.status != "done":
         raise RuntimeError(f"{job.output}: {state.status}: {state.error}")

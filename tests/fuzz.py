@@ -1,7 +1,7 @@
 """Bad input at scale: spoils real input files in thousands of ways and holds the command line to its word.
 
     python tests/fuzz.py --cases 10000 --seed 1
-    python tests/fuzz.py --kind features --seed 1 --only 37 --keep /tmp/kept     # one case again, its files kept
+    python tests/fuzz.py --kind features --seed 1 --only 37 --keep kept     # one case again, its files kept
 
 Each case takes a small clip that renders, spoils one of its files and runs `gpupipe render`, `frames`, `reference`,
 `features` or `export` on it. It must end within 10 seconds either

@@ -138,6 +138,17 @@ def test_what_is_done_is_skipped(done: Path, inputs: Jobs, tmp_path: Path) -> No
     assert {row["status"] for row in results(out).values()} == {"done"}
 
 
+def test_what_a_killed_run_could_not_remove_is_removed(done: Path, inputs: Jobs, tmp_path: Path) -> None:
+    """A run that was killed when a video had its name and its parts were still there."""
+    out = Path(shutil.copytree(done, tmp_path / "out"))
+    state = next(out.glob(".gpupipe-farm/*/state.json"))
+    for name in ("00000.mp4", "00000.mp4.json", ".joined-1.part.mp4"):
+        (state.parent / name).write_bytes(b"left")
+    assert len(left_over(out)) == 3
+    assert farm(inputs, out).skipped == 3
+    assert left_over(out) == []
+
+
 def test_what_changed_is_done_again(done: Path, inputs: Jobs, tmp_path: Path) -> None:
     out = Path(shutil.copytree(done, tmp_path / "out"))
     features = tmp_path / "other.npy"

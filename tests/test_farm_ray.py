@@ -55,6 +55,8 @@ def test_a_killed_worker_costs_nothing(jobs: Path, tmp_path: Path, monkeypatch: 
     try:
         record = run_farm(jobs, out, part_seconds=2, workers=2, device="cpu")
     except InputError as error:
+        if "cannot be reached" not in str(error):
+            raise
         pytest.skip(f"no cluster starts here: {error}")
     killer.join(1)
     assert killed and killed[0] != os.getpid()

@@ -10,7 +10,6 @@ import torch
 
 from gpupipe.farm.jobs import Job
 from gpupipe.farm.residents import AvatarKey, Residents
-from gpupipe.farm.worker import Worker
 from gpupipe.template import template_size
 
 
@@ -41,8 +40,6 @@ def test_jobs_share_avatars_and_networks(jobs: list[Job]) -> None:
     soft, _ = residents.get(jobs[0].model_copy(update={"feather": 3.0}), "nv12")
     assert soft.feather == 3.0
     assert len(residents) == 3
-    residents.clear()
-    assert len(residents) == 0
 
 
 def needed(job: Job) -> int:
@@ -69,11 +66,6 @@ def test_one_that_does_not_fit_is_rendered_all_the_same(jobs: list[Job]) -> None
     _, avatar = residents.get(jobs[0], "nv12")
     assert avatar.template.frames.capacity == 0
     assert len(avatar.render(torch.tensor([0, 1]).numpy(), torch.zeros(2, 32, 16, 16))) == 2
-
-
-def test_a_worker_keeps_the_budget_that_it_is_given() -> None:
-    residents = Residents("cpu", budget=1000)
-    assert Worker(residents=residents).residents is residents
 
 
 def test_a_size_is_read_from_little(jobs: list[Job]) -> None:

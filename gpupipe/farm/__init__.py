@@ -88,7 +88,7 @@ def run_farm(
                 options = {"device": kind, "batch_size": batch_size, "memory_budget": memory_budget}
                 workers = work_on_ray(farm, workers=workers, address=address, options=options)
             else:
-                work_here(farm, Worker(batch_size=batch_size, residents=Residents(device, budget=memory_budget)))
+                work_here(farm, Worker(Residents(device, budget=memory_budget), batch_size=batch_size))
         except DiskFullError as error:
             raise DiskFullError(f"{error}; what is whole is kept: run it again when there is room") from error
         finally:

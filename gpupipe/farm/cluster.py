@@ -59,7 +59,7 @@ class _Hand:
 
     def __init__(self, options: dict[str, Any]) -> None:
         residents = Residents(options["device"], budget=options["memory_budget"], upcoming=lambda: self._upcoming)
-        self._worker = Worker(batch_size=options["batch_size"], residents=residents)
+        self._worker = Worker(residents, batch_size=options["batch_size"])
         self._upcoming: Sequence[AvatarKey] = ()
 
     def do(self, task: RenderTask | FeaturesTask) -> tuple[str, Any]:

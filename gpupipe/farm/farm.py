@@ -245,6 +245,7 @@ class Farm:
         state = self.ledger.states[job.output]
         fingerprint = self._fingerprints.of(job)
         if self.ledger.is_done(job, fingerprint):
+            self.ledger.clean(job)  # of what a run left that was killed before it could
             self.skipped.append(job.output)
             return
         if state.fingerprint != fingerprint:

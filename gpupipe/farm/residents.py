@@ -118,10 +118,6 @@ class Residents:
             resident = self._residents[key, pixel_format] = self._open(key, pixel_format)
         return resident.generator, resident.avatar
 
-    def clear(self) -> None:
-        """Let go of all."""
-        self._residents.clear()
-
     def __len__(self) -> int:
         return len(self._residents)
 

@@ -72,20 +72,13 @@ class Worker:
     """Renders on one device.
 
     Args:
-        device: as :func:`~gpupipe.unet_model.find_device` takes it.
+        residents: where avatars are kept, and the device.
         batch_size: frames rendered at once; None takes the device's default.
-        residents: where avatars are kept; None makes room for them by the device's default budget.
     """
 
-    def __init__(
-        self,
-        device: str | torch.device | None = None,
-        *,
-        batch_size: int | None = None,
-        residents: Residents | None = None,
-    ) -> None:
-        self.residents = Residents(device) if residents is None else residents
-        self.device = self.residents.device
+    def __init__(self, residents: Residents, *, batch_size: int | None = None) -> None:
+        self.residents = residents
+        self.device = residents.device
         self.batch_size = batch_size or BATCH_SIZES[self.device.type]
         self._encoder: tuple[str, SpeechEncoder] | None = None
 
