@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -97,16 +98,28 @@ class FrameCache:
             size = sum(value[0].nbytes for value in computed.values())
             self.capacity = min(self.length, max(0, self.budget) // max(1, size))
             self.bytes_used = self.capacity * size
-            self._bank = {name: value.new_empty(self.capacity, *value.shape[1:]) for name, value in computed.items()}
+            self._bank = {name: _empty(self.capacity, value) for name, value in computed.items()}
         rows = np.flatnonzero(self._slot[frames] < 0)[: self.capacity - self._kept]
         stop = self._kept + len(rows)
+        index = self._index(rows)
         for name, value in computed.items():
-            self._bank[name][self._kept : stop] = value[self._index(rows)]
+            torch.index_select(value, 0, index, out=self._bank[name][self._kept : stop])
         self._slot[frames[rows]] = np.arange(self._kept, stop)
         self._kept = stop
 
     def _index(self, values: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(values).to(self.device)
+
+
+def _empty(length: int, like: Tensor) -> Tensor:
+    """Room for so many rows. On a CPU it is NumPy's, which asks Linux for huge pages: memory that is written for the
+    first time 4 KB at a time costs several times what the writing does."""
+    shape = (length, *like.shape[1:])
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    values = math.prod(shape)
+    memory = torch.from_numpy(np.empty(max(1, values) * like.itemsize, dtype=np.uint8))
+    return memory.view(like.dtype)[:values].view(shape)
 
 
 def default_budget(device: torch.device) -> int:

@@ -45,7 +45,7 @@ def test_batch_and_shapes() -> None:
     template, speech = TemplateHalf(network).eval(), SpeechHalf(network).eval()
     features = template(inputs("ave", 2)[0])
     assert len(features) == len(TEMPLATE_FEATURES)
-    sizes = ((12, 320), (8, 160), (16, 80), (32, 40), (64, 20), (512, 10))
+    sizes = ((12, 320), (8, 160), (16, 80), (128, 40), (256, 20), (512, 10))
     assert [tuple(value.shape) for value in features] == [(2, channels, side, side) for channels, side in sizes]
     assert error(template, speech, network, batch=2) <= BOUND
 
@@ -104,7 +104,7 @@ def with_audio_and_template_weights_exchanged(template: TemplateHalf, speech: Sp
 
 
 def with_low_and_skip_weights_exchanged(template: TemplateHalf, speech: SpeechHalf) -> None:
-    low, skip = speech.up2.low.weight, speech.up2.skip.weight
+    low, skip = speech.up3.low.weight, speech.up3.skip.weight
     low.data, skip.data = skip.data, low.data
 
 

@@ -7,7 +7,8 @@ It runs what :mod:`gpupipe.models.hoisted` says, channels last in half precision
     last block            with head, sigmoid and the scaling to uint8
     audio's 3×3 layers    cuDNN
 
-But for the hoisting of the decoder's upsampled halves: upsampling while loading moves fewer bytes (see there).
+But for the hoisting of the decoder's upsampled halves (upsampling while loading moves fewer bytes, see there) and of
+its skips' products (larger than the skips).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from gpupipe.kernels.inverted_residual import (
     pack_projection,
 )
 from gpupipe.kernels.pointwise import padded, pointwise, upsample_expand
-from gpupipe.models.hoisted import SpeechHalf, TemplateHalf
+from gpupipe.models.hoisted import HoistedUp, SpeechHalf, TemplateHalf
 from gpupipe.models.unet328 import UNet328
 
 
@@ -101,7 +102,9 @@ class FusedEngine:
         convolutions = _convolutions(speech.fuse)
         self._fuse_first = self._projection(convolutions[:2])
         self._fuse = [self._block(convolutions[i : i + 3]) for i in (2, 5, 8)]
-        self._ups = [self._up(up) for up in (speech.up1, speech.up2, speech.up3, speech.up4, speech.up5)]
+        skips = (template.skip5, template.skip4, speech.up3.skip, speech.up4.skip, speech.up5.skip)
+        ups = (speech.up1, speech.up2, speech.up3, speech.up4, speech.up5)
+        self._ups = [self._up(up, skip) for up, skip in zip(ups, skips, strict=True)]
         self._head = self._pointwise(speech.outc.conv)
 
     @torch.inference_mode()
@@ -157,9 +160,11 @@ class FusedEngine:
         layers = _convolutions(module)
         return self._block(layers[:3]), self._block(layers[3:])
 
-    def _up(self, up: nn.Module) -> _Up:
-        low, skip, *rest = _convolutions(up)
-        return _Up(self._pointwise(low)[0], *self._pointwise(skip), self._projection(rest[:2]), self._block(rest[2:]))
+    def _up(self, up: HoistedUp, skip: nn.Module) -> _Up:
+        low, product, *rest = _convolutions(nn.Sequential(up.low, skip, up.rest))
+        return _Up(
+            self._pointwise(low)[0], *self._pointwise(product), self._projection(rest[:2]), self._block(rest[2:])
+        )
 
     def _dense(self, layer: nn.Conv2d) -> _Dense:
         outputs, inputs = (padded(size) - size for size in layer.weight.shape[:2])
