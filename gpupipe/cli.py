@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
-import logging
-import sys
 import tempfile
-import time
-import traceback
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from gpupipe import __version__
 from gpupipe.avatar import FEATHER, Blend
+from gpupipe.console import console, print_record, print_states, print_waterfall, progress_bar, reporting, state_line
 from gpupipe.demo import render_demo
 from gpupipe.doctor import examine, measure_engines
 from gpupipe.engines import EngineName, Precision
-from gpupipe.errors import GpupipeError, InputError
+from gpupipe.errors import InputError
 from gpupipe.features import FRAME_RATES
 from gpupipe.models import Mode, load_unet
 from gpupipe.onnx_export import export_unet
-from gpupipe.pipeline import FrameGenerationPipeline, RenderRecord
+from gpupipe.pipeline import FrameGenerationPipeline
 from gpupipe.speech import SpeechEncoder, save_features, write_features
 from gpupipe.video.images import ImageFormat
 
-if TYPE_CHECKING:
-    from gpupipe.farm import JobState
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console(stderr=True, markup=False, highlight=False)  # a path may hold what looks like markup
-
 Checkpoint = Annotated[Path, typer.Option(help="U-Net checkpoint, .pth or .safetensors.")]
 Template = Annotated[
     Path, typer.Option(help="Template directory: full_body_img/ or template.mp4, landmarks/, optional parsing/.")
@@ -100,8 +87,7 @@ def render(
     debug: Debug = False,
 ) -> None:
     """Render a clip: checkpoint, template and speech to a video with sound."""
-
-    with _reporting(debug):
+    with reporting(debug):
         if (audio_features is None) == (encoder is None):
             raise InputError("expected either --audio-features or --encoder (with --audio), not both or neither")
         if encoder is not None and audio is None:
@@ -109,7 +95,7 @@ def render(
         pipeline = _pipeline(
             checkpoint, mode, device, engine, exact, precision, blend, feather, batch_size, memory_budget
         )
-        with _features(audio_features, encoder, audio, pipeline) as features, _progress() as progress:
+        with _features(audio_features, encoder, audio, pipeline) as features, progress_bar() as progress:
             pipeline.generate_video(
                 features,
                 template,
@@ -127,8 +113,8 @@ def render(
                 profile=profile,
             )
         if profile is not None:
-            _print_waterfall(pipeline.last_render)
-        _finish(pipeline.last_render, output, as_json)
+            print_waterfall(pipeline.last_render)
+        print_record(pipeline.last_render, output, as_json)
 
 
 @app.command()
@@ -153,11 +139,11 @@ def frames(
     debug: Debug = False,
 ) -> None:
     """Render a clip to numbered images, one for each row of features."""
-    with _reporting(debug):
+    with reporting(debug):
         pipeline = _pipeline(
             checkpoint, mode, device, engine, exact, precision, blend, feather, batch_size, memory_budget
         )
-        with _progress() as progress:
+        with progress_bar() as progress:
             pipeline.generate_frames_only(
                 audio_features,
                 template,
@@ -167,7 +153,7 @@ def frames(
                 image_format=image_format,
                 progress=progress,
             )
-        _finish(pipeline.last_render, output_dir, as_json)
+        print_record(pipeline.last_render, output_dir, as_json)
 
 
 @app.command()
@@ -180,8 +166,7 @@ def features(
     debug: Debug = False,
 ) -> None:
     """Make speech features from sound."""
-
-    with _reporting(debug):
+    with reporting(debug):
         rows = SpeechEncoder(encoder, device).features(sound)
         for path in save_features(rows, output, bin=bin_pair):
             console.print(f"{path}: {len(rows)} rows", soft_wrap=True)
@@ -195,8 +180,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write the network as ONNX, checked against PyTorch."""
-
-    with _reporting(debug):
+    with reporting(debug):
         export_unet(load_unet(checkpoint, mode), output)
         console.print(f"{output}: written, equal to PyTorch on random inputs", soft_wrap=True)
 
@@ -214,7 +198,7 @@ def reference(
     debug: Debug = False,
 ) -> None:
     """Write sample frames, features and facts for programs in other languages to compare with."""
-    with _reporting(debug):
+    with reporting(debug):
         pipeline = _pipeline(checkpoint, mode, device, engine, True, None, "none", 0.0, None, None)
         facts = pipeline.generate_reference_outputs(audio_features, template, output_dir, num_sample_frames)
         console.print(f"{output_dir}: {len(facts['sample_indices'])} frames and metadata.json", soft_wrap=True)
@@ -230,11 +214,10 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Render the bundled avatar, speaking."""
-
-    with _reporting(debug), _progress() as progress:
+    with reporting(debug), progress_bar() as progress:
         made = render_demo(audio, output, seconds, progress, device=device)
         console.print(f"{made.sheet}: some frames over the waveform", soft_wrap=True)
-        _finish(made.record, made.video, as_json)
+        print_record(made.record, made.video, as_json)
 
 
 @app.command()
@@ -255,9 +238,9 @@ def farm(
     """Render many clips; what is done already is skipped, and a run that was stopped goes on."""
     from gpupipe import farm as many  # noqa: PLC0415 - the other commands do not wait for it
 
-    with _reporting(debug):
+    with reporting(debug):
         if status:
-            _print_states(many.farm_status(jobs, output_dir), as_json)
+            print_states(many.farm_status(jobs, output_dir), as_json)
             return
         record = many.run_farm(
             jobs,
@@ -269,7 +252,7 @@ def farm(
             workers=workers,
             address=ray,
             force=force,
-            told=lambda state: console.print(_state_line(state), soft_wrap=True),
+            told=lambda state: console.print(state_line(state), soft_wrap=True),
         )
         console.print(
             f"{output_dir}: {record.jobs} jobs: {record.done} done ({record.frames} frames in {record.seconds:.1f} s),"
@@ -308,7 +291,7 @@ def bench(
     """Measure this machine: end to end and stage by stage, beside the reference loop and the physical limits."""
     from gpupipe.benchmarks import bench as benchmark  # noqa: PLC0415 - the other commands do not wait for it
 
-    with _reporting(debug):
+    with reporting(debug):
         options = benchmark.Options(
             template=template,
             audio_features=audio_features,
@@ -345,8 +328,7 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """Tell what this machine can do, and which way a render would take here."""
-
-    with _reporting(debug):
+    with reporting(debug):
         if engines:
             measure_engines(device)
         facts = examine(device)
@@ -387,7 +369,6 @@ def _pipeline(
     batch_size: int | None,
     memory_budget: int | None,
 ) -> FrameGenerationPipeline:
-
     return FrameGenerationPipeline(
         checkpoint,
         mode,
@@ -417,99 +398,3 @@ def _features(
         made = Path(folder) / "features.npy"
         write_features(SpeechEncoder(encoder, pipeline.unet_model.device).covering_features(sound), made)
         yield made
-
-
-@contextlib.contextmanager
-def _reporting(debug: bool) -> Iterator[None]:
-    """Turn errors into one line and an exit code, and logging on."""
-    handler = RichHandler(console=console, show_time=debug, show_path=debug, show_level=True)
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler])
-    logging.getLogger("gpupipe").setLevel(logging.DEBUG if debug else logging.INFO)
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except KeyboardInterrupt:
-        console.print("gpupipe: interrupted; nothing half-written is left")
-        raise typer.Exit(130) from None
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        wrong_input = isinstance(error, InputError)
-        known = isinstance(error, (GpupipeError, OSError, MemoryError))
-        line = " ".join(str(error).split()) or type(error).__name__
-        console.print(
-            f"gpupipe: {line if known else f'{type(error).__name__}: {line}'}",
-            soft_wrap=True,
-        )
-        raise typer.Exit(2 if wrong_input else 1) from None
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f} frames/s" if task.speed else "")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Any]:
-    """A function of (frames done, frames in all): a bar on a terminal, a line every few seconds otherwise."""
-    if not console.is_terminal:
-        started = last = time.monotonic()
-
-        def line(done: int, total: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if done == total or now - last >= 5:
-                last = now
-                rate = done / (now - started)
-                left = (total - done) / rate
-                print(f"{done}/{total} frames, {rate:.1f} frames/s, {left:.0f} s left", file=sys.stderr, flush=True)
-
-        yield line
-        return
-    columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _state_line(state: JobState) -> str:
-    if state.status == "done":
-        return f"{state.output}: {state.frames} frames, done"
-    return f"{state.output}: {state.status} after {state.attempts} attempts: {state.error}"
-
-
-def _print_states(states: list[JobState], as_json: bool) -> None:
-    """How many jobs are how far, and what is wrong with those that failed."""
-    for state in states:
-        if state.error is not None:
-            console.print(_state_line(state), soft_wrap=True)
-    counts = Counter(state.status for state in states)
-    console.print(", ".join(f"{count} {status}" for status, count in counts.items()))
-    if as_json:
-        print(json.dumps([dataclasses.asdict(state) for state in states]))
-
-
-def _print_waterfall(record: RenderRecord | None) -> None:
-    """Busy seconds of each stage, beside the clock's."""
-    assert record is not None
-    table = Table("stage", "busy, s", "ms a frame", "of the run", "", box=None, title_justify="left")
-    for stage, seconds in record.busy.items():
-        share = seconds / record.seconds
-        bar = "█" * max(1, round(20 * min(share, 4)))  # a stage on several cores is busy for longer than the run
-        table.add_row(stage, f"{seconds:.2f}", f"{1000 * seconds / record.frames:.2f}", f"{share:.0%}", bar)
-    console.print(table)
-    console.print(f"bounded by {record.bound}", soft_wrap=True)
-
-
-def _finish(record: RenderRecord | None, output: Path, as_json: bool) -> None:
-    """Say what was made; with ``--json`` the record is the last line of the standard output."""
-    assert record is not None
-    ways = [record.device, record.engine, f"kernels in {record.kernels}", *([record.codec] if record.codec else [])]
-    console.print(
-        f"{output}: {record.frames} frames in {record.seconds:.1f} s, {record.frames_per_second:.1f} frames/s"
-        f" ({', '.join(ways)})",
-        soft_wrap=True,
-    )
-    if as_json:
-        print(json.dumps(record.as_dict()))

@@ -1,0 +1,127 @@
+"""What commands say: lines, bars and tables on standard error, records on standard output, an error in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from gpupipe.errors import GpupipeError, InputError
+from gpupipe.pipeline import RenderRecord
+
+if TYPE_CHECKING:
+    from gpupipe.farm import JobState
+
+console = Console(stderr=True, markup=False, highlight=False)  # a path may hold what looks like markup
+
+
+@contextlib.contextmanager
+def reporting(debug: bool) -> Iterator[None]:
+    """Turn errors into one line and an exit code, and logging on."""
+    handler = RichHandler(console=console, show_time=debug, show_path=debug, show_level=True)
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("gpupipe").setLevel(logging.DEBUG if debug else logging.INFO)
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except KeyboardInterrupt:
+        console.print("gpupipe: interrupted; nothing half-written is left")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        wrong_input = isinstance(error, InputError)
+        known = isinstance(error, (GpupipeError, OSError, MemoryError))
+        line = " ".join(str(error).split()) or type(error).__name__
+        console.print(
+            f"gpupipe: {line if known else f'{type(error).__name__}: {line}'}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(2 if wrong_input else 1) from None
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} frames/s" if task.speed else "")
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """A function of (frames done, frames in all): a bar on a terminal, a line every few seconds otherwise."""
+    if not console.is_terminal:
+        started = last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done == total or now - last >= 5:
+                last = now
+                rate = done / (now - started)
+                left = (total - done) / rate
+                print(f"{done}/{total} frames, {rate:.1f} frames/s, {left:.0f} s left", file=sys.stderr, flush=True)
+
+        yield line
+        return
+    columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def state_line(state: JobState) -> str:
+    """A farm's job and how far it is."""
+    if state.status == "done":
+        return f"{state.output}: {state.frames} frames, done"
+    return f"{state.output}: {state.status} after {state.attempts} attempts: {state.error}"
+
+
+def print_states(states: list[JobState], as_json: bool) -> None:
+    """How many jobs are how far, and what is wrong with those that failed."""
+    for state in states:
+        if state.error is not None:
+            console.print(state_line(state), soft_wrap=True)
+    counts = Counter(state.status for state in states)
+    console.print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(state) for state in states]))
+
+
+def print_waterfall(record: RenderRecord | None) -> None:
+    """Busy seconds of each stage, beside the clock's."""
+    assert record is not None
+    table = Table("stage", "busy, s", "ms a frame", "of the run", "", box=None, title_justify="left")
+    for stage, seconds in record.busy.items():
+        share = seconds / record.seconds
+        bar = "█" * max(1, round(20 * min(share, 4)))  # a stage on several cores is busy for longer than the run
+        table.add_row(stage, f"{seconds:.2f}", f"{1000 * seconds / record.frames:.2f}", f"{share:.0%}", bar)
+    console.print(table)
+    console.print(f"bounded by {record.bound}", soft_wrap=True)
+
+
+def print_record(record: RenderRecord | None, output: Path, as_json: bool) -> None:
+    """Say what was made; with ``--json`` the record is the last line of the standard output."""
+    assert record is not None
+    ways = [record.device, record.engine, f"kernels in {record.kernels}", *([record.codec] if record.codec else [])]
+    console.print(
+        f"{output}: {record.frames} frames in {record.seconds:.1f} s, {record.frames_per_second:.1f} frames/s"
+        f" ({', '.join(ways)})",
+        soft_wrap=True,
+    )
+    if as_json:
+        print(json.dumps(record.as_dict()))
