@@ -206,7 +206,8 @@ def farm(rows: Rows) -> str:
     for (group, axis, value, metric), row in newest.items():
         told = value if isinstance(value, str) else f"{value:g}"
         shape = f" ({row['config']['clips']} × {row['config']['frames']} frames)" if "clips" in row["config"] else ""
-        spread = f"**{row['p50']:.3g}** {row['unit']} ({row['p20']:.3g}–{row['p80']:.3g})"
+        p50, p20, p80 = (f"{row[p]:{'.2f' if row['unit'] == '×' else '.3g'}}" for p in ("p50", "p20", "p80"))
+        spread = f"**{p50}** {row['unit']} ({p20}–{p80})"
         lines.append(f"| {group} | {axis} | {told}{shape} | {metric} | {spread} | {row['n']} | `{row['commit']}` |")
     return "\n".join(lines)
 

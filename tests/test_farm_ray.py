@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -68,6 +69,34 @@ def test_a_killed_worker_costs_nothing(jobs: Path, tmp_path: Path, monkeypatch: 
     assert all(row["attempts"] == 0 for row in rows)
     again = run_farm(jobs, out, part_seconds=2, workers=2, device="cpu")
     assert (again.done, again.skipped) == (0, 4)
+
+
+def test_every_gpu_has_a_worker_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With GPUs that Ray is only told of: no network runs on them."""
+    import ray
+
+    class Seer:
+        """Stands in for a worker, and tells which GPUs it is shown."""
+
+        def __init__(self, options: dict[str, Any]) -> None:
+            assert options["device"] == "cuda"
+
+        def sees(self) -> str:
+            return os.environ["CUDA_VISIBLE_DEVICES"]
+
+    monkeypatch.setattr(cluster, "_Hand", Seer)
+    try:
+        ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError) as error:
+        pytest.skip(f"no cluster starts here: {error}")
+    try:
+        crew = cluster._Crew(ray, None, None, {"device": "cuda"})  # type: ignore[arg-type]
+        assert crew.workers == 2
+        assert sorted(ray.get([hand.sees.remote() for hand in crew._hands])) == ["0", "1"]
+        with pytest.raises(InputError, match="workers is 3; expected 1 to as many as the cluster has: 2 GPUs"):
+            cluster._Crew(ray, None, 3, {"device": "cuda"})  # type: ignore[arg-type]
+    finally:
+        ray.shutdown()
 
 
 def test_more_workers_than_cores_are_refused(jobs: Path, tmp_path: Path) -> None:
