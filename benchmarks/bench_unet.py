@@ -32,7 +32,8 @@ from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
 from gpupipe.benchmarks.floors import operations_of
 from gpupipe.benchmarks.kernel_bench import copy_bandwidth
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.engines import Engine, EngineName, Precision, make_engine
+from gpupipe.engines import Engine, Precision, make_engine
+from gpupipe.engines.choice import candidates, find_dtype
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.errors import GpupipeError
 from gpupipe.lanes import Lanes, available_cores, cpu_lanes, map_in_lanes
@@ -43,7 +44,6 @@ from gpupipe.onnx_export import export_unet
 
 WARMUP = 2
 BATCHES = (1, 8, 32, 64, 128)
-GPU_ENGINES: tuple[EngineName, ...] = ("fused", "compile", "eager")
 PRECISIONS: tuple[Precision, ...] = ("float16", "bfloat16", "float32")
 _SIDE_BY_SIDE = 2
 """Frames that each lane takes in one call."""
@@ -106,7 +106,7 @@ def on_cpu(network: UNet328) -> list[Contestant]:
 def on_cuda(network: UNet328, device: torch.device, batch: int, precision: Precision) -> list[Contestant]:
     """Every engine of one precision at one batch size; one that cannot be built raises when it is run."""
     made = []
-    for name in GPU_ENGINES:
+    for name in candidates(device, find_dtype(device, exact=False, precision=precision)):
         image, audio = _inputs(network, batch, device)
         index = torch.arange(batch, device=device)
         told = {"precision": precision}

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
 from gpupipe.demo import BUNDLE
-from gpupipe.engines import EngineName, make_engine
+from gpupipe.engines import EngineName, Precision, make_engine
+from gpupipe.engines.choice import candidates, find_dtype
 from gpupipe.errors import GpupipeError
 from gpupipe.features import SpeechFeatures
 from gpupipe.kernels.crop_resize import crop_and_input
@@ -105,17 +106,17 @@ def contestants(network: UNet328, device: torch.device) -> list[tuple[str, str, 
     """(provider, format, what paints in it); on a CPU simulations, on CUDA the engines."""
     if device.type == "cpu":
         return [("simulated", name, simulated(network, dtype)) for name, dtype in FORMATS.items()]
-    engines: tuple[EngineName, ...] = ("eager", "compile", "fused")
+    precisions: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
     return [
         (engine, precision, _by_engine(network, device, engine, precision))
-        for engine in engines
-        for precision in ("float32", "bfloat16", "float16")
+        for precision in precisions
+        for engine in candidates(device, find_dtype(device, exact=False, precision=precision))
     ]
 
 
-def _by_engine(network: UNet328, device: torch.device, name: EngineName, precision: str) -> Paint:
+def _by_engine(network: UNet328, device: torch.device, name: EngineName, precision: Precision) -> Paint:
     def paint(image: Tensor, audio: Tensor) -> Tensor:
-        engine = make_engine(network, device=device, engine=name, exact=False, precision=precision)  # type: ignore[arg-type]
+        engine = make_engine(network, device=device, engine=name, exact=False, precision=precision)
         return engine.decode(engine.encode(image.to(engine.dtype)), torch.arange(len(image), device=device), audio)
 
     return paint

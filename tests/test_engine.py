@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines import ENGINES, Engine, EngineName, choice, compiled, make_engine
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.errors import DeviceError, InputError
-from gpupipe.models import AUDIO_SHAPES, MODES, Mode
+from gpupipe.models import AUDIO_SHAPES, MODES, Mode, UNet328
 
 CPU = torch.device("cpu")
 BOUND = 2e-5
@@ -151,6 +153,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
         return SimpleNamespace(name=name, device=device, dtype=dtype)
 
     monkeypatch.setattr(choice, "_seconds", take)
+    monkeypatch.setattr(choice, "_levels", lambda engine, network: torch.zeros(2))
     monkeypatch.setattr(choice, "_build", build)
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "cache"))
     return seconds
@@ -197,10 +200,39 @@ def test_an_engine_that_fails_is_said_and_not_taken(timed: dict[str, float], cap
 
 
 def test_no_engine_works(timed: dict[str, float]) -> None:
-    with pytest.raises(
-        DeviceError, match=r"^no engine works on cpu: onnxruntime: onnxruntime is out of order; eager: "
-    ):
+    with pytest.raises(DeviceError, match=r"^no engine works on cpu: eager: eager is out of order; onnxruntime: "):
         make_engine(seeded_network(width=1 / 8), device=CPU)
+
+
+def without_aligned_corners(network: UNet328) -> UNet328:
+    altered = copy.deepcopy(network)
+    for module in altered.modules():
+        if isinstance(module, nn.Upsample):
+            module.align_corners = False
+    return altered
+
+
+@pytest.mark.parametrize("alter", [copy.deepcopy, without_aligned_corners])
+def test_an_engine_that_paints_something_else_is_not_taken(
+    alter: Callable[[UNet328], UNet328],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """However fast it is; the same engine on the network as it is, is taken."""
+    network = seeded_network(width=1 / 8)
+    made: dict[str, Engine] = {
+        "onnxruntime": EagerEngine(alter(network), device=CPU, dtype=torch.float32),
+        "eager": EagerEngine(network, device=CPU, dtype=torch.float32),
+    }
+    made["onnxruntime"].name = "onnxruntime"
+    monkeypatch.setattr(choice, "_build", lambda name, *_: made[name])
+    monkeypatch.setattr(choice, "_seconds", lambda engine, _: {"onnxruntime": 0.1, "eager": 0.2}[engine.name])
+    monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "cache"))
+    wrong = alter is without_aligned_corners
+    assert make_engine(network, device=CPU).name == ("eager" if wrong else "onnxruntime")
+    told = "engine onnxruntime: paints something else than the network: eager runs instead"
+    assert (told in caplog.text) == wrong
 
 
 def test_compile_is_taken_only_where_a_measurement_found_it_fastest(timed: dict[str, float]) -> None:
@@ -232,7 +264,8 @@ def test_compiled_engine_is_the_network() -> None:
 
 def test_engines_of_cuda() -> None:
     cuda = torch.device("cuda")
-    assert choice.candidates(cuda, torch.float16) == ["fused", "compile", "eager"]
+    assert choice.candidates(cuda, torch.float16) == ["gluon", "fused", "compile", "eager"]
+    assert choice.candidates(cuda, torch.bfloat16) == ["fused", "compile", "eager"], "Gluon: float16 alone"
     assert choice.candidates(cuda, torch.float32) == ["compile", "eager"], "the fused kernels are for half precision"
     with pytest.raises(DeviceError, match=r"^engine is 'fused' and precision 'float32'; expected float16 or bfloat16"):
         make_engine(seeded_network(width=1 / 8), device=cuda, engine="fused", exact=True)

@@ -4,7 +4,8 @@
 | ------------- | ------------------------------------------------------ | ----- |
 | `eager`       | PyTorch, layer by layer, batch norms folded            | both  |
 | `compile`     | the same through torch.compile, max-autotune           | both  |
-| `fused`       | Triton kernels for whole blocks (:mod:`gpupipe.kernels.inverted_residual`) | CUDA |
+| `fused`       | Triton kernels (:mod:`gpupipe.kernels.inverted_residual`) | CUDA |
+| `gluon`       | the same, and on large maps Gluon kernels (:mod:`gpupipe.kernels.whole_block`) | CUDA |
 | `onnxruntime` | ONNX Runtime, the network in hoisted halves            | CPU   |
 
 Every engine runs the network in two halves, so that the half that sees only the template can be cached.

@@ -13,7 +13,8 @@ its skips' products (larger than the skips).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,6 @@ from torch.nn.functional import conv2d, pad
 
 from gpupipe.engines.base import EngineName, Features
 from gpupipe.kernels.inverted_residual import (
-    Block,
     Projection,
     depthwise_project,
     inverted_residual,
@@ -33,17 +33,13 @@ from gpupipe.kernels.inverted_residual import (
 )
 from gpupipe.kernels.pointwise import padded, pointwise, upsample_expand
 from gpupipe.models.hoisted import HoistedUp, SpeechHalf, TemplateHalf
-from gpupipe.models.unet328 import UNet328
+from gpupipe.models.unet328 import INPUT_SIZE, UNet328
 
+Step = Callable[[Tensor], Tensor]
+"""A block on (B, H, W, channels)."""
 
-class _Up(NamedTuple):
-    """A decoder level: its entry's matrices, the rest of its first block, and its second block."""
-
-    low: Tensor
-    skip: Tensor
-    bias: Tensor
-    projection: Projection
-    second: Block
+Entry = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A decoder level's first block: the map from below, the template's maps and which of them each sample takes."""
 
 
 class _Dense(NamedTuple):
@@ -85,36 +81,43 @@ class FusedEngine:
         self._mouth = mouth
         template, speech = TemplateHalf(network), SpeechHalf(network)
 
-        expand, depthwise = _convolutions(template.hidden)
-        self._first = self._block([expand, depthwise, _identity(expand.out_channels)])
+        expand, depthwise = convolutions(template.hidden)
+        self._first = self._block([expand, depthwise, _identity(expand.out_channels)], 0)
         downs = (template.down1, template.down2, template.down3, template.down4, template.down5)
-        self._downs = [self._double(down) for down in downs]
+        self._downs = [self._down(down, INPUT_SIZE >> level) for level, down in enumerate(downs)]
         self._bottleneck = self._pointwise(template.bottleneck)
 
         audio = speech.audio_model
         self._audio_blocks = {
-            name: (self._block(_convolutions(block)), bool(block.residual))
+            name: self._block(convolutions(block), 0, residual=bool(block.residual))
             for name, block in audio.named_children()
             if name in ("conv1", "conv2", "conv4", "conv6", "conv7")
         }
         self._audio_dense = {"conv3": self._dense(audio.conv3), "conv5": self._dense(audio.conv5)}
         self._audio_expand = self._pointwise(speech.audio_expand)
-        convolutions = _convolutions(speech.fuse)
-        self._fuse_first = self._projection(convolutions[:2])
-        self._fuse = [self._block(convolutions[i : i + 3]) for i in (2, 5, 8)]
-        skips = (template.skip5, template.skip4, speech.up3.skip, speech.up4.skip, speech.up5.skip)
+        layers = convolutions(speech.fuse)
+        self._fuse_first = self._projection(layers[:2])
+        self._fuse = [
+            self._block(layers[i : i + 3], 0, residual=residual) for i, residual in ((2, True), (5, False), (8, True))
+        ]
         ups = (speech.up1, speech.up2, speech.up3, speech.up4, speech.up5)
-        self._ups = [self._up(up, skip) for up, skip in zip(ups, skips, strict=True)]
-        self._head = self._pointwise(speech.outc.conv)
+        skips = (template.skip5, template.skip4, speech.up3.skip, speech.up4.skip, speech.up5.skip)
+        sizes = [INPUT_SIZE >> level for level in (4, 3, 2, 1, 0)]
+        self._entries = [self._entry(up, skip, size) for up, skip, size in zip(ups, skips, sizes, strict=True)]
+        self._seconds = [
+            self._block(convolutions(up.rest)[2:], size, residual=True)
+            for up, size in zip(ups[:-1], sizes[:-1], strict=True)
+        ]
+        self._last = self._mouth_block(convolutions(speech.up5.rest)[2:], speech.outc.conv)
 
     @torch.inference_mode()
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`; fastest with a channels-last image of the engine's type."""
         x = image.to(self.device, self.dtype).permute(0, 2, 3, 1).contiguous()
-        features = {"hidden": inverted_residual(x, self._first)}
+        features = {"hidden": self._first(x)}
         x = features["hidden"]
         for name, (first, second) in zip(("x2", "x3", "x4", "x5", "x6"), self._downs, strict=True):
-            x = inverted_residual(inverted_residual(x, first, stride=2), second, residual=True)
+            x = second(first(x))
             features[name] = x
         features["bottleneck"] = pointwise(features.pop("x6"), *self._bottleneck)
         return features
@@ -125,14 +128,12 @@ class FusedEngine:
         heard = self._hear(audio.to(self.device, self.dtype).permute(0, 2, 3, 1).contiguous())
         x = pointwise(heard, *self._audio_expand, relu=True, residual=features["bottleneck"], index=index)
         x = depthwise_project(x, self._fuse_first)
-        for block, residual in zip(self._fuse, (True, False, True), strict=True):
-            x = inverted_residual(x, block, residual=residual)
-        for up, skip in zip(self._ups, ("x5", "x4", "x3", "x2", "hidden"), strict=True):
-            x = upsample_expand(x, features[skip], index, up.low, up.skip, up.bias)
-            x = depthwise_project(x, up.projection)
-            if skip != "hidden":
-                x = inverted_residual(x, up.second, residual=True)
-        return inverted_residual_head(x, self._ups[-1].second, *self._head, residual=True, dtype=self._mouth)
+        for block in self._fuse:
+            x = block(x)
+        rest = (*self._seconds, self._last)
+        for entry, second, skip in zip(self._entries, rest, ("x5", "x4", "x3", "x2", "hidden"), strict=True):
+            x = second(entry(x, features[skip], index))
+        return x
 
     def _hear(self, x: Tensor) -> Tensor:
         """The audio branch: (B, H, W, channels) → (B, 10, 10, channels)."""
@@ -143,28 +144,46 @@ class FusedEngine:
                 out = conv2d(planes, layer.weight, layer.bias, stride=layer.stride, padding=layer.padding)
                 x = out.relu_().permute(0, 2, 3, 1).contiguous()
             else:
-                block, residual = self._audio_blocks[name]
-                x = inverted_residual(x, block, residual=residual)
+                x = self._audio_blocks[name](x)
         return x
+
+    # ── what runs a block ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _block(self, layers: Sequence[nn.Conv2d], size: int, *, stride: int = 1, residual: bool = False) -> Step:
+        """An inverted residual on maps of ``size`` pixels a side; 0 for small ones, and for the unpadded image."""
+        block = pack_block(layers, device=self.device, dtype=self.dtype)
+        return functools.partial(inverted_residual, block=block, stride=stride, residual=residual)
+
+    def _entry(self, up: HoistedUp, skip: nn.Module, size: int) -> Entry:
+        """Upsampling, concatenation and the first block of a decoder level, to maps of ``size`` pixels a side."""
+        low, product, *rest = convolutions(nn.Sequential(up.low, skip, up.rest))
+        low_weight, _ = self._pointwise(low)
+        weights = (low_weight, *self._pointwise(product))
+        projection = self._projection(rest[:2])
+
+        def enter(low: Tensor, skip: Tensor, index: Tensor) -> Tensor:
+            return depthwise_project(upsample_expand(low, skip, index, *weights), projection)
+
+        return enter
+
+    def _mouth_block(self, layers: Sequence[nn.Conv2d], head: nn.Conv2d) -> Step:
+        """The last block, with head, sigmoid and scaling: (B, 320, 320, channels) → mouth (B, 3, 320, 320)."""
+        block = pack_block(layers, device=self.device, dtype=self.dtype)
+        weight, bias = self._pointwise(head)
+        return functools.partial(
+            inverted_residual_head, block=block, head=weight, head_bias=bias, residual=True, dtype=self._mouth
+        )
+
+    def _down(self, module: nn.Module, size: int) -> tuple[Step, Step]:
+        """The two blocks of an encoder level on maps of ``size`` pixels a side, which it halves."""
+        layers = convolutions(module)
+        return self._block(layers[:3], size, stride=2), self._block(layers[3:], size // 2, residual=True)
 
     def _pointwise(self, layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
         return pack_pointwise(layer, device=self.device, dtype=self.dtype)
 
-    def _block(self, layers: Sequence[nn.Conv2d]) -> Block:
-        return pack_block(layers, device=self.device, dtype=self.dtype)
-
     def _projection(self, layers: Sequence[nn.Conv2d]) -> Projection:
         return pack_projection(layers, device=self.device, dtype=self.dtype)
-
-    def _double(self, module: nn.Module) -> tuple[Block, Block]:
-        layers = _convolutions(module)
-        return self._block(layers[:3]), self._block(layers[3:])
-
-    def _up(self, up: HoistedUp, skip: nn.Module) -> _Up:
-        low, product, *rest = _convolutions(nn.Sequential(up.low, skip, up.rest))
-        return _Up(
-            self._pointwise(low)[0], *self._pointwise(product), self._projection(rest[:2]), self._block(rest[2:])
-        )
 
     def _dense(self, layer: nn.Conv2d) -> _Dense:
         outputs, inputs = (padded(size) - size for size in layer.weight.shape[:2])
@@ -175,7 +194,7 @@ class FusedEngine:
         return _Dense(weight.contiguous(memory_format=torch.channels_last), bias, strides, int(layer.padding[0]))
 
 
-def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
+def convolutions(module: nn.Module) -> list[nn.Conv2d]:
     """A module's convolutions, in the order they run."""
     return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
 

@@ -1,0 +1,141 @@
+"""The gluon engine: which blocks it gives to the whole-block kernel, and that it still is the network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.engines import choice, gluon
+from gpupipe.engines.gluon import GluonEngine
+from gpupipe.errors import DeviceError
+from gpupipe.kernels.whole_block import PackedBlock, PackedHead, gluon_obstacle, whole_block
+from gpupipe.models import AUDIO_SHAPES, MODES, Mode, UNet328
+
+CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BOUND = 1.5
+"""Root mean square in steps of 255: half precision and truncation, with seeded weights."""
+
+BLOCKS = {
+    "down1.0, skip 16",
+    "up4.1, down1.1",
+    "down2.0",
+    "up3.0",
+    "up3.1",
+    "up4.0",
+    "up5.0, skip 16",
+    "up5.1, head, planar",
+}
+"""Of the kernel report, those that the engine runs at full width."""
+
+
+def inputs(mode: Mode, batch: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    image = torch.rand(batch, 6, 320, 320, generator=generator)
+    return image.to(device), torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator).to(device)
+
+
+def error(engine: GluonEngine, network: UNet328, batch: int = 2) -> tuple[float, float]:
+    """In steps of 255: against the network, and against it with the samples' images exchanged."""
+    image, audio = inputs(network.mode, batch)
+    index = torch.arange(batch, device=engine.device).flip(0)
+    levels = engine.decode(engine.encode(image.to(engine.device)), index, audio.to(engine.device)).cpu()
+    assert (levels.dtype, levels.shape) == (torch.uint8, (batch, 3, 320, 320))
+
+    def off(image: Tensor) -> float:
+        return float((levels.float() + 0.5 - 255 * network(image, audio)).square().mean().sqrt())
+
+    return off(image.flip(0)), off(image)
+
+
+@pytest.mark.parametrize(("mode", "width"), [("hubert", 3 / 8), ("ave", 1 / 8), ("wenet", 1 / 8)])
+@torch.no_grad()
+def test_arrangement_is_the_network(mode: Mode, width: float) -> None:
+    """On the reference; at a width whose channels are no powers of two, too."""
+    network = seeded_network(mode, width=width)
+    right, exchanged = error(GluonEngine(network, device=CPU), network)
+    assert right <= BOUND
+    assert exchanged > 3 * BOUND
+
+
+@torch.no_grad()
+def test_wrong_order_of_low_and_skip_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: concatenated the other way round, which fits every shape of this width."""
+    network = seeded_network(width=1 / 8)
+    beside = gluon._beside
+    monkeypatch.setattr(gluon, "_beside", lambda low, skip: _exchanged(beside(low, skip), low.in_channels))
+    assert error(GluonEngine(network, device=CPU), network)[0] > 3 * BOUND
+
+
+def _exchanged(both: Any, low: int) -> Any:
+    both.weight.copy_(torch.cat([both.weight[:, low:], both.weight[:, :low]], dim=1))
+    return both
+
+
+@pytest.mark.parametrize(("after_hopper", "left_out"), [(False, set()), (True, {"up3.0"})])
+@torch.no_grad()
+def test_blocks_at_full_width_are_those_of_the_report(
+    after_hopper: bool, left_out: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is compiled ahead of time, without spills; on an architecture where one spills, it is not taken."""
+    pytest.importorskip("triton")
+    from gpupipe.kernels.report_gluon import BLOCKS as COMPILED
+
+    ran: set[str] = set()
+
+    def record(
+        skip: Tensor,
+        block: PackedBlock,
+        *,
+        low: Tensor | None = None,
+        index: Tensor | None = None,
+        head: PackedHead | None = None,
+        mouth_layout: Any = "channels_last",
+    ) -> Tensor:
+        facts = (skip.shape[1], block.low_channels, block.skip_channels, block.hidden_channels, block.out_channels)
+        ends = (block.stride, block.residual, head is not None, mouth_layout == "planar")
+        named = [
+            name
+            for name, shape in COMPILED.items()
+            if (shape.size, shape.low, shape.skip, shape.hidden, shape.out) == facts
+            and (shape.stride, shape.residual, shape.head, shape.planar) == ends
+        ]
+        assert named, f"{facts}, {ends}: not compiled ahead of time"
+        ran.update(named)
+        return whole_block(skip, block, low=low, index=index, head=head, mouth_layout=mouth_layout)
+
+    monkeypatch.setattr(gluon, "whole_block", record)
+    monkeypatch.setattr(gluon, "_after_hopper", lambda device: after_hopper)
+    meta = torch.device("meta")
+    engine = GluonEngine(UNet328("ave").eval(), device=meta)
+    features = engine.encode(torch.empty(2, 6, 320, 320, device=meta))
+    engine.decode(features, torch.empty(2, dtype=torch.int64, device=meta), torch.empty(2, 32, 16, 16, device=meta))
+    assert ran == BLOCKS - left_out
+
+
+def test_other_precisions_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^engine is 'gluon' and precision torch.bfloat16; expected float16"):
+        GluonEngine(seeded_network(width=1 / 8), device=CPU, dtype=torch.bfloat16)
+
+
+def test_an_older_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "triton is 3.6.0; the Gluon kernels need 3.8"
+    monkeypatch.setattr(choice, "gluon_obstacle", lambda: told)
+    with pytest.raises(DeviceError, match=f"^engine is 'gluon': {told}"):
+        choice.make_engine(seeded_network(width=1 / 8), device=torch.device("cuda"), engine="gluon", exact=False)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
+@pytest.mark.parametrize("width", [1 / 2, 1])
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_kernels_are_the_network_on_the_gpu(mode: Mode, width: float) -> None:
+    network = seeded_network(mode, width=width)
+    right, exchanged = error(GluonEngine(network, device=DEVICE), network, batch=3)
+    assert right <= BOUND
+    assert exchanged > 3 * BOUND
