@@ -248,6 +248,8 @@ def whole_tile(channels: int, hidden: int) -> Tile:
     """Tile of a whole block: what compiles without spilling everywhere (:mod:`gpupipe.kernels.report`)."""
     if INTERPRETED:
         return Tile(4096, hidden)
+    if channels > 32:
+        return Tile(64, 16, 8)
     return Tile(128 if channels <= 16 else 64, min(hidden, 32))
 
 
