@@ -225,7 +225,10 @@ def _whole_block_kernel(
 
 
 class Tile(NamedTuple):
-    """Output pixels and hidden channels that a program has in its registers at a time, and its warps."""
+    """Output pixels and hidden channels that a program has in its registers at a time, and its warps.
+
+    Those below are what compiles without spilling everywhere (:mod:`gpupipe.kernels.report`), by Triton 3.6 and 3.8.
+    """
 
     block: int
     chunk: int
@@ -241,11 +244,13 @@ def projection_tile(hidden: int, out: int) -> Tile:
     """Tile of depthwise and projection."""
     if INTERPRETED:  # its cost is by the program
         return Tile(4096, hidden)
-    return Tile(128, min(hidden, 64), 8) if out <= 32 else Tile(64, min(hidden, 32))
+    if out <= 32:
+        return Tile(128, min(hidden, 64), 8)
+    return Tile(64, min(hidden, 32), 8 if out > 64 else 4)
 
 
 def whole_tile(channels: int, hidden: int) -> Tile:
-    """Tile of a whole block: what compiles without spilling everywhere (:mod:`gpupipe.kernels.report`)."""
+    """Tile of a whole block."""
     if INTERPRETED:
         return Tile(4096, hidden)
     if channels > 32:
