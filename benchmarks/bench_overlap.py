@@ -87,7 +87,8 @@ def _measure(scenario: Scenario, options: argparse.Namespace, folder: Path) -> d
         width, height = scenario.size
         with VideoWriter(folder / "encode.mp4", width=width, height=height, fps=scenario.fps, sound=sound) as writer:
             for batch in finished:
-                writer.write(batch.clone())  # which then belongs to the writer
+                # A copy, which then belongs to the writer; by NumPy, as PyTorch's threads would spin after it.
+                writer.write(torch.from_numpy(batch.numpy().copy()))
 
     def render() -> None:
         pipeline.generate_video(features, scenario.template, sound, folder / "render.mp4", fps=scenario.fps)
