@@ -243,7 +243,7 @@ def depthwise_tile(hidden: int) -> Tile:
 def projection_tile(hidden: int, out: int) -> Tile:
     """Tile of depthwise and projection."""
     if INTERPRETED:  # its cost is by the program
-        return Tile(4096, hidden)
+        return Tile(min(4096, tl.TRITON_MAX_TENSOR_NUMEL // max(hidden, out)), hidden)
     if out <= 32:
         return Tile(128, min(hidden, 64), 8)
     return Tile(64, min(hidden, 32), 8 if out > 64 else 4)

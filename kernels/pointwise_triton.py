@@ -139,7 +139,7 @@ def pointwise_tiles(k: int, n: int, *, narrow: bool = False) -> dict[str, int]:
         narrow: half as many channels a program: a residual that is not indexed makes the wider tile spill on sm_100.
     """
     if INTERPRETED:  # its cost is by the program
-        return {"BLOCK_M": 4096, "BLOCK_N": n, "BLOCK_K": k}
+        return {"BLOCK_M": min(4096, tl.TRITON_MAX_TENSOR_NUMEL // max(n, k)), "BLOCK_N": n, "BLOCK_K": k}
     return {
         "BLOCK_M": 128,
         "BLOCK_N": min(n, 64 if narrow else 128),
