@@ -4,7 +4,7 @@
     python tests/fuzz.py --kind features --seed 1 --only 37 --keep kept     # one case again, its files kept
 
 Each case takes a small clip that renders, spoils one of its files and runs `gpupipe render`, `frames`, `reference`,
-`features` or `export` on it. It must end within 10 seconds either
+`features`, `export` or `farm` on it. It must end within 10 seconds either
 
 - with exit code 0 and a whole output, which is decoded to see that, or
 - with exit code 2 and one line on stderr, ``gpupipe: <file>: what was met; expected what``, that names the spoiled

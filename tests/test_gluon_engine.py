@@ -33,10 +33,10 @@ BLOCKS = {
 """Of the kernel report, those that the engine runs at full width."""
 
 
-def inputs(mode: Mode, batch: int, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+def inputs(mode: Mode, batch: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(4)
     image = torch.rand(batch, 6, 320, 320, generator=generator)
-    return image.to(device), torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator).to(device)
+    return image, torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator)
 
 
 def error(engine: GluonEngine, network: UNet328, batch: int = 2) -> tuple[float, float]:
