@@ -30,9 +30,11 @@ def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # The encoder's thread may wait for the device meanwhile: that is no fault of this thread's recording.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = step()
+    # The encoder's thread may wait for the device meanwhile: that is no fault of this thread's recording. And when one
+    # fails, torch leaves its stream the current one: the outer context does not.
+    with torch.cuda.stream(torch.cuda.current_stream()):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = step()
     return graph.replay, output
 
 

@@ -193,6 +193,7 @@ def test_bound_fails_for_the_neighbouring_box() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.hardware
 @pytest.mark.parametrize(
     ("dtype", "channels_last"), [(torch.float32, False), (torch.float16, False), (torch.float16, True)]
 )

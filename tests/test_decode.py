@@ -173,6 +173,7 @@ def test_turned_pictures_are_not_given_to_nvjpeg(
 
 
 @pytest.mark.cuda
+@pytest.mark.hardware
 def test_nvjpeg_gives_the_same_pixels_every_time(make_template: Callable[..., Path], tmp_path: Path) -> None:
     """It has been seen to give wrong pixels when it decoded into memory that another stream still used.
 

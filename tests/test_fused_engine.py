@@ -106,6 +106,7 @@ def test_kernels_are_the_network(mode: Mode, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.cuda
+@pytest.mark.hardware
 @pytest.mark.parametrize("width", [1 / 2, 1])
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()

@@ -130,6 +130,7 @@ def test_an_older_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.hardware
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
 @pytest.mark.parametrize("width", [1 / 2, 1])
 @pytest.mark.parametrize("mode", MODES)

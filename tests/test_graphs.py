@@ -143,7 +143,7 @@ def test_each_stage_can_be_recorded(
     stage: str, tiny_model: Callable[..., UNetModel], make_template: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Nothing in it waits for the device or asks the host: capturing would fail."""
-    template = Template.from_directory(make_template(tmp_path / "template"), device=CUDA)
+    template = Template.from_directory(make_template(tmp_path / "template", 2), device=CUDA)
     engine = make_engine(tiny_model().network, device=CUDA, engine="eager", exact=True)
     kept, index = template.frames.lookup(range(template.length))
     frames, boxes = kept["frame"], template.boxes
@@ -157,7 +157,9 @@ def test_each_stage_can_be_recorded(
         "crop": lambda: crop_and_input(frames, index, boxes)[1],
         "encode": lambda: engine.encode(image)["x6"],
         "decode": lambda: engine.decode(features, index, audio),
-        "paste": lambda: paste_blend_nv12(mouth, crop, frames, index, boxes, background, feather=8.0, max_box=largest),
+        "paste": lambda: paste_blend_nv12(
+            mouth, crop, frames, index, boxes, background.clone(), feather=8.0, max_box=largest
+        ),
         "nv12": lambda: to_nv12(frames),
     }
     expected = steps[stage]().clone()
@@ -170,5 +172,7 @@ def test_each_stage_can_be_recorded(
 @pytest.mark.cuda
 def test_waiting_for_the_device_cannot_be_recorded() -> None:
     values = torch.ones(3, device=CUDA)
+    stream = torch.cuda.current_stream()
     with pytest.raises(RuntimeError):
         graphs.capture(lambda: values * values.sum().item())
+    assert torch.cuda.current_stream() == stream, "what is launched next must not go to the recording's stream"

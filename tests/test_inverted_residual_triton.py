@@ -251,6 +251,7 @@ def test_beyond_the_edge_the_expanded_map_is_zero_not_the_input() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.hardware
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("size", "channels", "outputs", "stride"),
@@ -269,6 +270,7 @@ def test_blocks_on_the_gpu(size: int, channels: int, outputs: int, stride: int, 
 
 
 @pytest.mark.cuda
+@pytest.mark.hardware
 @pytest.mark.parametrize(("size", "low", "skip", "n"), [(320, 32, 16, 128), (80, 64, 64, 256), (20, 256, 256, 1024)])
 def test_the_decoder_s_entry_on_the_gpu(size: int, low: int, skip: int, n: int) -> None:
     check(upsample_expand, *entry((2, size // 2, size // 2, low), (3, size, size, skip), n))

@@ -124,6 +124,7 @@ def test_the_orders_of_colours_and_of_chroma_matter(width: int) -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.hardware
 @pytest.mark.parametrize("size", [(64, 720, 1280), (16, 1080, 1920), (3, 722, 1282)])
 def test_whole_batches_on_the_gpu(size: tuple[int, int, int]) -> None:
     frames = noise(*size)

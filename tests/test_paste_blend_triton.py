@@ -265,6 +265,7 @@ def test_bound_fails_for_another_feather() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.hardware
 @pytest.mark.parametrize("parsing", [False, True])
 @pytest.mark.parametrize("feather", [0.0, 8.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -173,6 +173,7 @@ def test_gpu_stages_are_timed_by_events(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.cuda
+@pytest.mark.hardware
 def test_events_of_a_real_gpu() -> None:
     gpu = torch.device("cuda", 0)
     a = torch.randn(4096, 4096, device=gpu)

@@ -423,6 +423,7 @@ def test_surfaces_are_copied_out(video: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.cuda
+@pytest.mark.hardware
 def test_nvdec_decodes_the_same_bits(tmp_path: Path) -> None:
     """H.264 leaves no freedom to a decoder; not every GPU decodes frames as small as the other tests'."""
     path = write_video(tmp_path / "clip.mp4", pictures(FRAMES, (640, 352)))

@@ -1,0 +1,36 @@
+"""pytest's plugin: the simulated GPU is there before a test module or conftest.py is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["GPUPIPE_FAIL_WITHOUT_CUDA"] = "1"
+
+import torch
+
+import operators  # isort: skip
+
+operators.install()
+torch.Tensor.__repr__ = operators._without_modes(torch.Tensor.__repr__)  # type: ignore[method-assign]
+
+
+def pytest_collection_finish() -> None:
+    """Measuring an engine that is interpreted takes minutes: ``auto`` takes the plainest, and small batches.
+
+    Nor is there anything to warm up."""
+    from gpupipe import graphs
+    from gpupipe.engines import base, choice
+
+    graphs._WARMUP = 1
+    choice.SLOW_TO_BUILD = frozenset({"compile", "fused", "gluon"})
+    base.BATCH_SIZES["cuda"] = 4
+
+
+@pytest.fixture(autouse=True)
+def all_work_succeeds() -> Iterator[None]:
+    with operators.no_failures():
+        yield

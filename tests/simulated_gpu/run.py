@@ -1,0 +1,88 @@
+"""Run pytest on the simulated GPU: ``python tests/simulated_gpu/run.py [pytest's arguments]``."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+
+
+class CannotSimulateError(Exception):
+    """What is missing here."""
+
+
+def build(target: Path) -> list[Path]:
+    """Compile the libraries that torch is to find in place of CUDA's, into the folder ``target``.
+
+    Raises:
+        CannotSimulateError: torch is built without CUDA, or there is no compiler.
+    """
+    import torch
+
+    site = Path(torch.__file__).resolve().parents[1]
+    if torch.version.cuda is None:
+        raise CannotSimulateError("this torch is built without CUDA")
+    headers = next(site.glob("nvidia/*/include/cuda_runtime_api.h"), None)
+    if headers is None or not all(map(shutil.which, ("g++", "nm"))):
+        raise CannotSimulateError("it takes g++, nm and the headers of CUDA's runtime, which torch's wheel brings")
+    libraries = [*site.glob("torch/lib/*.so"), *site.glob("torchvision/*.so")]
+    wanted = {name for library in libraries for name in _symbols(library, "--dynamic", "--undefined-only")}
+    compiled = target / "runtime.o"
+    _compile("-c", FOLDER / "runtime.cpp", "-o", compiled, f"-I{FOLDER}", f"-I{headers.parent}")
+    there = {name.partition("@")[0] for name in _symbols(compiled, "--defined-only")}
+    built = []
+    for library, prefix, parts in (("libcudart", r"(__)?cuda[A-Z]", [compiled]), ("libcuda", r"cu[A-Z]", [])):
+        names = {name for name in wanted if re.match(prefix, name)}
+        version = next((name.partition("@")[2] for name in names if "@" in name), f"{library}.so.1")
+        missing = sorted({name.partition("@")[0] for name in names} - there)
+        source, export, output = target / f"{library}.cpp", target / f"{library}.map", target / version
+        source.write_text(_DRIVER * (library == "libcuda") + "".join(map(_stub, missing)), encoding="ascii")
+        export.write_text(f"{version} {{ global: *; }};", encoding="ascii")
+        linked = f"-Wl,-soname,{version},--version-script,{export}"
+        _compile("-shared", source, *parts, "-o", output, linked, "-ldl", "-lpthread")
+        built.append(output)
+    return built
+
+
+_DRIVER = """\
+extern "C" __attribute__((weak)) int cuDevicePrimaryCtxGetState(int, unsigned *flags, int *active) {
+    *flags = 0;
+    *active = 1;
+    return 0;
+}
+"""
+
+
+def _stub(name: str) -> str:
+    """A function that says that it is not simulated: CUDA's error 801, "not supported"."""
+    if name in ("cuInit", "cuDevicePrimaryCtxGetState"):
+        return "" if name != "cuInit" else 'extern "C" int cuInit(unsigned) { return 0; }\n'
+    return f'extern "C" int {name}() {{ return 801; }}\n'
+
+
+def _symbols(library: Path, *options: str) -> set[str]:
+    listed = subprocess.run(["nm", *options, library], capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1] for line in listed.splitlines()}
+
+
+def _compile(*arguments: str | Path) -> None:
+    subprocess.run(["g++", "-std=c++17", "-O1", "-Wall", "-fPIC", *arguments], check=True)
+
+
+def command(libraries: list[Path], arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """What runs pytest on the simulated GPU, and its environment."""
+    path = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"LD_PRELOAD": " ".join(map(str, libraries)), "PYTHONPATH": path}
+    return [sys.executable, "-m", "pytest", "-p", "plugin", *arguments], environment
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        words, environment = command(build(Path(folder)), sys.argv[1:])
+        sys.exit(subprocess.run(words, env=environment, check=False).returncode)

@@ -1,0 +1,141 @@
+"""Whole clips on a GPU, held to the same clips on the CPU: caches, streams, graphs, copies and encoders together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+from farming import write_jobs, write_speech
+
+from gpupipe import FrameGenerationPipeline
+from gpupipe.farm import run_farm
+
+pytestmark = pytest.mark.cuda
+
+FRAMES = 8
+BOXES = [(60, 24, 71), (58, 20, 73), (130, 30, 80), (62, 22, 70)]  # the third stands over the frame's edge
+SIZE = (192, 128)
+
+
+@pytest.fixture(scope="module")
+def template(make_template: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_template(tmp_path_factory.mktemp("face") / "images", 4, size=SIZE, box=BOXES, parsing=True)
+
+
+@pytest.fixture(scope="module")
+def video_template(template: Path, make_template: Callable[..., Path]) -> Path:
+    """The same face, as a video."""
+    folder = make_template(template.parent / "video", 4, size=SIZE, box=BOXES)
+    with av.open(str(folder / "template.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "12"})
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+        for path in sorted((folder / "full_body_img").iterdir()):
+            with av.open(str(path)) as image:
+                frame = next(image.decode(video=0)).reformat(format="yuv420p")
+            frame.pts = None
+            container.mux(stream.encode(frame))
+            path.unlink()
+        container.mux(stream.encode())
+    (folder / "full_body_img").rmdir()
+    return folder
+
+
+@pytest.fixture
+def rendered(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., np.ndarray]:
+    """``rendered(device, template, codec="ffv1", use_parsing=…, **options)`` → planes of the decoded video."""
+
+    def render(
+        device: str, template: Path, *, codec: str = "ffv1", use_parsing: bool = False, **options: Any
+    ) -> np.ndarray:
+        features, sound = write_speech(tmp_path, "speech", FRAMES)
+        pipeline = FrameGenerationPipeline(tiny_checkpoint(), device=device, engine="eager", batch_size=3, **options)
+        path = tmp_path / f"{device}.mkv"
+        pipeline.generate_video(features, template, sound, path, codec=codec, use_parsing=use_parsing)
+        return planes(path)
+
+    return render
+
+
+def planes(path: Path) -> np.ndarray:
+    """uint8 (N, H·3/2, W)."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="yuv420p") for frame in container.decode(video=0)])
+
+
+def nearly_equal(found: np.ndarray, expected: np.ndarray) -> bool:
+    """Equal up to the order in which float32 adds."""
+    difference = np.abs(found.astype(int) - expected)
+    return found.shape == expected.shape and difference.max() <= 2 and (difference == 0).mean() >= 0.999
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_parsing": True},
+        {"blend": "none"},
+        {"memory_budget": 0},
+        {"memory_budget": 2_000_000},  # for the template, and one frame of what is made of it
+    ],
+    ids=["plain", "parsing", "hard seam", "nothing kept", "some kept"],
+)
+def test_exact_render_is_the_cpu_s(
+    options: dict[str, Any], rendered: Callable[..., np.ndarray], template: Path
+) -> None:
+    found, expected = (rendered(device, template, exact=True, **options) for device in ("cuda", "cpu"))
+    assert len(found) == FRAMES
+    assert nearly_equal(found, expected)
+    assert not nearly_equal(found[1:], expected[:-1]), "a frame later is another picture"
+
+
+def test_video_template(rendered: Callable[..., np.ndarray], video_template: Path) -> None:
+    found, expected = (rendered(device, video_template, exact=True) for device in ("cuda", "cpu"))
+    assert nearly_equal(found, expected)
+
+
+def test_half_precision_is_near(rendered: Callable[..., np.ndarray], template: Path) -> None:
+    """As it is rendered by default on a GPU."""
+    found, expected = rendered("cuda", template, exact=False), rendered("cpu", template)
+    error = np.square(found.astype(float) - expected).mean()
+    assert 10 * np.log10(255**2 / error) > 40
+    assert np.abs(found.astype(int) - expected).max() > 0, "it was computed in float32"
+
+
+def test_images(tiny_checkpoint: Callable[..., Path], template: Path, tmp_path: Path) -> None:
+    features, _ = write_speech(tmp_path, "speech", FRAMES)
+    read = {}
+    for device in ("cuda", "cpu"):
+        pipeline = FrameGenerationPipeline(tiny_checkpoint(), device=device, engine="eager", exact=True, batch_size=3)
+        paths = pipeline.generate_frames_only(features, template, tmp_path / device)
+        read[device] = np.stack([cv2.imread(str(path)) for path in paths])
+    assert len(read["cuda"]) == FRAMES
+    np.testing.assert_allclose(read["cuda"].astype(int), read["cpu"], atol=6)  # a step before the JPEG, a few after it
+
+
+def test_farm(tiny_checkpoint: Callable[..., Path], template: Path, video_template: Path, tmp_path: Path) -> None:
+    """Batches that run on from clip to clip, of two faces, in parts: each clip as the CPU renders it."""
+    jobs = []
+    for number, (face, frames) in enumerate([(template, 30), (video_template, 7), (template, 5)]):
+        features, sound = write_speech(tmp_path, str(number), frames, seed=number)
+        job = {"checkpoint": tiny_checkpoint(), "template": face, "audio": sound, "audio_features": features}
+        jobs.append({key: str(value) for key, value in job.items()} | {"output": f"{number}.mkv"})
+        jobs[-1] |= {"engine": "eager", "exact": True, "codec": "ffv1"}
+    path = write_jobs(tmp_path / "jobs.jsonl", jobs)
+    for device in ("cuda", "cpu"):
+        record = run_farm(path, tmp_path / device, device=device, batch_size=4, part_seconds=1)
+        assert (record.done, record.frames) == (3, 42)
+    for job in jobs:
+        assert nearly_equal(*(planes(tmp_path / device / str(job["output"])) for device in ("cuda", "cpu")))
+
+
+def test_nothing_is_left_on_the_gpu(rendered: Callable[..., np.ndarray], template: Path) -> None:
+    rendered("cuda", template, exact=True)
+    before = torch.cuda.memory_allocated()
+    rendered("cuda", template, exact=True)
+    assert torch.cuda.memory_allocated() <= before

@@ -1,0 +1,51 @@
+"""The tests that need a GPU, on a simulated one, in a process of its own: see ``simulated_gpu/__init__.py``."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from simulated_gpu.run import CannotSimulateError, build, command
+
+TESTS = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA GPU here")
+    try:
+        return build(tmp_path_factory.mktemp("simulated_gpu"))
+    except CannotSimulateError as missing:
+        pytest.skip(str(missing))
+
+
+def run(libraries: list[Path], *arguments: str | Path, major: int = 7) -> int:
+    """How many tests have passed; fails if one has not."""
+    words, environment = command(libraries, ["-q", *map(str, arguments)])
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(
+        words, env=environment | {"SIMULATED_GPU_MAJOR": str(major)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"(\d+) passed", done.stdout)
+    assert found is not None, done.stdout
+    return int(found[1])
+
+
+def test_it_brings_mistakes_to_light(libraries: list[Path]) -> None:
+    assert run(libraries, TESTS / "simulated_gpu" / "controls.py") == 13
+
+
+def test_what_runs_on_a_gpu(libraries: list[Path]) -> None:
+    """All but the kernels, whose plain references run in their place."""
+    marked = "cuda and not hardware"
+    assert run(libraries, TESTS, "-m", marked, f"--ignore={TESTS / 'test_graphs.py'}") >= 18
+
+
+def test_recordings_with_triton_s_kernels(libraries: list[Path]) -> None:
+    """On a GPU as new as the kernels ask for; Triton's interpreter takes its time."""
+    assert run(libraries, TESTS / "test_graphs.py", "-m", "cuda", major=9) == 7
