@@ -15,12 +15,13 @@ from gpupipe.engines import Engine
 from gpupipe.errors import InputError
 from gpupipe.fallbacks import note_fallback
 from gpupipe.frame_cache import FrameCache, Tensors
-from gpupipe.graphs import GraphedStep
+from gpupipe.graphs import GraphedStep, beside
 from gpupipe.kernels.crop_resize import crop_and_input
 from gpupipe.kernels.nv12 import from_nv12, nv12_window, to_nv12
 from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
 from gpupipe.stages import UNTIMED
 from gpupipe.template import Template
+from gpupipe.transfer import to_device
 
 PixelFormat = Literal["bgr", "nv12"]
 Blend = Literal["feather", "none"]
@@ -87,7 +88,7 @@ class Avatar:
         """
         device = self.template.device
         derived, kept, row, index = self.look_up(frames)
-        inputs = (row, index, torch.from_numpy(frames).to(device), audio.to(device, non_blocking=True))
+        inputs = (row, index, to_device(torch.from_numpy(frames), device), to_device(audio, device))
         # A recording reads the caches where they lie: they must hold every frame.
         if device.type != "cuda" or not (self._derived.complete and self.template.frames.complete):
             return self._paint(derived, kept, *inputs)
@@ -115,37 +116,56 @@ class Avatar:
         stages, device = self.template.stages, self.template.device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             stages = UNTIMED  # a recording is timed when it is replayed
+        # The speech branch's small maps leave most of a GPU's bandwidth: the background is copied beside them.
+        with beside(device) as join:
+            background = self.background(derived, kept, row, index)
         with stages.time("speech half", device):
             mouth = self.engine.decode(derived, row, audio)
         with stages.time("paste", device):
-            return self.paste(mouth, derived, kept, row, index, frames)
+            join()
+            return self.paste(mouth, background, derived, kept, row, index, frames)
+
+    def background(self, derived: Tensors, kept: Tensors, row: Tensor, index: Tensor) -> Tensor | None:
+        """Copies of the template frames (B, H·3/2, W) as they are kept in NV12; None where none are."""
+        if "nv12" in kept:
+            return kept["nv12"].index_select(0, index)
+        return derived["nv12"].index_select(0, row) if "nv12" in derived else None
 
     def paste(
-        self, mouth: Tensor, derived: Tensors, kept: Tensors, row: Tensor, index: Tensor, frames: Tensor
+        self,
+        mouth: Tensor,
+        background: Tensor | None,
+        derived: Tensors,
+        kept: Tensors,
+        row: Tensor,
+        index: Tensor,
+        frames: Tensor,
     ) -> Tensor:
-        """Paste mouths (B, 3, 320, 320) into their frames; ``frames`` are their numbers, on the device."""
+        """Paste mouths (B, 3, 320, 320) into their frames; ``frames`` are their numbers, on the device.
+
+        ``background`` is :meth:`background`'s, and is written over.
+        """
         boxes = self.template.boxes.index_select(0, frames)
         where = (mouth, derived["crop"], kept["frame"], index, boxes)
         seam, keep, largest = self.feather, kept.get("keep"), self.template.max_box
         if self.pixel_format == "bgr":
             pasted = paste_blend(*where, feather=seam, keep=keep, crop_index=row, max_box=largest)
-            if "nv12" not in kept:
+            if background is None:
                 return pasted
-            finished = from_nv12(kept["nv12"].index_select(0, index))
+            finished = from_nv12(background)
             xmin, ymin, xmax, ymax = self.template.window
             finished[:, ymin:ymax, xmin:xmax] = pasted
             return finished
+        assert background is not None
         if "nv12" not in kept:
-            background = derived["nv12"].index_select(0, row)
             return paste_blend_nv12(*where, background, feather=seam, keep=keep, crop_index=row, max_box=largest)
-        finished = kept["nv12"].index_select(0, index)
-        luma, chroma = nv12_window(finished, self.template.window)
-        background = torch.cat([luma, chroma], dim=1)
-        pasted = paste_blend_nv12(*where, background, feather=seam, keep=keep, crop_index=row, max_box=largest)
+        luma, chroma = nv12_window(background, self.template.window)
+        part = torch.cat([luma, chroma], dim=1)
+        pasted = paste_blend_nv12(*where, part, feather=seam, keep=keep, crop_index=row, max_box=largest)
         # A cell that a box cuts through was computed as a whole; outside the box its luma is still the source's.
         luma.copy_(torch.where(_inside(boxes, luma), pasted[:, : luma.shape[1]], luma))
         chroma.copy_(pasted[:, luma.shape[1] :])
-        return finished
+        return background
 
     def _derive(self, frames: NDArray[np.int64]) -> Tensors:
         with self.template.stages.time("template half", self.template.device):
@@ -153,7 +173,7 @@ class Avatar:
 
     def _encode(self, frames: NDArray[np.int64]) -> Tensors:
         kept, index = self.template.frames.lookup(frames)
-        boxes = self.template.boxes[torch.from_numpy(frames).to(self.template.device)]
+        boxes = self.template.boxes.index_select(0, to_device(torch.from_numpy(frames), self.template.device))
         half = self.engine.dtype != torch.float32  # which runs on CUDA, and there channels last
         crop, image = crop_and_input(kept["frame"], index, boxes, dtype=self.engine.dtype, channels_last=half)
         derived = self.engine.encode(image)
@@ -179,10 +199,18 @@ def render_together(requests: Sequence[tuple[Avatar, NDArray[np.int64], Tensor]]
         for name in found[0][0]
         if name not in _NOT_FEATURES
     }
-    windows = torch.cat([audio.to(device, non_blocking=True) for _, _, audio in requests])
+    windows = torch.cat([to_device(audio, device) for _, _, audio in requests])
     mouths = engine.decode(features, torch.arange(len(windows), device=device), windows)
     return [
-        avatar.paste(mouth, derived, kept, row, index, torch.from_numpy(frames).to(device))
+        avatar.paste(
+            mouth,
+            avatar.background(derived, kept, row, index),
+            derived,
+            kept,
+            row,
+            index,
+            to_device(torch.from_numpy(frames), device),
+        )
         for (avatar, frames, _), (derived, kept, row, index), mouth in zip(
             requests, found, mouths.split([len(frames) for _, frames, _ in requests]), strict=True
         )

@@ -20,6 +20,7 @@ from gpupipe.errors import InputError
 from gpupipe.files import input_file, replacing
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
 from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, window_rows
+from gpupipe.transfer import to_device
 
 Float32 = NDArray[np.float32]
 FeatureSource = str | Path | ArrayLike | Tensor
@@ -82,18 +83,20 @@ class SpeechFeatures:
         rate = Fraction(FRAME_RATES[self.mode])
         return Resampling(len(self), rate, rate if fps is None else frame_rate(fps))
 
-    def windows(self, start: int, stop: int) -> Tensor:
-        """The windows of frames ``[start, stop)``: float32 (stop − start, *AUDIO_SHAPES[mode]), on the CPU.
+    def windows(self, start: int, stop: int, *, device: torch.device | str = "cpu") -> Tensor:
+        """The windows of frames ``[start, stop)``: float32 (stop − start, *AUDIO_SHAPES[mode]), on ``device``.
 
-        Frame i sees rows ``[i − 8, i + 8)``; rows outside the clip are zeros.
+        Frame i sees rows ``[i − 8, i + 8)``; rows outside the clip are zeros. The rows are what is copied to the
+        device: they are a sixteenth of their windows.
         """
+        device = torch.device(device)
         if self.windowed:
-            return torch.from_numpy(self.rows(start, stop).reshape(-1, *self.audio_shape))
+            return to_device(torch.from_numpy(self.rows(start, stop).reshape(-1, *self.audio_shape)), device)
         low, high = window_rows(start, stop)
         inside = self.rows(max(low, 0), min(high, len(self)))
         rows = np.zeros((high - low, inside.shape[1]), dtype=np.float32)
         rows[max(-low, 0) : max(-low, 0) + len(inside)] = inside
-        windows = torch.from_numpy(rows).unfold(0, WINDOW_ROWS, 1).mT
+        windows = to_device(torch.from_numpy(rows), device).unfold(0, WINDOW_ROWS, 1).mT
         return windows.reshape(stop - start, *self.audio_shape)
 
     def rows(self, start: int, stop: int) -> Float32:

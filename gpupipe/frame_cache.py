@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpupipe.transfer import to_device
+
 Tensors = dict[str, Tensor]
 
 
@@ -108,7 +110,7 @@ class FrameCache:
         self._kept = stop
 
     def _index(self, values: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+        return to_device(torch.from_numpy(values), self.device)
 
 
 def _empty(length: int, like: Tensor) -> Tensor:

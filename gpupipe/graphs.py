@@ -1,8 +1,10 @@
-"""CUDA graphs: a step's hundreds of launches recorded once and replayed as one."""
+"""CUDA graphs: a step's hundreds of launches recorded once and replayed as one; and branches beside each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -32,10 +34,30 @@ def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     graph = torch.cuda.CUDAGraph()
     # The encoder's thread may wait for the device meanwhile: that is no fault of this thread's recording. And when one
     # fails, torch leaves its stream the current one: the outer context does not.
-    with torch.cuda.stream(torch.cuda.current_stream()):
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = step()
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = step()
     return graph.replay, output
+
+
+@contextlib.contextmanager
+def beside(device: torch.device) -> Iterator[Callable[[], None]]:
+    """Queue what is inside on a stream of its own, beside what comes after it; in a recording, as a branch.
+
+    Gives a function to call before what was computed is used. What is inside reads what was queued before it, and its
+    results are used on the current stream alone. On a CPU it is done at once.
+    """
+    if device.type != "cuda":
+        yield lambda: None
+        return
+    current, branch = torch.cuda.current_stream(device), _branch(device)
+    branch.wait_stream(current)
+    with torch.cuda.stream(branch):
+        yield lambda: current.wait_stream(branch)
+
+
+@functools.cache
+def _branch(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class GraphedStep:

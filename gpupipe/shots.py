@@ -22,6 +22,7 @@ from gpupipe.avatar import Avatar, render_together
 from gpupipe.features import SpeechFeatures
 from gpupipe.lanes import cpu_lanes, map_in_lanes
 from gpupipe.schedule import Resampling, template_indices
+from gpupipe.transfer import to_device
 
 Result = TypeVar("Result")
 
@@ -84,11 +85,12 @@ class Piece:
         return walk[self.rows - first]
 
     def windows(self) -> Tensor:
-        """The window of each row: float32 (rows, *audio_shape), on the CPU."""
+        """The window of each row: float32 (rows, *audio_shape), on the avatar's device."""
         first, last, speech = int(self.rows[0]), int(self.rows[-1]) + 1, self.shot.speech
+        device = self.shot.avatar.template.device
         if last - first == len(self.rows):
-            return speech.windows(first, last)
-        return torch.cat([speech.windows(row, row + 1) for row in self.rows.tolist()])
+            return speech.windows(first, last, device=device)
+        return torch.cat([speech.windows(row, row + 1, device=device) for row in self.rows.tolist()])
 
     def halves(self) -> list[Piece]:
         """The piece in two, or as it is if it shows one row."""
@@ -104,7 +106,7 @@ class Piece:
         if len(self.which) == len(rendered):
             yield rendered
             return
-        for some in torch.from_numpy(self.which).to(rendered.device).split(most):
+        for some in to_device(torch.from_numpy(self.which), rendered.device).split(most):
             yield rendered.index_select(0, some)
 
 

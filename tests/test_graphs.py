@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpupipe import UNetModel, graphs
+from gpupipe import FrameGenerator, SpeechFeatures, Template, UNetModel, graphs
 from gpupipe.avatar import Avatar
 from gpupipe.engines import make_engine
 from gpupipe.fallbacks import fallbacks
@@ -18,7 +18,6 @@ from gpupipe.graphs import GraphedStep
 from gpupipe.kernels.crop_resize import crop_and_input
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend_nv12
-from gpupipe.template import Template
 
 CUDA = torch.device("cuda")
 
@@ -167,6 +166,46 @@ def test_each_stage_can_be_recorded(
     output.zero_()
     replay()
     assert torch.equal(output, expected)
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[Callable[[], None]]:
+    """A function from whose call on torch raises where the host would wait for the device."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("fps", [None, 10.0])
+def test_batches_are_queued_without_waiting(
+    fps: float | None,
+    no_waiting: Callable[[], None],
+    tiny_checkpoint: Callable[..., Path],
+    make_template: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    """Once a template is known, the host prepares a batch while the one before it is rendered."""
+    generator = FrameGenerator(UNetModel(tiny_checkpoint(), device=CUDA, engine="eager", exact=True), batch_size=2)
+    template = Template.from_directory(make_template(tmp_path / "template", 2), device=CUDA)
+    speech = SpeechFeatures(np.random.default_rng(0).standard_normal((20, 512)).astype(np.float32))
+    batches = generator.stream(template, speech, fps=fps, pixel_format="nv12")
+    for _ in range(2):  # caches are filled, the step is recorded
+        next(batches)
+    no_waiting()
+    assert len(next(batches)) == 2
+    assert len(next(batches)) == 2
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_a_wait_would_be_seen(no_waiting: Callable[[], None]) -> None:
+    values = torch.ones(3, device=CUDA)
+    no_waiting()
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        values.cpu()
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        torch.ones(3).to(CUDA)
 
 
 @pytest.mark.cuda

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +176,8 @@ def test_reach_is_as_far_as_it_goes() -> None:
 
 def test_pieces_have_windows_of_their_rows() -> None:
     sound = speech(20)
-    piece = Piece(Shot.__new__(Shot), range(3), np.array([2, 5, 9]), np.arange(3))
-    piece.shot.speech = sound
+    avatar: Any = SimpleNamespace(template=SimpleNamespace(device=torch.device("cpu")))
+    shot = Shot.__new__(Shot)
+    shot.avatar, shot.speech = avatar, sound
+    piece = Piece(shot, range(3), np.array([2, 5, 9]), np.arange(3))
     torch.testing.assert_close(piece.windows(), sound.windows(0, 20)[[2, 5, 9]])

@@ -145,7 +145,9 @@ def _queue(work: Callable[[], None]) -> None:
 
 
 def _wait() -> None:
-    """Wait for the current stream, which a capture forbids."""
+    """Wait for the current stream, which a capture forbids, and so may :func:`torch.cuda.set_sync_debug_mode`."""
+    if torch.cuda.get_sync_debug_mode() == 2:
+        raise RuntimeError("called a synchronizing CUDA operation")
     if _runtime.simulated_gpu_wait(_stream()):
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 

@@ -2,7 +2,7 @@
 //
 //   work is queued on a stream ── it runs when something waits for it ── in each stream's own order
 //
-// Which stream runs first is as unkind as a GPU may be, by turns: only what is waited for, so that who forgets to wait
+// Which stream runs first is as unkind as a GPU may be, now this way, now that: only what is waited for, so that who forgets to wait
 // reads what was there before; or all other streams first, so that memory given away too early is overwritten before
 // it is read. A stream that is captured into a graph follows CUDA's rules (CUDA C Programming Guide, "Creating a Graph Using Stream Capture"):
 // what may not be called meanwhile fails, and so do waits across the capture's edge and branches that do not join.
@@ -22,6 +22,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <random>
 #include <set>
 #include <utility>
 #include <vector>
@@ -126,12 +127,11 @@ void run(Stream *stream, unsigned long position) {
     }
 }
 
-// Somebody waits for a stream's work up to a position: run that alone or, every other time, all else before it.
+// Somebody waits for a stream's work up to a position: run that alone or, half the times, all else before it.
 void run_for_host(Stream *stream, unsigned long position) {
-    static bool others_first = true;  // guarded by the turn
+    static std::minstd_rand coin;  // guarded by the turn; a strict alternation would fall in step with the batches
     Turn turn;
-    others_first = !others_first;
-    if (others_first) {
+    if (coin() & 1024) {
         std::vector<std::pair<Stream *, unsigned long>> others;
         {
             Locked locked(state);
