@@ -105,6 +105,7 @@ class Avatar:
                 self._graphed, self._recordable = None, False
                 reason = str(error).splitlines()[0]
                 note_fallback(f"the step cannot be recorded as a CUDA graph ({reason}): it is launched piece by piece")
+            if self._graphed is None:  # no longer in the handler, whose error keeps the recording's tensors
                 return self._paint(derived, kept, *inputs)
         with self.template.stages.time("speech half + paste", self.template.device):
             return self._graphed(*inputs)

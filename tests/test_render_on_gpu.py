@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,29 @@ def test_nothing_is_left_on_the_gpu(rendered: Callable[..., np.ndarray], templat
     before = torch.cuda.memory_allocated()
     rendered("cuda", template, exact=True)
     assert torch.cuda.memory_allocated() <= before
+
+
+def test_memory_for_a_few_frames_at_a_time(
+    tiny_checkpoint: Callable[..., Path], template: Path, tmp_path: Path
+) -> None:
+    """A farm whose batches do not fit goes on with smaller ones, and says so."""
+    features, sound = write_speech(tmp_path, "speech", 40)
+    job = {"checkpoint": str(tiny_checkpoint()), "template": str(template), "audio": sound, "audio_features": features}
+    jobs = write_jobs(tmp_path / "jobs.jsonl", [job | {"output": "clip.mkv", "engine": "eager", "codec": "ffv1"}])
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def farm(name: str, batch_size: int) -> Any:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return run_farm(jobs, tmp_path / name, device="cuda", batch_size=batch_size, memory_budget=10_000_000)
+
+    assert farm("enough", 2).done == 1
+    torch.cuda.set_per_process_memory_fraction(2 * torch.cuda.max_memory_reserved() / total)
+    try:
+        record = farm("little", 32)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert (record.done, record.frames) == (1, 40)
+    assert any("out of memory" in told.lower() for told in record.as_dict()["fallbacks"])
+    assert len(planes(tmp_path / "little" / "clip.mkv")) == 40

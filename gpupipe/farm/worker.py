@@ -117,7 +117,7 @@ class Worker:
         try:
             return pieces, render_batch(pieces)
         except Exception as error:
-            return pieces, error
+            return pieces, error.with_traceback(None)  # which keeps the batch's tensors
 
     def _again(self, pieces: list[Piece], error: BaseException, studio: _Studio) -> None:
         """Render a failed batch again: in halves if memory ran out, else clip by clip, to find whose fault it is."""
