@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup demo test lint types report clean
+.PHONY: setup demo test lint types simulated report clean
 
 setup: $(VENV)/.installed
 
@@ -27,6 +27,10 @@ types: setup
 	mkdir -p build/types/gpupipe
 	ln -sfn $(wildcard $(CURDIR)/gpupipe/*) $(CURDIR)/kernels $(CURDIR)/models $(CURDIR)/benchmarks build/types/gpupipe/
 	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+
+# The tests that need a GPU, on a simulated one; they are part of `make test`.
+simulated: setup
+	$(BIN)/python tests/simulated_gpu/run.py tests -m "cuda and not hardware"
 
 # What the compiler makes of every GPU kernel on every architecture, without a GPU; fails on a spill or a stack frame.
 report: setup

@@ -60,7 +60,7 @@ pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -rfE)
 tests=()
 for name in "${kernels[@]}"; do tests+=("$root/tests/test_${name}_triton.py"); done
 part tests 150 "${pytest[@]}" "${tests[@]}"
-part tests_cuda 120 "${pytest[@]}" -m cuda "$root/tests"
+part tests_cuda 180 "${pytest[@]}" -m cuda "$root/tests"
 for name in "${kernels[@]}"; do
     part "bench_$name" 60 "$python" -m "gpupipe.benchmarks.bench_$name" --device cuda --record --results "$out"
 done
