@@ -16,6 +16,7 @@ from gpupipe.engines import make_engine
 from gpupipe.fallbacks import fallbacks
 from gpupipe.graphs import GraphedStep
 from gpupipe.kernels.crop_resize import crop_and_input
+from gpupipe.kernels.dispatch import backend
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend_nv12
 
@@ -126,7 +127,14 @@ def replayed(one: Avatar, frames: np.ndarray, audio: Tensor) -> Tensor:
 # ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture
+def triton_kernels() -> None:
+    if backend(CUDA) != "triton":
+        pytest.skip("the plain kernels, which run in place of Triton's here, ask the host")
+
+
 @pytest.mark.cuda
+@pytest.mark.usefixtures("triton_kernels")
 def test_recorded_on_a_gpu(painted: Callable[[str], tuple[Avatar, list[Tensor]]]) -> None:
     one, expected = painted("cuda")
     one._recordable = True
@@ -136,6 +144,7 @@ def test_recorded_on_a_gpu(painted: Callable[[str], tuple[Avatar, list[Tensor]]]
 
 
 @pytest.mark.cuda
+@pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("stage", ["crop", "encode", "decode", "paste", "nv12"])
 @torch.inference_mode()
 def test_each_stage_can_be_recorded(
@@ -176,6 +185,7 @@ def no_waiting() -> Iterator[Callable[[], None]]:
 
 
 @pytest.mark.cuda
+@pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 @pytest.mark.parametrize("fps", [None, 10.0])
 def test_batches_are_queued_without_waiting(
