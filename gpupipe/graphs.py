@@ -32,9 +32,11 @@ def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    # The encoder's thread may wait for the device meanwhile: that is no fault of this thread's recording. And when one
-    # fails, torch leaves its stream the current one: the outer context does not.
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    # The encoder's thread may wait for the device meanwhile: that is no fault of this thread's recording. torch's own
+    # stream for recordings belongs to the device that first had one. And when a recording fails, torch leaves its
+    # stream the current one: the outer context does not.
+    recording = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
+    with torch.cuda.stream(torch.cuda.current_stream()), recording:
         output = step()
     return graph.replay, output
 
@@ -71,7 +73,8 @@ class GraphedStep:
     def __init__(self, step: Callable[..., Tensor], *inputs: Tensor) -> None:
         self.batch_size = len(inputs[0])
         self._inputs = [value.clone() for value in inputs]
-        self._replay, self._output = capture(lambda: step(*self._inputs))
+        with torch.cuda.device_of(inputs[0]):
+            self._replay, self._output = capture(lambda: step(*self._inputs))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run a batch of at most :attr:`batch_size`. The result is a copy, which the next replay leaves alone."""
@@ -80,5 +83,6 @@ class GraphedStep:
             kept[:count].copy_(given)
             if count < self.batch_size:
                 kept[count:].copy_(given[-1:].expand(self.batch_size - count, *given.shape[1:]))
-        self._replay()
+        with torch.cuda.device_of(self._output):
+            self._replay()
         return self._output[:count].clone()

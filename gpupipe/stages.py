@@ -132,10 +132,10 @@ class Stages:
             queued, self._queued = self._queued, []
         if not queued:
             return
-        torch.cuda.synchronize()
         assert self._origin is not None
         first, moment = self._origin
         for stage, parent, begin, end in queued:
+            end.synchronize()
             start = moment + first.elapsed_time(begin) / 1000
             self._add(stage, parent, "GPU", start, start + begin.elapsed_time(end) / 1000)
 

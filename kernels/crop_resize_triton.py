@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpupipe.kernels.cubic_triton import INTERPRETED, clamped, cubic_axis, join4, round_saturate, weight_at
+from gpupipe.kernels.dispatch import on_its_device
 
 _SIZE = tl.constexpr(328)
 _INNER = tl.constexpr(320)
@@ -220,6 +221,7 @@ def _words(blue, green, red, seen, kind: tl.constexpr):
     return b | (g << 16), r | (masked << 16), tl.where(seen, g | (r << 16), 0)
 
 
+@on_its_device
 def crop_resize_triton(
     frames: Tensor,
     index: Tensor,

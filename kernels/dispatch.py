@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from typing import Literal
+from collections.abc import Callable
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from gpupipe.fallbacks import note_fallback
 
 Backend = Literal["triton", "torch"]
+
+_Rest = ParamSpec("_Rest")
+_Result = TypeVar("_Result")
 
 OLDEST_CAPABILITY = (8, 0)
 """Compute capability from which the kernels are compiled and checked (see :mod:`gpupipe.kernels.report`)."""
@@ -45,3 +50,16 @@ def _cuda_obstacle(index: int | None) -> str | None:
     if reason is not None:
         note_fallback(f"plain torch in place of the Triton kernels: {reason}")
     return reason
+
+
+def on_its_device(
+    launch: Callable[Concatenate[Tensor, _Rest], _Result],
+) -> Callable[Concatenate[Tensor, _Rest], _Result]:
+    """A launcher that launches on its first tensor's device: Triton takes the current one, wherever tensors lie."""
+
+    @functools.wraps(launch)
+    def on_device(first: Tensor, /, *rest: _Rest.args, **options: _Rest.kwargs) -> _Result:
+        with torch.cuda.device_of(first):
+            return launch(first, *rest, **options)
+
+    return on_device

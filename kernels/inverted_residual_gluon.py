@@ -27,6 +27,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.gluon_device import (
     CHUNK,
     HALO,
@@ -320,6 +321,7 @@ def _halving_block_kernel(
 # ── launcher ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@on_its_device
 def whole_block_gluon(
     skip: Tensor,
     block: PackedBlock,

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpupipe.kernels.cubic_triton import INTERPRETED
+from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.inverted_residual import Block, Projection
 
 
@@ -272,6 +273,7 @@ def _launch_shape(shape: tuple[int, int, int], block: int) -> tuple[int, int]:
     return samples * triton.cdiv(height, block // columns) * triton.cdiv(width, columns), columns
 
 
+@on_its_device
 def depthwise_triton(hidden: Tensor, taps: Tensor, bias: Tensor, *, stride: int = 1) -> Tensor:
     """Depthwise 3×3 convolution and ReLU alone: (B, H, W, C) → (B, ⌈H / stride⌉, ⌈W / stride⌉, C)."""
     samples, height, width, channels = hidden.shape
@@ -301,6 +303,7 @@ def depthwise_triton(hidden: Tensor, taps: Tensor, bias: Tensor, *, stride: int 
     return out
 
 
+@on_its_device
 def depthwise_project_triton(
     hidden: Tensor, projection: Projection, *, stride: int = 1, residual: Tensor | None = None
 ) -> Tensor:
@@ -334,6 +337,7 @@ def depthwise_project_triton(
     return out
 
 
+@on_its_device
 def whole_block_triton(
     x: Tensor,
     block: Block,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpupipe.kernels.cubic_triton import INTERPRETED, join4
+from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.nv12 import FRACTION_BITS, INVERSE_BITS, ColorOrder, rgb_weights, yuv_weights
 
 _SHIFT = tl.constexpr(FRACTION_BITS)
@@ -260,6 +261,7 @@ def _from_nv12_cell_kernel(
 # ── launchers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@on_its_device
 def to_nv12_triton(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
     """As :func:`gpupipe.kernels.nv12.to_nv12`, by a kernel; nothing is read back and nothing waits."""
     samples, height, width, _ = frames.shape
@@ -278,6 +280,7 @@ def to_nv12_triton(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
     return out
 
 
+@on_its_device
 def from_nv12_triton(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
     """As :func:`gpupipe.kernels.nv12.from_nv12`, by a kernel; nothing is read back and nothing waits."""
     samples, rows, width = frames.shape

@@ -24,6 +24,7 @@ from gpupipe.kernels.cubic_triton import (
     truncate,
     weight_at,
 )
+from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.nv12_triton import chroma_pair, luma
 
 _SIZE = tl.constexpr(328)
@@ -271,6 +272,7 @@ def _store_pixel(to, b, g, r, mask):
     tl.store(to + 2, r.to(tl.uint8), mask=mask)
 
 
+@on_its_device
 def paste_blend_triton(
     mouth: Tensor,
     crops: Tensor,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gpupipe.kernels.cubic_triton import INTERPRETED
+from gpupipe.kernels.dispatch import on_its_device
 
 
 # A last batch is shorter: it must not be compiled for.
@@ -156,6 +157,7 @@ def upsample_tiles(low: int, skip: int, n: int) -> dict[str, int]:
     return {**blocks, "num_warps": 8, "num_stages": 1}
 
 
+@on_its_device
 def pointwise_triton(
     x: Tensor,
     weight: Tensor,
@@ -191,6 +193,7 @@ def pointwise_triton(
     return out
 
 
+@on_its_device
 def upsample_expand_triton(
     low: Tensor, skip: Tensor, index: Tensor, low_weight: Tensor, skip_weight: Tensor, bias: Tensor
 ) -> Tensor:

@@ -145,6 +145,25 @@ def test_recorded_on_a_gpu(painted: Callable[[str], tuple[Avatar, list[Tensor]]]
 
 @pytest.mark.cuda
 @pytest.mark.usefixtures("triton_kernels")
+@torch.inference_mode()
+def test_recorded_on_a_second_gpu(
+    tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Though it is not the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    folder = make_template(tmp_path / "template", 2)
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        one = avatar(Template.from_directory(folder, device=device), tiny_checkpoint(), device)
+        audio = torch.rand(2, 32, 16, 16, generator=torch.Generator().manual_seed(0))
+        found.append([one.render(np.array([0, 1]), audio).cpu() for _ in range(2)])
+        assert one._graphed is not None, fallbacks()
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("stage", ["crop", "encode", "decode", "paste", "nv12"])
 @torch.inference_mode()
 def test_each_stage_can_be_recorded(

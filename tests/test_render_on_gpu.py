@@ -56,7 +56,7 @@ def rendered(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[.
     ) -> np.ndarray:
         features, sound = write_speech(tmp_path, "speech", FRAMES)
         pipeline = FrameGenerationPipeline(tiny_checkpoint(), device=device, engine="eager", batch_size=3, **options)
-        path = tmp_path / f"{device}.mkv"
+        path = tmp_path / (device.replace(":", "-") + ".mkv")
         pipeline.generate_video(features, template, sound, path, codec=codec, use_parsing=use_parsing)
         return planes(path)
 
@@ -166,3 +166,10 @@ def test_memory_for_a_few_frames_at_a_time(
     assert (record.done, record.frames) == (1, 40)
     assert any("out of memory" in told.lower() for told in record.as_dict()["fallbacks"])
     assert len(planes(tmp_path / "little" / "clip.mkv")) == 40
+
+
+def test_second_gpu(rendered: Callable[..., np.ndarray], template: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    found, expected = (rendered(device, template, exact=True) for device in ("cuda:1", "cpu"))
+    assert nearly_equal(found, expected)

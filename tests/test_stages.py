@@ -149,6 +149,9 @@ class FakeEvent:
     def record(self, stream: object) -> None:
         self.moment = 1000 + 10 * time.perf_counter()
 
+    def synchronize(self) -> None:
+        pass
+
     def elapsed_time(self, end: FakeEvent) -> float:
         return (end.moment - self.moment) * 1000
 

@@ -88,12 +88,15 @@ def _interpret_triton() -> None:
 
     def queued(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
         given = tree_map(_place, (args, kwargs))
+        device = _device((args, kwargs))
+        if device is not None and device.index != torch.cuda.current_device():
+            raise ValueError(f"a kernel is launched on cuda:{torch.cuda.current_device()}, its tensors lie on {device}")
 
         def work() -> None:
             args, kwargs = tree_map(_at, given)
             launch(self, *args, **kwargs)
 
-        _queue(work)
+        _queue(work, device)
 
     GridExecutor.__call__ = queued
 
@@ -132,24 +135,31 @@ def _at(value: Any) -> Any:
     return value.tensor() if isinstance(value, _Place) else value
 
 
-def _stream() -> int:
-    return torch.cuda.current_stream().cuda_stream
+def _device(values: Any) -> torch.device | None:
+    """The one device of the CUDA tensors among values; None if there are none."""
+    found = {value.device for value in tree_flatten(values)[0] if _on_cuda(value)}
+    if len(found) > 1:
+        raise RuntimeError(f"Expected all tensors to be on the same device, but found {sorted(map(str, found))}")
+    return found.pop() if found else None
 
 
-def _queue(work: Callable[[], None]) -> None:
+def _queue(work: Callable[[], None], device: torch.device | None) -> None:
     number = next(_numbers)
     _work[number] = work
-    if _runtime.simulated_gpu_captures(_stream()):
-        _recorded.add(number)
-    _runtime.simulated_gpu_queue(_stream(), number)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        if _runtime.simulated_gpu_captures(stream):
+            _recorded.add(number)
+        _runtime.simulated_gpu_queue(stream, number)
 
 
-def _wait() -> None:
+def _wait(device: torch.device | None) -> None:
     """Wait for the current stream, which a capture forbids, and so may :func:`torch.cuda.set_sync_debug_mode`."""
     if torch.cuda.get_sync_debug_mode() == 2:
         raise RuntimeError("called a synchronizing CUDA operation")
-    if _runtime.simulated_gpu_wait(_stream()):
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    with torch.cuda.device(device):
+        if _runtime.simulated_gpu_wait(torch.cuda.current_stream().cuda_stream):
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
 
 # ── operators ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -196,7 +206,7 @@ def _perform(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         indices = [index for index in args[1] if index is not None]
         masked = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
         if masked or not all(map(_on_cuda, indices)):
-            _wait()
+            _wait(args[0].device)
     else:
         values = tree_flatten((args, kwargs))[0]
         if any(isinstance(value, Tensor) and value.dim() and not _on_cuda(value) for value in values):
@@ -234,13 +244,14 @@ def _later(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             args = tree_map(lambda one: one.float() if isinstance(one, Tensor) else one, args)
         return func(*args, **kwargs)
 
+    device = _device((args, kwargs)) or torch.device(kwargs["device"])
     written = [one for one in enumerate(func._schema.arguments) if one[1].alias_info and one[1].alias_info.is_write]
     if written:
-        _queue(compute)
+        _queue(compute, device)
         results = [kwargs[one.name] if one.name in kwargs else args[i] for i, one in written]
         return results[0] if len(func._schema.returns) == 1 else tuple(results[: len(func._schema.returns)]) or None
     shapes, structure = tree_flatten(_on_meta(func, args, kwargs))
-    made = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device="cuda") for one in shapes]
+    made = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype, device=device) for one in shapes]
     places = [_Place(one) for one in made]
 
     def work() -> None:
@@ -248,7 +259,7 @@ def _later(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if value.shape == place.shape:  # what an operator leaves empty on a CPU is not looked at
                 place.tensor().copy_(value)
 
-    _queue(work)
+    _queue(work, device)
     return tree_unflatten(made, structure)
 
 
@@ -266,26 +277,28 @@ def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _now(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Wait for the device and compute."""
-    _wait()
+    device = _device((args, kwargs))
+    _wait(device)
     with _disable_current_modes():
         args, kwargs = tree_map(lambda value: _on_cpu(_place(value)), (args, kwargs))
         results = func(*args, **kwargs)
-    return tree_map(lambda one: _to(one, device="cuda") if isinstance(one, Tensor) else one, results)
+    return tree_map(lambda one: _to(one, device=device) if isinstance(one, Tensor) else one, results)
 
 
 def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     """``to.copy_(source)``. To and from pinned memory it may return before it has been done."""
     places = _place(to), _place(source)
     pinned = all(_on_cuda(one) or one.is_pinned() for one in (to, source))
+    device = source.device if _on_cuda(source) else to.device
     if not _on_cuda(source) and not (pinned and non_blocking):
-        if _runtime.simulated_gpu_captures(_stream()):
-            _wait()  # which fails
+        if torch.cuda.is_current_stream_capturing():
+            _wait(device)  # which fails
         with _disable_current_modes():
             places = places[0], source.clone()  # as the driver does, before it returns
-    _queue(lambda: _at(places[0]).copy_(_at(places[1])))
+    _queue(lambda: _at(places[0]).copy_(_at(places[1])), device)
     on_device = _on_cuda(to) and _on_cuda(source)
     if not on_device and not (non_blocking and (pinned or _on_cuda(to))):
-        _wait()
+        _wait(device)
     return to
 
 

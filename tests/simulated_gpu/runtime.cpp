@@ -44,6 +44,7 @@ struct Capture {
 };
 
 struct Stream {
+    int device = 0;
     std::deque<Work> queue;
     unsigned long queued = 0, done = 0;
     int priority = 0;
@@ -60,14 +61,22 @@ struct Event {
 
 enum Kind { device, pinned, pageable };
 
+constexpr int device_count = 2;
 constexpr size_t total_memory = 40ull << 30;
 
 std::mutex state;               // guards all that follows; never held while work runs
 std::recursive_mutex running;   // whose turn it is to run work
-std::map<char *, std::pair<size_t, Kind>> allocations;
-size_t used_memory = 0;
-Stream default_stream;
-std::set<Stream *> streams{&default_stream};
+struct Allocation {
+    size_t size;
+    Kind kind;
+    int device;
+};
+
+std::map<char *, Allocation> allocations;
+size_t used_memory[device_count] = {};
+Stream default_streams[device_count] = {{0}, {1}};
+std::set<Stream *> streams{&default_streams[0], &default_streams[1]};
+thread_local int current_device = 0;
 std::set<Capture *> captures;
 unsigned long long captures_begun = 0;
 thread_local cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
@@ -80,7 +89,7 @@ cudaError_t fail(cudaError_t error) { return last_error = error; }
 
 Stream *find(cudaStream_t stream) {
     bool own = stream && stream != cudaStreamLegacy && stream != cudaStreamPerThread;
-    return own ? reinterpret_cast<Stream *>(stream) : &default_stream;
+    return own ? reinterpret_cast<Stream *>(stream) : &default_streams[current_device];
 }
 
 Event *find(cudaEvent_t event) { return reinterpret_cast<Event *>(event); }
@@ -184,31 +193,35 @@ cudaError_t wait_for_all() {
     std::vector<std::pair<Stream *, unsigned long>> positions;
     {
         Locked locked(state);
-        for (Stream *stream : streams) positions.push_back({stream, stream->queued});
+        for (Stream *stream : streams)
+            if (stream->device == current_device) positions.push_back({stream, stream->queued});
     }
     Turn turn;
     for (auto &[stream, position] : positions) run(stream, position);
     return cudaSuccess;
 }
 
-Kind kind_of(const void *pointer) {
+Allocation allocation_of(const void *pointer) {
     Locked locked(state);
     auto next = allocations.upper_bound(static_cast<char *>(const_cast<void *>(pointer)));
-    if (next == allocations.begin()) return pageable;
-    auto &[start, what] = *--next;
-    return pointer < start + what.first ? what.second : pageable;
+    if (next == allocations.begin()) return {0, pageable, 0};
+    auto &[start, found] = *--next;
+    return pointer < start + found.size ? found : Allocation{0, pageable, 0};
 }
+
+Kind kind_of(const void *pointer) { return allocation_of(pointer).kind; }
 
 cudaError_t allocate(void **pointer, size_t size, Kind kind) {
     if (forbidden()) return fail(cudaErrorStreamCaptureUnsupported);
     if (size == 0) size = 1;
     Locked locked(state);
-    if (kind == device && used_memory + size > total_memory) return fail(cudaErrorMemoryAllocation);
+    size_t &used = used_memory[current_device];
+    if (kind == device && used + size > total_memory) return fail(cudaErrorMemoryAllocation);
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     *pointer = mmap(nullptr, size, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (*pointer == MAP_FAILED) return fail(cudaErrorMemoryAllocation);
-    allocations[static_cast<char *>(*pointer)] = {size, kind};
-    if (kind == device) used_memory += size;
+    allocations[static_cast<char *>(*pointer)] = {size, kind, current_device};
+    if (kind == device) used += size;
     return cudaSuccess;
 }
 
@@ -218,8 +231,8 @@ cudaError_t release(void *pointer) {
     Locked locked(state);
     auto found = allocations.find(static_cast<char *>(pointer));
     if (found == allocations.end()) return fail(cudaErrorInvalidValue);
-    auto [size, kind] = found->second;
-    if (kind == device) used_memory -= size;
+    auto [size, kind, number] = found->second;
+    if (kind == device) used_memory[number] -= size;
     allocations.erase(found);
     munmap(pointer, size);
     return cudaSuccess;
@@ -244,16 +257,19 @@ int simulated_gpu_wait(cudaStream_t stream) { return wait_for(find(stream)); }
 // ── the device ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 cudaError_t cudaGetDeviceCount(int *count) {
-    *count = 1;
+    *count = device_count;
     return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int *number) {
-    *number = 0;
+    *number = current_device;
     return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaSetDevice(int number) {
+    current_device = number;
+    return cudaSuccess;
+}
 
 cudaError_t cudaDriverGetVersion(int *version) {
     *version = CUDART_VERSION;
@@ -340,7 +356,7 @@ const char *cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaMemGetInfo(size_t *free_memory, size_t *total) {
     Locked locked(state);
     *total = total_memory;
-    *free_memory = total_memory - used_memory;
+    *free_memory = total_memory - used_memory[current_device];
     return cudaSuccess;
 }
 
@@ -356,6 +372,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes *attributes, const vo
     memset(attributes, 0, sizeof *attributes);
     const cudaMemoryType types[] = {cudaMemoryTypeDevice, cudaMemoryTypeHost, cudaMemoryTypeUnregistered};
     attributes->type = types[kind_of(pointer)];
+    attributes->device = allocation_of(pointer).device;
     attributes->devicePointer = attributes->hostPointer = const_cast<void *>(pointer);
     return cudaSuccess;
 }
@@ -367,7 +384,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, cudaMemcpyK
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, cudaMemcpyKind kind) {
     if (cudaError_t error = cudaMemcpyAsync(to, from, size, kind, nullptr)) return error;
-    return wait_for(&default_stream);
+    return wait_for(find(cudaStream_t{}));
 }
 
 cudaError_t cudaMemsetAsync(void *to, int value, size_t size, cudaStream_t stream) {
@@ -381,6 +398,7 @@ cudaError_t cudaMemset(void *to, int value, size_t size) { return cudaMemsetAsyn
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned, int priority) {
     auto *made = new Stream;
+    made->device = current_device;
     made->priority = priority;
     Locked locked(state);
     streams.insert(made);
@@ -478,7 +496,7 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *mode) {
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t on, cudaStreamCaptureMode mode) {
     Stream *stream = find(on);
-    if (stream == &default_stream) return fail(cudaErrorStreamCaptureUnsupported);
+    if (stream == &default_streams[stream->device]) return fail(cudaErrorStreamCaptureUnsupported);
     Locked locked(state);
     stream->capture = new Capture{new Graph, ++captures_begun, mode, pthread_self()};
     stream->captured = stream->joined = 0;
