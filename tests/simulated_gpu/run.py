@@ -21,13 +21,13 @@ def build(target: Path) -> list[Path]:
     """Compile the libraries that torch is to find in place of CUDA's, into the folder ``target``.
 
     Raises:
-        CannotSimulateError: torch is built without CUDA, or there is no compiler.
+        CannotSimulateError: torch is built without CUDA 13, or there is no compiler.
     """
     import torch
 
     site = Path(torch.__file__).resolve().parents[1]
-    if torch.version.cuda is None:
-        raise CannotSimulateError("this torch is built without CUDA")
+    if not (torch.version.cuda or "").startswith("13."):
+        raise CannotSimulateError(f"it stands in for CUDA 13, and this torch is built with {torch.version.cuda}")
     headers = next(site.glob("nvidia/*/include/cuda_runtime_api.h"), None)
     if headers is None or not all(map(shutil.which, ("g++", "nm"))):
         raise CannotSimulateError("it takes g++, nm and the headers of CUDA's runtime, which torch's wheel brings")
@@ -40,9 +40,15 @@ def build(target: Path) -> list[Path]:
     for library, prefix, parts in (("libcudart", r"(__)?cuda[A-Z]", [compiled]), ("libcuda", r"cu[A-Z]", [])):
         names = {name for name in wanted if re.match(prefix, name)}
         version = next((name.partition("@")[2] for name in names if "@" in name), f"{library}.so.1")
-        missing = sorted({name.partition("@")[0] for name in names} - there)
+        missing = sorted({name.partition("@")[0] for name in names} - there - {"cuInit", "cuDevicePrimaryCtxGetState"})
         source, export, output = target / f"{library}.cpp", target / f"{library}.map", target / version
-        source.write_text(_DRIVER * (library == "libcuda") + "".join(map(_stub, missing)), encoding="ascii")
+        lines = [
+            'extern "C" {',
+            *([_DRIVER] if library == "libcuda" else []),
+            *map(_NOT_SIMULATED.format, missing),
+            "}",
+        ]
+        source.write_text("\n".join(lines), encoding="ascii")
         export.write_text(f"{version} {{ global: *; }};", encoding="ascii")
         linked = f"-Wl,-soname,{version},--version-script,{export}"
         _compile("-shared", source, *parts, "-o", output, linked, "-ldl", "-lpthread")
@@ -51,19 +57,12 @@ def build(target: Path) -> list[Path]:
 
 
 _DRIVER = """\
-extern "C" __attribute__((weak)) int cuDevicePrimaryCtxGetState(int, unsigned *flags, int *active) {
-    *flags = 0;
-    *active = 1;
-    return 0;
-}
+int cuInit(unsigned) { return 0; }
+int cuDevicePrimaryCtxGetState(int, unsigned *flags, int *active) { return *flags = 0, *active = 1, 0; }
 """
 
-
-def _stub(name: str) -> str:
-    """A function that says that it is not simulated: CUDA's error 801, "not supported"."""
-    if name in ("cuInit", "cuDevicePrimaryCtxGetState"):
-        return "" if name != "cuInit" else 'extern "C" int cuInit(unsigned) { return 0; }\n'
-    return f'extern "C" int {name}() {{ return 801; }}\n'
+_NOT_SIMULATED = "int {}() {{ return 801; }}"
+"""CUDA's error for what is not supported."""
 
 
 def _symbols(library: Path, *options: str) -> set[str]:
