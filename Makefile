@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/gpupipe demo --output demo.mp4
 
 test: setup lint types
-	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(BIN)/ruff check .

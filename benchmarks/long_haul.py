@@ -63,7 +63,7 @@ class StubAvatar:
     engine = SimpleNamespace(name="stub")
 
     def __init__(self) -> None:
-        self.template = SimpleNamespace(length=TEMPLATE_FRAMES)
+        self.template = SimpleNamespace(length=TEMPLATE_FRAMES, device=torch.device("cpu"))
         self._frames = torch.randint(100, (TEMPLATE_FRAMES, HEIGHT * 3 // 2, WIDTH), dtype=torch.uint8)
 
     def render(self, frames: NDArray[np.int64], audio: Tensor) -> Tensor:
