@@ -9,6 +9,7 @@ from typing import Any
 import av
 import av.codec.hwaccel
 import torch
+from torchvision.io import decode_jpeg, encode_jpeg
 
 from gpupipe.avatar import FEATHER
 from gpupipe.engines.base import BATCH_SIZES
@@ -44,7 +45,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
     no_gpu = "no: no CUDA GPU is available"
     reason = obstacle("cuda") if cuda else no_gpu.removeprefix("no: ")
     can["Triton kernels"] = "yes" if reason is None else f"no: {reason}"
-    can["nvJPEG"] = "yes" if cuda else no_gpu
+    can["nvJPEG"] = _nvjpeg() if cuda else no_gpu
     can["NVDEC"] = _nvdec() if cuda else no_gpu
     for encoder in _ENCODERS:
         try:
@@ -113,6 +114,15 @@ def _device_facts(device: torch.device) -> dict[str, str]:
             "architecture": f"sm_{facts.major}{facts.minor}, {facts.multi_processor_count} multiprocessors",
         }
     return {"name": processor_name(), "cores": str(available_cores())}
+
+
+def _nvjpeg() -> str:
+    """Whether it decodes a small picture, or why not."""
+    try:
+        decode_jpeg(encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8)), device="cuda")
+    except RuntimeError as error:
+        return f"no: {str(error).splitlines()[0]}"
+    return "yes"
 
 
 def _nvdec() -> str:

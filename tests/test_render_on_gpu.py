@@ -15,7 +15,9 @@ import torch
 from farming import write_jobs, write_speech
 
 from gpupipe import FrameGenerationPipeline
+from gpupipe.doctor import examine
 from gpupipe.farm import run_farm
+from gpupipe.video.decode import read_images
 
 pytestmark = pytest.mark.cuda
 
@@ -173,3 +175,12 @@ def test_second_gpu(rendered: Callable[..., np.ndarray], template: Path) -> None
         pytest.skip("needs two CUDA GPUs")
     found, expected = (rendered(device, template, exact=True) for device in ("cuda:1", "cpu"))
     assert nearly_equal(found, expected)
+
+
+def test_doctor_has_tried_what_it_says(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[str] = []
+    monkeypatch.setattr("gpupipe.video.decode.note_fallback", noted.append)
+    read_images(sorted((template / "full_body_img").iterdir()), device="cuda", exact=False)
+    found = examine("cuda")
+    assert found["render"]["device"].startswith("cuda")
+    assert (found["can"]["nvJPEG"] == "yes") == (not noted), noted
