@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,20 @@ def feather_width(blend: Blend, feather: float = FEATHER) -> float:
     return feather if blend == "feather" else 0.0
 
 
+class Sources(NamedTuple):
+    """What a batch is made from.
+
+    Attributes:
+        derived, kept: what was derived from template frames, and the frames themselves, by name.
+        derived_at, kept_at: int64 (B,), where each sample's stands in them.
+    """
+
+    derived: Tensors
+    kept: Tensors
+    derived_at: Tensor
+    kept_at: Tensor
+
+
 class Avatar:
     """Renders frames of one template with one network.
 
@@ -69,11 +83,11 @@ class Avatar:
         self._graphed: GraphedStep | None = None
         self._recordable = True
 
-    def look_up(self, frames: NDArray[np.int64]) -> tuple[Tensors, Tensors, Tensor, Tensor]:
-        """What was derived from template frames (B,), the frames themselves, and where each stands in both."""
+    def look_up(self, frames: NDArray[np.int64]) -> Sources:
+        """What template frames (B,) give."""
         derived, row = self._derived.lookup(frames)
         kept, index = self.template.frames.lookup(frames)
-        return derived, kept, row, index
+        return Sources(derived, kept, row, index)
 
     @torch.inference_mode()
     def render(self, frames: NDArray[np.int64], audio: Tensor) -> Tensor:
@@ -117,35 +131,29 @@ class Avatar:
         stages, device = self.template.stages, self.template.device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             stages = UNTIMED  # a recording is timed when it is replayed
+        sources = Sources(derived, kept, row, index)
         # The speech branch's small maps leave most of a GPU's bandwidth: the background is copied beside them.
         with beside(device) as join:
-            background = self.background(derived, kept, row, index)
+            background = self.background(sources)
         with stages.time("speech half", device):
             mouth = self.engine.decode(derived, row, audio)
         with stages.time("paste", device):
             join()
-            return self.paste(mouth, background, derived, kept, row, index, frames)
+            return self.paste(mouth, background, sources, frames)
 
-    def background(self, derived: Tensors, kept: Tensors, row: Tensor, index: Tensor) -> Tensor | None:
+    def background(self, sources: Sources) -> Tensor | None:
         """Copies of the template frames (B, H·3/2, W) as they are kept in NV12; None where none are."""
+        derived, kept, row, index = sources
         if "nv12" in kept:
             return kept["nv12"].index_select(0, index)
         return derived["nv12"].index_select(0, row) if "nv12" in derived else None
 
-    def paste(
-        self,
-        mouth: Tensor,
-        background: Tensor | None,
-        derived: Tensors,
-        kept: Tensors,
-        row: Tensor,
-        index: Tensor,
-        frames: Tensor,
-    ) -> Tensor:
+    def paste(self, mouth: Tensor, background: Tensor | None, sources: Sources, frames: Tensor) -> Tensor:
         """Paste mouths (B, 3, 320, 320) into their frames; ``frames`` are their numbers, on the device.
 
         ``background`` is :meth:`background`'s, and is written over.
         """
+        derived, kept, row, index = sources
         boxes = self.template.boxes.index_select(0, frames)
         where = (mouth, derived["crop"], kept["frame"], index, boxes)
         seam, keep, largest = self.feather, kept.get("keep"), self.template.max_box
@@ -196,23 +204,15 @@ def render_together(requests: Sequence[tuple[Avatar, NDArray[np.int64], Tensor]]
     engine, device = requests[0][0].engine, requests[0][0].template.device
     found = [avatar.look_up(frames) for avatar, frames, _ in requests]
     features = {
-        name: torch.cat([derived[name].index_select(0, row) for derived, _, row, _ in found])
-        for name in found[0][0]
+        name: torch.cat([sources.derived[name].index_select(0, sources.derived_at) for sources in found])
+        for name in found[0].derived
         if name not in _NOT_FEATURES
     }
     windows = torch.cat([to_device(audio, device) for _, _, audio in requests])
     mouths = engine.decode(features, torch.arange(len(windows), device=device), windows)
     return [
-        avatar.paste(
-            mouth,
-            avatar.background(derived, kept, row, index),
-            derived,
-            kept,
-            row,
-            index,
-            to_device(torch.from_numpy(frames), device),
-        )
-        for (avatar, frames, _), (derived, kept, row, index), mouth in zip(
+        avatar.paste(mouth, avatar.background(sources), sources, to_device(torch.from_numpy(frames), device))
+        for (avatar, frames, _), sources, mouth in zip(
             requests, found, mouths.split([len(frames) for _, frames, _ in requests]), strict=True
         )
     ]
