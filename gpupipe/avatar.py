@@ -138,7 +138,7 @@ class Avatar:
         with stages.time("speech half", device):
             mouth = self.engine.decode(derived, row, audio)
         with stages.time("paste", device):
-            join()
+            join(background)
             return self.paste(mouth, background, sources, frames)
 
     def background(self, sources: Sources) -> Tensor | None:

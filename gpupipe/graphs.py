@@ -42,19 +42,25 @@ def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 
 @contextlib.contextmanager
-def beside(device: torch.device) -> Iterator[Callable[[], None]]:
+def beside(device: torch.device) -> Iterator[Callable[[Tensor | None], None]]:
     """Queue what is inside on a stream of its own, beside what comes after it; in a recording, as a branch.
 
-    Gives a function to call before what was computed is used. What is inside reads what was queued before it, and its
-    results are used on the current stream alone. On a CPU it is done at once.
+    Gives a function to call with the result before it is used on the current stream: that waits for it, and its memory
+    is not given away before what is queued there. On a CPU it is done at once.
     """
     if device.type != "cuda":
-        yield lambda: None
+        yield lambda result: None
         return
     current, branch = torch.cuda.current_stream(device), _branch(device)
     branch.wait_stream(current)
+
+    def join(result: Tensor | None) -> None:
+        current.wait_stream(branch)
+        if result is not None:
+            result.record_stream(current)
+
     with torch.cuda.stream(branch):
-        yield lambda: current.wait_stream(branch)
+        yield join
 
 
 @functools.cache

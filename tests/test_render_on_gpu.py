@@ -105,8 +105,12 @@ def test_video_template(rendered: Callable[..., np.ndarray], video_template: Pat
 def test_half_precision_is_near(rendered: Callable[..., np.ndarray], template: Path) -> None:
     """As it is rendered by default on a GPU."""
     found, expected = rendered("cuda", template, exact=False), rendered("cpu", template)
-    error = np.square(found.astype(float) - expected).mean()
-    assert 10 * np.log10(255**2 / error) > 40
+
+    def psnr(found: np.ndarray, expected: np.ndarray) -> float:
+        return float(10 * np.log10(255**2 / np.square(found.astype(float) - expected).mean()))
+
+    assert psnr(found, expected) > 40
+    assert psnr(found[1:], expected[:-1]) < 40, "a frame later is another picture"
     assert np.abs(found.astype(int) - expected).max() > 0, "it was computed in float32"
 
 

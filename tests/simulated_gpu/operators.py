@@ -67,11 +67,11 @@ def install() -> None:
 
     threading.Thread.run = run  # type: ignore[method-assign]
     for module, name in ((torch.onnx, "export"), (torch.jit, "trace")):  # tracing does not see through a mode
-        setattr(module, name, _without_modes(getattr(module, name)))
+        setattr(module, name, without_modes(getattr(module, name)))
     _interpret_triton()
 
 
-def _without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes():

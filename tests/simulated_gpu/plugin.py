@@ -15,7 +15,7 @@ import torch
 import operators  # isort: skip
 
 operators.install()
-torch.Tensor.__repr__ = operators._without_modes(torch.Tensor.__repr__)  # type: ignore[method-assign]
+torch.Tensor.__repr__ = operators.without_modes(torch.Tensor.__repr__)  # type: ignore[method-assign]
 
 
 def pytest_collection_finish() -> None:
