@@ -54,6 +54,10 @@ _OPTIONS: dict[str, dict[str, str]] = {
     "ffv1": {"level": "3", "slicecrc": "1", "g": "1"},
 }
 
+_WITHOUT_AVX512 = "AVX2,FMA3,BMI2,LZCNT"
+"""What x264 may use of a processor with AVX-512: all but that, in which its macroblock tree with B-frames gives other
+bytes now and then for the same frames (seen of small pictures, libx264.so.165), and is no faster."""
+
 SEGMENTED = frozenset({"libx264", "libx265"})
 """Encoders that can be run on one thread each, beside each other on the segments of a clip (video/segments.py)."""
 
@@ -102,6 +106,8 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
     context.options = {key: value.format(crf=picture.crf) for key, value in _OPTIONS.get(encoder, {}).items()}
     if picture.preset is not None:
         context.options |= {"preset": picture.preset}
+    if encoder == "libx264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        context.options["x264-params"] += f":asm={_WITHOUT_AVX512}"
     if picture.segmented and encoder in SEGMENTED:
         # One IDR frame, the segment's first: a cut gets a plain I frame, so that no two IDR frames meet at a joint
         # (their idr_pic_id would have to differ, H.264 7.4.3).

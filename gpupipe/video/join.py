@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -43,8 +44,9 @@ def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str
         stack.callback(_close, target)
         with _open(Path(paths[0])) as first:
             expected = _traits(first)
-            rate = first.streams.video[0].average_rate
-            assert rate is not None
+            rate = _fraction(first.streams.video[0].average_rate)
+            if not rate:
+                raise InputError(f"{paths[0]}: has no frame rate; expected a part of the clip")
             stream = target.add_stream_from_template(first.streams.video[0], opaque=True)
         track = SoundTrack(sound, target) if sound is not None else None
         if track is not None:
@@ -54,8 +56,7 @@ def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str
             with _open(path) as part:
                 _compare(path, _traits(part), Path(paths[0]), expected)
                 source, begin = part.streams.video[0], frames
-                assert source.time_base is not None
-                n, d = (source.time_base * rate).as_integer_ratio()  # frames in a unit of the file's time
+                n, d = (_fraction(source.time_base) * rate).as_integer_ratio()  # frames in a unit of the file's time
                 for packet in _packets(path, part):
                     assert packet.pts is not None
                     delay = source.codec_context.reorder_depth  # Matroska does not keep decoding times
@@ -101,6 +102,11 @@ def _packets(path: Path, part: av.container.InputContainer) -> Iterator[av.Packe
         raise InputError(f"{path}: cannot be read to its end ({error})") from error
 
 
+def _fraction(value: Fraction | None) -> Fraction:
+    """A rational of PyAV's, which from version 19 on has a type of its own; 0 where the file has none."""
+    return Fraction(value.numerator, value.denominator) if value else Fraction(0)
+
+
 def _traits(part: av.container.InputContainer) -> dict[str, object]:
     """What all parts must have in common."""
     stream = part.streams.video[0]
@@ -108,7 +114,7 @@ def _traits(part: av.container.InputContainer) -> dict[str, object]:
     return {
         "codec": context.name,
         "size": f"{context.width}×{context.height}",
-        "frames a second": stream.average_rate,
+        "frames a second": _fraction(stream.average_rate),
         "header": context.extradata,
     }
 
