@@ -183,7 +183,7 @@ class Avatar:
     def _encode(self, frames: NDArray[np.int64]) -> Tensors:
         kept, index = self.template.frames.lookup(frames)
         boxes = self.template.boxes.index_select(0, to_device(torch.from_numpy(frames), self.template.device))
-        half = self.engine.dtype != torch.float32  # which runs on CUDA, and there channels last
+        half = self.engine.dtype != torch.float32  # which runs channels last
         crop, image = crop_and_input(kept["frame"], index, boxes, dtype=self.engine.dtype, channels_last=half)
         derived = self.engine.encode(image)
         derived["crop"] = crop

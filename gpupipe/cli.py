@@ -38,7 +38,10 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU i
 StartFrame = Annotated[int, typer.Option(help="First template frame of the walk there and back.")]
 UseParsing = Annotated[bool, typer.Option("--use-parsing", help="Keep the template where parsing/ says so.")]
 EngineOption = Annotated[EngineName, typer.Option(help="How the network is run; auto takes the fastest here.")]
-PrecisionOption = Annotated[Precision | None, typer.Option(help="Of the network, where --exact leaves a choice.")]
+PrecisionOption = Annotated[
+    Precision | None,
+    typer.Option(help="Of the network; half precision on CUDA by default, bfloat16 on CPUs that multiply it."),
+]
 Exact = Annotated[bool, typer.Option("--exact", help="float32, TF32 off, JPEGs decoded on the CPU.")]
 BlendOption = Annotated[Blend, typer.Option(help="How the mouth's seam is pasted; none for the reference's hard edge.")]
 Feather = Annotated[float, typer.Option(help="Width of the feathered seam, in pixels of the frame.")]

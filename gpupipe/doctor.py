@@ -12,6 +12,7 @@ import torch
 from torchvision.io import decode_jpeg, encode_jpeg
 
 from gpupipe.avatar import FEATHER
+from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.engines.choice import Figures, candidates, find_dtype, measure, measured, remember
 from gpupipe.errors import DeviceError
@@ -63,7 +64,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
         "render": {
             "device": f"{chosen}: " + ("asked for" if device else "a CUDA GPU" if cuda else "there is no CUDA GPU"),
             "engine": _engine(chosen, exact=exact),
-            "precision": "float32" if exact else "float16; --exact for float32",
+            "precision": f"float32; {_bfloat16()}" if exact else "float16; --exact for float32",
             "jpeg": jpeg_decoder(chosen, exact=exact),
             "kernels": f"{backend(chosen)}: {obstacle(chosen) or 'fused kernels around the network'}",
             "codec": _codec(way),
@@ -103,6 +104,12 @@ def measure_engines(device: str | torch.device | None = None) -> Figures:
     figures, _ = measure(network, chosen, dtype, candidates(chosen, dtype))
     remember(network, chosen, dtype, figures)
     return figures
+
+
+def _bfloat16() -> str:
+    """What a CPU makes of `--precision bfloat16`."""
+    reason = openvino_cpu.obstacle()
+    return f"not bfloat16: {reason}" if reason else "--precision bfloat16 is faster, on openvino"
 
 
 def _device_facts(device: torch.device) -> dict[str, str]:

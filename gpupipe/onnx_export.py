@@ -1,4 +1,4 @@
-"""The network as an ONNX graph with a dynamic batch."""
+"""The network as ONNX: whole, with a dynamic batch, for other programs; in its hoisted halves for engines of ours."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gpupipe.errors import GpupipeError
 from gpupipe.files import replacing
 from gpupipe.models.fold import fold_batch_norms
+from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
 
 OPSET_VERSION = 17
@@ -53,6 +54,25 @@ def export_onnx(
             opset_version=opset_version,
             dynamo=False,
         )
+
+
+def export_halves(network: UNet328) -> tuple[bytes, bytes]:
+    """The halves of :mod:`gpupipe.models.hoisted`, template's and speech's, for one frame: all shapes are fixed.
+
+    Inputs are ``image``, and the names of :data:`~gpupipe.models.hoisted.TEMPLATE_FEATURES` with ``audio``; outputs
+    those names, and ``mouth``; all float32.
+    """
+    template, speech = TemplateHalf(network).eval(), SpeechHalf(network).eval()
+    image, audio, names = (
+        torch.zeros(1, 6, INPUT_SIZE, INPUT_SIZE),
+        torch.zeros(1, *network.audio_shape),
+        list(TEMPLATE_FEATURES),
+    )
+    features = template(image)
+    graphs = io.BytesIO(), io.BytesIO()
+    export_onnx(template, (image,), graphs[0], inputs=["image"], outputs=names, dynamic_batch=False)
+    export_onnx(speech, (*features, audio), graphs[1], inputs=[*names, "audio"], outputs=["mouth"], dynamic_batch=False)
+    return graphs[0].getvalue(), graphs[1].getvalue()
 
 
 def export_unet(network: UNet328, path: str | Path, *, opset_version: int = OPSET_VERSION) -> Path:

@@ -27,7 +27,9 @@ class UNetModel:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …; None takes a CUDA GPU if there is one.
         engine: how the network is run; see :mod:`gpupipe.engines`.
         exact: float32 with TF32 off, and JPEGs decoded on the CPU; None means exact on the CPU, half precision on CUDA.
-        precision: what the network computes in where ``exact`` leaves a choice; None means float16.
+        precision: what the network computes in: ``"float32"``, and without ``exact`` ``"float16"`` or ``"bfloat16"`` on
+            CUDA, ``"bfloat16"`` on a CPU that multiplies it. None means float32 on the CPU and float16 on CUDA. Asking
+            for half precision lets go of the CPU's default for ``exact``.
 
     Attributes:
         engine: what runs the network.
@@ -51,7 +53,8 @@ class UNetModel:
             raise InputError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
         self.mode: Mode = mode
         self.device = find_device(device)
-        self.exact = self.device.type == "cpu" if exact is None else exact
+        on_cpu = self.device.type == "cpu"
+        self.exact = (on_cpu and precision in (None, "float32")) if exact is None else exact
         self.network = load_unet(checkpoint_path, mode)
         self.engine = make_engine(
             self.network, device=self.device, engine=engine, exact=self.exact, precision=precision

@@ -128,7 +128,7 @@ def test_engines_that_cannot_be() -> None:
 
 def test_precisions_that_cannot_be() -> None:
     network = seeded_network(width=1 / 8)
-    with pytest.raises(DeviceError, match=r"^precision is 'float16'; expected float32 on a CPU"):
+    with pytest.raises(DeviceError, match=r"^precision is 'float16'; expected float32 or bfloat16 on a CPU"):
         make_engine(network, device=CPU, precision="float16", exact=False)
     with pytest.raises(DeviceError, match=r"^precision is 'bfloat16'; expected float32 with exact"):
         make_engine(network, device=torch.device("cuda"), precision="bfloat16", exact=True)

@@ -6,7 +6,8 @@
 | `compile`     | the same through torch.compile, max-autotune           | both  |
 | `fused`       | Triton kernels (:mod:`gpupipe.kernels.inverted_residual`) | CUDA |
 | `gluon`       | the same, and on large maps Gluon kernels (:mod:`gpupipe.kernels.whole_block`) | CUDA |
-| `onnxruntime` | ONNX Runtime, the network in hoisted halves            | CPU   |
+| `onnxruntime` | ONNX Runtime, the network in hoisted halves, float32   | CPU   |
+| `openvino`    | OpenVINO, the same in bfloat16                         | CPU   |
 
 Every engine runs the network in two halves, so that the half that sees only the template can be cached.
 """

@@ -7,7 +7,7 @@ from typing import Literal, Protocol, get_args
 import torch
 from torch import Tensor
 
-EngineName = Literal["auto", "eager", "compile", "fused", "gluon", "onnxruntime", "torch"]
+EngineName = Literal["auto", "eager", "compile", "fused", "gluon", "onnxruntime", "openvino", "torch"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 """What ``engine=`` takes: ``auto`` chooses, ``torch`` is another word for ``eager``."""
 

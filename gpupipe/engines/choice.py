@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpupipe.engines import compiled
+from gpupipe.engines import compiled, openvino_cpu
 from gpupipe.engines.base import BATCH_SIZES, ENGINES, Engine, EngineName, Precision
 from gpupipe.engines.compiled import CompiledEngine
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
+from gpupipe.engines.openvino_cpu import OpenVinoEngine
 from gpupipe.errors import DeviceError, OutputError
 from gpupipe.fallbacks import note_fallback
 from gpupipe.files import replacing
@@ -29,7 +30,7 @@ from gpupipe.versions import device_name, versions
 logger = logging.getLogger(__name__)
 
 CANDIDATES: dict[str, tuple[EngineName, ...]] = {
-    "cpu": ("onnxruntime", "eager", "compile"),
+    "cpu": ("openvino", "onnxruntime", "eager", "compile"),
     "cuda": ("gluon", "fused", "compile", "eager"),
 }
 """Engines of each kind of device, the expected order of speed."""
@@ -40,6 +41,8 @@ SLOW_TO_BUILD: frozenset[EngineName] = frozenset({"compile"})
 PRECISIONS: dict[str, tuple[torch.dtype, ...]] = {
     "fused": (torch.float16, torch.bfloat16),
     "gluon": (torch.float16,),
+    "onnxruntime": (torch.float32,),
+    "openvino": (torch.bfloat16,),
 }
 """Of the engines that do not run at every one."""
 
@@ -70,7 +73,8 @@ def make_engine(
         engine: one of :data:`~gpupipe.engines.base.ENGINES`; ``"auto"`` measures once for each device, network shape,
             precision and set of versions, and remembers.
         exact: float32 arithmetic with TF32 off.
-        precision: of weights and activations; None means float32 on the CPU and where ``exact``, else float16.
+        precision: of weights and activations; None means float32 on the CPU and where ``exact``, else float16. A CPU
+            takes bfloat16, too, if it multiplies that and OpenVINO is installed.
 
     Raises:
         DeviceError: an engine that does not run on ``device`` or at ``precision``, or an unknown name.
@@ -108,15 +112,18 @@ def find_dtype(device: torch.device, *, exact: bool, precision: Precision | None
     """The type an engine computes in.
 
     Raises:
-        DeviceError: half precision on a CPU or with ``exact``, or an unknown precision.
+        DeviceError: half precision with ``exact`` or on a CPU that is not made for it, or an unknown precision.
     """
     if precision is None:
         precision = "float32" if exact or device.type == "cpu" else "float16"
     if precision not in ("float32", "float16", "bfloat16"):
         raise DeviceError(f"precision is {precision!r}; expected float32, float16 or bfloat16")
-    if precision != "float32" and (exact or device.type == "cpu"):
-        where = "with exact" if exact else "on a CPU"
-        raise DeviceError(f"precision is {precision!r}; expected float32 {where}")
+    if precision != "float32" and exact:
+        raise DeviceError(f"precision is {precision!r}; expected float32 with exact")
+    if precision == "float16" and device.type == "cpu":
+        raise DeviceError(f"precision is {precision!r}; expected float32 or bfloat16 on a CPU")
+    if precision == "bfloat16" and device.type == "cpu" and (reason := openvino_cpu.obstacle()):
+        raise DeviceError(f"precision is {precision!r}; expected float32 on this CPU: {reason}")
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[precision]
 
 
@@ -132,6 +139,8 @@ def _build(name: str, network: UNet328, device: torch.device, dtype: torch.dtype
         )
     if name == "onnxruntime":
         return OnnxRuntimeEngine(network)
+    if name == "openvino":
+        return OpenVinoEngine(network)
     if name == "eager":
         return EagerEngine(network, device=device, dtype=dtype)
     if name == "fused":
@@ -288,6 +297,6 @@ def _key(network: UNet328, device: torch.device, dtype: torch.dtype) -> str:
     """All that a measurement depends on."""
     packages = versions()
     lanes = f", {cpu_lanes().threads} threads" if device.type == "cpu" else f", batch {BATCH_SIZES['cuda']}"
-    names = ("gpupipe", "torch", "onnxruntime") if device.type == "cpu" else ("gpupipe", "torch", "triton")
+    names = ("gpupipe", "torch", "onnxruntime", "openvino") if device.type == "cpu" else ("gpupipe", "torch", "triton")
     parts = [device_name(device) + lanes, f"{network.mode}, width {network.width:g}", str(dtype).removeprefix("torch.")]
     return " | ".join(parts + [f"{name} {packages[name]}" for name in names])

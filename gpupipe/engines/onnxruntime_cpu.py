@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpupipe.engines.base import EngineName, Features
 from gpupipe.lanes import cpu_lanes
-from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
-from gpupipe.models.unet328 import INPUT_SIZE, UNet328
-from gpupipe.onnx_export import export_onnx
+from gpupipe.models.hoisted import TEMPLATE_FEATURES
+from gpupipe.models.unet328 import UNet328
+from gpupipe.onnx_export import export_halves
 
 
 class OnnxRuntimeEngine:
@@ -31,13 +29,7 @@ class OnnxRuntimeEngine:
     def __init__(self, network: UNet328, *, threads: int | None = None) -> None:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
-        template, speech = TemplateHalf(network).eval(), SpeechHalf(network).eval()
-        image = torch.zeros(1, 6, INPUT_SIZE, INPUT_SIZE)
-        features = template(image)
-        audio = torch.zeros(1, *network.audio_shape)
-        names = list(TEMPLATE_FEATURES)
-        self._template = _session(template, (image,), ["image"], names, threads)
-        self._speech = _session(speech, (*features, audio), [*names, "audio"], ["mouth"], threads)
+        self._template, self._speech = (_session(graph, threads) for graph in export_halves(network))
 
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`."""
@@ -55,16 +47,12 @@ class OnnxRuntimeEngine:
         return torch.from_numpy(np.concatenate(mouths))
 
 
-def _session(
-    module: nn.Module, arguments: tuple[Tensor, ...], inputs: list[str], outputs: list[str], threads: int | None
-) -> onnxruntime.InferenceSession:
-    graph = io.BytesIO()
-    export_onnx(module, arguments, graph, inputs=inputs, outputs=outputs, dynamic_batch=False)
+def _session(graph: bytes, threads: int | None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or cpu_lanes().threads
     # Idle workers would spin on the cores that decode and encode video beside the network.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(graph.getvalue(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _samples(batch: Tensor) -> list[np.ndarray]:

@@ -1,0 +1,127 @@
+"""The bfloat16 engine of CPUs: near the network, deaf to what runs beside it, refused where it makes no sense."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gpupipe import FrameGenerator, UNetModel
+from gpupipe.benchmarks.precision import compare, sample, steps
+from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.demo import BUNDLE
+from gpupipe.engines import choice, make_engine, openvino_cpu
+from gpupipe.engines.openvino_cpu import OpenVinoEngine
+from gpupipe.errors import DeviceError
+from gpupipe.landmarks import crop_box, read_landmarks
+from gpupipe.lanes import Lanes, map_in_lanes
+from gpupipe.models import AUDIO_SHAPES, MODES, Mode, load_unet
+from gpupipe.speech import SpeechEncoder
+
+CPU = torch.device("cpu")
+TRAINED = 48
+"""dB: what half precision owes the reference on trained weights."""
+
+
+@pytest.fixture(autouse=True)
+def it_runs_here() -> None:
+    if reason := openvino_cpu.obstacle():
+        pytest.skip(f"needs a CPU that multiplies bfloat16, and OpenVINO: {reason}")
+
+
+@pytest.fixture(scope="module")
+def engine() -> OpenVinoEngine:
+    return OpenVinoEngine(seeded_network(width=1 / 8), lanes=Lanes(2, 1))
+
+
+def inputs(mode: Mode, batch: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    image = torch.rand(batch, 6, 320, 320, generator=generator)
+    return image, torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator)
+
+
+@torch.inference_mode()
+def test_trained_mouths_are_those_of_float32() -> None:
+    network = load_unet(BUNDLE / "unet.safetensors", "ave")
+    image, audio = sample(4)
+    engine = OpenVinoEngine(network)
+    found = engine.decode(engine.encode(image), torch.arange(4), audio) * 255
+    exact = steps(network, image, audio)
+    assert compare(found, exact)[0] >= TRAINED
+    assert compare(found, exact.roll(1, dims=0))[0] < TRAINED, "another frame's mouth"
+    assert not torch.equal(found, exact), "it is half precision"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.inference_mode()
+def test_engine_is_the_network(mode: Mode) -> None:
+    network = seeded_network(mode, width=1 / 8)
+    engine = make_engine(network, device=CPU, exact=False, precision="bfloat16", engine="openvino")
+    assert (engine.name, engine.dtype) == ("openvino", torch.bfloat16)
+    image, audio = inputs(mode, 2)
+    mouth = engine.decode(engine.encode(image), torch.arange(2), audio)
+    expected = network(image, audio)
+    assert mouth.shape == expected.shape
+
+    def error(other: Tensor) -> float:
+        return float((mouth - other).square().mean().sqrt() / expected.std())
+
+    assert error(expected) < 0.1
+    assert error(network(image, audio.flip(0))) > 0.2, "it must hear the sound"
+    assert error(network(image.flip(0), audio)) > 0.2, "it must see the frame"
+
+
+@torch.inference_mode()
+def test_features_of_a_frame_serve_every_sound_in_every_lane(engine: OpenVinoEngine) -> None:
+    """Bit for bit: whatever is cached, beside it in its batch, or under way in another lane."""
+    image, audio = inputs("ave", 3)
+    features = engine.encode(image)
+    assert all(len(value) == 3 and value.dtype == torch.bfloat16 for value in features.values())
+    alone = [engine.decode(engine.encode(image[i : i + 1]), torch.tensor([0]), audio[i : i + 1])[0] for i in range(3)]
+    order = [2, 0, 1, 0] * 4
+    batches = map_in_lanes(lambda i: engine.decode(features, torch.tensor([i, 0]), audio[[i, 0]]), order, Lanes(2, 1))
+    for i, batch in zip(order, batches, strict=True):
+        assert torch.equal(batch, torch.stack([alone[i], alone[0]]))
+    assert not torch.equal(alone[0], alone[1])
+
+
+def test_frames_of_the_bundled_avatar() -> None:
+    """Whole frames: within the bound in the box, the template's outside it."""
+    encoder = SpeechEncoder(BUNDLE / "encoder.safetensors")
+    features = torch.cat(list(encoder.covering_features(BUNDLE / "sample.flac")))[:4]
+    template, unet = BUNDLE / "template", BUNDLE / "unet.safetensors"
+    found, exact = (
+        FrameGenerator(model, blend="none").generate_frames_from_template_sequence(
+            template / "full_body_img", template / "landmarks", features
+        )
+        for model in (UNetModel(unet, device="cpu", precision="bfloat16"), UNetModel(unet, device="cpu"))
+    )
+    for i, (one, other) in enumerate(zip(found, exact, strict=True), start=1):  # the walk begins at frame 1
+        height, width = one.shape[:2]
+        xmin, ymin, xmax, ymax = crop_box(read_landmarks(template / "landmarks" / f"{i}.lms"), width, height)
+        inside = np.zeros((height, width), dtype=bool)
+        inside[ymin:ymax, xmin:xmax] = True
+        assert np.array_equal(one[~inside], other[~inside])
+        assert TRAINED <= compare(torch.from_numpy(one[inside]), torch.from_numpy(other[inside]))[0] < float("inf")
+
+
+def test_auto_takes_it_for_bfloat16_and_only_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path))
+    assert choice.candidates(CPU, torch.float32)[0] == "onnxruntime"
+    assert choice.candidates(CPU, torch.bfloat16)[0] == "openvino"
+    model = UNetModel(BUNDLE / "unet.safetensors", device="cpu", precision="bfloat16")
+    assert (model.engine.name, model.exact) == ("openvino", False)
+
+
+def test_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = seeded_network(width=1 / 8)
+    with pytest.raises(DeviceError, match=r"^engine is 'openvino' and precision 'float32'; expected bfloat16 with"):
+        make_engine(network, device=CPU, engine="openvino")
+    with pytest.raises(DeviceError, match=r"^engine is 'onnxruntime' and precision 'bfloat16'; expected float32 with"):
+        make_engine(network, device=CPU, engine="onnxruntime", exact=False, precision="bfloat16")
+    monkeypatch.setattr(openvino_cpu, "obstacle", lambda: "it is made of wood")
+    with pytest.raises(DeviceError, match=r"^precision is 'bfloat16'; expected float32 on this CPU: it is made of"):
+        make_engine(network, device=CPU, exact=False, precision="bfloat16")
