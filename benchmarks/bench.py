@@ -149,6 +149,8 @@ def _side_by_side(scenario: Scenario, options: Options, folder: Path, device: st
     if device.startswith("cuda"):
         made.append(contestants.gpupipe(scenario, name="gpupipe_exact", exact=True, engine="eager", **how))
     made.append(contestants.gpupipe(scenario, engine=options.engine, **how))
+    if options.engine == "auto":
+        made += contestants.half_precision_on_cpu(scenario, **how)
     size: dict[str, Any] = {"frames": options.frames, "rounds": options.rounds, "device": device}
     contestants.take_turns(made, scenario, folder, say=say, **size)
     rows += contestants.clip_rows(made, frames=options.frames, config=config, device=device)

@@ -2,14 +2,16 @@
 
     python benchmarks/bench_end_to_end.py --frames 100 --rounds 3 [--record]
 
-What is timed, for both: reading the template and the features, every frame, the encoder and the muxer, until the file
+What is timed, for all: reading the template and the features, every frame, the encoder and the muxer, until the file
 is whole. What is not: importing, and loading the checkpoint, which who renders many clips pays once; the latter is
-reported by itself. Each first renders a short clip that does not count. Then the two take turns, and swap who begins,
+reported by itself. Each first renders a short clip that does not count. Then they take turns, and swap who begins,
 so that a noisy neighbour or a warm core favours neither; the ratio is taken within each turn.
 
-Both use the same checkpoint, float32 on the CPU, and libx264 at the same CRF; each with its own preset (the loop's is
-"medium", that of the ffmpeg command) and its own default paste-back. A clip no longer than the template shows gpupipe
-no frame twice: what it caches for each template frame pays off in longer ones (``--frames``).
+On a CPU that multiplies bfloat16 a third one takes part: gpupipe with ``--precision bfloat16``.
+
+All use the same checkpoint, float32 on the CPU but for that one, and libx264 at the same CRF; each with its own preset
+(the loop's is "medium", that of the ffmpeg command) and its own default paste-back. A clip no longer than the template
+shows gpupipe no frame twice: what it caches for each template frame pays off in longer ones (``--frames``).
 """
 
 from __future__ import annotations
@@ -37,31 +39,33 @@ def main() -> None:
         files = (options.template, options.features, options.audio, folder)
         scenario = given(*files, checkpoint=options.checkpoint, mode=options.mode, width=options.width)
         how: dict[str, Any] = {"device": options.device, "crf": options.crf}
-        both = [
+        everybody = [
             contestants.reference_loop(scenario, **how),
             contestants.gpupipe(scenario, exact=options.exact, **how),
+            *contestants.half_precision_on_cpu(scenario, **how),
         ]
         size = {"frames": options.frames, "rounds": options.rounds, "device": options.device}
-        contestants.take_turns(both, scenario, folder, say=lambda line: print(line, flush=True), **size)
+        contestants.take_turns(everybody, scenario, folder, say=lambda line: print(line, flush=True), **size)
     config = scenario.facts() | {"crf": options.crf, "rounds": options.rounds}
-    rows = contestants.clip_rows(both, frames=options.frames, config=config, device=options.device)
-    _report(both, rows, options)
+    rows = contestants.clip_rows(everybody, frames=options.frames, config=config, device=options.device)
+    _report(everybody, rows, options)
     if options.record:
         for path in append_rows(rows):
             print(f"recorded in {path}")
 
 
-def _report(both: list[contestants.Contestant], rows: list[Row], options: argparse.Namespace) -> None:
+def _report(everybody: list[contestants.Contestant], rows: list[Row], options: argparse.Namespace) -> None:
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     print(f"\n{device_name(options.device)}; commit {commit()}; {packages}")
     print(f"{options.frames} frames; " + ", ".join(f"{name} {value}" for name, value in rows[-1].config.items()))
     print("\n| | frames/s, median (p20–p80) | load, s |\n| --- | --- | --- |")
-    for one in both:
+    for one in everybody:
         speed = next(row for row in rows if (row.provider, row.metric) == (one.name, "throughput"))
         print(f"| {one.name} | {speed.p50:.2f} ({speed.p20:.2f}–{speed.p80:.2f}) | {one.load_seconds:.2f} |")
-    ratio = next(row for row in rows if row.metric == "ratio")
-    print(f"| ratio | **{ratio.p50:.2f}×** ({ratio.p20:.2f}–{ratio.p80:.2f}) | |\n")
-    for one in both:
+    for ratio in (row for row in rows if row.metric == "ratio"):
+        print(f"| ratio of {ratio.provider} | **{ratio.p50:.2f}×** ({ratio.p20:.2f}–{ratio.p80:.2f}) | |")
+    print()
+    for one in everybody:
         parts = [
             f"{stage} {np.median([1000 * stages[stage] / options.frames for stages in one.stages]):.1f}"
             for stage in one.stages[0]

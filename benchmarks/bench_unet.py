@@ -4,7 +4,7 @@
 
 On a CPU, in float32: eager PyTorch and ONNX Runtime on the whole network as ``gpupipe export`` writes it, each with all
 cores on one frame, and ONNX Runtime with a frame to each core too; gpupipe's `onnxruntime` engine as a render runs it,
-side by side in its lanes.
+side by side in its lanes; and in bfloat16 its `openvino` engine, where that runs.
 
 On CUDA: each engine × precision × batch. Providers take turns within a round, so that a noisy neighbour favours none.
 
@@ -32,9 +32,10 @@ from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
 from gpupipe.benchmarks.floors import operations_of
 from gpupipe.benchmarks.kernel_bench import copy_bandwidth
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.engines import Engine, Precision, make_engine
+from gpupipe.engines import Engine, Precision, make_engine, openvino_cpu
 from gpupipe.engines.choice import candidates, find_dtype
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
+from gpupipe.engines.openvino_cpu import OpenVinoEngine
 from gpupipe.lanes import Lanes, available_cores, cpu_lanes, map_in_lanes
 from gpupipe.models import AUDIO_SHAPES, MODES, UNet328
 from gpupipe.models.fold import fold_batch_norms
@@ -78,8 +79,7 @@ def on_cpu(network: UNet328) -> list[Contestant]:
     cores = available_cores()
     whole, narrow = _session(graph, cores), _session(graph, 1)
     eager = make_engine(network, device=torch.device("cpu"), engine="eager")
-    ours = OnnxRuntimeEngine(network)
-    features, index = ours.encode(image), torch.tensor([0])
+    index = torch.tensor([0])
     eager_features = eager.encode(image)
 
     def side_by_side(function: Callable[[], object], lanes: Lanes) -> tuple[Callable[[], object], int]:
@@ -87,9 +87,15 @@ def on_cpu(network: UNet328) -> list[Contestant]:
         return lambda: list(map_in_lanes(lambda _: function(), range(frames), lanes)), frames
 
     lanes = cpu_lanes()
+
+    def in_lanes(engine: Engine, told: dict[str, Any]) -> list[Contestant]:
+        features = engine.encode(image)
+        uncached = side_by_side(lambda: engine.decode(engine.encode(image), index, audio), lanes)
+        cached = side_by_side(lambda: engine.decode(features, index, audio), lanes)
+        return [Contestant(engine.name, *uncached, told), Contestant(engine.name, *cached, told, cached=True)]
+
     everything = side_by_side(lambda: narrow.run(None, inputs), Lanes(cores, 1))
-    uncached = side_by_side(lambda: ours.decode(ours.encode(image), index, audio), lanes)
-    cached = side_by_side(lambda: ours.decode(features, index, audio), lanes)
+    half = [] if openvino_cpu.obstacle() else in_lanes(OpenVinoEngine(network), {"precision": "bfloat16"})
     told = {"precision": "float32"}
     return [
         Contestant("eager, as trained", lambda: network(image, audio), 1, told),
@@ -97,8 +103,8 @@ def on_cpu(network: UNet328) -> list[Contestant]:
         Contestant("eager", lambda: eager.decode(eager_features, index, audio), 1, told, cached=True),
         Contestant("ONNX Runtime, whole network", lambda: whole.run(None, inputs), 1, told),
         Contestant("ONNX Runtime, whole network, a frame a core", *everything, told),
-        Contestant("onnxruntime", *uncached, told),
-        Contestant("onnxruntime", *cached, told, cached=True),
+        *in_lanes(OnnxRuntimeEngine(network), told),
+        *half,
     ]
 
 
@@ -184,18 +190,17 @@ def _timed(function: Callable[[], object], device: torch.device) -> float:
 
 
 def rows_of(
-    network: UNet328, contestants: list[Contestant], device: torch.device, batch: int, rounds: int, item: int
+    network: UNet328, contestants: list[Contestant], device: torch.device, batch: int, rounds: int
 ) -> list[Row]:
     """Rows ``latency``, ``operations`` and ``floor`` of each contestant.
 
     Args:
         batch: the place on the rows' axis.
-        item: bytes of a number, for the floor.
     """
     image, audio = _inputs(network, 1, torch.device("cpu"))
     work = {
-        False: (operations_of(network, image, audio), layerwise_bytes(network, image, audio, item)),
-        True: (_operations_of_speech_half(network, image, audio), _bytes_of_speech_half(network, image, audio, item)),
+        False: (operations_of(network, image, audio), layerwise_numbers(network, image, audio)),
+        True: (_operations_of_speech_half(network, image, audio), _numbers_of_speech_half(network, image, audio)),
     }
     rows = []
     for place, result in measure(contestants, device, rounds).items():
@@ -206,7 +211,8 @@ def rows_of(
         if isinstance(result, str):
             rows.append(row(None, metric="latency", unit="ms/frame", error=result, **what))
             continue
-        operations, moved = work[one.cached]
+        operations, numbers = work[one.cached]
+        moved = numbers * (4 if one.facts["precision"] == "float32" else 2)
         rates = Spread.of([operations / 1e9 / seconds for seconds in result])
         floor = Spread.of([100 * moved / copy_bandwidth(device) / seconds for seconds in result])
         rows.append(row(Spread.of([1000 * s for s in result]), metric="latency", unit="ms/frame", **what))
@@ -216,14 +222,14 @@ def rows_of(
 
 
 @torch.inference_mode()
-def layerwise_bytes(network: UNet328, image: Tensor, audio: Tensor, item: int) -> int:
-    """Bytes that all layers read and write, one by one, batch norms folded: inputs, outputs and weights of each."""
-    return _traffic(fold_batch_norms(network), (image, audio)) * item
+def layerwise_numbers(network: UNet328, image: Tensor, audio: Tensor) -> int:
+    """Numbers that all layers read and write, one by one, batch norms folded: inputs, outputs and weights of each."""
+    return _traffic(fold_batch_norms(network), (image, audio))
 
 
-def _bytes_of_speech_half(network: UNet328, image: Tensor, audio: Tensor, item: int) -> int:
+def _numbers_of_speech_half(network: UNet328, image: Tensor, audio: Tensor) -> int:
     folded = fold_batch_norms(network)
-    return (_traffic(folded, (image, audio)) - _traffic(_Encoder(folded), (image,))) * item
+    return _traffic(folded, (image, audio)) - _traffic(_Encoder(folded), (image,))
 
 
 def _operations_of_speech_half(network: UNet328, image: Tensor, audio: Tensor) -> int:
@@ -275,12 +281,12 @@ def main() -> None:
     print(device_name(device))
     rows: list[Row] = []
     if device.type == "cpu":
-        rows += rows_of(network, on_cpu(network), device, 1, options.rounds, item=4)
+        rows += rows_of(network, on_cpu(network), device, 1, options.rounds)
     else:
         for precision in options.precision:
             for batch in options.batch:
                 made = on_cuda(network, device, batch, precision)
-                rows += rows_of(network, made, device, batch, options.rounds, 4 if precision == "float32" else 2)
+                rows += rows_of(network, made, device, batch, options.rounds)
     for one in rows:
         if one.metric == "latency":
             cached = "cached" if one.config["cached"] else "whole"

@@ -19,7 +19,7 @@ from gpupipe import FrameGenerationPipeline
 from gpupipe.benchmarks.common import Row, Spread, row
 from gpupipe.benchmarks.meters import PeakMemory, energy_counter
 from gpupipe.benchmarks.scenario import Scenario
-from gpupipe.engines import Engine, EngineName
+from gpupipe.engines import Engine, EngineName, Precision, openvino_cpu
 from gpupipe.models import Mode, load_unet
 from gpupipe.onnx_export import export_unet
 
@@ -122,6 +122,7 @@ def gpupipe(
     name: str = "gpupipe",
     exact: bool | None = None,
     engine: EngineName = "auto",
+    precision: Precision | None = None,
     batch_size: int | None = None,
     stub: Callable[[torch.device, torch.dtype], Engine] | None = None,
 ) -> Contestant:
@@ -132,12 +133,19 @@ def gpupipe(
     """
     start = time.perf_counter()
     pipeline = FrameGenerationPipeline(
-        scenario.checkpoint, scenario.mode, device, exact=exact, engine=engine, batch_size=batch_size
+        scenario.checkpoint,
+        scenario.mode,
+        device,
+        exact=exact,
+        engine=engine,
+        precision=precision,
+        batch_size=batch_size,
     )
     if stub is not None:
         model = pipeline.unet_model
         model.engine = stub(model.device, model.engine.dtype)
-    made = Contestant(name, time.perf_counter() - start, lambda *_: {}, {"exact": pipeline.unet_model.exact})
+    facts = {"exact": pipeline.unet_model.exact} | ({"precision": precision} if precision else {})
+    made = Contestant(name, time.perf_counter() - start, lambda *_: {}, facts)
 
     def render(features: Path, sound: Path, output: Path) -> dict[str, float]:
         pipeline.generate_video(features, scenario.template, sound, output, fps=scenario.fps, crf=crf)
@@ -148,6 +156,13 @@ def gpupipe(
 
     made.render = render
     return made
+
+
+def half_precision_on_cpu(scenario: Scenario, *, device: str, crf: int) -> list[Contestant]:
+    """gpupipe in bfloat16, where ``device`` is a CPU that is made for it; else nobody."""
+    if device != "cpu" or openvino_cpu.obstacle():
+        return []
+    return [gpupipe(scenario, device=device, crf=crf, name="gpupipe_bfloat16", precision="bfloat16")]
 
 
 # ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -55,6 +55,7 @@ NAMES = {
     "reference_loop_onnxruntime": "the same on ONNX Runtime",
     "gpupipe_exact": "gpupipe, exact",
     "gpupipe": "gpupipe",
+    "gpupipe_bfloat16": "gpupipe, bfloat16",
 }
 
 

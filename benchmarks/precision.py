@@ -5,9 +5,9 @@
 The bundled avatar's network paints frames of the bundled sample in float32, and again in each format; compared are the
 painted mouths scaled to 0 … 255, before anything is rounded: the PSNR over all frames, and the largest difference.
 
-On CUDA each engine runs as it is. On a CPU, where half precision is emulated or absent, a format is *simulated*:
-weights, and what every layer writes, are rounded to it, and sums are float32: what tensor cores with float32
-accumulators do when each layer writes its output to memory. That tells nothing of speed.
+On CUDA each engine runs as it is, and on a CPU the one that there is for bfloat16, where it runs. Else a format is
+*simulated* on a CPU: weights, and what every layer writes, are rounded to it, and sums are float32: what tensor cores
+with float32 accumulators do when each layer writes its output to memory. That tells nothing of speed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
 from gpupipe.demo import BUNDLE
-from gpupipe.engines import EngineName, Precision, make_engine
+from gpupipe.engines import EngineName, Precision, make_engine, openvino_cpu
 from gpupipe.engines.choice import candidates, find_dtype
 from gpupipe.errors import GpupipeError
 from gpupipe.features import SpeechFeatures
@@ -103,9 +103,13 @@ def sample(frames: int) -> tuple[Tensor, Tensor]:
 
 
 def contestants(network: UNet328, device: torch.device) -> list[tuple[str, str, Paint]]:
-    """(provider, format, what paints in it); on a CPU simulations, on CUDA the engines."""
+    """(provider, format, what paints in it): on CUDA all engines, on a CPU simulations, and the engine for bfloat16."""
     if device.type == "cpu":
-        return [("simulated", name, simulated(network, dtype)) for name, dtype in FORMATS.items()]
+        made = [("simulated", name, simulated(network, dtype)) for name, dtype in FORMATS.items()]
+        runs: list[tuple[str, str, Paint]] = []
+        if openvino_cpu.obstacle() is None:
+            runs = [("openvino", "bfloat16", _by_engine(network, device, "openvino", "bfloat16"))]
+        return [*made, *runs]
     precisions: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
     return [
         (engine, precision, _by_engine(network, device, engine, precision))

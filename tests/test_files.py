@@ -52,7 +52,7 @@ def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
     assert input_folder(str(tmp_path), "folder") == tmp_path
     with pytest.raises(InputError, match="file: is no folder; expected a template directory"):
         input_folder(tmp_path / "file", "template directory")
-    with pytest.raises(InputError, match="null (byte|character)"):
+    with pytest.raises(InputError, match=r"null (byte|character)"):
         input_file("a\0b", "file")
 
 

@@ -26,7 +26,7 @@ TRAINED = 48
 """dB: what half precision owes the reference on trained weights."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def it_runs_here() -> None:
     if reason := openvino_cpu.obstacle():
         pytest.skip(f"needs a CPU that multiplies bfloat16, and OpenVINO: {reason}")

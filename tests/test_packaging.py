@@ -80,9 +80,12 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
-    scripts = Path(sysconfig.get_path("scripts", "venv", vars={"base": str(folder)}))
+    scheme = (
+        "venv" if "venv" in sysconfig.get_scheme_names() else sysconfig.get_default_scheme()
+    )  # Python 3.10 has none
+    scripts = Path(sysconfig.get_path("scripts", scheme, vars={"base": str(folder)}))
     interpreter = scripts / Path(sys.executable).name
-    site = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder)}))
+    site = Path(sysconfig.get_path("purelib", scheme, vars={"base": str(folder)}))
     command = ("-m", "pip", "--quiet", "--python", interpreter, "install", "--no-deps", "--no-index")
     run(sys.executable, *command, wheel, cwd=folder)
     here = dict.fromkeys((sysconfig.get_path("purelib"), sysconfig.get_path("platlib")))

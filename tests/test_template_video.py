@@ -42,7 +42,7 @@ def write_video(
     *,
     codec: str = "libx264",
     pixel_format: str = "yuv420p",
-    space: Colorspace = Colorspace.ITU709,
+    space: Colorspace | int = Colorspace.ITU709,
     extent: ColorRange = ColorRange.MPEG,
     tagged: bool = True,
     rotation: int = 0,
@@ -341,7 +341,7 @@ def turned(folder: Path) -> None:
 
 
 def wide_gamut(folder: Path) -> None:
-    write_video(folder / "template.mp4", pictures(2), space=Colorspace.BT2020)
+    write_video(folder / "template.mp4", pictures(2), space=9)  # BT.2020; the enum has a name for it from PyAV 18 on
 
 
 def sound_only(folder: Path) -> None:

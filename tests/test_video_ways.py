@@ -119,10 +119,12 @@ def test_nvenc_s_options_are_its_own(encoder: str) -> None:
     assert isinstance(context, av.VideoCodecContext)
     configure_nvenc(context, PICTURE)
     assert context.pix_fmt == "cuda"
-    known = context.supported_options
+    assert context.options["cq"] == "20"
+    known = getattr(context, "supported_options", None)
+    if known is None:
+        pytest.skip(f"PyAV {av.__version__} does not tell an encoder's options")
     names = {option.name for option in (*known.generic, *known.private)}
     assert set(context.options) <= names
-    assert context.options["cq"] == "20"
 
 
 # ── sessions that are used again ──────────────────────────────────────────────────────────────────────────────────────
