@@ -109,7 +109,7 @@ def measure_engines(device: str | torch.device | None = None) -> Figures:
 def _bfloat16() -> str:
     """What a CPU makes of `--precision bfloat16`."""
     reason = openvino_cpu.obstacle()
-    return f"not bfloat16: {reason}" if reason else "--precision bfloat16 is faster, on openvino"
+    return f"not bfloat16: {reason}" if reason else "--precision bfloat16 for openvino"
 
 
 def _device_facts(device: torch.device) -> dict[str, str]:

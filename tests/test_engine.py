@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.engines import ENGINES, Engine, EngineName, choice, compiled, make_engine
+from gpupipe.engines import ENGINES, Engine, EngineName, choice, compiled, make_engine, openvino_cpu
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.errors import DeviceError, InputError
@@ -124,6 +124,15 @@ def test_engines_that_cannot_be() -> None:
     assert issubclass(DeviceError, InputError)
     with pytest.raises(DeviceError, match=r"^engine is 'fused' and device 'cpu'; expected device 'cuda'"):
         make_engine(network, device=CPU, engine="fused")
+
+
+def test_bfloat16_where_the_cpu_is_not_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = seeded_network(width=1 / 8)
+    with pytest.raises(DeviceError, match=r"^engine is 'openvino' and precision 'float32'; expected bfloat16 with"):
+        make_engine(network, device=CPU, engine="openvino")
+    monkeypatch.setattr(openvino_cpu, "obstacle", lambda: "it is made of wood")
+    with pytest.raises(DeviceError, match=r"^precision is 'bfloat16'; expected float32 on this CPU: it is made of"):
+        make_engine(network, device=CPU, exact=False, precision="bfloat16")
 
 
 def test_precisions_that_cannot_be() -> None:

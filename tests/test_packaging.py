@@ -80,9 +80,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
-    scheme = (
-        "venv" if "venv" in sysconfig.get_scheme_names() else sysconfig.get_default_scheme()
-    )  # Python 3.10 has none
+    # Python 3.10 has no scheme of that name.
+    scheme = "venv" if "venv" in sysconfig.get_scheme_names() else sysconfig.get_default_scheme()
     scripts = Path(sysconfig.get_path("scripts", scheme, vars={"base": str(folder)}))
     interpreter = scripts / Path(sys.executable).name
     site = Path(sysconfig.get_path("purelib", scheme, vars={"base": str(folder)}))

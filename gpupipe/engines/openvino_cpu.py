@@ -1,6 +1,6 @@
 """The `openvino` engine: the network in its two hoisted halves on the CPU, in bfloat16.
 
-For processors that multiply bfloat16 (AMX, AVX512-BF16): there it takes half of the time of float32. OpenVINO is an
+For processors that multiply bfloat16 (AMX, AVX512-BF16): with AMX it takes half of the time of float32. OpenVINO is an
 extra: ``pip install 'gpupipe[openvino]'``.
 """
 
