@@ -158,7 +158,7 @@ def _slice(index: Tensor) -> slice:
 def network_costs(network: UNet328, dtype: torch.dtype, batch: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
     """(bytes, operations) of a frame of the template half and of the speech half.
 
-    The operations are those of the halves as :mod:`gpupipe.models.hoisted` rearranges them, the fewest that we know.
+    The operations are those of the halves as :mod:`gpupipe.models.hoisted` rearranges them.
     The bytes are the inputs, the outputs, and the weights once a batch; nothing between the layers.
     """
     with torch.device("meta"), torch.inference_mode():  # shapes are enough to count

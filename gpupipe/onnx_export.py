@@ -1,4 +1,4 @@
-"""The network as ONNX: whole, with a dynamic batch, for other programs; in its hoisted halves for engines of ours."""
+"""The network as ONNX: whole, with a dynamic batch, for other programs; in halves for engines of ours."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from gpupipe.errors import GpupipeError
 from gpupipe.files import replacing
+from gpupipe.models.blocked import BlockedSpeechHalf, BlockedTemplateHalf
 from gpupipe.models.fold import fold_batch_norms
-from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
+from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
 
 OPSET_VERSION = 17
@@ -57,12 +58,12 @@ def export_onnx(
 
 
 def export_halves(network: UNet328) -> tuple[bytes, bytes]:
-    """The halves of :mod:`gpupipe.models.hoisted`, template's and speech's, for one frame: all shapes are fixed.
+    """The halves of :mod:`gpupipe.models.blocked`, template's and speech's, for one frame: all shapes are fixed.
 
     Inputs are ``image``, and the names of :data:`~gpupipe.models.hoisted.TEMPLATE_FEATURES` with ``audio``; outputs
     those names, and ``mouth``; all float32.
     """
-    template, speech = TemplateHalf(network).eval(), SpeechHalf(network).eval()
+    template, speech = BlockedTemplateHalf(network).eval(), BlockedSpeechHalf(network).eval()
     image, audio, names = (
         torch.zeros(1, 6, INPUT_SIZE, INPUT_SIZE),
         torch.zeros(1, *network.audio_shape),

@@ -1,19 +1,18 @@
-"""The U-Net in two halves, rearranged so that the half that runs for every frame does a third less work.
+"""The U-Net in two halves, rearranged so that the half that runs for every frame does a quarter less work.
 
 The same function as :class:`~gpupipe.models.unet328.UNet328`, up to float32 rounding, from four rearrangements of its
 linear layers (W a 1×1 convolution, ↑ the bilinear upsampling, ‖ concatenation):
 
 * W (↑low ‖ skip) = ↑(Wl low) + Ws skip: the upsampled half of each expansion runs at a quarter of the pixels, and
   neither the upsampled tensor nor the concatenation is made.
-* W (x6 ‖ audio) = W6 x6 + Wa audio: W6 x6 belongs to the template's half.
-* So do the products Ws skip of the two lowest levels. Those of the others would take 6.5, 13 and 52 MB a frame in
-  float32, too much for what they save.
+* W (x6 ‖ audio) = W6 x6 + Wa audio: W6 x6 belongs to the template's half. So could the products Ws skip; they are
+  four times as large as the skips, and take as long to read as to compute.
 * x1 = P h, with h the 12-channel hidden tensor of the first block. Both readers of x1 begin with a 1×1 convolution, so
   that P is folded into them: h (12 channels) is kept in place of x1 (32).
 * Batch norms are folded.
 
 Multiply-adds of a frame at width 1, mode ave: 4.89 G in all, 3.68 G without the image path as it is trained; here
-3.82 G in all, 2.47 G in the speech half.
+3.82 G in all, 2.68 G in the speech half.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from torch import Tensor, nn
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.unet328 import UNet328, Up
 
-TEMPLATE_FEATURES = ("hidden", "x2", "x3", "skip4", "skip5", "bottleneck")
+TEMPLATE_FEATURES = ("hidden", "x2", "x3", "x4", "x5", "bottleneck")
 """What :class:`TemplateHalf` makes of a frame, by name, from 320×320 down to 10×10.
 
-``skip4``, ``skip5`` and ``bottleneck`` are what x4, x5 and x6 add to the expansions that read them."""
+``bottleneck`` is what x6 adds to the expansion that reads it."""
 
 TemplateFeatures = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -48,11 +47,9 @@ class TemplateHalf(nn.Module):
         self.down1 = nn.Sequential(_compose(inc[6], expand), *rest, second)
         self.down2, self.down3 = network.down2, network.down3
         self.down4, self.down5 = network.down4, network.down5
-        _, self.skip4, _ = _split_entry(network.up2.conv)
-        _, self.skip5, _ = _split_entry(network.up1.conv)
         expand = _layers(_blocks(network.fuse_conv[0])[0])[0]
         half = expand.in_channels // 2
-        self.bottleneck = _pointwise(expand.weight[:, :half], expand.bias)
+        self.bottleneck = pointwise(expand.weight[:, :half], expand.bias)
 
     def forward(self, image: Tensor) -> TemplateFeatures:
         """(B, 6, 320, 320) → six tensors."""
@@ -61,7 +58,7 @@ class TemplateHalf(nn.Module):
         x3 = self.down2(x2)
         x4 = self.down3(x3)
         x5 = self.down4(x4)
-        return hidden, x2, x3, self.skip4(x4), self.skip5(x5), self.bottleneck(self.down5(x5))
+        return hidden, x2, x3, x4, x5, self.bottleneck(self.down5(x5))
 
 
 class SpeechHalf(nn.Module):
@@ -74,25 +71,29 @@ class SpeechHalf(nn.Module):
         first, second = _blocks(network.fuse_conv[0])
         expand, _, *rest = _layers(first)
         half = expand.in_channels // 2
-        self.audio_expand = _pointwise(expand.weight[:, half:], None)
+        self.audio_expand = pointwise(expand.weight[:, half:], None)
         self.fuse = nn.Sequential(*rest, second, network.fuse_conv[1])
         projection = _layers(network.inc.inconv[0])[6]
-        self.up1, self.up2 = (HoistedUp(up, with_skip=False) for up in (network.up1, network.up2))
+        self.up1, self.up2 = HoistedUp(network.up1), HoistedUp(network.up2)
         self.up3, self.up4 = HoistedUp(network.up3), HoistedUp(network.up4)
-        self.up5 = HoistedUp(network.up5, projection)
+        self.up5 = self._largest(network.up5, projection)
         self.outc = network.outc
 
     def forward(
-        self, hidden: Tensor, x2: Tensor, x3: Tensor, skip4: Tensor, skip5: Tensor, bottleneck: Tensor, audio: Tensor
+        self, hidden: Tensor, x2: Tensor, x3: Tensor, x4: Tensor, x5: Tensor, bottleneck: Tensor, audio: Tensor
     ) -> Tensor:
         """The six tensors and audio (B, *audio_shape) → (B, 3, 320, 320)."""
         x = self.fuse(self.audio_expand(self.audio_model(audio)) + bottleneck)
-        x = self.up1(x, skip5)
-        x = self.up2(x, skip4)
+        x = self.up1(x, x5)
+        x = self.up2(x, x4)
         x = self.up3(x, x3)
         x = self.up4(x, x2)
         x = self.up5(x, hidden)
         return torch.sigmoid(self.outc(x))
+
+    def _largest(self, up: Up, projection: nn.Conv2d) -> HoistedUp:
+        """The level of the largest maps."""
+        return HoistedUp(up, projection)
 
 
 class HoistedUp(nn.Module):
@@ -100,19 +101,16 @@ class HoistedUp(nn.Module):
 
     Args:
         projection: a 1×1 convolution that the skip is still to go through, folded in.
-        with_skip: False if the skip comes as its product.
     """
 
-    def __init__(self, up: Up, projection: nn.Conv2d | None = None, *, with_skip: bool = True) -> None:
+    def __init__(self, up: Up, projection: nn.Conv2d | None = None) -> None:
         super().__init__()
         self.up = up.up
         self.low, skip, self.rest = _split_entry(up.conv)
-        self.skip: nn.Module = nn.Identity()
-        if with_skip:
-            self.skip = skip if projection is None else _compose(projection, skip)
+        self.skip = skip if projection is None else _compose(projection, skip)
 
     def forward(self, low: Tensor, skip: Tensor) -> Tensor:
-        """low (B, C1, H/2, W/2), skip (B, C2, H, W) or its product → (B, out, H, W)."""
+        """low (B, C1, H/2, W/2), skip (B, C2, H, W) → (B, out, H, W)."""
         return self.rest(self.skip(skip) + self.up(self.low(low)))
 
 
@@ -121,7 +119,7 @@ def _split_entry(double: Any) -> tuple[nn.Conv2d, nn.Conv2d, nn.Sequential]:
     first, second = _blocks(double)
     expand, _, *rest = _layers(first)
     half = expand.in_channels // 2
-    low, skip = _pointwise(expand.weight[:, :half], None), _pointwise(expand.weight[:, half:], expand.bias)
+    low, skip = pointwise(expand.weight[:, :half], None), pointwise(expand.weight[:, half:], expand.bias)
     return low, skip, nn.Sequential(*rest, second)
 
 
@@ -144,10 +142,11 @@ def _compose(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
         bias = bias + outer @ first.bias.double()
     if second.bias is not None:
         bias = bias + second.bias.double()
-    return _pointwise((outer @ matrix)[:, :, None, None].float(), bias.float())
+    return pointwise((outer @ matrix)[:, :, None, None].float(), bias.float())
 
 
-def _pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    """A 1×1 convolution of weight (out, in, 1, 1) and, if given, bias (out,), copied."""
     layer = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None)
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:

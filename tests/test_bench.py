@@ -156,7 +156,7 @@ def test_operations_are_twice_the_multiply_adds() -> None:
 def test_the_speech_half_has_the_operations_it_is_said_to_have() -> None:
     network = UNet328(width=1.0).eval()
     (_, template), (moved, speech) = bench_stages.network_costs(network, torch.float32)
-    assert speech / 2 == pytest.approx(2.47e9, rel=0.01)  # models/hoisted.py
+    assert speech / 2 == pytest.approx(2.68e9, rel=0.01)  # models/hoisted.py
     assert (speech + template) / 2 == pytest.approx(3.82e9, rel=0.01)
     weights = sum(one.numel() for one in SpeechHalf(network).parameters())
     assert moved > 4 * weights

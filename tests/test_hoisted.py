@@ -1,4 +1,4 @@
-"""The two hoisted halves against the network that they are made of."""
+"""The two halves, hoisted and in blocks, against the network that they are made of."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode, UNet328
+from gpupipe.models.blocked import BLOCK, BlockedSpeechHalf, BlockedTemplateHalf, JoinedUp
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
 
 BOUND = 2e-5
 """Of outputs in (0, 1): float32 rounding, a two-hundredth of a step of 255."""
+
+HOISTED, BLOCKED = (TemplateHalf, SpeechHalf), (BlockedTemplateHalf, BlockedSpeechHalf)
+Halves = tuple[type[TemplateHalf], type[SpeechHalf]]
 
 
 def inputs(mode: Mode, batch: int = 1) -> tuple[Tensor, Tensor]:
@@ -28,26 +32,37 @@ def error(template: TemplateHalf, speech: SpeechHalf, network: UNet328, batch: i
     return float((speech(*template(image), audio) - network(image, audio)).abs().max())
 
 
+@pytest.mark.parametrize("halves", [HOISTED, BLOCKED])
 @pytest.mark.parametrize("width", [1 / 8, 1])
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_halves_are_the_network(mode: Mode, width: float) -> None:
+def test_halves_are_the_network(mode: Mode, width: float, halves: Halves) -> None:
     network = seeded_network(mode, width=width)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    halves = TemplateHalf(network).eval(), SpeechHalf(network).eval()
-    assert error(*halves, network) <= BOUND
+    template, speech = halves[0](network).eval(), halves[1](network).eval()
+    assert error(template, speech, network) <= BOUND
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items()), "it is left as it is"
 
 
+@pytest.mark.parametrize("halves", [HOISTED, BLOCKED])
 @torch.no_grad()
-def test_batch_and_shapes() -> None:
+def test_batch_and_shapes(halves: Halves) -> None:
     network = seeded_network(width=1 / 4)
-    template, speech = TemplateHalf(network).eval(), SpeechHalf(network).eval()
+    template, speech = halves[0](network).eval(), halves[1](network).eval()
     features = template(inputs("ave", 2)[0])
     assert len(features) == len(TEMPLATE_FEATURES)
-    sizes = ((12, 320), (8, 160), (16, 80), (128, 40), (256, 20), (512, 10))
+    sizes = ((12, 320), (8, 160), (16, 80), (32, 40), (64, 20), (512, 10))
     assert [tuple(value.shape) for value in features] == [(2, channels, side, side) for channels, side in sizes]
     assert error(template, speech, network, batch=2) <= BOUND
+
+
+@pytest.mark.parametrize(("width", "joined"), [(1, True), (1 / 2, True), (1 / 4, False)])
+def test_blocks_are_filled_and_joined_where_they_can_be(width: float, joined: bool) -> None:
+    network = seeded_network(width=width)
+    template, speech = BlockedTemplateHalf(network), BlockedSpeechHalf(network)
+    assert {layer.out_channels for layer in template.hidden if isinstance(layer, nn.Conv2d)} == {BLOCK}
+    assert isinstance(speech.up5, JoinedUp) == joined
+    assert not any(isinstance(up, JoinedUp) for up in (speech.up1, speech.up2, speech.up3, speech.up4))
 
 
 @torch.no_grad()
@@ -62,7 +77,7 @@ def test_template_half_does_not_hear_and_speech_half_does() -> None:
 
 def test_training_mode_is_refused() -> None:
     network = seeded_network(width=1 / 8).train()
-    for make in (TemplateHalf, SpeechHalf, fold_batch_norms):
+    for make in (*HOISTED, *BLOCKED, fold_batch_norms):
         with pytest.raises(ValueError, match="training mode; expected eval"):
             make(network)
 
@@ -129,4 +144,23 @@ def test_bound_fails_on_a_near_miss(alter: Callable[[TemplateHalf, SpeechHalf], 
     network = seeded_network(width=1 / 8)
     template, speech = TemplateHalf(network).eval(), SpeechHalf(network).eval()
     alter(template, speech)
+    assert error(template, speech, network) > 10 * BOUND
+
+
+def with_the_parts_exchanged(speech: BlockedSpeechHalf) -> None:
+    assert isinstance(speech.up5, JoinedUp)
+    speech.up5.expand.weight.data = speech.up5.expand.weight.roll(BLOCK, 1)
+
+
+def with_the_skip_s_channels_displaced(speech: BlockedSpeechHalf) -> None:
+    assert isinstance(speech.up5, JoinedUp)
+    speech.up5.blocks.weight.data = speech.up5.blocks.weight.roll(1, 0)
+
+
+@pytest.mark.parametrize("alter", [with_the_parts_exchanged, with_the_skip_s_channels_displaced])
+@torch.no_grad()
+def test_bound_fails_on_a_near_miss_of_the_joined_level(alter: Callable[[BlockedSpeechHalf], None]) -> None:
+    network = seeded_network(width=1 / 2)
+    template, speech = BlockedTemplateHalf(network).eval(), BlockedSpeechHalf(network).eval()
+    alter(speech)
     assert error(template, speech, network) > 10 * BOUND

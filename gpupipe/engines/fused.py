@@ -7,8 +7,7 @@ It runs what :mod:`gpupipe.models.hoisted` says, channels last in half precision
     last block            with head, sigmoid and the scaling to uint8
     audio's 3×3 layers    cuDNN
 
-But for the hoisting of the decoder's upsampled halves (upsampling while loading moves fewer bytes, see there) and of
-its skips' products (larger than the skips).
+But for the hoisting of the decoder's upsampled halves: upsampling while loading moves fewer bytes, see there.
 """
 
 from __future__ import annotations
@@ -101,9 +100,8 @@ class FusedEngine:
             self._block(layers[i : i + 3], 0, residual=residual) for i, residual in ((2, True), (5, False), (8, True))
         ]
         ups = (speech.up1, speech.up2, speech.up3, speech.up4, speech.up5)
-        skips = (template.skip5, template.skip4, speech.up3.skip, speech.up4.skip, speech.up5.skip)
         sizes = [INPUT_SIZE >> level for level in (4, 3, 2, 1, 0)]
-        self._entries = [self._entry(up, skip, size) for up, skip, size in zip(ups, skips, sizes, strict=True)]
+        self._entries = [self._entry(up, size) for up, size in zip(ups, sizes, strict=True)]
         self._seconds = [
             self._block(convolutions(up.rest)[2:], size, residual=True)
             for up, size in zip(ups[:-1], sizes[:-1], strict=True)
@@ -154,12 +152,11 @@ class FusedEngine:
         block = pack_block(layers, device=self.device, dtype=self.dtype)
         return functools.partial(inverted_residual, block=block, stride=stride, residual=residual)
 
-    def _entry(self, up: HoistedUp, skip: nn.Module, size: int) -> Entry:
+    def _entry(self, up: HoistedUp, size: int) -> Entry:
         """Upsampling, concatenation and the first block of a decoder level, to maps of ``size`` pixels a side."""
-        low, product, *rest = convolutions(nn.Sequential(up.low, skip, up.rest))
-        low_weight, _ = self._pointwise(low)
-        weights = (low_weight, *self._pointwise(product))
-        projection = self._projection(rest[:2])
+        low_weight, _ = self._pointwise(up.low)
+        weights = (low_weight, *self._pointwise(up.skip))
+        projection = self._projection(convolutions(up.rest)[:2])
 
         def enter(low: Tensor, skip: Tensor, index: Tensor) -> Tensor:
             return depthwise_project(upsample_expand(low, skip, index, *weights), projection)

@@ -57,13 +57,12 @@ class GluonEngine(FusedEngine):
             return super()._block(layers, size, stride=stride, residual=residual)
         return functools.partial(self._run, block=self._whole(layers, residual=residual))
 
-    def _entry(self, up: HoistedUp, skip: nn.Module, size: int) -> Entry:
-        low, product, *rest = convolutions(nn.Sequential(up.low, skip, up.rest))
-        expand = _beside(low, product)
+    def _entry(self, up: HoistedUp, size: int) -> Entry:
+        expand, layers = _beside(up.low, up.skip), convolutions(up.rest)[:2]
         too_wide = self._widest_entry is not None and expand.in_channels > self._widest_entry
-        if not _fits((expand, *rest[:2]), size, 1) or too_wide:
-            return super()._entry(up, skip, size)
-        block = self._whole((expand, *rest[:2]), low_channels=low.in_channels)
+        if not _fits((expand, *layers), size, 1) or too_wide:
+            return super()._entry(up, size)
+        block = self._whole((expand, *layers), low_channels=up.low.in_channels)
 
         def enter(low: Tensor, skip: Tensor, index: Tensor) -> Tensor:
             return self._run(skip, block, low=low, index=index)

@@ -1,4 +1,4 @@
-"""The `onnxruntime` engine: the network in its two hoisted halves on the CPU, in float32."""
+"""The `onnxruntime` engine: the network in two halves on the CPU, in float32."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpupipe.onnx_export import export_halves
 
 
 class OnnxRuntimeEngine:
-    """ONNX Runtime on :mod:`gpupipe.models.hoisted`.
+    """ONNX Runtime on :mod:`gpupipe.models.blocked`.
 
     It runs frame by frame: a batch gains nothing on CPU cores, a frame's features are read where they lie, and with all
     shapes fixed ONNX Runtime fuses the halves' sums into their convolutions.

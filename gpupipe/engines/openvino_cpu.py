@@ -1,4 +1,4 @@
-"""The `openvino` engine: the network in its two hoisted halves on the CPU, in bfloat16.
+"""The `openvino` engine: the network in two halves on the CPU, in bfloat16.
 
 For processors that multiply bfloat16 (AMX, AVX512-BF16): with AMX it takes half of the time of float32. OpenVINO is an
 extra: ``pip install 'gpupipe[openvino]'``.
@@ -22,7 +22,7 @@ from gpupipe.onnx_export import export_halves
 
 
 class OpenVinoEngine:
-    """OpenVINO on :mod:`gpupipe.models.hoisted`, frame by frame, as many frames beside each other as there are lanes.
+    """OpenVINO on :mod:`gpupipe.models.blocked`, frame by frame, as many frames beside each other as there are lanes.
 
     Sums are accumulated in float32, and so is what follows the last layer. Features are bfloat16 (L, H, W, channels),
     contiguous, and are read where they lie.
