@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -43,3 +44,8 @@ class Engine(Protocol):
             mouth (B, 3, 320, 320): floating in (0, 1); or uint8, already scaled by 255 and truncated.
         """
         ...
+
+
+def joined(samples: Sequence[Tensor]) -> Tensor:
+    """Batches of one as one batch; a single one is not copied."""
+    return samples[0] if len(samples) == 1 else torch.cat(list(samples))

@@ -7,7 +7,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from gpupipe.engines.base import EngineName, Features
+from gpupipe.engines.base import EngineName, Features, joined
 from gpupipe.lanes import cpu_lanes
 from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import UNet328
@@ -34,7 +34,7 @@ class OnnxRuntimeEngine:
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`."""
         rows = [self._template.run(None, {"image": sample}) for sample in _samples(image)]
-        columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*rows, strict=True))
+        columns = (joined([torch.from_numpy(value) for value in column]) for column in zip(*rows, strict=True))
         return dict(zip(TEMPLATE_FEATURES, columns, strict=True))
 
     def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class OnnxRuntimeEngine:
             self._speech.run(None, {"audio": window, **{name: value[i : i + 1] for name, value in arrays.items()}})[0]
             for i, window in zip(index.tolist(), _samples(audio), strict=True)
         ]
-        return torch.from_numpy(np.concatenate(mouths))
+        return joined([torch.from_numpy(mouth) for mouth in mouths])
 
 
 def _session(graph: bytes, threads: int | None) -> onnxruntime.InferenceSession:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpupipe.engines.base import EngineName, Features
+from gpupipe.engines.base import EngineName, Features, joined
 from gpupipe.lanes import Lanes, cpu_lanes
 from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import UNet328
@@ -45,9 +45,7 @@ class OpenVinoEngine:
         """As :meth:`Engine.encode`; fastest with a channels-last image of the engine's type."""
         image = image.to("cpu", self.dtype).permute(0, 2, 3, 1).contiguous()
         rows = [self._template({"image": sample[None]}) for sample in image]
-        return {
-            name: torch.cat(column) for name, column in zip(TEMPLATE_FEATURES, zip(*rows, strict=True), strict=True)
-        }
+        return dict(zip(TEMPLATE_FEATURES, map(joined, zip(*rows, strict=True)), strict=True))
 
     def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
         """As :meth:`Engine.decode`; mouths are float32."""
@@ -56,7 +54,7 @@ class OpenVinoEngine:
             self._speech({name: features[name][i : i + 1] for name in TEMPLATE_FEATURES} | {"audio": window[None]})[0]
             for i, window in zip(index.tolist(), audio, strict=True)
         ]
-        return torch.cat(mouths)
+        return joined(mouths)
 
 
 class _Half:
