@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -74,7 +75,8 @@ class Report:
 
 
 def run(options: Options, say: Say) -> Report:
-    """Measure what is asked for, tell it, and record it if asked to.
+    """Measure what is asked for, tell it, and record it if asked to: part by part, so that a run that is cut off leaves
+    what it has found.
 
     Raises:
         InputError: input or options that cannot be used.
@@ -90,15 +92,19 @@ def run(options: Options, say: Say) -> Report:
         if options.profile or options.ncu_friendly:
             _look_into(scenario, options, folder, device, say)
             return Report([])
-        rows = (_sweep if options.sweep else _side_by_side)(scenario, options, folder, device, say)
-    report = Report(rows)
+        earlier = read_rows(options.results) if options.compare else []
+        report = Report([])
+        paths: set[Path] = set()
+        for rows in (_sweep if options.sweep else _side_by_side)(scenario, options, folder, device, say):
+            report.rows += rows
+            if options.record:
+                paths.update(append_rows(rows, options.results))
     if options.compare:
-        report.verdicts = guard.compare(rows, read_rows(options.results), guard.is_ancestor)
+        report.verdicts = guard.compare(report.rows, earlier, guard.is_ancestor)
         if not report.verdicts:
             say("nothing recorded of an earlier commit on this device can be compared with this run")
-    if options.record:
-        for path in append_rows(rows, options.results):
-            say(f"recorded in {path}")
+    for path in sorted(paths):
+        say(f"recorded in {path}")
     return report
 
 
@@ -133,7 +139,7 @@ def _scenario(options: Options, folder: Path) -> Scenario:
     return given(*files, checkpoint=options.checkpoint, mode=options.mode, width=options.width)
 
 
-def _side_by_side(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> list[Row]:
+def _side_by_side(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> Iterator[list[Row]]:
     how: dict[str, Any] = {"device": device, "crf": options.crf}
     config = scenario.facts() | {"crf": options.crf, "rounds": options.rounds}
     made: list[Contestant] = []
@@ -153,21 +159,22 @@ def _side_by_side(scenario: Scenario, options: Options, folder: Path, device: st
         made += contestants.half_precision_on_cpu(scenario, **how)
     size: dict[str, Any] = {"frames": options.frames, "rounds": options.rounds, "device": device}
     contestants.take_turns(made, scenario, folder, say=say, **size)
-    rows += contestants.clip_rows(made, frames=options.frames, config=config, device=device)
-    return rows + stage_rows(scenario, folder, device=device, engine=options.engine, rounds=options.rounds, say=say)
+    yield rows + contestants.clip_rows(made, frames=options.frames, config=config, device=device)
+    yield stage_rows(scenario, folder, device=device, engine=options.engine, rounds=options.rounds, say=say)
 
 
-def _sweep(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> list[Row]:
+def _sweep(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> Iterator[list[Row]]:
     how: dict[str, Any] = {"device": device, "crf": options.crf, "rounds": options.rounds, "values": options.values}
     how["say"] = say
     if options.sweep == "batch":
-        return sweeps.batch_rows(scenario, folder, frames=options.frames, **how)
-    if options.sweep == "length":
-        return sweeps.length_rows(scenario, folder, **how)
-    reference = importlib.util.find_spec("cv2") is not None
-    if not reference:
-        say(NO_OPENCV)
-    return sweeps.resolution_rows(scenario, folder, frames=options.frames, reference=reference, **how)
+        yield sweeps.batch_rows(scenario, folder, frames=options.frames, **how)
+    elif options.sweep == "length":
+        yield sweeps.length_rows(scenario, folder, **how)
+    else:
+        reference = importlib.util.find_spec("cv2") is not None
+        if not reference:
+            say(NO_OPENCV)
+        yield sweeps.resolution_rows(scenario, folder, frames=options.frames, reference=reference, **how)
 
 
 def _look_into(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> None:

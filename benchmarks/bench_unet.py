@@ -6,7 +6,10 @@ On a CPU, in float32: eager PyTorch and ONNX Runtime on the whole network as ``g
 cores on one frame, and ONNX Runtime with a frame to each core too; gpupipe's `onnxruntime` engine as a render runs it,
 side by side in its lanes; and in bfloat16 its `openvino` engine, where that runs.
 
-On CUDA: each engine × precision × batch. Providers take turns within a round, so that a noisy neighbour favours none.
+On CUDA: each engine × precision × batch, in the order given, each recorded as soon as it is there; and, where they are
+installed, ONNX Runtime's CUDA and TensorRT providers on the whole network (``--engine onnxruntime``).
+
+Providers take turns within a round, so that a noisy neighbour favours none.
 
 Weights and inputs are random but fixed. Beside the time stand the achieved operations a second (a multiply-add counts
 as two; of the network as it is trained, whoever saves some) and, as ``floor``, the time that moving every layer's input
@@ -17,13 +20,16 @@ layer cannot beat.
 from __future__ import annotations
 
 import argparse
+import io
+import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -32,19 +38,26 @@ from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
 from gpupipe.benchmarks.floors import operations_of
 from gpupipe.benchmarks.kernel_bench import copy_bandwidth
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.engines import Engine, Precision, make_engine, openvino_cpu
+from gpupipe.engines import ENGINES, Engine, EngineName, Precision, make_engine, openvino_cpu
 from gpupipe.engines.choice import candidates, find_dtype
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.engines.openvino_cpu import OpenVinoEngine
+from gpupipe.errors import DeviceError
 from gpupipe.lanes import Lanes, available_cores, cpu_lanes, map_in_lanes
 from gpupipe.models import AUDIO_SHAPES, MODES, UNet328
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.unet328 import INPUT_SIZE
-from gpupipe.onnx_export import export_unet
+from gpupipe.onnx_export import export_onnx, export_unet
 
 WARMUP = 2
 BATCHES = (1, 8, 32, 64, 128)
 PRECISIONS: tuple[Precision, ...] = ("float16", "bfloat16", "float32")
+_CUDA = {"prefer_nhwc": "1", "cudnn_conv_algo_search": "EXHAUSTIVE"}
+PEERS: dict[Precision, dict[str, dict[str, str]]] = {
+    "float16": {"CUDAExecutionProvider": _CUDA, "TensorrtExecutionProvider": {"trt_fp16_enable": "1"}},
+    "float32": {"CUDAExecutionProvider": _CUDA, "TensorrtExecutionProvider": {}},
+}
+"""ONNX Runtime's providers for a GPU, and the options that bring out their best, by precision."""
 _SIDE_BY_SIDE = 2
 """Frames that each lane takes in one call."""
 
@@ -108,10 +121,14 @@ def on_cpu(network: UNet328) -> list[Contestant]:
     ]
 
 
-def on_cuda(network: UNet328, device: torch.device, batch: int, precision: Precision) -> list[Contestant]:
-    """Every engine of one precision at one batch size; one that cannot be built raises when it is run."""
+def on_cuda(
+    network: UNet328, device: torch.device, batch: int, precision: Precision, engines: Sequence[EngineName]
+) -> list[Contestant]:
+    """Those of ``engines`` that know a precision, at one batch size; one that cannot be built raises when it is run."""
     made = []
     for name in candidates(device, find_dtype(device, exact=False, precision=precision)):
+        if name not in engines:
+            continue
         image, audio = _inputs(network, batch, device)
         index = torch.arange(batch, device=device)
         told = {"precision": precision}
@@ -135,7 +152,58 @@ def on_cuda(network: UNet328, device: torch.device, batch: int, precision: Preci
             engine.decode(features, index, audio)
 
         made += [Contestant(name, whole, batch, told), Contestant(name, half, batch, told, cached=True)]
+    if "onnxruntime" in engines and precision in PEERS:
+        made += onnxruntime_peers(network, device, batch, precision, PEERS[precision])
     return made
+
+
+def onnxruntime_peers(
+    network: UNet328,
+    device: torch.device,
+    batch: int,
+    precision: Precision,
+    providers: Mapping[str, Mapping[str, str]],
+) -> list[Contestant]:
+    """ONNX Runtime on the whole network, by each of ``providers`` that is installed; inputs lie on the device.
+
+    Args:
+        providers: options of each, by its name.
+    """
+    graph, dtype = io.BytesIO(), getattr(torch, precision)
+    image, audio = (value.to(dtype) for value in _inputs(network, 1, torch.device("cpu")))
+    folded = fold_batch_norms(network).to(dtype)
+    export_onnx(folded, (image, audio), graph, inputs=["image", "audio"], outputs=["output"])
+    made = []
+    for provider in providers.keys() & set(onnxruntime.get_available_providers()):
+        name, told = f"ONNX Runtime, {provider.removesuffix('ExecutionProvider')}", {"precision": precision}
+        try:
+            session = onnxruntime.InferenceSession(graph.getvalue(), providers=[(provider, dict(providers[provider]))])
+            if session.get_providers()[0] != provider:  # it falls back to the CPU
+                raise DeviceError(f"{provider} does not load here")
+            run: Callable[[], object] = _bound(session, *(value.to(dtype) for value in _inputs(network, batch, device)))
+        except Exception as error:  # as providers raise what they like
+            run = _raising(error)
+        made.append(Contestant(name, run, batch, told))
+    return made
+
+
+def _bound(session: onnxruntime.InferenceSession, image: Tensor, audio: Tensor) -> Callable[[], Tensor]:
+    """A call of the network on tensors that stay where they are."""
+    output = torch.empty(len(image), 3, INPUT_SIZE, INPUT_SIZE, dtype=image.dtype, device=image.device)
+    binding = session.io_binding()
+    number = np.dtype(str(image.dtype).removeprefix("torch."))
+    for bind, name, value in (
+        (binding.bind_input, "image", image),
+        (binding.bind_input, "audio", audio),
+        (binding.bind_output, "output", output),
+    ):
+        bind(name, value.device.type, value.device.index or 0, number, tuple(value.shape), value.data_ptr())
+
+    def run(image: Tensor = image, audio: Tensor = audio) -> Tensor:  # which keep the memory that is bound
+        session.run_with_iobinding(binding)
+        return output
+
+    return run
 
 
 def _raising(error: Exception) -> Callable[[], object]:
@@ -273,27 +341,37 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, nargs="*", default=BATCHES, help="on CUDA")
     parser.add_argument("--precision", nargs="*", choices=PRECISIONS, default=PRECISIONS, help="on CUDA")
+    parser.add_argument("--engine", nargs="*", choices=ENGINES, default=ENGINES, help="on CUDA")
     parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
     parser.add_argument("--results", type=Path, help="another folder for the rows")
     options = parser.parse_args()
     device = torch.device(options.device)
     network = seeded_network(options.mode, width=options.width)
     print(device_name(device))
-    rows: list[Row] = []
+    for batch, made in _comparisons(network, device, options):
+        rows = rows_of(network, made, device, batch, options.rounds)
+        _show(rows)
+        if options.record:  # now: whoever cuts the run off keeps what it has found
+            append_rows(rows, *([options.results] if options.results else []))
+
+
+def _comparisons(
+    network: UNet328, device: torch.device, options: argparse.Namespace
+) -> Iterator[tuple[int, list[Contestant]]]:
+    """Batch size, and who takes turns at it."""
     if device.type == "cpu":
-        rows += rows_of(network, on_cpu(network), device, 1, options.rounds)
+        yield 1, on_cpu(network)
     else:
-        for precision in options.precision:
-            for batch in options.batch:
-                made = on_cuda(network, device, batch, precision)
-                rows += rows_of(network, made, device, batch, options.rounds)
+        for precision, batch in itertools.product(options.precision, options.batch):
+            yield batch, on_cuda(network, device, batch, precision, options.engine)
+
+
+def _show(rows: list[Row]) -> None:
     for one in rows:
         if one.metric == "latency":
             cached = "cached" if one.config["cached"] else "whole"
             spread = one.error or f"{one.p50:8.3f} ms/frame ({one.p20:.3f}–{one.p80:.3f})"
             print(f"{one.provider:44} {one.config['precision']:9} batch {one.value:<4} {cached:7} {spread}", flush=True)
-    if options.record:
-        append_rows(rows, *([options.results] if options.results else []))
 
 
 if __name__ == "__main__":

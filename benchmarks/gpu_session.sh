@@ -9,7 +9,8 @@
 # CUBINS  what "python -m gpupipe.benchmarks.gluon_cubins build CUBINS" made elsewhere, where Triton here is too old for it
 #
 # A part that fails or takes too long does not stop the others; the summary says which, and the exit status is 1 then.
-# PYTHON names the interpreter (python3); MINUTES bounds the whole (9).
+# PYTHON names the interpreter (python3); MINUTES bounds the whole (9); PARTS="bench_unet trace" runs only these parts,
+# for a second call.
 set -u
 
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -33,12 +34,14 @@ cd "$layout" || exit 1
 part() { # name, seconds it may take, command …
     local name=$1 limit=$2 begin=$SECONDS left status
     shift 2
+    case " ${PARTS:-$name} wheels scene " in *" $name "*) ;; *) return ;; esac
     left=$((deadline - SECONDS))
     if ((left <= 0)); then
         failed+=("$name (no time left)")
         return
     fi
-    timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1
+    # An interrupt, on which pytest still tells what has failed.
+    timeout --signal=INT --kill-after=5 "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1
     status=$?
     ((status == 0)) || failed+=("$name (exit status $status, see $name.log)")
     printf '%-16s %4d s  %s\n' "$name" $((SECONDS - begin)) "$([ $status = 0 ] && echo ok || echo "FAILED: $status")" |
@@ -76,7 +79,10 @@ bench=("${gpupipe[@]}" bench --device cuda --template "$scene/template" --audio-
     --audio "$scene/speech.flac" --results "$out")
 part bench_end_to_end 150 "${bench[@]}" --frames 300 --rounds 2 --record
 part bench_batches 90 "${bench[@]}" --sweep batch --values 16,64,128 --frames 1200 --rounds 2 --record
-part bench_unet 120 "$python" -m gpupipe.benchmarks.bench_unet --device cuda --rounds 10 --batch 1 64 --record --results "$out"
+# Ours first: the peers may take longer to tune themselves than is left.
+unet=("$python" -m gpupipe.benchmarks.bench_unet --device cuda --rounds 10 --record --results "$out")
+part bench_unet 90 "${unet[@]}" --batch 64 1 --engine gluon fused eager
+part bench_peers 180 "${unet[@]}" --batch 64 --precision float16 --engine gluon fused compile onnxruntime
 part trace 60 "${bench[@]}" --profile "$out/trace.json"
 part report 120 "$python" -m gpupipe.kernels.report --arch 90 --json "$out/report.json"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -90,6 +91,21 @@ def test_recorded_rows_are_those_printed(run: Any) -> None:
     assert sorted(map(json.dumps, read_rows(results))) == sorted(map(json.dumps, printed))
 
 
+def test_a_run_that_is_cut_off_leaves_what_it_has_found(
+    files: dict[str, Path], tiny_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(*_: object, **__: object) -> list[Row]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "stage_rows", cut_off)
+    monkeypatch.setattr(contestants, "WARMUP_FRAMES", 1)
+    options = bench.Options(**files, checkpoint=tiny_checkpoint(), frames=2, rounds=1, engine="eager", record=True)
+    options.results = tmp_path
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(options, print)
+    assert {"reference_loop", "gpupipe"} <= {one["provider"] for one in read_rows(tmp_path)}
+
+
 def test_ratios_are_taken_within_a_turn() -> None:
     slow = contestants.Contestant("reference_loop", 0, lambda *_: {}, seconds=[10, 40], stages=[{}, {}])
     fast = contestants.Contestant("gpupipe", 0, lambda *_: {}, seconds=[5, 10], stages=[{}, {}])
@@ -139,7 +155,7 @@ def test_without_opencv_the_loop_is_left_out_aloud(
     monkeypatch.setattr(bench, "stage_rows", lambda *_, **__: [])
     said: list[str] = []
     options = bench.Options(frames=2, rounds=1, engine="eager")
-    rows = bench._side_by_side(scenario, options, tmp_path, "cpu", said.append)
+    rows = list(itertools.chain.from_iterable(bench._side_by_side(scenario, options, tmp_path, "cpu", said.append)))
     assert bench.NO_OPENCV in said
     assert [row.error for row in rows if row.provider == "reference_loop"] == [bench.NO_OPENCV]
     assert any(row.provider == "gpupipe" and row.metric == "throughput" for row in rows)

@@ -190,9 +190,8 @@ def _touches_device(types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict
     """Whether a CUDA tensor is given or wanted, and none of a class of its own, as tracing has."""
     if any(issubclass(one, Tensor) and one not in (Tensor, torch.nn.Parameter) for one in types):
         return False
-    wanted = kwargs.get("device")
-    to_device = wanted is not None and torch.device(wanted).type == "cuda"
-    return to_device or any(map(_on_cuda, tree_flatten((args, kwargs))[0]))
+    values = tree_flatten((args, kwargs))[0]
+    return any(_on_cuda(one) or (isinstance(one, torch.device) and one.type == "cuda") for one in values)
 
 
 def _perform(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -231,6 +230,8 @@ def _is_composite(func: Any) -> bool:
 
 
 def _on_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Generator):  # not the device's numbers, but the same ones each time
+        return torch.Generator().manual_seed(value.initial_seed())
     return torch.device("cpu") if isinstance(value, torch.device) else _at(value)
 
 
