@@ -41,10 +41,15 @@ def headline(rows: Rows) -> str:
     precision = "float32" if config["exact"] else "half precision"
     said = (
         f"**{row['p50']:.1f}× the reference loop's frames a second** to a finished .mp4 on {where}:"
-        f" {row['value']:g} frames of {width}×{height}, full-width network, mode {config['mode']}, {precision}"
+        f" {row['value']:g} frames of {width}×{height}, template {config['template']}, full-width network,"
+        f" mode {config['mode']}, {precision}"
     )
     run = ("device", "commit", "value", "n")
-    beside = [half for half in ratios("gpupipe_bfloat16") if all(half[fact] == row[fact] for fact in run)]
+    beside = [
+        half
+        for half in ratios("gpupipe_bfloat16")
+        if all(half[fact] == row[fact] for fact in run) and half["config"]["template"] == config["template"]
+    ]
     if beside:
         said += f"; **{beside[-1]['p50']:.1f}×** with `--precision bfloat16`, which this processor multiplies"
     return said + " ([how it was measured](#results))."

@@ -7,7 +7,8 @@ The same function, up to float32 rounding, with more multiply-adds that take les
 * On the largest maps memory is the wall, and W (↑low ‖ h) is one pass over the wide tensor where ↑(Wl low) + Ws h are
   three. So low and h are joined there after all, if low fills blocks: it has 32 channels at width 1, but 8 at width ¼.
 
-Multiply-adds of the speech half at width 1, mode ave: 3.07 G, and 2.68 G hoisted.
+Multiply-adds of the speech half at width 1, mode ave: 3.07 G, and 2.68 G hoisted. Measured with ONNX Runtime on a Xeon,
+a frame on one core: 85 % of the hoisted half's time with AVX-512, the same time with only AVX2.
 """
 
 from __future__ import annotations
