@@ -169,12 +169,15 @@ def onnxruntime_peers(
     Args:
         providers: options of each, by its name.
     """
+    installed = [name for name in providers if name in onnxruntime.get_available_providers()]
+    if not installed:
+        return []
     graph, dtype = io.BytesIO(), getattr(torch, precision)
     image, audio = (value.to(dtype) for value in _inputs(network, 1, torch.device("cpu")))
     folded = fold_batch_norms(network).to(dtype)
     export_onnx(folded, (image, audio), graph, inputs=["image", "audio"], outputs=["output"])
     made = []
-    for provider in providers.keys() & set(onnxruntime.get_available_providers()):
+    for provider in installed:
         name, told = f"ONNX Runtime, {provider.removesuffix('ExecutionProvider')}", {"precision": precision}
         try:
             session = onnxruntime.InferenceSession(graph.getvalue(), providers=[(provider, dict(providers[provider]))])
