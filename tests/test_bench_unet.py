@@ -56,3 +56,16 @@ def test_what_is_measured_is_recorded_before_the_next_comparison(
     with pytest.raises(KeyboardInterrupt):
         bench_unet.main()
     assert "first" in capsys.readouterr().out
+
+
+@pytest.mark.cuda
+@torch.inference_mode()
+def test_an_engine_on_a_gpu_gives_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_unet, "copy_bandwidth", lambda device: 1e12)
+    monkeypatch.setattr(bench_unet, "WARMUP", 0)
+    network, gpu = seeded_network(width=1 / 8), torch.device("cuda")
+    made = bench_unet.on_cuda(network, gpu, 2, "float16", ["eager", "onnxruntime"])
+    rows = [row for row in bench_unet.rows_of(network, made, gpu, 2, rounds=1) if row.provider == "eager"]
+    assert {row.metric for row in rows} == {"latency", "operations", "layerwise_floor"}
+    assert {row.config["cached"] for row in rows} == {True, False}
+    assert all(row.error is None and row.value == 2 for row in rows)
