@@ -1,6 +1,7 @@
 """The network alone: gpupipe's engines, with nothing cached and with the template's half cached, beside their peers.
 
-    python -m gpupipe.benchmarks.bench_unet [--width 1] [--rounds 20] [--device cuda] [--batch 1 8 …] [--record]
+    python -m gpupipe.benchmarks.bench_unet [--width 1] [--rounds 20] [--device cuda] [--batch 1 8 …]
+        [--precision float16 …] [--engine fused …] [--record]
 
 On a CPU, in float32: eager PyTorch and ONNX Runtime on the whole network as ``gpupipe export`` writes it, each with all
 cores on one frame, and ONNX Runtime with a frame to each core too; gpupipe's `onnxruntime` engine as a render runs it,
@@ -38,8 +39,8 @@ from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
 from gpupipe.benchmarks.floors import operations_of
 from gpupipe.benchmarks.kernel_bench import copy_bandwidth
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.engines import ENGINES, Engine, EngineName, Precision, make_engine, openvino_cpu
-from gpupipe.engines.choice import candidates, find_dtype
+from gpupipe.engines import Engine, EngineName, Precision, make_engine, openvino_cpu
+from gpupipe.engines.choice import CANDIDATES, candidates, find_dtype
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.engines.openvino_cpu import OpenVinoEngine
 from gpupipe.errors import DeviceError
@@ -344,7 +345,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, nargs="*", default=BATCHES, help="on CUDA")
     parser.add_argument("--precision", nargs="*", choices=PRECISIONS, default=PRECISIONS, help="on CUDA")
-    parser.add_argument("--engine", nargs="*", choices=ENGINES, default=ENGINES, help="on CUDA")
+    engines = (*CANDIDATES["cuda"], "onnxruntime")
+    parser.add_argument("--engine", nargs="*", choices=engines, default=engines, help="on CUDA")
     parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
     parser.add_argument("--results", type=Path, help="another folder for the rows")
     options = parser.parse_args()

@@ -113,6 +113,10 @@ class HoistedUp(nn.Module):
         """low (B, C1, H/2, W/2), skip (B, C2, H, W) → (B, out, H, W)."""
         return self.rest(self.skip(skip) + self.up(self.low(low)))
 
+    def joined(self) -> nn.Conv2d:
+        """The expansion in one again: of the upsampled low and the skip, concatenated in this order."""
+        return pointwise(torch.cat([self.low.weight, self.skip.weight], dim=1), self.skip.bias)
+
 
 def _split_entry(double: Any) -> tuple[nn.Conv2d, nn.Conv2d, nn.Sequential]:
     """A decoder level's double convolution: its first expansion for the low and for the skip half, and the rest."""

@@ -14,6 +14,7 @@ from gpupipe.engines.gluon import GluonEngine
 from gpupipe.errors import DeviceError
 from gpupipe.kernels.whole_block import PackedBlock, PackedHead, gluon_obstacle, whole_block
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode, UNet328
+from gpupipe.models.hoisted import HoistedUp
 
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,8 +67,8 @@ def test_arrangement_is_the_network(mode: Mode, width: float) -> None:
 def test_wrong_order_of_low_and_skip_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: concatenated the other way round, which fits every shape of this width."""
     network = seeded_network(width=1 / 8)
-    beside = gluon._beside
-    monkeypatch.setattr(gluon, "_beside", lambda low, skip: _exchanged(beside(low, skip), low.in_channels))
+    joined = HoistedUp.joined
+    monkeypatch.setattr(HoistedUp, "joined", lambda up: _exchanged(joined(up), up.low.in_channels))
     assert error(GluonEngine(network, device=CPU), network)[0] > 3 * BOUND
 
 

@@ -47,6 +47,20 @@ def test_another_figure_would_be_noticed(page, other_rows: list[Record]) -> None
     assert fill(text, other_rows) != text
 
 
+def test_the_headline_s_bfloat16_is_of_its_own_run_and_template() -> None:
+    def ratio(provider: str, p50: float, **other: object) -> Record:
+        config = {"width": 1, "mode": "ave", "exact": True, "template": "anna", "size": [64, 48]}
+        row = {"what": "end_to_end", "axis": "frames", "error": None, "metric": "ratio", "value": 300, "n": 3}
+        row |= {"provider": provider, "p50": p50, "time": "2026", "device": "a CPU", "driver": None, "commit": "c"}
+        return row | {"config": config | {key: other.pop(key) for key in ("template",) if key in other}} | other
+
+    run = [ratio("gpupipe", 4), ratio("gpupipe_bfloat16", 8)]
+    assert "**4.0×" in TABLES["headline"](run) and "template anna" in TABLES["headline"](run)
+    assert "**8.0×** with `--precision bfloat16`" in TABLES["headline"](run)
+    for other in ({"template": "ben"}, {"n": 5}, {"commit": "d"}, {"device": "another"}):
+        assert "bfloat16" not in TABLES["headline"]([run[0], ratio("gpupipe_bfloat16", 9, **other)]), other
+
+
 def test_plots_show_the_recorded_figures(drawn: dict[str, str]) -> None:
     assert set(drawn) == set(plots.PLOTS)
     for name, svg in drawn.items():

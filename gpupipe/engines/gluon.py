@@ -58,7 +58,7 @@ class GluonEngine(FusedEngine):
         return functools.partial(self._run, block=self._whole(layers, residual=residual))
 
     def _entry(self, up: HoistedUp, size: int) -> Entry:
-        expand, layers = _beside(up.low, up.skip), convolutions(up.rest)[:2]
+        expand, layers = up.joined(), convolutions(up.rest)[:2]
         too_wide = self._widest_entry is not None and expand.in_channels > self._widest_entry
         if not _fits((expand, *layers), size, 1) or too_wide:
             return super()._entry(up, size)
@@ -86,12 +86,3 @@ def _after_hopper(device: torch.device) -> bool:
 def _fits(layers: Sequence[nn.Conv2d], size: int, stride: int) -> bool:
     """Whether a block is worth, and can be, one kernel."""
     return size >= SMALLEST_MAP and layers[-1].out_channels <= WIDEST_RESULT[stride]
-
-
-def _beside(low: nn.Conv2d, skip: nn.Conv2d) -> nn.Conv2d:
-    """One 1×1 convolution of two maps' concatenation."""
-    both = nn.Conv2d(low.in_channels + skip.in_channels, low.out_channels, 1)
-    both.weight = nn.Parameter(torch.cat([low.weight, skip.weight], dim=1).detach(), requires_grad=False)
-    assert skip.bias is not None
-    both.bias = nn.Parameter(skip.bias.detach().clone(), requires_grad=False)
-    return both

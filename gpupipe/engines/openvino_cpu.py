@@ -1,7 +1,7 @@
 """The `openvino` engine: the network in two halves on the CPU, in bfloat16.
 
-For processors that multiply bfloat16 (AMX, AVX512-BF16): with AMX it takes half of the time of float32. OpenVINO is an
-extra: ``pip install 'gpupipe[openvino]'``.
+For processors that multiply bfloat16 (AMX, AVX512-BF16): with AMX it takes little more than half of the time of
+float32. OpenVINO is an extra: ``pip install 'gpupipe[openvino]'``.
 """
 
 from __future__ import annotations
