@@ -1,7 +1,8 @@
-"""The Gluon kernels of whole blocks, interpreted or on the GPU, against the plain reference."""
+"""The Gluon kernels of whole blocks, compiled and executed without a GPU or on one, against the plain reference."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", minversion="3.8", reason="the Gluon kernels need Triton 3.8 (shared-memory gather)")
 
-from gluon_interpreter import interpreted
+from ptx_machine.launch import compiled, machine
 
 from gpupipe.kernels.whole_block import PackedBlock, PackedHead, pack_block, pack_head, pad_channels, whole_block
 
@@ -27,7 +28,7 @@ def kernels() -> Any:
         from gpupipe.kernels import inverted_residual_gluon
 
         return inverted_residual_gluon
-    return interpreted("gpupipe.kernels.gluon_device", "gpupipe.kernels.inverted_residual_gluon")
+    return compiled("gpupipe.kernels.gluon_device", "gpupipe.kernels.inverted_residual_gluon")
 
 
 def layer(inputs: int, outputs: int, kernel: int = 1, *, groups: int = 1, stride: int = 1) -> nn.Conv2d:
@@ -55,7 +56,8 @@ def run(kernels: Any, skip: Tensor, block: PackedBlock, *, wgmma: bool = False, 
     moved = {
         name: value.to(DEVICE) if isinstance(value, Tensor | PackedHead) else value for name, value in options.items()
     }
-    return kernels.whole_block_gluon(skip.to(DEVICE), block.to(DEVICE), wgmma=wgmma, **moved).cpu()
+    with nullcontext() if CUDA else machine(90 if wgmma else 80):
+        return kernels.whole_block_gluon(skip.to(DEVICE), block.to(DEVICE), wgmma=wgmma, **moved).cpu()
 
 
 def check(found: Tensor, expected: Tensor) -> None:

@@ -1,0 +1,83 @@
+"""Triton's kernels, compiled for a GPU and executed by the machine: on CPU tensors, without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from ptx_machine.machine import WARP, Counts, launch
+from ptx_machine.memory import Buffer
+
+
+def compiled(*names: str) -> ModuleType:
+    """The last of the kernels' modules ``names``, each imported anew with its functions to be compiled.
+
+    They are given in the order in which they import each other; the real ones, which may have been made for Triton's
+    interpreter, are left as they are.
+    """
+    for name in names:
+        importlib.import_module(name)  # and all that it takes, which is kept
+    real = {name: sys.modules[name] for name in names}
+    try:
+        with mock.patch.dict("os.environ", TRITON_INTERPRET="0"):
+            for name in names:
+                spec = importlib.util.find_spec(name)
+                assert spec is not None and spec.loader is not None, name
+                module = sys.modules[name] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(module)
+    finally:
+        sys.modules.update(real)
+    return module
+
+
+@contextlib.contextmanager
+def machine(arch: int, counts: Counts | None = None) -> Iterator[None]:
+    """Within this context launches compile for compute capability ``arch`` / 10 and execute here, at once.
+
+    All that Triton does before a launch is done: what it makes of arguments that are 1, or multiples of 16, too.
+    """
+    driver = SimpleNamespace(
+        get_current_device=lambda: arch,  # which Triton keeps apart what it compiled for
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, WARP),
+    )
+    compile_only = JITFunction.run
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = compile_only(self, *arguments, grid=grid, warmup=True, **options)
+        given = dict(zip(self.arg_names, arguments, strict=False)) | options
+        passed = [given[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"]
+        scratch = (kernel.metadata.global_scratch_size, kernel.metadata.profile_scratch_size)
+        assert not any(scratch), f"scratch memory of {scratch} bytes is not provided for"
+        launch(
+            kernel.asm["ptx"],
+            (*grid, 1, 1)[:3],
+            [one.data_ptr() if isinstance(one, Tensor) else one for one in passed] + [0, 0],
+            buffers_of([one for one in passed if isinstance(one, Tensor)]),
+            threads=kernel.metadata.num_warps * WARP,
+            shared_bytes=kernel.metadata.shared,
+            counts=counts,
+        )
+        return kernel
+
+    with mock.patch.object(triton.runtime.driver, "_active", driver), mock.patch.object(JITFunction, "run", run):
+        yield
+
+
+def buffers_of(tensors: list[Tensor]) -> list[Buffer]:
+    """The memory that tensors lie in, each once."""
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors if one.numel()}
+    return [
+        Buffer(start, torch.empty(0, dtype=torch.uint8).set_(storage).numpy()) for start, storage in storages.items()
+    ]

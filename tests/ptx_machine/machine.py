@@ -1,0 +1,329 @@
+"""Executes a compiled kernel's PTX on the CPU, all threads of a number of blocks abreast.
+
+A register is an array with an element for each thread, an instruction a few numpy operations. Threads that branch apart
+go on in groups, the one that is furthest behind first, until they meet again.
+
+It is a strict machine: what PTX leaves undefined, and a GPU would do one way today and another way tomorrow, is an
+error that names the instruction (see :mod:`ptx_machine.memory` and :mod:`ptx_machine.tensor_cores`). What it cannot
+show: anything that the assembler does to the PTX after this, and time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ptx_machine.memory import Buffer, Global, Shared
+from ptx_machine.program import Immediate, Instruction, Program, PtxError, Register, Symbol, parse
+
+WARP = 32
+
+BLOCKS_ABREAST = 32
+"""Blocks that are executed together: enough to make an array's overhead small, few enough for their shared memory."""
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Mask = Array | None
+"""Which threads take part in an instruction; None is all."""
+
+Handler = Callable[["Machine", Instruction, Mask], None]
+
+HANDLERS: dict[str, Handler] = {}
+"""By the first part of an opcode; the modules of instructions add theirs."""
+
+
+def executes(*opcodes: str) -> Callable[[Handler], Handler]:
+    """Declares what executes instructions that begin with ``opcodes``."""
+
+    def add(handler: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(opcodes, handler))
+        return handler
+
+    return add
+
+
+@dataclass(eq=False)
+class Group:
+    """Threads that stand at the same instruction.
+
+    Attributes:
+        place: the instruction's index.
+        waits: whether they have come to a barrier, and wait for the block's others.
+    """
+
+    place: int
+    mask: Mask
+    waits: bool = False
+
+
+@dataclass
+class Counts:
+    """What a launch executed, in instructions of a warp.
+
+    Attributes:
+        instructions: by opcode.
+        shared: passes through shared memory that loads, stores and matrix loads took, and the fewest they could.
+        sectors: 32-byte sectors of global memory that loads and stores touched, and the fewest for as many bytes.
+    """
+
+    instructions: Counter[str] = field(default_factory=Counter)
+    shared: Counter[str] = field(default_factory=Counter)
+    sectors: Counter[str] = field(default_factory=Counter)
+
+
+class Machine:
+    """Blocks of a launch, side by side.
+
+    Args:
+        program: what they execute.
+        grid: the launch's blocks.
+        first, blocks: which of them these are.
+        threads: of a block.
+        shared_bytes: of a block.
+        memory: what pointers may point to.
+        arguments: values of the program's parameters.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        grid: tuple[int, int, int],
+        blocks: range,
+        *,
+        threads: int,
+        shared_bytes: int,
+        memory: Global,
+        arguments: Sequence[int | float],
+        counts: Counts | None = None,
+    ) -> None:
+        if threads % WARP:
+            raise PtxError(f"{threads} threads a block; expected whole warps")
+        if len(arguments) != len(program.parameters):
+            raise PtxError(f"{len(arguments)} arguments; {program.name} takes {len(program.parameters)}")
+        self.program, self.memory, self.counts = program, memory, counts
+        self.threads, self.lanes = threads, threads * len(blocks)
+        self.lane = np.arange(self.lanes, dtype=np.int32)
+        self.warp, self.block = self.lane // WARP, self.lane // threads
+        self.thread_of_launch = self.lane + blocks.start * threads
+        self.shared = Shared(len(blocks), threads, shared_bytes)
+        numbers = np.arange(blocks.start, blocks.stop)[self.block]
+        self.special = {
+            "%tid.x": self.lane % threads,
+            "%ctaid.x": numbers % grid[0],
+            "%ctaid.y": numbers // grid[0] % grid[1],
+            "%ctaid.z": numbers // (grid[0] * grid[1]),
+        }
+        self.special = {name: value.astype(np.uint32) for name, value in self.special.items()}
+        self.arguments = {
+            name: np.array(value, dtype)
+            for (name, dtype), value in zip(program.parameters.items(), arguments, strict=True)
+        }
+        self.registers: dict[str, Array] = {}
+        self.in_flight: dict[str, Instruction] = {}  # registers that a product which goes on is writing
+        self.copies_begun: list[Any] = []  # what goes on beside the threads: not committed yet, and in groups
+        self.copies: list[list[Any]] = []
+        self.products_begun: list[Any] = []
+        self.products: list[list[Any]] = []
+        self._groups = [Group(0, None)]
+
+    # ── registers ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def read(self, operand: Any, dtype: np.dtype[Any]) -> Any:
+        """An operand's values as ``dtype``, one a thread, or one for all; a wider register's lower bits."""
+        if isinstance(operand, Immediate):
+            return operand.value(dtype)
+        if isinstance(operand, Symbol):
+            return np.zeros((), dtype)[()]  # the beginning of shared memory
+        held = self.special.get(operand.name)
+        if held is None:
+            if operand.name in self.in_flight:
+                raise PtxError(f"{operand.name} is read before it is waited for: {self.in_flight[operand.name]}")
+            held = self.registers.get(operand.name)
+            if held is None:  # the compiler fills words with bytes that it never uses
+                held = self._poison(operand)
+        if held.itemsize > dtype.itemsize:
+            held = held.astype(f"u{dtype.itemsize}")
+        return held if held.dtype == dtype else held.view(dtype)
+
+    def read_pair(self, operand: Any, dtype: np.dtype[Any]) -> Any:
+        """The two values that 32 bits hold, the lower one first: shape (threads, 2)."""
+        values = np.broadcast_to(self.read(operand, np.dtype("u4")), self.lanes)
+        return np.ascontiguousarray(values).view(dtype).reshape(self.lanes, 2)
+
+    def write(self, operand: Any, values: Any, mask: Mask) -> None:
+        """Values, one a thread or one for all, into a register; narrower ones are extended by their own sign."""
+        if isinstance(operand, Symbol):
+            return
+        dtype = self._dtype(operand)
+        if operand.name in self.in_flight:
+            raise PtxError(f"{operand.name} is written before it is waited for: {self.in_flight[operand.name]}")
+        values = np.asarray(values)
+        if values.ndim == 2:
+            values = np.ascontiguousarray(values).view(dtype)[:, 0]
+        if values.itemsize < dtype.itemsize:
+            if values.dtype.kind == "f":
+                values = values.view(f"u{values.itemsize}")
+            values = values.astype(f"{values.dtype.kind}{dtype.itemsize}")
+        if values.ndim == 0:
+            values = np.full(self.lanes, values)
+        values = values.view(dtype)
+        if mask is not None:
+            held = self.registers.get(operand.name)
+            if held is None:
+                held = self._poison(operand)
+            values = np.where(mask, values, held)
+        self.registers[operand.name] = values
+
+    def _dtype(self, register: Register) -> np.dtype[Any]:
+        return self.program.registers[register.name.rstrip("0123456789")]
+
+    def _poison(self, register: Register) -> Array:
+        """What was never written: ones, which are no numbers to floats, and outside of everything as addresses."""
+        return np.full(self.lanes, -1).astype(self._dtype(register))
+
+    def whole_warps(self, mask: Mask) -> Array:
+        """Indices of the warps that take part in an instruction that a warp executes as one."""
+        if mask is None:
+            return np.arange(self.lanes // WARP)
+        warps = mask.reshape(-1, WARP)
+        some = warps.any(axis=1)
+        if (some != warps.all(axis=1)).any():
+            raise PtxError("only some threads of a warp take part in what it has to do as one")
+        return np.flatnonzero(some)
+
+    # ── execution ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def run(self) -> None:
+        """Execute to the end.
+
+        Raises:
+            PtxError: an instruction does what PTX leaves undefined, or is not known here.
+        """
+        while self._groups:
+            ready = [group for group in self._groups if not group.waits]
+            if not ready:
+                self._pass_barrier()
+                continue
+            place = min(group.place for group in ready)
+            group = self._merged([one for one in ready if one.place == place])
+            others = [one.place for one in ready if one.place != place]
+            self._advance(group, min(others, default=len(self.program.instructions)))
+
+    def _merged(self, groups: list[Group]) -> Group:
+        first, *others = groups
+        for other in others:
+            assert first.mask is not None and other.mask is not None
+            both = first.mask | other.mask
+            first.mask = None if both.all() else both
+            self._groups.remove(other)
+        return first
+
+    def _advance(self, group: Group, until: int) -> None:
+        """Execute for a group until it meets others at ``until``, parts, waits or ends."""
+        instructions = self.program.instructions
+        while group.place < until:
+            instruction = instructions[group.place]
+            mask = group.mask
+            if instruction.predicate is not None:
+                register, negated = instruction.predicate
+                holds = self.read(register, np.dtype(bool))
+                holds = ~holds if negated else holds
+                mask = holds if mask is None else holds & mask
+                mask = None if mask.all() else mask
+            opcode = instruction.opcode[0]
+            if opcode == "bra":
+                self._branch(group, mask, instruction)
+                return
+            if opcode == "ret":
+                if instruction.predicate is not None:
+                    raise PtxError(f"{instruction}: a return under a condition")
+                self._groups.remove(group)
+                return
+            if opcode == "bar" and instruction.opcode[1] == "sync":
+                group.place, group.waits = group.place + 1, True
+                return
+            if mask is None or mask.any():
+                if self.counts is not None:
+                    name = ".".join(instruction.opcode)
+                    self.counts.instructions[name] += self._warps(mask)
+                self._execute(instruction, mask)
+            group.place += 1
+
+    def _execute(self, instruction: Instruction, mask: Mask) -> None:
+        handler = HANDLERS.get(instruction.opcode[0])
+        if handler is None:
+            raise PtxError(f"{instruction}: not known to this machine")
+        try:
+            handler(self, instruction, mask)
+        except PtxError as error:
+            raise PtxError(f"{instruction}: {error}") from None
+        except Exception as error:
+            raise PtxError(f"{instruction}: {type(error).__name__}: {error}") from error
+
+    def _warps(self, mask: Mask) -> int:
+        return self.lanes // WARP if mask is None else int(mask.reshape(-1, WARP).any(axis=1).sum())
+
+    def _branch(self, group: Group, taken: Mask, instruction: Instruction) -> None:
+        target = self.program.labels[instruction.operands[0].name]
+        group.place += 1
+        if taken is None or (group.mask is not None and (taken == group.mask).all()):
+            group.place = target
+        elif taken.any():
+            everyone = np.ones(self.lanes, bool) if group.mask is None else group.mask
+            group.mask = everyone & ~taken
+            self._groups.append(Group(target, taken))
+
+    def _pass_barrier(self) -> None:
+        """All that are left wait at a barrier: each block's threads at the same one."""
+        places = np.full(self.lanes, -1)
+        for group in self._groups:
+            places[slice(None) if group.mask is None else group.mask] = group.place
+            group.waits = False
+        of_block = places.reshape(-1, self.threads)
+        if (of_block != of_block[:, :1]).any():
+            raise PtxError("threads of a block wait at different barriers, or have ended before one")
+        self.shared.pass_barrier()
+
+
+def launch(
+    ptx: str,
+    grid: tuple[int, int, int],
+    arguments: Sequence[int | float],
+    buffers: Sequence[Buffer],
+    *,
+    threads: int,
+    shared_bytes: int,
+    counts: Counts | None = None,
+) -> None:
+    """Execute a kernel for every block of ``grid``.
+
+    Args:
+        ptx: its text.
+        arguments: of its parameters, in order; pointers as addresses in ``buffers``.
+        buffers: the memory that it may touch.
+        threads, shared_bytes: of a block.
+        counts: to add what was executed to.
+
+    Raises:
+        PtxError: it does what PTX leaves undefined.
+    """
+    for name in ("arithmetic", "tensor_cores", "transfers"):
+        importlib.import_module(f"ptx_machine.{name}")  # which adds its instructions
+    program, memory = parse(ptx), Global(buffers)
+    blocks = grid[0] * grid[1] * grid[2]
+    with np.errstate(all="ignore"):
+        for first in range(0, blocks, BLOCKS_ABREAST):
+            Machine(
+                program,
+                grid,
+                range(first, min(first + BLOCKS_ABREAST, blocks)),
+                threads=threads,
+                shared_bytes=shared_bytes,
+                memory=memory,
+                arguments=arguments,
+                counts=counts,
+            ).run()
