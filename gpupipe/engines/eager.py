@@ -8,13 +8,14 @@ from torch import Tensor
 from gpupipe.engines.base import EngineName, Features
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.unet328 import UNet328
+from gpupipe.tf32 import without_tf32
 
 
 class EagerEngine:
     """Eager PyTorch with batch norms folded; channels-last on CUDA.
 
     Args:
-        dtype: of weights and activations. In float32 TF32 stays off.
+        dtype: of weights and activations. float32 is run without TF32.
     """
 
     name: EngineName = "eager"
@@ -28,7 +29,7 @@ class EagerEngine:
     @torch.inference_mode()
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`."""
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with without_tf32(self.device):
             features = self._network.encode(image.to(self.device, self.dtype, memory_format=self._layout))
         return {f"x{i}": value for i, value in enumerate(features, start=1)}
 
@@ -37,5 +38,5 @@ class EagerEngine:
         """As :meth:`Engine.decode`."""
         x1, x2, x3, x4, x5, x6 = (features[f"x{i}"].index_select(0, index) for i in range(1, 7))
         audio = audio.to(self.device, self.dtype)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with without_tf32(self.device):
             return self._network.decode((x1, x2, x3, x4, x5, x6), audio)

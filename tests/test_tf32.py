@@ -1,0 +1,85 @@
+"""Where float32 is held to be float32, and that the program's own switches are left as they were."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.engines.compiled import CompiledEngine
+from gpupipe.engines.eager import EagerEngine
+from gpupipe.tf32 import without_tf32
+
+CUDA = torch.device("cuda")
+
+
+def switches() -> tuple[bool, bool, bool]:
+    cudnn = torch.backends.cudnn
+    return cudnn.enabled, cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.fixture(autouse=True)
+def switched_on() -> Iterator[None]:
+    """As a program may have set them."""
+    before = switches()[1:]
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_it_is_off_within_and_cudnn_is_not() -> None:
+    enabled = torch.backends.cudnn.enabled
+    with without_tf32(CUDA):
+        assert switches() == (enabled, False, False)
+        with without_tf32(torch.device("cpu")), without_tf32(CUDA):
+            pass
+        assert switches() == (enabled, False, False)
+    assert switches() == (enabled, True, True)
+    with without_tf32(torch.device("cpu")):
+        assert switches() == (enabled, True, True)
+
+
+def test_threads_that_overlap_leave_the_switches_as_they_were() -> None:
+    """The second one enters before the first one leaves, and leaves after it."""
+    entered, left = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with without_tf32(CUDA):
+            entered.set()
+            assert left.wait(10)
+
+    thread = threading.Thread(target=second)
+    with without_tf32(CUDA):
+        thread.start()
+        assert entered.wait(10)
+    assert switches()[1:] == (False, False)
+    left.set()
+    thread.join()
+    assert switches()[1:] == (True, True)
+
+
+@pytest.mark.parametrize("name", ["eager", "compiled"])
+def test_engines_run_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, though the network itself runs on the CPU here."""
+    monkeypatch.setattr(f"gpupipe.engines.{name}.without_tf32", lambda device: without_tf32(CUDA))
+    found = []
+
+    def look(*_: object) -> tuple[torch.Tensor, ...]:
+        found.append(switches()[1:])
+        return (torch.zeros(1, 1, 1, 1),) * 6
+
+    network, cpu = seeded_network(width=1 / 8), torch.device("cpu")
+    engine: EagerEngine | CompiledEngine
+    if name == "eager":
+        engine = EagerEngine(network, device=cpu)
+        monkeypatch.setattr(engine._network, "encode", look)
+        monkeypatch.setattr(engine._network, "decode", look)
+    else:
+        engine = CompiledEngine(network, device=cpu)
+        engine._encode = engine._decode = look  # type: ignore[assignment]
+    engine.decode(engine.encode(torch.zeros(1, 6, 320, 320)), torch.tensor([0]), torch.zeros(1, 32, 16, 16))
+    assert found == [(False, False)] * 2
+    assert switches()[1:] == (True, True)
