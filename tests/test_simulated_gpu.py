@@ -10,6 +10,8 @@ import pytest
 import torch
 from simulated_gpu.run import CannotSimulateError, build, command
 
+from gpupipe.kernels.whole_block import gluon_obstacle
+
 TESTS = Path(__file__).resolve().parent
 
 
@@ -23,13 +25,13 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         pytest.skip(str(missing))
 
 
-def run(libraries: list[Path], *arguments: str | Path, major: int = 7) -> int:
+def run(libraries: list[Path], *arguments: str | Path, arch: int | None = None) -> int:
     """How many tests have passed; fails if one has not, or was skipped."""
     words, environment = command(libraries, ["-q", *map(str, arguments)])
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
-    done = subprocess.run(
-        words, env=environment | {"SIMULATED_GPU_MAJOR": str(major)}, capture_output=True, text=True, check=False
-    )
+    if arch is not None:
+        environment |= {"SIMULATED_GPU_MAJOR": str(arch // 10), "PTX_MACHINE": str(arch)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout, done.stdout
     found = re.search(r"(\d+) passed", done.stdout)
@@ -47,6 +49,16 @@ def test_what_runs_on_a_gpu(libraries: list[Path]) -> None:
     assert run(libraries, TESTS, "-m", marked, f"--ignore={TESTS / 'test_graphs.py'}") >= 21
 
 
-def test_recordings_with_triton_s_kernels(libraries: list[Path]) -> None:
-    """On a GPU as new as the kernels ask for; Triton's interpreter takes its time."""
-    assert run(libraries, TESTS / "test_graphs.py", "-m", "cuda", major=9) == 11
+@pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
+def test_recordings_with_compiled_kernels(libraries: list[Path]) -> None:
+    """On a GPU as new as the kernels ask for, which executes what Triton makes of them."""
+    assert run(libraries, TESTS / "test_graphs.py", "-m", "cuda", arch=90) == 11
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
+@pytest.mark.parametrize("engine", ["fused", "gluon"])
+def test_engines_with_compiled_kernels(libraries: list[Path], engine: str) -> None:
+    """The whole network, at half its width and at its own, of three samples: an hour."""
+    tests = TESTS / f"test_{engine}_engine.py"
+    assert run(libraries, tests, "-m", "cuda and hardware", arch=90) == 6

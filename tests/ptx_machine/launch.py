@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
+import numpy as np
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from ptx_machine.machine import WARP, Counts, launch
+from ptx_machine.machine import WARP, launch
 from ptx_machine.memory import Buffer
 
 
@@ -42,10 +44,13 @@ def compiled(*names: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def machine(arch: int, counts: Counts | None = None) -> Iterator[None]:
-    """Within this context launches compile for compute capability ``arch`` / 10 and execute here, at once.
+def machine(arch: int, launcher: Callable[[Callable[[], None], list[Tensor]], None] | None = None) -> Iterator[None]:
+    """Within this context launches compile for compute capability ``arch`` / 10 and execute here.
 
     All that Triton does before a launch is done: what it makes of arguments that are 1, or multiples of 16, too.
+
+    Args:
+        launcher: takes what executes a launch, and the tensors that it was given; by default it is executed at once.
     """
     driver = SimpleNamespace(
         get_current_device=lambda: arch,  # which Triton keeps apart what it compiled for
@@ -60,15 +65,20 @@ def machine(arch: int, counts: Counts | None = None) -> Iterator[None]:
         passed = [given[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"]
         scratch = (kernel.metadata.global_scratch_size, kernel.metadata.profile_scratch_size)
         assert not any(scratch), f"scratch memory of {scratch} bytes is not provided for"
-        launch(
+        tensors = [one for one in passed if isinstance(one, Tensor)]
+        execute = functools.partial(
+            launch,
             kernel.asm["ptx"],
             (*grid, 1, 1)[:3],
             [one.data_ptr() if isinstance(one, Tensor) else one for one in passed] + [0, 0],
-            buffers_of([one for one in passed if isinstance(one, Tensor)]),
+            buffers_of(tensors),
             threads=kernel.metadata.num_warps * WARP,
             shared_bytes=kernel.metadata.shared,
-            counts=counts,
         )
+        if launcher is None:
+            execute()
+        else:
+            launcher(execute, tensors)
         return kernel
 
     with mock.patch.object(triton.runtime.driver, "_active", driver), mock.patch.object(JITFunction, "run", run):
@@ -76,8 +86,9 @@ def machine(arch: int, counts: Counts | None = None) -> Iterator[None]:
 
 
 def buffers_of(tensors: list[Tensor]) -> list[Buffer]:
-    """The memory that tensors lie in, each once."""
-    storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors if one.numel()}
+    """The memory that tensors lie in, each once. It is not kept."""
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors if one.numel()}
     return [
-        Buffer(start, torch.empty(0, dtype=torch.uint8).set_(storage).numpy()) for start, storage in storages.items()
+        Buffer(start, np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8))
+        for start, size in storages.items()
     ]

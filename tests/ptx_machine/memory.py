@@ -44,6 +44,11 @@ class Buffer:
     data: Array
     written_by: Array | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        """As all allocators do it: what an access' width divides is then a row of that many bytes."""
+        if self.start % 16:
+            raise ValueError(f"a buffer at {self.start:#x}; expected a multiple of 16")
+
 
 class Global:
     """The buffers of a launch."""
@@ -55,36 +60,30 @@ class Global:
         """``count`` values a thread, shape (lanes, count)."""
         found = np.empty((len(addresses), count), dtype)
         for buffer, some in self._parts(addresses, dtype.itemsize * count):
-            places = addresses[some] - buffer.start
+            width, row = dtype.itemsize * count, (addresses[some] - buffer.start) // (dtype.itemsize * count)
             if buffer.written_by is not None:
-                writers = buffer.written_by[places[:, None] + np.arange(dtype.itemsize * count)]
-                blocks = np.where(writers < 0, -1, writers // machine.threads)
-                own = machine.thread_of_launch[lanes[some]] // machine.threads
-                if ((blocks >= 0) & (blocks != own[:, None])).any():
+                writers = _byte_rows(buffer.written_by, width)[row]
+                own = machine.thread_of_launch[lanes[some]][:, None] // machine.threads
+                if ((writers != NOBODY) & (writers // machine.threads != own)).any():
                     raise PtxError("reads what another block of the same launch wrote")
-            view, first = _typed(buffer.data, dtype, places)
-            found[some] = view[first[:, None] + np.arange(count)]
+            found[some] = _byte_rows(buffer.data, width)[row].view(dtype)
         return found
 
     def store(self, machine: Machine, addresses: Array, lanes: Array, values: Array) -> None:
         """The opposite; ``values`` has shape (lanes, count)."""
-        count = values.shape[1]
-        width = values.itemsize * count
+        given = np.ascontiguousarray(values).view(np.uint8)
+        width = given.shape[1]
         for buffer, some in self._parts(addresses, width):
-            places = addresses[some] - buffer.start
+            row, writer = (addresses[some] - buffer.start) // width, machine.thread_of_launch[lanes[some]]
             if buffer.written_by is None:
                 buffer.written_by = np.full(len(buffer.data), NOBODY, np.int32)
-            view, first = _typed(buffer.data, values.dtype, places)
-            index, given = first[:, None] + np.arange(count), values[some]
-            touched = places[:, None] + np.arange(width)
-            writers = machine.thread_of_launch[lanes[some]][:, None]
-            others = ((buffer.written_by[touched] != NOBODY) & (buffer.written_by[touched] != writers)).any(axis=1)
-            if others.any() and (view[index[others]] != given[others]).any():
+            rows, written_by = _byte_rows(buffer.data, width), _byte_rows(buffer.written_by, width)
+            others = ((written_by[row] != NOBODY) & (written_by[row] != writer[:, None])).any(axis=1)
+            if others.any() and (rows[row[others]] != given[some][others]).any():
                 raise PtxError("writes another value to where another thread of the launch wrote")
-            view[index] = given
-            if (view[index] != given).any() and not np.isnan(given.astype(np.float64)).any():
+            rows[row], written_by[row] = given[some], writer[:, None]
+            if (rows[row] != given[some]).any():
                 raise PtxError("threads write different values to the same place")
-            buffer.written_by[touched] = writers
 
     def _parts(self, addresses: Array, width: int) -> list[tuple[Buffer, Any]]:
         """The buffers that accesses fall into, each with which of them do."""
@@ -106,11 +105,9 @@ class Global:
         return parts
 
 
-def _typed(data: Array, dtype: np.dtype[Any], places: Array) -> tuple[Array, Array]:
-    """Bytes as an array of ``dtype``, and the places in it."""
-    offset = int(places[0]) % dtype.itemsize if len(places) else 0
-    usable = (len(data) - offset) // dtype.itemsize * dtype.itemsize
-    return data[offset : offset + usable].view(dtype), ((places - offset) // dtype.itemsize).astype(np.int64)
+def _byte_rows(record: Array, width: int) -> Array:
+    """A buffer's record with a row for each place that an access of ``width`` bytes may have."""
+    return record[: len(record) // width * width].reshape(-1, width)
 
 
 class Shared:
@@ -149,57 +146,62 @@ class Shared:
     def read(self, lanes: Array, places: Array, width: int) -> Array:
         """``width`` bytes a thread, shape (lanes, width)."""
         self.note_reads(lanes, places, width)
-        return self.data[places[:, None] + np.arange(width)]
+        return self.data.reshape(-1, width)[places // width]
 
     def write(self, lanes: Array, places: Array, values: Array) -> None:
         """The opposite; ``values`` are bytes."""
-        self.note_writes(lanes, places, values.shape[1])
-        index = places[:, None] + np.arange(values.shape[1])
-        self.data[index] = values
-        if (self.data[index] != values).any():
+        width = values.shape[1]
+        self.note_writes(lanes, places, width)
+        rows, which = self.data.reshape(-1, width), places // width
+        rows[which] = values
+        if (rows[which] != values).any():
             raise PtxError("threads write different values to the same place")
 
     def note_reads(self, lanes: Array, places: Array, width: int) -> None:
         """Raise if what is read is not there, or not surely; else remember who read it."""
-        granules, lanes = _granules(lanes, places, width)
-        if self._copied[granules].any():
+        row, lane = _row(places, width), lanes[:, None]
+        writer = _rows(self._writer, width)[row]
+        if _rows(self._copied, width)[row].any():
             raise PtxError("reads what a copy that was not waited for is writing")
-        if (self._writer[granules] == NOBODY).any():
+        if (writer == NOBODY).any():
             raise PtxError("reads shared memory that nothing was written to")
-        self._must_be_ordered(granules, lanes, "reads what another thread has written without a barrier in between")
-        block, warp = lanes // self._threads, lanes // 32
-        fresh = self._read_block[granules] != self._block_time[block]
-        fresh |= self._reader[granules] == NOBODY
-        for record, value in ((self._reader, lanes), (self._reader_warp, warp)):
-            record[granules[fresh]] = value[fresh]
-        self._read_block[granules] = self._block_time[block]
-        self._read_warp[granules] = self._warp_time[warp]
-        for record, value in ((self._reader, lanes), (self._reader_warp, warp)):
-            record[granules[record[granules] != value]] = SEVERAL
+        self._must_be_ordered(row, lane, width, "reads what another thread has written without a barrier in between")
+        block, warp = lane // self._threads, lane // 32
+        now = self._block_time[block]
+        read_block = _rows(self._read_block, width)
+        fresh = read_block[row] != now
+        for record, value in ((_rows(self._reader, width), lane), (_rows(self._reader_warp, width), warp)):
+            record[row] = np.where(fresh | (record[row] == NOBODY), value, record[row])
+            record[row] = np.where(record[row] == value, record[row], SEVERAL)
+        read_block[row] = now
+        _rows(self._read_warp, width)[row] = self._warp_time[warp]
 
     def note_writes(self, lanes: Array, places: Array, width: int) -> None:
         """Raise if others may still read or write there; else remember who wrote."""
-        granules, lanes = _granules(lanes, places, width)
+        row, lane = _row(places, width), lanes[:, None]
         if width >= GRANULE:
-            self._must_be_ordered(granules, lanes, "writes where another thread wrote without a barrier in between")
-        block, warp = lanes // self._threads, lanes // 32
-        reader = self._reader[granules]
-        others = (reader != NOBODY) & (reader != lanes) & (self._read_block[granules] == self._block_time[block])
-        same_warp = self._reader_warp[granules] == warp
-        if (others & (~same_warp | (self._read_warp[granules] == self._warp_time[warp]))).any():
+            self._must_be_ordered(row, lane, width, "writes where another thread wrote without a barrier in between")
+        block, warp = lane // self._threads, lane // 32
+        reader = _rows(self._reader, width)[row]
+        others = (reader != NOBODY) & (reader != lane)
+        others &= _rows(self._read_block, width)[row] == self._block_time[block]
+        same_warp = _rows(self._reader_warp, width)[row] == warp
+        if (others & (~same_warp | (_rows(self._read_warp, width)[row] == self._warp_time[warp]))).any():
             raise PtxError("writes what another thread reads without a barrier in between")
-        self._writer[granules] = lanes
-        self._written_block[granules] = self._block_time[block]
-        self._written_warp[granules] = self._warp_time[warp]
-        self._unfenced[granules] = True
+        _rows(self._writer, width)[row] = lane
+        _rows(self._written_block, width)[row] = self._block_time[block]
+        _rows(self._written_warp, width)[row] = self._warp_time[warp]
+        _rows(self._unfenced, width)[row] = True
 
-    def _must_be_ordered(self, granules: Array, lanes: Array, otherwise: str) -> None:
-        writer, block, warp = self._writer[granules], lanes // self._threads, lanes // 32
-        others = (writer != NOBODY) & (writer != lanes)
-        same_warp = writer // 32 == warp
-        now = np.where(same_warp, self._written_warp[granules] == self._warp_time[warp],
-                       self._written_block[granules] == self._block_time[block])  # fmt: skip
-        if (others & now).any():
+    def _must_be_ordered(self, row: Array, lane: Array, width: int, otherwise: str) -> None:
+        writer = _rows(self._writer, width)[row]
+        others = (writer != NOBODY) & (writer != lane)
+        if not others.any():
+            return
+        warp = lane // 32
+        in_warp = _rows(self._written_warp, width)[row] == self._warp_time[warp]
+        in_block = _rows(self._written_block, width)[row] == self._block_time[lane // self._threads]
+        if (others & np.where(writer // 32 == warp, in_warp, in_block)).any():
             raise PtxError(otherwise)
 
     # ── order ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -223,27 +225,35 @@ class Shared:
 
     def start_copy(self, lanes: Array, places: Array, values: Array) -> None:
         """Begin to write bytes beside the threads."""
+        width = values.shape[1]
         self.write(lanes, places, values)
-        self._copied[_granules(lanes, places, values.shape[1])[0]] = True
+        _rows(self._copied, width)[_row(places, width)] = True
 
     def finish_copy(self, lanes: Array, places: Array, width: int) -> None:
         """These threads have waited for it: what they copied is now as if they had stored it."""
-        self._copied[_granules(lanes, places, width)[0]] = False
+        _rows(self._copied, width)[_row(places, width)] = False
         self.note_writes(lanes, places, width)
 
     def read_by_tensor_cores(self, warps: Array, places: Array) -> Array:
-        """Pairs of bytes that whole warpgroups read; ``places`` has a row for each warpgroup's first warp."""
-        granules = places // GRANULE
-        if self._unfenced[granules].any():
+        """Float16 values that whole warpgroups read; ``places`` has a row for each warpgroup's first warp."""
+        lanes = np.repeat(warps.astype(np.int32) * 32, places.shape[1])
+        chunks, first = np.unique(places.ravel() // _CHUNK, return_index=True)
+        row = _row(chunks * _CHUNK, _CHUNK)
+        if _rows(self._unfenced, _CHUNK)[row].any():
             raise PtxError("tensor cores read what ordinary stores wrote, with no proxy fence since")
-        self.note_reads(np.repeat(warps * 32, places.shape[1]), places.ravel() // GRANULE * GRANULE, GRANULE)
-        self._reader[granules] = self._reader_warp[granules] = SEVERAL
-        return self.data[places[..., None] + np.arange(2)].view(np.float16)[..., 0]
+        self.note_reads(lanes[first], chunks * _CHUNK, _CHUNK)
+        _rows(self._reader, _CHUNK)[row] = _rows(self._reader_warp, _CHUNK)[row] = SEVERAL
+        return self.data.view(np.float16)[places // 2]
 
 
-def _granules(lanes: Array, places: Array, width: int) -> tuple[Array, Array]:
-    """The granules of accesses, and whose they are."""
-    if width <= GRANULE:
-        return places // GRANULE, lanes
-    steps = np.arange(0, width, GRANULE)
-    return ((places[:, None] + steps) // GRANULE).ravel(), np.repeat(lanes, len(steps))
+_CHUNK = 16
+"""Bytes that stay together in every matrix that tensor cores read from shared memory."""
+
+
+def _rows(record: Array, width: int) -> Array:
+    """A record with a row for each place that an access of ``width`` bytes may have."""
+    return record.reshape(-1, max(width // GRANULE, 1))
+
+
+def _row(places: Array, width: int) -> Array:
+    return places // max(width, GRANULE)

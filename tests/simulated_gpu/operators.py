@@ -38,6 +38,7 @@ _runtime.simulated_gpu_captures.argtypes = [ctypes.c_void_p]
 _runtime.simulated_gpu_wait.argtypes = [ctypes.c_void_p]
 _Numbered = ctypes.CFUNCTYPE(None, ctypes.c_long)
 
+_contexts = contextlib.ExitStack()  # never left
 _work: dict[int, Callable[[], None]] = {}
 _recorded: set[int] = set()
 _numbers = itertools.count(1)
@@ -53,8 +54,13 @@ def _run(number: int) -> None:
         failures.append(traceback.format_exc())
 
 
-def install() -> None:
-    """Run what is for a CUDA device on the simulated one, from now on, in this thread and those that it starts."""
+def install(arch: str | None = None) -> None:
+    """Run what is for a CUDA device on the simulated one, from now on, in this thread and those that it starts.
+
+    Args:
+        arch: Triton's kernels are compiled for this compute capability, times ten, and executed as PTX; None leaves
+            them to Triton's interpreter, which does not know Gluon.
+    """
     _runtime.simulated_gpu_runs(_run)
     torch.backends.cudnn.enabled = False  # whose operators have no counterpart on a CPU
     torch.empty(1, device="cuda")  # so that CUDA is initialised before anything is looked at
@@ -68,7 +74,7 @@ def install() -> None:
     threading.Thread.run = run  # type: ignore[method-assign]
     for module, name in ((torch.onnx, "export"), (torch.jit, "trace")):  # tracing does not see through a mode
         setattr(module, name, without_modes(getattr(module, name)))
-    _interpret_triton()
+    _interpret_triton() if arch is None else _execute_triton(int(arch))
 
 
 def without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,17 +94,28 @@ def _interpret_triton() -> None:
 
     def queued(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
         given = tree_map(_place, (args, kwargs))
-        device = _device((args, kwargs))
-        if device is not None and device.index != torch.cuda.current_device():
-            raise ValueError(f"a kernel is launched on cuda:{torch.cuda.current_device()}, its tensors lie on {device}")
 
         def work() -> None:
             args, kwargs = tree_map(_at, given)
             launch(self, *args, **kwargs)
 
-        _queue(work, device)
+        _queue_kernel(work, (args, kwargs))
 
     GridExecutor.__call__ = queued
+
+
+def _execute_triton(arch: int) -> None:
+    """Queue Triton's kernels as they are compiled."""
+    from ptx_machine.launch import machine
+
+    _contexts.enter_context(machine(arch, _queue_kernel))
+
+
+def _queue_kernel(work: Callable[[], None], given: Any) -> None:
+    device = _device(given)
+    if device is not None and device.index != torch.cuda.current_device():
+        raise ValueError(f"a kernel is launched on cuda:{torch.cuda.current_device()}, its tensors lie on {device}")
+    _queue(work, device)
 
 
 # ── work and the memory it is done on ─────────────────────────────────────────────────────────────────────────────────

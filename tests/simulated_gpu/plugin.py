@@ -1,4 +1,7 @@
-"""pytest's plugin: the simulated GPU is there before a test module or conftest.py is read."""
+"""pytest's plugin: the simulated GPU is there before a test module or conftest.py is read.
+
+With ``PTX_MACHINE=90`` Triton's kernels are compiled for compute capability 9.0 and executed, in place of interpreted.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,14 @@ from collections.abc import Iterator
 
 import pytest
 
-os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_INTERPRET"] = "0" if "PTX_MACHINE" in os.environ else "1"
 os.environ["GPUPIPE_FAIL_WITHOUT_CUDA"] = "1"
 
 import torch
 
 import operators  # isort: skip
 
-operators.install()
+operators.install(os.environ.get("PTX_MACHINE"))
 torch.Tensor.__repr__ = operators.without_modes(torch.Tensor.__repr__)  # type: ignore[method-assign]
 
 

@@ -76,7 +76,7 @@ def _compile(*arguments: str | Path) -> None:
 
 def command(libraries: list[Path], arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     """What runs pytest on the simulated GPU, and its environment."""
-    path = os.pathsep.join([str(FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(FOLDER), str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"LD_PRELOAD": " ".join(map(str, libraries)), "PYTHONPATH": path}
     return [sys.executable, "-m", "pytest", "-p", "plugin", *arguments], environment
 
