@@ -12,6 +12,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton", minversion="3.8", reason="the Gluon kernels need Triton 3.8 (shared-memory gather)")
 
 from ptx_machine.launch import compiled, machine
+from ptx_machine.machine import Counts
 
 from gpupipe.kernels.whole_block import PackedBlock, PackedHead, pack_block, pack_head, pad_channels, whole_block
 
@@ -154,6 +155,21 @@ def test_samples_of_a_batch_and_of_a_bank(kernels: Any) -> None:
     check(run(kernels, bank, block, low=low, index=index), whole_block(bank[index], block, low=low))
     halving = block_of(0, 16, 32, 16, stride=2)
     check(run(kernels, bank, halving, index=index), whole_block(bank[index], halving))
+
+
+@pytest.mark.skipif(CUDA, reason="counts what the machine without a GPU executes")
+@pytest.mark.parametrize("wgmma", EXPANDS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_no_two_threads_want_one_bank(kernels: Any, stride: int, wgmma: bool) -> None:
+    """Nor does a warp's load or store of 16 bytes a thread touch more memory than it moves."""
+    counts, block = Counts(), block_of(0 if stride == 2 else 32, 32, 64, 32, stride=stride)
+    low = {} if stride == 2 else {"low": noise(1, 12, 60, 32)}
+    with machine(90 if wgmma else 80, counts=counts):
+        kernels.whole_block_gluon(noise(1, 24, 120, 32), block, wgmma=wgmma, **low)
+    assert counts.shared == counts.fewest_shared
+    wide = [opcode for opcode in counts.sectors if opcode.endswith("v4.b32")]
+    assert len(wide) == 2, "loads and stores"
+    assert all(counts.sectors[opcode] == counts.fewest_sectors[opcode] for opcode in wide)
 
 
 def test_no_sample_is_no_launch(kernels: Any) -> None:

@@ -19,7 +19,7 @@ pytest.importorskip("triton", minversion="3.8", reason="what is compiled is what
 
 from ptx_machine import launch as launching
 from ptx_machine.launch import compiled, machine
-from ptx_machine.machine import launch
+from ptx_machine.machine import Counts, launch
 from ptx_machine.memory import Buffer
 from ptx_machine.program import PtxError, parse
 
@@ -229,6 +229,22 @@ def test_blocks_of_a_launch_do_not_talk() -> None:
     execute(body)
     with pytest.raises(PtxError, match="another block of the same launch wrote"):
         execute(body, blocks=2)
+
+
+@pytest.mark.parametrize(
+    ("step", "width", "passes", "sectors"),
+    [(4, 1, 1, 4), (8, 1, 2, 8), (128, 1, 32, 32), (0, 1, 1, 1), (16, 4, 4, 16), (32, 4, 8, 32)],
+)
+def test_what_is_counted(step: int, width: int, passes: int, sectors: int) -> None:
+    """Of a warp whose threads load ``width`` words each, ``step`` bytes apart."""
+    counts = Counts()
+    lanes = np.arange(32)
+    counts.count_shared("ld", lanes, lanes * step, 4 * width)
+    counts.count_sectors("ld", lanes, lanes * step, 4 * width)
+    assert (counts.shared["ld"], counts.sectors["ld"]) == (passes, sectors)
+    words = 1 if step == 0 else 32 * width
+    assert counts.fewest_shared["ld"] == -(-words // 32)
+    assert counts.fewest_sectors["ld"] == -(-words // 8)
 
 
 # ── whole kernels ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from ptx_machine.machine import WARP, launch
+from ptx_machine.machine import WARP, Counts, launch
 from ptx_machine.memory import Buffer
 
 
@@ -44,13 +44,18 @@ def compiled(*names: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def machine(arch: int, launcher: Callable[[Callable[[], None], list[Tensor]], None] | None = None) -> Iterator[None]:
+def machine(
+    arch: int,
+    launcher: Callable[[Callable[[], None], list[Tensor]], None] | None = None,
+    counts: Counts | None = None,
+) -> Iterator[None]:
     """Within this context launches compile for compute capability ``arch`` / 10 and execute here.
 
     All that Triton does before a launch is done: what it makes of arguments that are 1, or multiples of 16, too.
 
     Args:
         launcher: takes what executes a launch, and the tensors that it was given; by default it is executed at once.
+        counts: to add what is executed to.
     """
     driver = SimpleNamespace(
         get_current_device=lambda: arch,  # which Triton keeps apart what it compiled for
@@ -74,6 +79,7 @@ def machine(arch: int, launcher: Callable[[Callable[[], None], list[Tensor]], No
             buffers_of(tensors),
             threads=kernel.metadata.num_warps * WARP,
             shared_bytes=kernel.metadata.shared,
+            counts=counts,
         )
         if launcher is None:
             execute()

@@ -62,17 +62,38 @@ class Group:
 
 @dataclass
 class Counts:
-    """What a launch executed, in instructions of a warp.
+    """What a launch executed, by opcode.
 
     Attributes:
-        instructions: by opcode.
-        shared: passes through shared memory that loads, stores and matrix loads took, and the fewest they could.
-        sectors: 32-byte sectors of global memory that loads and stores touched, and the fewest for as many bytes.
+        instructions: of a warp.
+        shared: passes through shared memory's banks, and the fewest for as many words.
+        sectors: of 32 bytes of global memory, that a warp's instruction touched, and the fewest for as many bytes.
     """
 
     instructions: Counter[str] = field(default_factory=Counter)
     shared: Counter[str] = field(default_factory=Counter)
+    fewest_shared: Counter[str] = field(default_factory=Counter)
     sectors: Counter[str] = field(default_factory=Counter)
+    fewest_sectors: Counter[str] = field(default_factory=Counter)
+
+    def count_shared(self, opcode: str, lanes: Array, addresses: Array, width: int) -> None:
+        """32 banks of 4 bytes; of 8 and 16 bytes a thread, a half and a quarter of a warp go together."""
+        words = max(width // 4, 1)
+        together = lanes // (WARP // words)
+        word = addresses[:, None] // 4 + np.arange(words)
+        pairs = np.stack(np.broadcast_arrays(together[:, None], word), axis=-1).reshape(-1, 2)
+        touched = np.unique(pairs, axis=0)
+        _, group = np.unique(touched[:, 0], return_inverse=True)
+        banks = np.bincount(group * 32 + touched[:, 1] % 32, minlength=32 * (group.max() + 1)).reshape(-1, 32)
+        self.shared[opcode] += int(banks.max(axis=1).sum())
+        self.fewest_shared[opcode] += int((-(-banks.sum(axis=1) // 32)).sum())
+
+    def count_sectors(self, opcode: str, lanes: Array, addresses: Array, width: int) -> None:
+        """Aligned accesses of up to 16 bytes a thread lie in one sector each."""
+        warp = lanes // WARP
+        self.sectors[opcode] += len(np.unique(np.stack([warp, addresses // 32], axis=1), axis=0))
+        distinct = np.unique(np.stack([warp, addresses], axis=1), axis=0)[:, 0]
+        self.fewest_sectors[opcode] += int((-(-np.bincount(distinct) * width // 32)).sum())
 
 
 class Machine:

@@ -21,6 +21,19 @@ def addresses_of(machine: Machine, operand: Address, lanes: Array, dtype: np.dty
     return base[lanes].astype(np.int64) + operand.offset
 
 
+def _places(machine: Machine, instruction: Instruction, lanes: Array, operand: Address, width: int) -> Array:
+    """In shared memory."""
+    addresses = addresses_of(machine, operand, lanes, TYPES["u32"])
+    if machine.counts is not None:
+        machine.counts.count_shared(".".join(instruction.opcode), lanes, addresses, width)
+    return machine.shared.places(lanes, addresses, width)
+
+
+def _count_sectors(machine: Machine, instruction: Instruction, lanes: Array, addresses: Array, width: int) -> None:
+    if machine.counts is not None:
+        machine.counts.count_sectors(".".join(instruction.opcode), lanes, addresses, width)
+
+
 def _registers(operand: Any) -> tuple[Any, ...]:
     return operand.parts if isinstance(operand, Vector) else (operand,)
 
@@ -37,10 +50,11 @@ def _load(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     registers = _registers(to)
     if space == "global":
         addresses = addresses_of(machine, source, lanes, TYPES["u64"])
+        _count_sectors(machine, instruction, lanes, addresses, dtype.itemsize * len(registers))
         values = machine.memory.load(machine, addresses, lanes, dtype, len(registers))
     elif space.startswith("shared"):
         width = dtype.itemsize * len(registers)
-        places = machine.shared.places(lanes, addresses_of(machine, source, lanes, TYPES["u32"]), width)
+        places = _places(machine, instruction, lanes, source, width)
         values = machine.shared.read(lanes, places, width).view(dtype)
     else:
         raise PtxError(f"memory of kind {space}")
@@ -57,10 +71,12 @@ def _store(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     columns = [np.broadcast_to(machine.read(one, dtype), machine.lanes)[lanes] for one in _registers(source)]
     values = np.stack(columns, axis=1)
     if space == "global":
-        machine.memory.store(machine, addresses_of(machine, to, lanes, TYPES["u64"]), lanes, values)
+        addresses = addresses_of(machine, to, lanes, TYPES["u64"])
+        _count_sectors(machine, instruction, lanes, addresses, dtype.itemsize * values.shape[1])
+        machine.memory.store(machine, addresses, lanes, values)
     elif space.startswith("shared"):
         width = dtype.itemsize * values.shape[1]
-        places = machine.shared.places(lanes, addresses_of(machine, to, lanes, TYPES["u32"]), width)
+        places = _places(machine, instruction, lanes, to, width)
         machine.shared.write(lanes, places, values.view(np.uint8))
     else:
         raise PtxError(f"memory of kind {space}")
@@ -90,9 +106,10 @@ def _copy(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     some = wanted > 0
     if some.any():
         addresses = addresses_of(machine, source, lanes[some], TYPES["u64"])
+        _count_sectors(machine, instruction, lanes[some], addresses, width)
         loaded = machine.memory.load(machine, addresses, lanes[some], np.dtype("u4"), width // 4)
         values[some] = np.ascontiguousarray(loaded).view(np.uint8)
-    places = machine.shared.places(lanes, addresses_of(machine, to, lanes, TYPES["u32"]), width)
+    places = _places(machine, instruction, lanes, to, width)
     machine.shared.start_copy(lanes, places, values)
     machine.copies_begun.append((lanes, places, width))
 
@@ -113,11 +130,11 @@ def _fence(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 # ── matrices ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _rows(machine: Machine, address: Address, count: int, mask: Mask) -> tuple[Array, Array]:
+def _rows(machine: Machine, instruction: Instruction, address: Address, count: int, mask: Mask) -> tuple[Array, Array]:
     """Threads that give the addresses of ``count`` 8×8 matrices' rows, 8 each, and where these are."""
     warps = machine.whole_warps(mask)
     lanes = (warps[:, None] * WARP + np.arange(8 * count)).ravel().astype(np.int32)
-    return lanes, machine.shared.places(lanes, addresses_of(machine, address, lanes, TYPES["u32"]), 16)
+    return lanes, _places(machine, instruction, lanes, address, 16)
 
 
 @executes("ldmatrix")
@@ -125,7 +142,7 @@ def _load_matrices(machine: Machine, instruction: Instruction, mask: Mask) -> No
     """A lane (g, d) gets columns 2d and 2d + 1 of row g; transposed, rows 2d and 2d + 1 of column g."""
     to, source = instruction.operands
     count = len(to.parts)
-    lanes, places = _rows(machine, source, count, mask)
+    lanes, places = _rows(machine, instruction, source, count, mask)
     rows = machine.shared.read(lanes, places, 16).view(np.uint16).reshape(-1, count, 8, 8)
     if "trans" in instruction.opcode:
         rows = rows.swapaxes(2, 3)
@@ -148,5 +165,5 @@ def _store_matrices(machine: Machine, instruction: Instruction, mask: Mask) -> N
     rows = np.ascontiguousarray(pairs).view(np.uint16)
     if "trans" in instruction.opcode:
         rows = np.ascontiguousarray(rows.swapaxes(2, 3))
-    lanes, places = _rows(machine, to, count, mask)
+    lanes, places = _rows(machine, instruction, to, count, mask)
     machine.shared.write(lanes, places, rows.reshape(len(lanes), 8).view(np.uint8))
