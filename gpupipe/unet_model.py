@@ -109,8 +109,11 @@ class UNetModel:
         return tensor.float()
 
 
-def find_device(device: str | torch.device | None = None) -> torch.device:
+def find_device(device: str | torch.device | None = None, *, here: bool = True) -> torch.device:
     """The device of a name; None means a CUDA GPU if there is one, else the CPU.
+
+    Args:
+        here: whether this machine is to have it; False only checks the name, for another machine.
 
     Raises:
         DeviceError: an unknown name, or a GPU that is not there.
@@ -123,7 +126,7 @@ def find_device(device: str | torch.device | None = None) -> torch.device:
         raise DeviceError(f"device is {device!r}; expected cpu, cuda or cuda:N") from error
     if found.type not in {"cpu", "cuda"}:
         raise DeviceError(f"device is {str(device)!r}; expected cpu, cuda or cuda:N")
-    if found.type == "cuda":
+    if found.type == "cuda" and here:
         if not torch.cuda.is_available():
             raise DeviceError(f"device is {str(device)!r}, but no CUDA GPU is available here; expected cpu")
         if (found.index or 0) >= torch.cuda.device_count():

@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from gpupipe import FrameGenerationPipeline, InputError
 from gpupipe.cli import app
-from gpupipe.errors import DiskFullError, OutputError
+from gpupipe.errors import DeviceError, DiskFullError, OutputError
 from gpupipe.farm import farm_status, ledger, read_jobs, run_farm, worker
 from gpupipe.farm.farm import MAX_LOSSES, Farm, RenderTask
 from gpupipe.farm.ledger import Ledger
@@ -372,11 +373,22 @@ def test_two_farms_in_one_folder_are_one_too_many(inputs: Jobs, tmp_path: Path) 
         farm(inputs, tmp_path / "out")
 
 
-def test_part_seconds_must_be_more_than_none(inputs: Jobs, tmp_path: Path) -> None:
-    jobs = write_jobs(tmp_path / "jobs.jsonl", inputs)
-    with pytest.raises(InputError, match="part seconds is 0"):
-        run_farm(jobs, tmp_path / "out", part_seconds=0)
+@pytest.mark.parametrize("seconds", [1e-300, 1e308])
+def test_any_part_seconds_are_rounded_to_segments(inputs: Jobs, tmp_path: Path, seconds: float) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", inputs[:1]))
+    task = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=seconds).next_task(frames=1000)
+    assert isinstance(task, RenderTask) and len(task.segments) == (3 if seconds < 1 else 1)
     assert segment_length(25) == 50  # type: ignore[arg-type]
+
+
+def test_a_device_of_no_such_name_is_told_before_a_cluster_starts(
+    inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(DeviceError, match="device is 'foo'; expected cpu, cuda or cuda:N"):
+        farm(inputs, tmp_path / "out", workers=1, device="foo")
+    with pytest.raises(InputError, match="workers need Ray"):  # the control: what comes next
+        farm(inputs, tmp_path / "out", workers=1, device="cuda")
 
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -393,6 +405,28 @@ def test_the_command_tells_each_job_and_the_sum(done: Path, inputs: Jobs, tmp_pa
     ran = CliRunner().invoke(app, ["farm", str(jobs), "--output-dir", str(out), "--status"])
     assert ran.exit_code == 0 and "3 done, 1 parked" in ran.stderr
     assert [state.status for state in farm_status(jobs, out)] == ["done", "done", "done", "parked"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--part-seconds nan", "part seconds is nan; expected more than 0, and a finite number"),
+        ("--part-seconds inf", "part seconds is inf"),
+        ("--part-seconds 0", "part seconds is 0.0"),
+        ("--part-seconds=-1", "part seconds is -1.0"),
+        ("--workers 0", "workers is 0; expected 1 or more"),
+        ("--workers=-1", "workers is -1"),
+        ("--batch-size 0", "batch size is 0; expected 1 or more"),
+        ("--memory-budget=-1", "memory budget is -1000000; expected 0 or more bytes"),
+        ("--workers 1 --device foo", "device is 'foo'; expected cpu, cuda or cuda:N"),
+    ],
+)
+def test_an_option_that_cannot_be_used_starts_nothing(inputs: Jobs, tmp_path: Path, words: str, told: str) -> None:
+    jobs = write_jobs(tmp_path / "jobs.jsonl", inputs)
+    ran = CliRunner().invoke(app, ["farm", str(jobs), "--output-dir", str(tmp_path / "out"), *words.split()])
+    assert ran.exit_code == 2, ran.output
+    assert told in ran.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_file_of_jobs_starts_nothing(inputs: Jobs, tmp_path: Path) -> None:

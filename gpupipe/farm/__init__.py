@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,24 +63,23 @@ def run_farm(
         output_dir: where videos go, ``results.jsonl``, and what a later run needs to go on after this one.
         device, batch_size, memory_budget: as :class:`~gpupipe.FrameGenerationPipeline` takes them, for each worker;
             the budget is for all avatars of a worker together.
-        part_seconds: clips are rendered in parts of this length; a worker that dies loses one.
+        part_seconds: clips are rendered in parts of this length, finite; a worker that dies loses one.
         workers: None renders in this process; else so many workers of Ray, each with a GPU or its share of the cores.
         address: of a running Ray cluster, ``"auto"`` for this machine's; None starts one here for this run.
         force: render what is done, too.
         told: called with the state of each job that comes to its end.
 
     Raises:
-        InputError: a file of jobs or an option that cannot be used. What is wrong with one job's files is that job's
-            error, in its :class:`JobState`, and stops no other.
+        InputError: a file of jobs or an option that cannot be used, before anything starts. What is wrong with one
+            job's files is that job's error, in its :class:`JobState`, and stops no other.
         DiskFullError: there is no room; run it again when there is.
+        GpupipeError: a worker of Ray cannot start; no job is blamed for that.
     """
     start = time.perf_counter()
     jobs = [_absolute(job) for job in read_jobs(jobs_path)]
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch size is {batch_size}; expected 1 or more")
+    _check_options(batch_size, memory_budget, part_seconds, workers)
     on_ray = workers is not None or address is not None
-    # A cluster's devices need not be this machine's.
-    kind = device.partition(":")[0] if on_ray and device else find_device(device).type
+    kind = find_device(device, here=not on_ray).type  # a cluster's devices need not be this machine's
     ledger = Ledger(output_dir, jobs)
     with ledger.locked():
         farm = Farm(jobs, ledger, device=kind, part_seconds=part_seconds, force=force, told=told)
@@ -111,6 +111,18 @@ def farm_status(jobs_path: str | Path, output_dir: str | Path) -> list[JobState]
     jobs = read_jobs(jobs_path)
     states = Ledger(output_dir, jobs).states
     return [states[job.output] for job in jobs]
+
+
+def _check_options(batch_size: int | None, memory_budget: int | None, part_seconds: float, workers: int | None) -> None:
+    """Refuse what no job could be rendered with: it would be told as the fault of each."""
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch size is {batch_size}; expected 1 or more")
+    if memory_budget is not None and memory_budget < 0:
+        raise InputError(f"memory budget is {memory_budget}; expected 0 or more bytes")
+    if not 0 < part_seconds < math.inf:  # NaN is not
+        raise InputError(f"part seconds is {part_seconds}; expected more than 0, and a finite number")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers is {workers}; expected 1 or more")
 
 
 def _absolute(job: Job) -> Job:

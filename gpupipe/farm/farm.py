@@ -11,10 +11,11 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from gpupipe.errors import DiskFullError, InputError
+from gpupipe.errors import DiskFullError
 from gpupipe.farm.jobs import Job
 from gpupipe.farm.ledger import Fingerprints, JobState, Ledger, read_record, text_hash
 from gpupipe.farm.residents import AvatarKey
@@ -86,7 +87,7 @@ class Farm:
         jobs: checked, outputs distinct.
         ledger: of the output folder, locked.
         device: the kind of device that renders, ``cpu`` or ``cuda``: parts of one clip come from one kind.
-        part_seconds: length of a part, rounded to whole segments of the encoder.
+        part_seconds: length of a part, more than 0 and finite, rounded to whole segments of the encoder.
         force: do again what is done.
         told: see :data:`Told`.
 
@@ -106,8 +107,6 @@ class Farm:
         force: bool = False,
         told: Told = lambda state: None,
     ) -> None:
-        if part_seconds <= 0:
-            raise InputError(f"part seconds is {part_seconds}; expected more than 0")
         self.ledger = ledger
         self.skipped: list[str] = []
         self.frames = 0
@@ -278,7 +277,7 @@ class Farm:
         frames = speech.timing(job.frame_rate).frames
         rate = frame_rate(job.frame_rate)
         unit = segment_length(rate)
-        length = max(1, round(self._part_seconds * rate / unit)) * unit
+        length = max(1, round(Fraction(self._part_seconds) * rate / unit)) * unit
         folder, suffix = self.ledger.folder(job), Path(job.output).suffix
         segments = [
             Segment(
