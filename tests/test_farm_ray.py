@@ -17,6 +17,7 @@ import pytest
 from farming import left_over, videos, write_jobs, write_speech
 
 from gpupipe import InputError
+from gpupipe.errors import GpupipeError
 from gpupipe.farm import cluster, run_farm
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -97,6 +98,28 @@ def test_every_gpu_has_a_worker_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
             cluster._Crew(ray, None, 3, {"device": "cuda"})  # type: ignore[arg-type]
     finally:
         ray.shutdown()
+
+
+def test_a_worker_that_cannot_start_is_no_fault_of_the_jobs(
+    jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        """Stands in for a worker on a machine where none can be."""
+
+        def __init__(self, options: dict[str, Any]) -> None:
+            raise RuntimeError("no driver here")
+
+        def do(self, task: Any) -> Any:
+            raise AssertionError("nothing has started")
+
+    monkeypatch.setattr(cluster, "_Hand", Broken)
+    with pytest.raises(GpupipeError) as error:
+        run_farm(jobs, tmp_path / "out", workers=1, device="cpu")
+    if "cannot be reached" in str(error.value):
+        pytest.skip(f"no cluster starts here: {error.value}")
+    assert str(error.value) == "a worker cannot start (RuntimeError: no driver here)"
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert {(row["status"], row["losses"]) for row in rows} == {("waiting", 0)}
 
 
 def test_more_workers_than_cores_are_refused(jobs: Path, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def work_on_ray(farm: Farm, *, workers: int | None, address: str | None, options
 
     Raises:
         DiskFullError: there is no room; what is whole is recorded.
+        GpupipeError: a worker cannot start, which is the fault of no job.
         InputError: Ray is not installed, cannot be reached, or has too few GPUs or cores.
     """
     try:
@@ -119,6 +120,8 @@ class _Crew:
             try:
                 how, result = self._ray.get(ref)
             except (RayActorError, WorkerCrashedError) as error:
+                if getattr(error, "actor_init_failed", False):  # the next one would fail as well
+                    raise GpupipeError(f"a worker cannot start ({str(error).splitlines()[-1]})") from error
                 logger.warning("a worker died (%s): others take its work", type(error).__name__)
                 if place is not None and self._hands[place] is hand:
                     self._hands[place], self._near[place] = self._hire(), None
