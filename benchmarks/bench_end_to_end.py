@@ -7,7 +7,8 @@ is whole. What is not: importing, and loading the checkpoint, which who renders 
 reported by itself. Each first renders a short clip that does not count. Then they take turns, and swap who begins,
 so that a noisy neighbour or a warm core favours neither; the ratio is taken within each turn.
 
-On a CPU that multiplies bfloat16 a third one takes part: gpupipe with ``--precision bfloat16``.
+The loop runs twice: as it is, on eager PyTorch, and with the network in ONNX Runtime. On a CPU that multiplies
+bfloat16 gpupipe does, too: with ``--precision bfloat16``.
 
 All use the same checkpoint, float32 on the CPU but for that one, and libx264 at the same CRF; each with its own preset
 (the loop's is "medium", that of the ffmpeg command) and its own default paste-back. A clip no longer than the template
@@ -41,6 +42,7 @@ def main() -> None:
         how: dict[str, Any] = {"device": options.device, "crf": options.crf}
         everybody = [
             contestants.reference_loop(scenario, **how),
+            contestants.reference_loop_onnxruntime(scenario, folder, **how),
             contestants.gpupipe(scenario, exact=options.exact, **how),
             *contestants.half_precision_on_cpu(scenario, **how),
         ]

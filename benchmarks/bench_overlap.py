@@ -25,7 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,8 +60,11 @@ def main() -> None:
             scenario = given(
                 options.template, options.features, options.audio, folder, mode=options.mode, width=options.width
             )
-        costs = _measure(scenario, options, folder)
-    rows = _rows(costs, scenario, options)
+        pipeline = FrameGenerationPipeline(scenario.checkpoint, scenario.mode, "cpu")
+        costs = _measure(pipeline, scenario, options, folder)
+    model = pipeline.unet_model
+    config = scenario.facts() | {"engine": model.engine.name, "exact": model.exact, "cores": available_cores()}
+    rows = _rows(costs, config, options)
     for one in rows:
         print(f"{one.provider} {one.metric}: {one.p50:.3f} ({one.p20:.3f} to {one.p80:.3f}) {one.unit}")
     if options.record:
@@ -69,8 +72,9 @@ def main() -> None:
             print(f"recorded in {path.relative_to(ROOT)}")
 
 
-def _measure(scenario: Scenario, options: argparse.Namespace, folder: Path) -> dict[str, list[Cost]]:
-    pipeline = FrameGenerationPipeline(scenario.checkpoint, scenario.mode, "cpu")
+def _measure(
+    pipeline: FrameGenerationPipeline, scenario: Scenario, options: argparse.Namespace, folder: Path
+) -> dict[str, list[Cost]]:
     features, sound = scenario.clip(options.frames, folder)
     engine, shape = pipeline.unet_model.engine, AUDIO_SHAPES[scenario.mode]
     image, window = torch.rand(1, 6, INPUT_SIZE, INPUT_SIZE), torch.rand(1, *shape)
@@ -124,9 +128,8 @@ def _cost(work: Callable[[], None]) -> Cost:
     return Cost(time.perf_counter() - start, time.process_time() - cpu)
 
 
-def _rows(costs: dict[str, list[Cost]], scenario: Scenario, options: argparse.Namespace) -> list[Row]:
+def _rows(costs: dict[str, list[Cost]], config: dict[str, Any], options: argparse.Namespace) -> list[Row]:
     """The ratios are taken within each turn."""
-    config = scenario.facts() | {"engine": "onnxruntime", "exact": True, "cores": available_cores()}
     turns = list(zip(*(costs[name] for name in ("compute", "encode", "render", "network")), strict=True))
     ratios, least, shares = [], [], []
     for compute, encode, render, network in turns:

@@ -26,55 +26,84 @@ Rows = list[Record]
 def headline(rows: Rows) -> str:
     """The newest ratio for the longest clip of a full-width network, in a sentence with its conditions."""
 
-    def ratios(provider: str) -> Rows:
+    def measured(provider: str, metric: str = "ratio") -> Rows:
         return [
             row
             for row in rows
             if row["what"] == "end_to_end" and row["axis"] == "frames" and row["error"] is None
-            if (row["provider"], row["metric"]) == (provider, "ratio") and row["config"].get("width") == 1
+            if (row["provider"], row["metric"]) == (provider, metric) and row["config"].get("width") == 1
         ]
 
-    row = max(ratios("gpupipe"), key=lambda row: (row["value"], row["time"]))
+    row = max(measured("gpupipe"), key=lambda row: (row["value"], row["time"]))
     config = row["config"]
     width, height = config.get("size", (1280, 720))
     where = row["device"] if row["driver"] else f"{row['device']}, no GPU"
     precision = "float32" if config["exact"] else "half precision"
-    said = (
-        f"**{row['p50']:.1f}× the reference loop's frames a second** to a finished .mp4 on {where}:"
+    run = ("device", "commit", "value", "n")
+
+    def beside(provider: str, metric: str = "ratio") -> Record | None:
+        same = (
+            other
+            for other in reversed(measured(provider, metric))
+            if all(other[fact] == row[fact] for fact in run) and other["config"]["template"] == config["template"]
+        )
+        return next(same, None)
+
+    said = f"**{row['p50']:.1f}× the reference loop's frames a second**"
+    ours, on_onnxruntime = beside("gpupipe", "throughput"), beside("reference_loop_onnxruntime", "throughput")
+    if ours and on_onnxruntime:
+        said += f", and {ours['p50'] / on_onnxruntime['p50']:.1f}× those of the same loop on ONNX Runtime,"
+    said += (
+        f" to a finished .mp4 on {where}:"
         f" {row['value']:g} frames of {width}×{height}, template {config['template']}, full-width network,"
         f" mode {config['mode']}, {precision}"
     )
-    run = ("device", "commit", "value", "n")
-    beside = [
-        half
-        for half in ratios("gpupipe_bfloat16")
-        if all(half[fact] == row[fact] for fact in run) and half["config"]["template"] == config["template"]
-    ]
-    if beside:
-        said += f"; **{beside[-1]['p50']:.1f}×** with `--precision bfloat16`, which this processor multiplies"
+    if half := beside("gpupipe_bfloat16"):
+        said += f"; **{half['p50']:.1f}×** with `--precision bfloat16`, which this processor multiplies"
     return said + " ([how it was measured](#results))."
 
 
 def end_to_end(rows: Rows) -> str:
     """Frames a second to a finished file: the reference loop and gpupipe at full width, by device and length."""
     lines = [
-        "| machine | template | clip | precision | reference loop | gpupipe | ratio (p20–p80) | turns | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| machine | template | clip | precision | reference loop | gpupipe | ratio (p20–p80) |"
+        " to the loop on ONNX Runtime | turns | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for group, by_length in plots.clips(rows).items():
         for frames, found in sorted(by_length.items()):
+            by_onnxruntime = found.get(("reference_loop_onnxruntime", "throughput"))
             for provider in ("gpupipe", "gpupipe_bfloat16"):
                 if group.width != 1 or (provider, "ratio") not in found:
                     continue
                 reference, ours = found["reference_loop", "throughput"], found[provider, "throughput"]
                 ratio = found[provider, "ratio"]
                 exact = "float32" if ours["config"]["exact"] else "float16"
+                beside = "not measured"
+                if by_onnxruntime and by_onnxruntime["commit"] == ours["commit"]:
+                    beside = f"{ours['p50'] / by_onnxruntime['p50']:.1f}×"
                 lines.append(
                     f"| {group.device} | {group.template} | {frames:g} frames |"
                     f" {ours['config'].get('precision', exact)} | {reference['p50']:.2f} frames/s |"
-                    f" {ours['p50']:.2f} frames/s | {_ratio(ratio)} | {ratio['n']} | `{ratio['commit']}` |"
+                    f" {ours['p50']:.2f} frames/s | {_ratio(ratio)} | {beside} | {ratio['n']} | `{ratio['commit']}` |"
                 )
     return "\n".join(lines)
+
+
+def hours(rows: Rows) -> str:
+    """Hours of video a day of a machine that never waits, by its longest recorded clip."""
+    lines = [
+        "| machine | template | frames a second | hours a day | a hundred of them |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for group, by_length in plots.clips(rows).items():
+        speed = plots.longest(by_length).get(("gpupipe", "throughput"))
+        if group.width == 1 and speed:
+            a_day = speed["p50"] * 86_400 / (25 * 3_600)
+            lines.append(
+                f"| {group.device} | {group.template} | {speed['p50']:.2f} | {a_day:.1f} | {100 * a_day:.0f} |"
+            )
+    return "\n".join([*lines, "| any GPU | | not measured | 0.96 *f* | 96 *f* |"])
 
 
 def side_by_side(rows: Rows) -> str:
@@ -233,6 +262,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "end_to_end": end_to_end,
     "farm": farm,
     "headline": headline,
+    "hours": hours,
     "precision": precision,
     "side_by_side": side_by_side,
     "stages": stages,

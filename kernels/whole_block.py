@@ -25,10 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MouthLayout = Literal["channels_last", "planar"]
+from gpupipe.kernels.pointwise import padded
 
-LEAST_CHANNELS = 16
-"""The depth of one step of a half-precision matrix product on the tensor cores."""
+MouthLayout = Literal["channels_last", "planar"]
 
 OLDEST_TRITON = (3, 8)
 """The first whose Gluon reads shared memory by index (``shared_memory_descriptor.gather``)."""
@@ -110,11 +109,6 @@ def gluon_obstacle() -> str | None:
     if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
         return f"triton is {version}; the Gluon kernels need {'.'.join(map(str, OLDEST_TRITON))}"
     return None
-
-
-def padded(channels: int) -> int:
-    """Channels with padding: the next power of two, at least :data:`LEAST_CHANNELS`."""
-    return max(LEAST_CHANNELS, 1 << (channels - 1).bit_length())
 
 
 def pad_channels(x: Tensor) -> Tensor:

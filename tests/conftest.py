@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,9 +21,6 @@ import torch
 # Triton's interpreter runs the kernels where no GPU does; it has to be chosen before triton is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# The benchmarks are not installed, and the parity tests' oracle is among them.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from gpupipe import UNetModel, fallbacks
 from gpupipe.benchmarks.seeded import seeded_network

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.kernels.pointwise import padded
 from gpupipe.kernels.whole_block import (
     PackedBlock,
     bytes_moved,
     pack_block,
     pack_head,
     pad_channels,
-    padded,
     whole_block,
 )
 from gpupipe.models.fold import fold_batch_norms
