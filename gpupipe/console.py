@@ -88,7 +88,8 @@ def state_line(state: JobState) -> str:
     """A farm's job and how far it is."""
     if state.status == "done":
         return f"{state.output}: {state.frames} frames, done"
-    return f"{state.output}: {state.status} after {state.attempts} attempts: {state.error}"
+    way_out = ", the next run tries it again" if state.status == "parked" else ""
+    return f"{state.output}: {state.status} after {state.attempts} attempts{way_out}: {state.error}"
 
 
 def print_states(states: list[JobState], as_json: bool) -> None:

@@ -279,12 +279,30 @@ def test_a_bad_job_stops_no_other_and_is_parked(done: Path, inputs: Jobs, tmp_pa
     assert (row["status"], row["attempts"]) == ("parked", 3)
     assert "2.jpg" in row["error"]
     assert sorted(told) == ["0.mp4 done", "1.mp4 done", "bad.mp4 parked", "deep/er/2.mp4 done"]
-    # It stays parked until its inputs change.
+    # Another run tries it as often.
     assert farm(jobs, out).skipped == 3
-    assert results(out)["bad.mp4"]["attempts"] == 3
+    assert (results(out)["bad.mp4"]["status"], results(out)["bad.mp4"]["attempts"]) == ("parked", 3)
     shutil.copy(damaged / "full_body_img" / "1.jpg", damaged / "full_body_img" / "2.jpg")
     assert farm(jobs, out).done == 1
     assert results(out)["bad.mp4"]["error"] is None
+
+
+def test_a_parked_job_is_done_by_the_next_run_when_its_cause_is_gone(
+    done: Path, inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No input of the job changes: a file stands where the folder of its video should be."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "deep").write_text("in the way")
+    record = farm(inputs, out)
+    assert (record.done, record.parked) == (2, 1)
+    assert "deep/er: cannot be made" in results(out)["deep/er/2.mp4"]["error"]
+    (out / "deep").unlink()
+    monkeypatch.setattr(worker, "render_batch", None)  # its part is there: nothing is rendered again
+    record = farm(inputs, out)
+    assert (record.done, record.skipped, record.parked) == (1, 2, 0)
+    assert (results(out)["deep/er/2.mp4"]["attempts"], results(out)["deep/er/2.mp4"]["error"]) == (0, None)
+    assert videos(out) == videos(done)
 
 
 def test_sound_that_is_missing_is_told_before_anything_is_rendered(inputs: Jobs, tmp_path: Path) -> None:
@@ -354,6 +372,10 @@ def test_a_job_over_which_workers_die_is_parked_at_last(inputs: Jobs, tmp_path: 
     assert queue.next_task() is None and queue.finished
     state = farm_status(tmp_path / "jobs.jsonl", tmp_path / "out")[0]
     assert (state.status, state.error) == ("parked", "5 workers died over it")
+    again = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    for _ in range(MAX_LOSSES - 1):  # what an earlier run lost does not count
+        again.lost(again.next_task(frames=1000) or pytest.fail("parked"))
+    assert not again.finished
 
 
 def test_a_worker_is_given_more_of_what_it_has_at_hand(inputs: Jobs, tmp_path: Path) -> None:
@@ -399,7 +421,7 @@ def test_the_command_tells_each_job_and_the_sum(done: Path, inputs: Jobs, tmp_pa
     out = Path(shutil.copytree(done, tmp_path / "out"))
     ran = CliRunner().invoke(app, ["farm", str(jobs), "--output-dir", str(out), "--part-seconds", "2", "--json"])
     assert ran.exit_code == 1
-    assert "gone.mp4: parked after 3 attempts" in ran.stderr and "nowhere" in ran.stderr
+    assert "gone.mp4: parked after 3 attempts, the next run tries it again: " in ran.stderr and "nowhere" in ran.stderr
     assert "4 jobs: 0 done" in ran.stderr and "3 done before, 1 parked" in ran.stderr
     assert json.loads(ran.stdout.splitlines()[-1])["parked"] == 1
     ran = CliRunner().invoke(app, ["farm", str(jobs), "--output-dir", str(out), "--status"])

@@ -29,7 +29,7 @@ from gpupipe.video.sound import open_sound
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""A job that fails so many times is parked."""
+"""A job that fails so many times in a run is parked: the run leaves it."""
 
 MAX_LOSSES = 5
 """So is one with which so many workers died."""
@@ -83,6 +83,12 @@ class _Plan:
 class Farm:
     """The jobs of one run.
 
+    Failures and lost workers count within a run: what an earlier one parked is tried anew. What was in the way may be
+    gone without an input having changed (a folder that could not be written, memory that another program held), and who
+    runs the command again wants it tried. That costs no more than :data:`MAX_ATTEMPTS` tries of parts that are not
+    recorded yet. Deaths of workers summed up over runs would in the end park any long job on machines that are taken
+    away at times; and a run that was itself killed counts for nothing, since nobody knows whether a job was the reason.
+
     Args:
         jobs: checked, outputs distinct.
         ledger: of the output folder, locked.
@@ -118,6 +124,7 @@ class Farm:
         self._queue = deque(_grouped(jobs))
         self._plans: dict[str, _Plan] = {}
         self._featuring: set[str] = set()
+        self._begun: set[str] = set()
         self._ready: deque[FeaturesTask | JoinTask] = deque()
         if force:
             for job in jobs:
@@ -247,11 +254,9 @@ class Farm:
             self.ledger.clean(job)  # of what a run left that was killed before it could
             self.skipped.append(job.output)
             return
-        if state.fingerprint != fingerprint:
-            state.reset(fingerprint)
-        if state.status == "parked":
-            self._told(state)
-            return
+        if job.output not in self._begun or state.fingerprint != fingerprint:
+            self._begun.add(job.output)
+            state.reset(fingerprint)  # of other inputs, or of an earlier run
         state.status = "waiting"
         folder = self.ledger.folder(job)
         try:

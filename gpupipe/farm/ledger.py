@@ -41,7 +41,7 @@ _RESULTS_SECONDS, _RESULTS_SHARE = 1.0, 0.02
 """Results are written at most so often, for at most so much of the time, and at the end: the file may be long."""
 
 Status = Literal["waiting", "done", "failed", "parked"]
-"""``failed`` is tried again, ``parked`` is not until its inputs change."""
+"""``failed`` is tried again, ``parked`` by the next run only."""
 
 
 @dataclass
@@ -49,8 +49,8 @@ class JobState:
     """What is known of a job.
 
     ``fingerprint`` is of the inputs that the rest belongs to, ``attempts`` and ``losses`` count failures and workers
-    that died with it, ``timings`` holds the seconds of work on it (``features`` if they were made, ``render``, parts
-    beside each other counted each, and ``join``), ``checksum`` is the video's SHA-256.
+    that died with it in the run that was last at it, ``timings`` holds the seconds of work on it (``features`` if they
+    were made, ``render``, parts beside each other counted each, and ``join``), ``checksum`` is the video's SHA-256.
     """
 
     output: str
@@ -70,7 +70,7 @@ class JobState:
     finished: str | None = None
 
     def reset(self, fingerprint: str) -> None:
-        """Forget all but the output: other inputs make another clip."""
+        """Forget all but the output: other inputs make another clip, and another run tries anew."""
         self.__init__(self.output, fingerprint=fingerprint)  # type: ignore[misc]
 
 
