@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,9 +33,7 @@ from gpupipe.unet_model import UNetModel
 from gpupipe.versions import versions
 from gpupipe.video.encode import VideoWriter
 from gpupipe.video.images import ImageFormat, frame_path, save_image, write_frames
-from gpupipe.video.sound import open_sound
-
-logger = logging.getLogger(__name__)
+from gpupipe.video.sound import compare_lengths, open_sound
 
 Progress = Callable[[int, int], Any]
 """Called after each batch with the frames done and the frames in all."""
@@ -196,7 +193,7 @@ class FrameGenerationPipeline:
                 times["render"] = time.perf_counter()
             times["finish"] = time.perf_counter()
             self.last_render = self._record(writer.frames, times, stages, writer.encoder)
-        _compare_lengths(output_path, writer.frames / fps, writer.sound_seconds, fps)
+        compare_lengths(output_path, writer.frames / fps, writer.sound_seconds, fps)
         return str(output_path)
 
     def generate_frames_only(
@@ -331,9 +328,3 @@ def _saving(batches: Iterator[Tensor], folder: Path) -> Iterator[Tensor]:
             save_image(frame, frame_path(folder, number))
             number += 1
         yield batch
-
-
-def _compare_lengths(path: str | Path, picture: float, sound: float | None, fps: float) -> None:
-    """Say aloud that sound and picture differ by more than one frame."""
-    if sound is not None and abs(sound - picture) > 1 / fps:
-        logger.warning("%s: sound lasts %.2f s and the picture %.2f s (%+.2f s)", path, sound, picture, sound - picture)

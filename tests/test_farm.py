@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,29 @@ def test_features_are_made_from_sound(done: Path, inputs: Jobs, encoder_checkpoi
     ran = CliRunner().invoke(app, ["render", *arguments, "--audio", job["audio"], "--output", str(alone)])
     assert ran.exit_code == 0, ran.output
     assert len(frames_of(alone)) == results(tmp_path / "out")["1.mp4"]["frames"]
+
+
+def test_lengths_that_differ_are_said_aloud(inputs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The second and third input have 11 and 7 frames, 25 a second, and sounds of that length."""
+    jobs = [
+        inputs[1],
+        inputs[2] | {"output": "longer.mp4", "audio": inputs[1]["audio"]},
+        inputs[1] | {"output": "shorter.mp4", "audio": inputs[2]["audio"]},
+        {key: value for key, value in inputs[1].items() if key != "audio"} | {"output": "silent.mp4"},
+    ]
+    out = tmp_path / "out"
+    assert farm(jobs, out).done == 4
+    assert {name: row["sound_minus_picture"] for name, row in results(out).items()} == {
+        "1.mp4": None,
+        "longer.mp4": pytest.approx(4 / 25),
+        "shorter.mp4": pytest.approx(-4 / 25),
+        "silent.mp4": None,
+    }
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert sorted(warnings) == [
+        f"{out / 'longer.mp4'}: sound lasts 0.44 s and the picture 0.28 s (+0.16 s)",
+        f"{out / 'shorter.mp4'}: sound lasts 0.28 s and the picture 0.44 s (-0.16 s)",
+    ]
 
 
 # ── again ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -24,7 +24,7 @@ from gpupipe.features import SpeechFeatures
 from gpupipe.schedule import frame_rate
 from gpupipe.versions import versions
 from gpupipe.video.codecs import segment_length
-from gpupipe.video.sound import open_sound
+from gpupipe.video.sound import compare_lengths, open_sound
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +191,8 @@ class Farm:
             return
         state = self.ledger.states[task.job.output]
         state.frames, state.parts = video.frames, len(plan.segments)
+        path, rate = self.ledger.output(task.job), task.job.frame_rate
+        state.sound_minus_picture = compare_lengths(path, video.frames / rate, video.sound_seconds, rate)
         state.timings["render"] = round(sum(facts["seconds"] for facts in plan.facts.values()), 3)
         state.timings["join"] = video.seconds
         for name in ("device", "engine", "codec"):

@@ -51,6 +51,7 @@ class JobState:
     ``fingerprint`` is of the inputs that the rest belongs to, ``attempts`` and ``losses`` count failures and workers
     that died with it in the run that was last at it, ``timings`` holds the seconds of work on it (``features`` if they
     were made, ``render``, parts beside each other counted each, and ``join``), ``checksum`` is the video's SHA-256.
+    ``sound_minus_picture`` is the difference of their lengths in seconds, if it is more than a frame.
     """
 
     output: str
@@ -61,6 +62,7 @@ class JobState:
     error: str | None = None
     frames: int | None = None
     parts: int | None = None
+    sound_minus_picture: float | None = None
     timings: dict[str, float] = field(default_factory=dict)
     device: str | None = None
     engine: str | None = None

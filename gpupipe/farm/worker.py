@@ -281,9 +281,10 @@ class _Abandoned(Exception):
 
 
 class Joined(NamedTuple):
-    """A whole video: its frames, its checksum, and the seconds that it took."""
+    """A whole video: its frames, the seconds of its sound, its checksum, and the seconds that it took."""
 
     frames: int
+    sound_seconds: float | None
     checksum: str
     seconds: float
 
@@ -291,8 +292,8 @@ class Joined(NamedTuple):
 def join_parts(job: Job, parts: list[Path], path: Path) -> Joined:
     """Join a job's parts, with its sound."""
     start = time.perf_counter()
-    frames = join_segments(parts, path, sound=job.audio)
-    return Joined(frames, file_hash(path), round(time.perf_counter() - start, 3))
+    video = join_segments(parts, path, sound=job.audio)
+    return Joined(*video, file_hash(path), round(time.perf_counter() - start, 3))
 
 
 def tell(error: BaseException) -> str:

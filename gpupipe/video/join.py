@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import av.error
@@ -17,7 +18,14 @@ from gpupipe.video.segments import DecodeTimes
 from gpupipe.video.sound import SoundTrack
 
 
-def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str | Path | None = None) -> int:
+class JoinedVideo(NamedTuple):
+    """What was joined: the number of frames, and the seconds of the sound, None without."""
+
+    frames: int
+    sound_seconds: float | None
+
+
+def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str | Path | None = None) -> JoinedVideo:
     """Join videos that :class:`~gpupipe.video.encode.VideoWriter` wrote, silent and with the same options, in order.
 
     Each part begins with a frame that needs no other, so that parts may have been written anywhere and at any time.
@@ -30,7 +38,7 @@ def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str
         sound: any file that FFmpeg reads with a sound track; None for a silent video.
 
     Returns:
-        the number of frames.
+        how many frames there are, and how long the sound is.
 
     Raises:
         InputError: a part that is missing, is no video, or differs from the first in codec, size, rate or header.
@@ -75,7 +83,7 @@ def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str
         if track is not None:
             track.finish()
         target.close()
-    return frames
+    return JoinedVideo(frames, None if track is None else track.seconds)
 
 
 @contextlib.contextmanager

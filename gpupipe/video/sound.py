@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 
 from gpupipe.errors import InputError
 from gpupipe.files import input_file
+
+logger = logging.getLogger(__name__)
 
 MIN_RATE, MAX_RATE = 1000, 768_000
 """Samples a second of a sound that is taken: a few samples at a rate of 1 would be hours of silence."""
@@ -160,3 +163,20 @@ def sound_seconds(path: str | Path) -> float | None:
         if stream.duration is not None and stream.time_base is not None:
             return float(stream.duration * stream.time_base)
         return None if container.duration is None else container.duration / av.time_base
+
+
+def compare_lengths(path: str | Path, picture: float, sound: float | None, fps: float) -> float | None:
+    """Say aloud that sound and picture of a video differ by more than one frame.
+
+    Args:
+        path: of the video.
+        picture, sound: their seconds; None for a silent video.
+        fps: frames a second.
+
+    Returns:
+        the seconds by which the sound is longer, less than 0 where it is shorter; None if that is not said.
+    """
+    if sound is None or abs(sound - picture) <= 1 / fps:
+        return None
+    logger.warning("%s: sound lasts %.2f s and the picture %.2f s (%+.2f s)", path, sound, picture, sound - picture)
+    return sound - picture
