@@ -185,6 +185,26 @@ def test_what_changed_is_done_again(done: Path, inputs: Jobs, tmp_path: Path) ->
     assert videos(out)["deep/er/2.mp4"] == videos(done)["deep/er/2.mp4"]
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "a folder"])
+def test_a_video_that_is_not_as_recorded_is_made_again(done: Path, inputs: Jobs, tmp_path: Path, damage: str) -> None:
+    out = Path(shutil.copytree(done, tmp_path / "out"))
+    video = out / "1.mp4"
+    content = bytearray(video.read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "a folder":
+        video.unlink()
+        video.mkdir()
+    else:
+        video.write_bytes(content if damage == "flipped" else content[:-100])
+    record = farm(inputs, out)
+    if damage == "a folder":
+        assert (record.skipped, record.parked) == (2, 1)
+        assert "1.mp4: cannot be written" in results(out)["1.mp4"]["error"]
+    else:
+        assert (record.done, record.skipped) == (1, 2)
+        assert videos(out) == videos(done)
+
+
 def test_force_does_all_again(done: Path, inputs: Jobs, tmp_path: Path) -> None:
     out = Path(shutil.copytree(done, tmp_path / "out"))
     assert farm(inputs, out, force=True).done == 3

@@ -9,8 +9,9 @@
             <job>/features.npy (.json)  features that were made from its sound
             <job>/00003.mp4   (.json)   a part of it, and its record, written the moment that the part is whole
 
-A record holds the hash of all that its file was made of and the file's checksum: a file counts as done if both are
-right. Nothing here is needed to be right for the next run to be: what does not match is made again.
+A record, and the state of a job that is done, holds the hash of all that its file was made of and the file's checksum:
+a file counts as done if both are right. So a run reads each video that is done, once. Nothing here is needed to be
+right for the next run to be: what does not match is made again.
 """
 
 from __future__ import annotations
@@ -148,10 +149,15 @@ class Ledger:
         return self.output_dir / job.output
 
     def is_done(self, job: Job, fingerprint: str) -> bool:
-        """Whether a job's video is there, made of those inputs."""
+        """Whether a job's video is there, made of those inputs, and has the checksum that it had."""
         state, output = self.states[job.output], self.output(job)
-        made = state.status == "done" and state.fingerprint == fingerprint
-        return made and output.is_file() and output.stat().st_size == state.bytes
+        if state.status != "done" or state.fingerprint != fingerprint:
+            return False
+        try:
+            # The size tells of most damage without reading.
+            return output.stat().st_size == state.bytes and file_hash(output) == state.checksum
+        except OSError:
+            return False
 
     def save(self, job: Job) -> None:
         """Keep a job's state, and bring the results up to date if they have not just been."""
