@@ -174,6 +174,21 @@ def test_what_a_killed_run_could_not_remove_is_removed(done: Path, inputs: Jobs,
     assert left_over(out) == []
 
 
+def test_results_of_another_file_of_jobs_stay(done: Path, inputs: Jobs, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(done, tmp_path / "out"))
+    before = results(out)
+    for number, damaged in enumerate(("{", "[1]", '{"output": []}')):
+        (out / f".gpupipe-farm/{number}").mkdir()
+        (out / f".gpupipe-farm/{number}/state.json").write_text(damaged)
+    record = farm([inputs[2] | {"output": "new.mp4"}, inputs[1]], out)
+    assert (record.jobs, record.done, record.skipped) == (2, 1, 1)
+    after = results(out)
+    assert list(after) == ["new.mp4", "1.mp4", "0.mp4", "deep/er/2.mp4"]
+    assert {name: row for name, row in after.items() if name != "new.mp4"} == before
+    assert len((out / "results.jsonl").read_text().splitlines()) == 4
+    assert videos(out).keys() == {*videos(done), "new.mp4"}
+
+
 def test_what_changed_is_done_again(done: Path, inputs: Jobs, tmp_path: Path) -> None:
     out = Path(shutil.copytree(done, tmp_path / "out"))
     features = tmp_path / "other.npy"

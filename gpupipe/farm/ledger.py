@@ -1,7 +1,8 @@
 """What a farm keeps on disk, so that a run that was killed at any moment goes on where it stopped.
 
     output/
-        results.jsonl                   one line a job, for people and programs: always a whole file
+        results.jsonl                   one line a job, for people and programs: always a whole file; first those of
+                                        the last run, then those of other files of jobs, as they were left
         anna/1.mp4                      an output, renamed to its name when it is whole
         .gpupipe-farm/
             lock                        held by the farm that is at work here
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -169,9 +171,9 @@ class Ledger:
             self.write_results()
 
     def write_results(self) -> None:
-        """Write one line a job to ``results.jsonl``."""
+        """Write one line a job to ``results.jsonl``, those of other files of jobs included."""
         start = time.monotonic()
-        lines = [json.dumps(vars(state)) for state in self.states.values()]
+        lines = [json.dumps(vars(state)) for state in self.states.values()] + self._others
         with replacing(self.output_dir / RESULTS) as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
         now = time.monotonic()
@@ -199,11 +201,24 @@ class Ledger:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def _read(self, job: Job) -> JobState:
-        try:
-            state = JobState(**json.loads((self.folder(job) / "state.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return JobState(job.output)
-        return state if state.output == job.output else JobState(job.output)
+        state = _read_state(self.folder(job) / "state.json")
+        return state if state is not None and state.output == job.output else JobState(job.output)
+
+    @functools.cached_property
+    def _others(self) -> list[str]:
+        """Lines of the jobs that have a state here and are not of this run; a run changes none of these."""
+        paths = (self.output_dir / FOLDER).glob("*/state.json")
+        states = [state for path in paths if (state := _read_state(path)) and state.output not in self.states]
+        return [json.dumps(vars(state)) for state in sorted(states, key=lambda state: state.output)]
+
+
+def _read_state(path: Path) -> JobState | None:
+    """A state that was kept, if it can be read."""
+    try:
+        state = JobState(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return state if isinstance(state.output, str) else None
 
 
 class Fingerprints:
