@@ -351,6 +351,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="another folder for the rows")
     options = parser.parse_args()
     device = torch.device(options.device)
+    torch.backends.cudnn.benchmark = True  # eager PyTorch at its best: cuDNN tries its algorithms out, once a shape
     network = seeded_network(options.mode, width=options.width)
     print(device_name(device))
     for batch, made in _comparisons(network, device, options):

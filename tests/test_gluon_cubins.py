@@ -1,4 +1,4 @@
-"""Cubins of the Gluon kernels: built here, and what a launch would pass to them. None is run without a GPU."""
+"""Cubins of the Gluon kernels: built here, and what a launch would pass to them, executed as PTX without a GPU."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ pytest.importorskip("triton", minversion="3.8", reason="the Gluon kernels need T
 
 from gpupipe.benchmarks import gluon_cubins
 from gpupipe.benchmarks.gluon_cubins import case_of, check, eager, grid_of, packed_arguments
+
+TESTS = str(Path(__file__).resolve().parent)
 
 SHAPE = {"size": 8, "low": 16, "skip": 16, "hidden": 32, "out": 16, "stride": 1}
 FLAGS = {"residual": False, "head": False, "planar": False}
@@ -51,6 +53,20 @@ def test_every_block_compiles_for_every_architecture(tmp_path: Path) -> None:
         assert len(entries) == kernels
         most = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228}[arch] * 1024 - 1024
         assert all(entry["shared_bytes"] <= most for entry in entries)
+
+
+@pytest.mark.parametrize(
+    "blocks", [pytest.param(["up3.1", "down2.0"], id="some"), pytest.param([], id="all", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_kernels_are_the_reference_s_at_their_own_size(arch: int, blocks: list[str]) -> None:
+    """With a launch's grid and parameters."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))}
+    command = [sys.executable, "-m", "ptx_machine.real_size", str(arch), *blocks]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    executed = {80: (2, 11), 90: (4, 22)}[arch]
+    assert done.stdout.count("equal") == executed[not blocks]
 
 
 def test_arguments_are_where_the_driver_looks() -> None:
