@@ -111,8 +111,12 @@ def network_input(crops: Tensor, *, dtype: torch.dtype = torch.float32) -> Tenso
     Returns:
         ``dtype`` (B, 6, 320, 320).
     """
-    inner = inner_region(crops).to(torch.float32) / 255
-    return torch.cat([inner, mask_mouth(inner)], dim=1).to(dtype)
+    image = crops.new_empty(len(crops), 6, INNER_SIZE, INNER_SIZE, dtype=torch.float32)
+    inner, masked = image.chunk(2, dim=1)
+    torch.div(inner_region(crops), 255, out=inner)
+    masked.copy_(inner)
+    _hide_mouth(masked)
+    return image.to(dtype)
 
 
 def inner_region(crops: Tensor) -> Tensor:
@@ -122,6 +126,9 @@ def inner_region(crops: Tensor) -> Tensor:
 
 def mask_mouth(inner: Tensor) -> Tensor:
     """A copy of (…, 320, 320) with rows 5…309 and columns 5…314 set to 0."""
-    masked = inner.clone()
-    masked[..., MASK_ROWS, MASK_COLUMNS] = 0
-    return masked
+    return _hide_mouth(inner.clone())
+
+
+def _hide_mouth(inner: Tensor) -> Tensor:
+    inner[..., MASK_ROWS, MASK_COLUMNS] = 0
+    return inner

@@ -48,8 +48,14 @@ def cubic_resize(images: Tensor, width: int, height: int) -> Tensor:
 
     Floating or uint8 (…, H, W) with values in 0 … 255 → uint8 (…, height, width).
     """
+    return cubic_values(images, width, height).to(torch.uint8)
+
+
+def cubic_values(images: Tensor, width: int, height: int) -> Tensor:
+    """:func:`cubic_resize`, its whole numbers left as float32, contiguous."""
     rows = _resize_rows(images.float(), height)
-    return round_to_uint8(_resize_rows(rows.mT, width).mT.contiguous())
+    # Rounded half to even and saturated, as OpenCV's resize does.
+    return _resize_rows(rows.mT, width).mT.contiguous().round_().clamp_(0, 255)
 
 
 def _resize_rows(images: Tensor, height: int) -> Tensor:
@@ -68,8 +74,3 @@ def _taps_of_many(count: int, source: int, target: int, device: torch.device) ->
     taps, weights = cubic_taps(source, target, device)
     first = source * torch.arange(count, device=device)[:, None, None]
     return (taps + first).view(-1, 4), weights.repeat(count, 1)
-
-
-def round_to_uint8(values: Tensor) -> Tensor:
-    """Round half to even and saturate to 0 … 255, as OpenCV's resize does."""
-    return values.round().clamp_(0, 255).to(torch.uint8)

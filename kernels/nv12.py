@@ -41,7 +41,7 @@ def ycbcr_matrix(kr: float = KR, kb: float = KB, *, full_range: bool = False) ->
 FRACTION_BITS = 23
 """Binary digits after the point of :func:`yuv_weights`: as many as int32 has room for."""
 
-_CHUNK = 1 << 18
+_CHUNK = 1 << 16
 """Pixels converted at a time on the CPU, so that what is between the steps stays in the cache."""
 
 
@@ -70,24 +70,36 @@ def luma_chroma(pixels: Tensor, *, order: ColorOrder = "bgr") -> tuple[Tensor, T
         luma uint8 (B, H, W) and chroma uint8 (B, H/2, W/2, 2), Cb then Cr.
     """
     b, h, w, _ = pixels.shape
-    luma = pixels.new_empty(b * h, w)
-    chroma = pixels.new_empty(b * h // 2, w // 2, 2)
-    rows = pixels.reshape(b * h, w, 3)  # H is even: no cell stands in two frames
-    step = max(2, _CHUNK // w // 2 * 2) if pixels.device.type == "cpu" else b * h
+    luma, chroma = pixels.new_empty(b, h, w), pixels.new_empty(b, h // 2, w // 2, 2)
+    _convert(pixels, luma, chroma, order)
+    return luma, chroma
+
+
+def _convert(pixels: Tensor, luma: Tensor, chroma: Tensor, order: ColorOrder) -> None:
+    """:func:`luma_chroma`, written to ``luma`` and ``chroma``; on a CPU a few rows after the others."""
+    _, h, w, _ = pixels.shape
+    step = max(2, _CHUNK // w // 2 * 2) if pixels.device.type == "cpu" else h
+    for frame, frame_luma, frame_chroma in zip(pixels, luma, chroma, strict=True):
+        for first in range(0, h, step):
+            # Plane by plane: each step then runs over neighbouring numbers.
+            rows = frame[first : first + step].permute(2, 0, 1)
+            planes = rows.to(torch.int32, memory_format=torch.contiguous_format)
+            some_chroma = frame_chroma[first // 2 : (first + step) // 2]
+            write_luma_chroma(planes, frame_luma[first : first + step], some_chroma, order)
+
+
+def write_luma_chroma(planes: Tensor, luma: Tensor, chroma: Tensor, order: ColorOrder) -> None:
+    """Convert planes, int32 (3, H, W), into uint8 luma (H, W) and chroma (H/2, W/2, 2); H and W are even."""
     y_weights, *chroma_weights = yuv_weights(order)
-    for first in range(0, b * h, step):
-        # Plane by plane: each step below then runs over neighbouring numbers.
-        planes = [plane.to(torch.int32) for plane in rows[first : first + step].unbind(-1)]
-        luma[first : first + step] = _weighted_sum(planes, y_weights, offset=16)
-        cells = [plane[0::2] + plane[1::2] for plane in planes]
-        cells = [plane[:, 0::2] + plane[:, 1::2] for plane in cells]
-        for channel, weights in enumerate(chroma_weights):
-            chroma[first // 2 : (first + step) // 2, :, channel] = _weighted_sum(cells, weights, offset=128)
-    return luma.view(b, h, w), chroma.view(b, h // 2, w // 2, 2)
+    luma.copy_(_weighted_sum(planes, y_weights, offset=16))
+    cells = planes[:, 0::2] + planes[:, 1::2]
+    cells = cells[..., 0::2] + cells[..., 1::2]
+    for channel, weights in zip(chroma.unbind(-1), chroma_weights, strict=True):
+        channel.copy_(_weighted_sum(cells, weights, offset=128))
 
 
-def _weighted_sum(planes: list[Tensor], weights: tuple[int, int, int], offset: int) -> Tensor:
-    """``offset`` + the weighted sum of int32 planes, rounded half up; int32 in 0 … 255."""
+def _weighted_sum(planes: Tensor, weights: tuple[int, int, int], offset: int) -> Tensor:
+    """``offset`` + the weighted sum of three int32 planes, rounded half up; int32 in 0 … 255."""
     total = planes[0] * weights[0]
     total.add_(planes[1], alpha=weights[1]).add_(planes[2], alpha=weights[2])
     return total.add_((2 * offset + 1) << (FRACTION_BITS - 1)).bitwise_right_shift_(FRACTION_BITS)
@@ -106,8 +118,9 @@ def to_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
         from gpupipe.kernels.nv12_triton import to_nv12_triton
 
         return to_nv12_triton(frames, order=order)
-    luma, chroma = luma_chroma(frames, order=order)
-    return torch.cat([luma, chroma.reshape(b, h // 2, w)], dim=1)
+    nv12 = frames.new_empty(b, h * 3 // 2, w)
+    _convert(frames, nv12[:, :h], nv12[:, h:].unflatten(2, (w // 2, 2)), order)
+    return nv12
 
 
 INVERSE_BITS = 21

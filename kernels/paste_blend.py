@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, inner_region
-from gpupipe.kernels.cubic import cubic_resize, round_to_uint8
+from gpupipe.kernels.cubic import cubic_values
 from gpupipe.kernels.dispatch import backend
-from gpupipe.kernels.nv12 import luma_chroma, nv12_window
+from gpupipe.kernels.nv12 import nv12_window, write_luma_chroma
 
 Box = tuple[int, int, int, int]
 
@@ -111,20 +111,18 @@ def _paste_blend(
             crop_index = torch.arange(len(index), device=index.device)
         places = (crop_index, frames, index, boxes, out)
         return paste_blend_triton(mouth, crops, *places, nv12=nv12, max_box=max_box, feather=feather, keep=keep)
-    painted = mouth if mouth.dtype == torch.uint8 else (mouth.float() * 255).to(torch.uint8)
     rings = range(len(index)) if crop_index is None else crop_index.tolist()
     for sample, (ring, frame, box) in enumerate(zip(rings, index.tolist(), boxes.tolist(), strict=True)):
         kept = None if keep is None else keep[frame]
-        pixels, (xmin, ymin, xmax, ymax) = _finish_region(
-            painted[sample], crops[ring], frames[frame], box, feather, kept, align=2 if nv12 else 1
+        planes, window = _finish_region(
+            mouth[sample], crops[ring], frames[frame], box, feather, kept, align=2 if nv12 else 1
         )
-        if not nv12:
-            out[sample, ymin:ymax, xmin:xmax] = pixels
-            continue
-        luma, chroma = luma_chroma(pixels[None], order="bgr")
-        luma_there, chroma_there = nv12_window(out[sample : sample + 1], (xmin, ymin, xmax, ymax))
-        luma_there.copy_(luma)
-        chroma_there.copy_(chroma.flatten(2))
+        if nv12:
+            luma, chroma = nv12_window(out[sample : sample + 1], window)
+            write_luma_chroma(planes, luma[0], chroma[0].unflatten(1, (-1, 2)), order="bgr")
+        else:
+            xmin, ymin, xmax, ymax = window
+            out[sample, ymin:ymax, xmin:xmax] = planes.permute(1, 2, 0)
     return out
 
 
@@ -150,23 +148,32 @@ def bytes_moved(
 def _finish_region(
     mouth: Tensor, crop: Tensor, frame: Tensor, box: Box, feather: float, keep: Tensor | None, align: int
 ) -> tuple[Tensor, Box]:
-    """The finished pixels of one box, grown to multiples of ``align``: uint8 (h, w, 3), and where they belong."""
+    """The finished pixels of one box, grown to multiples of ``align``: int32 (3, h, w), and where they belong."""
     xmin, ymin, xmax, ymax = box
     left, top = xmin // align * align, ymin // align * align
     right, bottom = -(-xmax // align) * align, -(-ymax // align) * align
     # Channel by channel: each step below then runs over neighbouring numbers.
-    region = frame[top:bottom, left:right].permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+    region = frame[top:bottom, left:right].permute(2, 0, 1).to(torch.int32, memory_format=torch.contiguous_format)
     template = region[:, ymin - top : ymax - top, xmin - left : xmax - left]
-    canvas = crop.clone()
-    inner_region(canvas).copy_(mouth)
-    painted = cubic_resize(canvas, xmax - xmin, ymax - ymin)
+    painted = cubic_values(_canvas(mouth, crop), xmax - xmin, ymax - ymin)
     if feather > 0:
         alpha = _seam(xmax - xmin, ymax - ymin, feather, frame.device)
-        painted = round_to_uint8(template + alpha * (painted.float() - template))
+        below = template.float()
+        painted.sub_(below).mul_(alpha).add_(below).round_()
     if keep is not None:
         painted = torch.where(keep[ymin:ymax, xmin:xmax], template, painted)
     template.copy_(painted)
-    return region.permute(1, 2, 0), (left, top, right, bottom)
+    return region, (left, top, right, bottom)
+
+
+def _canvas(mouth: Tensor, crop: Tensor) -> Tensor:
+    """The mouth in 0 … 255 and in whole numbers within the crop's ring: float32 (3, 328, 328)."""
+    canvas = crop.float()
+    if mouth.dtype == torch.uint8:
+        inner_region(canvas).copy_(mouth)
+    else:
+        torch.mul(mouth.float(), 255, out=inner_region(canvas)).trunc_()
+    return canvas
 
 
 @functools.lru_cache(maxsize=64)
