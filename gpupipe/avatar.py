@@ -70,16 +70,29 @@ class Avatar:
         template: on the engine's device.
         pixel_format: of the finished frames.
         feather: width of the seam in pixels; 0 pastes hard.
+        asked_again: as :class:`~gpupipe.frame_cache.FrameCache` takes it.
     """
 
     def __init__(
-        self, template: Template, engine: Engine, *, pixel_format: PixelFormat = "bgr", feather: float = FEATHER
+        self,
+        template: Template,
+        engine: Engine,
+        *,
+        pixel_format: PixelFormat = "bgr",
+        feather: float = FEATHER,
+        asked_again: NDArray[np.bool_] | None = None,
     ) -> None:
         self.template = template
         self.engine = engine
         self.pixel_format = pixel_format
         self.feather = feather
-        self._derived = FrameCache(template.length, self._derive, budget=template.memory_left, device=template.device)
+        self._derived = FrameCache(
+            template.length,
+            self._derive,
+            budget=template.memory_left,
+            device=template.device,
+            asked_again=asked_again,
+        )
         self._graphed: GraphedStep | None = None
         self._recordable = True
 

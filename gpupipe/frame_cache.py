@@ -18,11 +18,15 @@ from gpupipe.transfer import to_device
 
 Tensors = dict[str, Tensor]
 
+_ABSENT, _BEING_WRITTEN = -1, -2
+"""In place of a frame's slot in the bank."""
+
 
 class FrameCache:
     """Tensors per template frame, computed when they are first asked for and kept until the budget is full.
 
-    Several threads may ask at once; two that ask for the same new frame may each compute it.
+    Several threads may ask at once; two that ask for the same new frame may each compute it. None waits while another
+    computes or keeps one.
 
     Nothing is ever evicted. A template is walked there and back, so each frame comes round twice a period: which C of
     the L frames are kept makes no difference to the number of hits, and keeping the first C costs no copies.
@@ -32,40 +36,55 @@ class FrameCache:
         compute: frame numbers (distinct) → tensors, each with the frames along its first axis.
         budget: bytes that the kept tensors may take.
         device: where ``compute`` leaves its tensors.
+        asked_again: bool (L,), the frames that are worth keeping; None keeps any.
     """
 
     def __init__(
-        self, length: int, compute: Callable[[NDArray[np.int64]], Tensors], *, budget: int, device: torch.device
+        self,
+        length: int,
+        compute: Callable[[NDArray[np.int64]], Tensors],
+        *,
+        budget: int,
+        device: torch.device,
+        asked_again: NDArray[np.bool_] | None = None,
     ) -> None:
         self.length = length
         self.budget = budget
         self.device = device
-        self.capacity: int | None = None  # frames that fit, known once a frame has been computed
+        self.capacity: int | None = None  # frames that will be kept, known once a frame has been computed
         self.bytes_used = 0
         # An owner's method must not keep its owner alive: the memory is to be free when the last user lets go of it.
         self._compute = weakref.WeakMethod(compute) if inspect.ismethod(compute) else lambda: compute
         self._bank: Tensors = {}
-        self._slot = np.full(length, -1, dtype=np.int64)
-        self._kept = 0
+        self._slot = np.full(length, _ABSENT, dtype=np.int64)
+        self._worth = np.ones(length, dtype=np.bool_) if asked_again is None else asked_again
+        self._taken = 0  # slots, from the first on
         self._lock = threading.Lock()
 
     def lookup(self, frames: Sequence[int] | NDArray[np.int64]) -> tuple[Tensors, Tensor]:
         """Tensors and an index into them: ``tensors[name][index[k]]`` belongs to ``frames[k]``.
 
-        When all frames are kept, the tensors are the whole bank, and nothing is copied.
+        When all frames are kept, the tensors are the whole bank, and nothing is copied; nor is it when none is.
 
         Returns:
             the tensors, and int64 (len(frames),) on the device.
         """
-        wanted, inverse = np.unique(np.asarray(frames, dtype=np.int64), return_inverse=True)
+        frames = np.asarray(frames, dtype=np.int64)
+        slot = self._slot[frames]
+        if (slot >= 0).all():
+            return self._bank, self._index(slot)
+        wanted, inverse = np.unique(frames, return_inverse=True)
         missing = wanted[self._slot[wanted] < 0]
-        computed = self._computed(missing) if len(missing) else {}
-        with self._lock:
+        computed: Tensors = {}
+        if len(missing):
+            computed = self._computed(missing)
             self._store(missing, computed)
-            slot = self._slot[wanted]
+        slot = self._slot[wanted]
         kept = slot >= 0
         if kept.all():
             return self._bank, self._index(slot[inverse])
+        if not kept.any():
+            return computed, self._index(inverse)
         # Some do not fit: put kept and computed rows of this batch together.
         position = np.empty(len(wanted), dtype=np.int64)
         position[kept] = np.arange(kept.sum())
@@ -80,7 +99,7 @@ class FrameCache:
     @property
     def complete(self) -> bool:
         """Whether every frame is kept: then :meth:`lookup` gives the same tensors from now on."""
-        return self._kept == self.length
+        return bool((self._slot >= 0).all())
 
     def gather(self, frames: Sequence[int] | NDArray[np.int64]) -> Tensors:
         """As :meth:`lookup`, each tensor with one row for each of ``frames``."""
@@ -93,21 +112,28 @@ class FrameCache:
         return compute(frames)
 
     def _store(self, frames: NDArray[np.int64], computed: Tensors) -> None:
-        """Keep as many of the computed frames as fit, but those that another thread has stored meanwhile."""
-        if not len(frames):
+        """Keep as many of the computed frames as fit, but those that another thread keeps meanwhile."""
+        with self._lock:
+            rows, first = self._take_slots(frames, computed)
+        if not len(rows):
             return
-        if self.capacity is None:
-            size = sum(value[0].nbytes for value in computed.values())
-            self.capacity = min(self.length, max(0, self.budget) // max(1, size))
-            self.bytes_used = self.capacity * size
-            self._bank = {name: _empty(self.capacity, value) for name, value in computed.items()}
-        rows = np.flatnonzero(self._slot[frames] < 0)[: self.capacity - self._kept]
-        stop = self._kept + len(rows)
         index = self._index(rows)
         for name, value in computed.items():
-            torch.index_select(value, 0, index, out=self._bank[name][self._kept : stop])
-        self._slot[frames[rows]] = np.arange(self._kept, stop)
-        self._kept = stop
+            torch.index_select(value, 0, index, out=self._bank[name][first : first + len(rows)])
+        self._slot[frames[rows]] = np.arange(first, first + len(rows))
+
+    def _take_slots(self, frames: NDArray[np.int64], computed: Tensors) -> tuple[NDArray[np.int64], int]:
+        """Which of the computed rows are to be kept, and the first of their slots, which follow each other."""
+        if self.capacity is None:
+            size = sum(value[0].nbytes for value in computed.values())
+            self.capacity = min(int(self._worth.sum()), max(0, self.budget) // max(1, size))
+            self.bytes_used = self.capacity * size
+            self._bank = {name: _empty(self.capacity, value) for name, value in computed.items()}
+        first = self._taken
+        rows = np.flatnonzero((self._slot[frames] == _ABSENT) & self._worth[frames])[: self.capacity - first]
+        self._slot[frames[rows]] = _BEING_WRITTEN
+        self._taken += len(rows)
+        return rows, first
 
     def _index(self, values: NDArray[np.int64]) -> Tensor:
         return to_device(torch.from_numpy(values), self.device)

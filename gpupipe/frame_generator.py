@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from gpupipe.avatar import FEATHER, Avatar, Blend, PixelFormat, feather_width
@@ -18,7 +18,7 @@ from gpupipe.errors import InputError
 from gpupipe.features import SpeechFeatures
 from gpupipe.image_processor import Image, ImageProcessor
 from gpupipe.models import AUDIO_SHAPES, Mode
-from gpupipe.schedule import WINDOW_ROWS
+from gpupipe.schedule import WINDOW_ROWS, shown_again
 from gpupipe.shots import Piece, Shot, fill_batches, map_batches, render_batch
 from gpupipe.template import Template
 from gpupipe.unet_model import UNetModel
@@ -161,12 +161,20 @@ class FrameGenerator:
         Raises:
             InputError: ``start_frame`` outside the template or ``fps`` out of range, before anything is rendered.
         """
-        shot = self.shot(self.avatar(template, pixel_format), speech, start_frame=start_frame, fps=fps)
-        return self._batches(shot)
+        asked_again = None  # on CUDA all are kept: a recorded step reads whole caches
+        if template.device.type == "cpu":
+            asked_again = shown_again(len(speech), template.length, start_frame)
+        avatar = self.avatar(template, pixel_format, asked_again=asked_again)
+        return self._batches(self.shot(avatar, speech, start_frame=start_frame, fps=fps))
 
-    def avatar(self, template: Template, pixel_format: PixelFormat = "bgr") -> Avatar:
-        """A template, prepared for this generator's network and seam."""
-        return Avatar(template, self.unet_model.engine, pixel_format=pixel_format, feather=self._seam)
+    def avatar(
+        self, template: Template, pixel_format: PixelFormat = "bgr", *, asked_again: NDArray[np.bool_] | None = None
+    ) -> Avatar:
+        """A template, prepared for this generator's network and seam; ``asked_again``: frames that are worth keeping
+        prepared, for one clip alone."""
+        return Avatar(
+            template, self.unet_model.engine, pixel_format=pixel_format, feather=self._seam, asked_again=asked_again
+        )
 
     def shot(
         self,

@@ -100,6 +100,11 @@ def template_indices(start: int, stop: int, length: int, start_frame: int = 0) -
     return start_frame + np.where(phase <= last, phase, 2 * last - phase)
 
 
+def shown_again(stop: int, length: int, start_frame: int = 0) -> NDArray[np.bool_]:
+    """Which template frames the video frames ``[0, stop)`` show more than once: bool (length,)."""
+    return np.bincount(template_indices(0, stop, length, start_frame), minlength=length) > 1
+
+
 def window_rows(start: int, stop: int) -> tuple[int, int]:
     """The feature rows that frames ``[start, stop)`` see: frame i sees ``[i − 8, i + 8)``; rows may lie outside."""
     return start - WINDOW_ROWS // 2, stop - 1 + WINDOW_ROWS // 2

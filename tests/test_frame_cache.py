@@ -7,6 +7,7 @@ import functools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +153,29 @@ def test_default_budget_is_a_part_of_the_memory_there_is() -> None:
     assert 1 << 20 < budget < 1 << 44
 
 
+@pytest.mark.parametrize("batch", [1, 4, 20])
+@pytest.mark.parametrize("budget", [0, 2 * FRAME_BYTES, 10**9])
+def test_only_what_is_asked_for_again_is_kept(budget: int, batch: int) -> None:
+    recorder = Recorder()
+    again = np.arange(LENGTH) % 3 == 1  # 1, 4 and 7
+    frames = FrameCache(LENGTH, recorder, budget=budget, device=CPU, asked_again=again)
+    for start in range(0, 40, batch):
+        assert_right(frames, template_indices(start, start + batch, LENGTH))
+    kept = np.flatnonzero(frames._slot >= 0).tolist()
+    assert set(kept) <= {1, 4, 7}
+    assert len(kept) == frames.capacity == min(3, budget // FRAME_BYTES)
+    assert all(recorder.computed.count(frame) == 1 for frame in kept)
+    assert not frames.complete
+
+
+def test_what_is_not_kept_is_not_copied() -> None:
+    made = torch.arange(3.0)[:, None]
+    frames = FrameCache(LENGTH, lambda frames: {"made": made}, budget=0, device=CPU)
+    found, index = frames.lookup([4, 2, 3, 2])
+    assert found["made"] is made
+    assert index.tolist() == [2, 0, 1, 0]
+
+
 # ── several threads ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -171,3 +195,30 @@ def test_threads_may_ask_at_once(budget: int) -> None:
         list(threads.map(functools.partial(assert_right, shared), orders))
     slots = shared._slot[shared._slot >= 0]
     assert len(set(slots)) == len(slots) == min(LENGTH, budget // FRAME_BYTES)
+
+
+def test_nobody_waits_while_another_keeps_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread stands still while it copies frame 1 into the bank; others get any frame meanwhile, also that one."""
+    shared, recorder = cache(10**9)
+    shared.lookup([0])
+    copying, go_on = threading.Event(), threading.Event()
+    index_select = torch.index_select
+
+    def slow(*args: Any, **options: Any) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            copying.set()
+            assert go_on.wait(10)
+        return index_select(*args, **options)
+
+    monkeypatch.setattr(torch, "index_select", slow)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(shared.lookup, [1])
+        assert copying.wait(10)
+        for frame in (0, 2, 1):
+            found, row = shared.lookup([frame])
+            assert found["features"][row].flatten().tolist() == [100 * frame + i for i in range(6)]
+        go_on.set()
+        first.result()
+    assert_right(shared, [2, 0, 1])
+    assert recorder.computed.count(1) == 2
+    assert sorted(shared._slot[:3].tolist()) == [0, 1, 2]

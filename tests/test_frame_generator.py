@@ -297,6 +297,23 @@ def test_template_s_half_runs_once_a_template_frame(
     assert sum(seen) > 5
 
 
+@pytest.mark.parametrize(("rows", "kept"), [(4, 0), (6, 2), (20, 5)])
+def test_only_what_is_shown_again_is_kept(
+    rows: int, kept: int, tiny_model: MakeModel, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The walk over 5 frames is 1 2 3 4 3 2 1 0 1 …; on CUDA a recorded step reads whole caches."""
+    generator = FrameGenerator(tiny_model())
+    avatars, make = [], generator.avatar
+
+    def remembered(*args: Any, **options: Any) -> Any:
+        avatars.append(make(*args, **options))
+        return avatars[-1]
+
+    monkeypatch.setattr(generator, "avatar", remembered)
+    rendered(generator, template, features(rows))
+    assert avatars[0]._derived.capacity == (kept if generator.unet_model.device.type == "cpu" else 5)
+
+
 def test_stream_gives_the_same_frames_in_batches(tiny_model: MakeModel, template: Path) -> None:
     generator = FrameGenerator(tiny_model(), batch_size=4)
     opened = generator.open_template(template / "full_body_img", template / "landmarks")

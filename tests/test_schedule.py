@@ -10,7 +10,7 @@ import pytest
 
 from gpupipe import InputError
 from gpupipe.benchmarks.reference_loop import ping_pong
-from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, template_indices, window_rows
+from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, shown_again, template_indices, window_rows
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 150])
@@ -48,6 +48,13 @@ def test_any_part_can_be_asked_for_alone(start: int, stop: int) -> None:
 def test_start_outside_the_template_is_an_error(length: int, start_frame: int) -> None:
     with pytest.raises(InputError, match=f"^start frame is {start_frame}; expected 0 to {length - 1}: .* {length} "):
         template_indices(0, 1, length, start_frame)
+
+
+@pytest.mark.parametrize(("length", "start_frame"), [(1, 0), (2, 0), (2, 1), (9, 0), (9, 3), (9, 8)])
+def test_shown_again_counts_the_walk(length: int, start_frame: int) -> None:
+    for stop in range(40):
+        shown = template_indices(0, stop, length, start_frame).tolist()
+        assert shown_again(stop, length, start_frame).tolist() == [shown.count(frame) > 1 for frame in range(length)]
 
 
 def test_window_is_eight_rows_before_and_eight_from_the_frame_on() -> None:
