@@ -201,7 +201,7 @@ class Avatar:
         derived = self.engine.encode(image)
         derived["crop"] = crop
         if self.pixel_format == "nv12" and "nv12" not in kept:
-            derived["nv12"] = to_nv12(kept["frame"].index_select(0, index))
+            derived["nv12"] = to_nv12(_rows(kept["frame"], index))
         return derived
 
 
@@ -229,6 +229,13 @@ def render_together(requests: Sequence[tuple[Avatar, NDArray[np.int64], Tensor]]
             requests, found, mouths.split([len(frames) for _, frames, _ in requests]), strict=True
         )
     ]
+
+
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """``values.index_select(0, index)``; on a CPU a single row is not copied."""
+    if values.device.type == "cpu" and len(index) == 1:
+        return values.narrow(0, int(index), 1)
+    return values.index_select(0, index)
 
 
 def _inside(boxes: Tensor, pixels: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from av.video.reformatter import ColorRange, Colorspace
 
 from gpupipe import FrameGenerationPipeline, InputError
 from gpupipe.kernels.nv12 import to_nv12
-from gpupipe.video.codecs import jpeg_quantiser
+from gpupipe.video.codecs import host_frame, jpeg_quantiser
 from gpupipe.video.encode import VideoWriter, pad_to_even
 
 COUNT = 7
@@ -83,6 +83,16 @@ def test_codec_in_container(codec: str, suffix: str, name: str, bound: float, tm
     assert min(quality) > bound, quality
     wrong = frames.roll(1, dims=0)
     assert max(cv2.PSNR(p, f.numpy()) for p, f in zip(pictures(path), wrong, strict=True)) < bound
+
+
+@pytest.mark.parametrize("format", ["nv12", "yuv420p"])
+@pytest.mark.parametrize("height", [2, 62, 64])
+def test_frames_are_fed_as_they_are(height: int, format: str) -> None:
+    """Of every even height, also where they are not copied."""
+    nv12 = np.random.default_rng(0).integers(256, size=(height * 3 // 2, 34), dtype=np.uint8)
+    frame = host_frame(nv12, format)
+    assert (frame.width, frame.height, frame.format.name) == (34, height, format)
+    assert np.array_equal(frame.reformat(format="nv12").to_ndarray(), nv12)
 
 
 def test_ffv1_keeps_every_bit(tmp_path: Path) -> None:

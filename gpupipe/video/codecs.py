@@ -138,8 +138,13 @@ def pixel_format(encoder: str) -> str:
 
 
 def host_frame(nv12: NDArray[np.uint8], format: str) -> av.VideoFrame:
-    """A frame for an encoder that is fed from memory: NV12 uint8 (H·3/2, W), copied, in the encoder's pixel format."""
-    frame = av.VideoFrame.from_ndarray(nv12, format="nv12")
+    """A frame for an encoder that is fed from memory, in its pixel format, of NV12 uint8 (H·3/2, W).
+
+    An encoder of NV12 reads ``nv12`` where it lies: do not write to it any more.
+    """
+    as_it_lies = format == "nv12" and nv12.shape[0] % 6 == 0  # PyAV takes the height of others for a smaller one
+    make = av.VideoFrame.from_numpy_buffer if as_it_lies else av.VideoFrame.from_ndarray
+    frame = make(nv12, format="nv12")
     frame.colorspace, frame.color_range = Colorspace.ITU709, ColorRange.MPEG
     if format == "yuvj420p":
         return frame.reformat(
