@@ -70,7 +70,7 @@ class Avatar:
         template: on the engine's device.
         pixel_format: of the finished frames.
         feather: width of the seam in pixels; 0 pastes hard.
-        asked_again: as :class:`~gpupipe.frame_cache.FrameCache` takes it.
+        worth: template frames that are worth keeping prepared, bool (L,); None keeps any.
     """
 
     def __init__(
@@ -80,18 +80,14 @@ class Avatar:
         *,
         pixel_format: PixelFormat = "bgr",
         feather: float = FEATHER,
-        asked_again: NDArray[np.bool_] | None = None,
+        worth: NDArray[np.bool_] | None = None,
     ) -> None:
         self.template = template
         self.engine = engine
         self.pixel_format = pixel_format
         self.feather = feather
         self._derived = FrameCache(
-            template.length,
-            self._derive,
-            budget=template.memory_left,
-            device=template.device,
-            asked_again=asked_again,
+            template.length, self._derive, budget=template.memory_left, device=template.device, worth=worth
         )
         self._graphed: GraphedStep | None = None
         self._recordable = True
@@ -116,8 +112,8 @@ class Avatar:
         device = self.template.device
         derived, kept, row, index = self.look_up(frames)
         inputs = (row, index, to_device(torch.from_numpy(frames), device), to_device(audio, device))
-        # A recording reads the caches where they lie: they must hold every frame.
-        if device.type != "cuda" or not (self._derived.complete and self.template.frames.complete):
+        # A recording reads the caches where they lie: they must hold all of the batch's frames.
+        if device.type != "cuda" or not (self._derived.owns(derived) and self.template.frames.owns(kept)):
             return self._paint(derived, kept, *inputs)
         return self._replay(derived, kept, inputs)
 

@@ -36,7 +36,7 @@ class FrameCache:
         compute: frame numbers (distinct) → tensors, each with the frames along its first axis.
         budget: bytes that the kept tensors may take.
         device: where ``compute`` leaves its tensors.
-        asked_again: bool (L,), the frames that are worth keeping; None keeps any.
+        worth: bool (L,), the frames that are worth keeping; None keeps any.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class FrameCache:
         *,
         budget: int,
         device: torch.device,
-        asked_again: NDArray[np.bool_] | None = None,
+        worth: NDArray[np.bool_] | None = None,
     ) -> None:
         self.length = length
         self.budget = budget
@@ -57,7 +57,7 @@ class FrameCache:
         self._compute = weakref.WeakMethod(compute) if inspect.ismethod(compute) else lambda: compute
         self._bank: Tensors = {}
         self._slot = np.full(length, _ABSENT, dtype=np.int64)
-        self._worth = np.ones(length, dtype=np.bool_) if asked_again is None else asked_again
+        self._worth = np.ones(length, dtype=np.bool_) if worth is None else worth
         self._taken = 0  # slots, from the first on
         self._lock = threading.Lock()
 
@@ -96,10 +96,9 @@ class FrameCache:
         }
         return together, self._index(position[inverse])
 
-    @property
-    def complete(self) -> bool:
-        """Whether every frame is kept: then :meth:`lookup` gives the same tensors from now on."""
-        return bool((self._slot >= 0).all())
+    def owns(self, tensors: Tensors) -> bool:
+        """Whether :meth:`lookup` gave the whole bank, whose tensors stay where they are."""
+        return tensors is self._bank
 
     def gather(self, frames: Sequence[int] | NDArray[np.int64]) -> Tensors:
         """As :meth:`lookup`, each tensor with one row for each of ``frames``."""

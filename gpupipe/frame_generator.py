@@ -18,7 +18,7 @@ from gpupipe.errors import InputError
 from gpupipe.features import SpeechFeatures
 from gpupipe.image_processor import Image, ImageProcessor
 from gpupipe.models import AUDIO_SHAPES, Mode
-from gpupipe.schedule import WINDOW_ROWS, shown_again
+from gpupipe.schedule import WINDOW_ROWS, times_shown
 from gpupipe.shots import Piece, Shot, fill_batches, map_batches, render_batch
 from gpupipe.template import Template
 from gpupipe.unet_model import UNetModel
@@ -115,8 +115,8 @@ class FrameGenerator:
         Returns:
             N frames uint8 (H, W, 3), BGR. For long clips use :meth:`stream`, whose memory does not grow.
         """
-        template = self.open_template(img_dir, lms_dir, parsing_dir)
         speech = SpeechFeatures(audio_features, self.mode)
+        template = self.open_template(img_dir, lms_dir, parsing_dir, clip=(start_frame, len(speech)))
         batches = self.stream(template, speech, start_frame=start_frame)
         return [frame for batch in batches for frame in batch.cpu().numpy()]
 
@@ -129,12 +129,27 @@ class FrameGenerator:
         return write_frames(frames, output_dir, prefix)
 
     def open_template(
-        self, img_dir: str | Path, lms_dir: str | Path, parsing_dir: str | Path | None = None
+        self,
+        img_dir: str | Path,
+        lms_dir: str | Path,
+        parsing_dir: str | Path | None = None,
+        *,
+        clip: tuple[int, int] | None = None,
     ) -> Template:
-        """Open and check a template for this generator's device, precision and memory budget."""
+        """Open and check a template for this generator's device, precision and memory budget.
+
+        Args:
+            clip: as :class:`~gpupipe.Template` takes it.
+        """
         model = self.unet_model
         return Template(
-            img_dir, lms_dir, parsing_dir, device=model.device, exact=model.exact, memory_budget=self.memory_budget
+            img_dir,
+            lms_dir,
+            parsing_dir,
+            clip=clip,
+            device=model.device,
+            exact=model.exact,
+            memory_budget=self.memory_budget,
         )
 
     def stream(
@@ -161,20 +176,17 @@ class FrameGenerator:
         Raises:
             InputError: ``start_frame`` outside the template or ``fps`` out of range, before anything is rendered.
         """
-        asked_again = None  # on CUDA all are kept: a recorded step reads whole caches
-        if template.device.type == "cpu":
-            asked_again = shown_again(len(speech), template.length, start_frame)
-        avatar = self.avatar(template, pixel_format, asked_again=asked_again)
+        # What is shown once is prepared for nothing else, but a recorded step reads nothing but what is kept.
+        least = 2 if template.device.type == "cpu" else 1
+        worth = times_shown(len(speech), template.length, start_frame) >= least
+        avatar = self.avatar(template, pixel_format, worth=worth)
         return self._batches(self.shot(avatar, speech, start_frame=start_frame, fps=fps))
 
     def avatar(
-        self, template: Template, pixel_format: PixelFormat = "bgr", *, asked_again: NDArray[np.bool_] | None = None
+        self, template: Template, pixel_format: PixelFormat = "bgr", *, worth: NDArray[np.bool_] | None = None
     ) -> Avatar:
-        """A template, prepared for this generator's network and seam; ``asked_again``: frames that are worth keeping
-        prepared, for one clip alone."""
-        return Avatar(
-            template, self.unet_model.engine, pixel_format=pixel_format, feather=self._seam, asked_again=asked_again
-        )
+        """A template, prepared for this generator's network and seam; ``worth`` as :class:`Avatar` takes it."""
+        return Avatar(template, self.unet_model.engine, pixel_format=pixel_format, feather=self._seam, worth=worth)
 
     def shot(
         self,

@@ -283,6 +283,7 @@ class FrameGenerationPipeline:
         template = Template.from_directory(
             template_dir,
             use_parsing=use_parsing,
+            clip=(start_frame, len(speech)),
             device=model.device,
             exact=model.exact,
             memory_budget=self.generator.memory_budget,

@@ -100,9 +100,13 @@ def template_indices(start: int, stop: int, length: int, start_frame: int = 0) -
     return start_frame + np.where(phase <= last, phase, 2 * last - phase)
 
 
-def shown_again(stop: int, length: int, start_frame: int = 0) -> NDArray[np.bool_]:
-    """Which template frames the video frames ``[0, stop)`` show more than once: bool (length,)."""
-    return np.bincount(template_indices(0, stop, length, start_frame), minlength=length) > 1
+def times_shown(stop: int, length: int, start_frame: int = 0) -> NDArray[np.int64]:
+    """How often the video frames ``[0, stop)`` show each template frame: int64 (length,).
+
+    Raises:
+        InputError: ``start_frame`` outside ``[0, length)``.
+    """
+    return np.bincount(template_indices(0, stop, length, start_frame), minlength=length)
 
 
 def window_rows(start: int, stop: int) -> tuple[int, int]:

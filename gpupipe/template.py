@@ -17,8 +17,9 @@ from gpupipe.files import input_folder
 from gpupipe.frame_cache import FrameCache, Tensors, default_budget
 from gpupipe.kernels.nv12 import from_nv12, nv12_window
 from gpupipe.landmarks import Box, crop_box, read_landmarks
+from gpupipe.schedule import times_shown
 from gpupipe.stages import UNTIMED, Stages
-from gpupipe.video.decode import read_image, read_images
+from gpupipe.video.decode import image_size, image_sizes, read_images
 from gpupipe.video.frames import VIDEO_SUFFIXES, VideoFrames
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ class Template:
     where the boxes are. Frames that do not fit in the budget are decoded again when they come round.
 
     Args:
+        clip: start frame and number of frames of the one clip that the template is opened for: of the others' files
+            it is only looked whether they are there, whole and of the right size, and they are decoded when they are
+            asked for after all. None decodes every frame.
         device: where frames, boxes and masks are kept.
         exact: decode JPEGs on the CPU even for a CUDA device.
         memory_budget: bytes for all that is kept per template frame; None lets the device decide
@@ -61,6 +65,7 @@ class Template:
         landmark_dir: str | Path,
         parsing_dir: str | Path | None = None,
         *,
+        clip: tuple[int, int] | None = None,
         device: torch.device | str = "cpu",
         exact: bool = True,
         memory_budget: int | None = None,
@@ -84,7 +89,7 @@ class Template:
         else:
             self._images = numbered_files(Path(image_dir), ".jpg", "template frame")
             self.length = len(self._images)
-            self.height, self.width = read_image(self._images[0]).shape[:2]
+            self.height, self.width = image_size(self._images[0])
         self._parsing: list[Path] | None = None
         if parsing_dir is not None:
             self._parsing = [Path(parsing_dir) / f"{i}.png" for i in range(self.length)]
@@ -99,9 +104,14 @@ class Template:
             self.boxes -= torch.tensor(self.window[:2] * 2, device=self.device)
         self.max_box = (max(x1 - x0 for x0, _, x1, _ in boxes), max(y1 - y0 for _, y0, _, y1 in boxes))
         budget = default_budget(self.device) if memory_budget is None else memory_budget
-        self.frames = FrameCache(self.length, self._read, budget=budget, device=self.device)
-        for start in range(0, self.length, _LOAD_BATCH):  # decodes, and so checks, every frame
-            self.frames.lookup(range(start, min(start + _LOAD_BATCH, self.length)))
+        shown = np.ones(self.length, dtype=np.bool_)
+        if clip is not None:
+            start_frame, count = clip
+            shown = times_shown(count, self.length, start_frame) > 0
+        self._look_at(np.flatnonzero(~shown))
+        self.frames = FrameCache(self.length, self._read, budget=budget, device=self.device, worth=shown)
+        for start in range(0, shown.sum(), _LOAD_BATCH):  # decodes, and so checks, them
+            self.frames.lookup(np.flatnonzero(shown)[start : start + _LOAD_BATCH])
         self.memory_left = budget - self.frames.bytes_used
         logger.debug(
             "%s: %d frames of %d×%d, %d kept", self.name, self.length, self.width, self.height, self.frames.capacity
@@ -113,6 +123,7 @@ class Template:
         directory: str | Path,
         *,
         use_parsing: bool = False,
+        clip: tuple[int, int] | None = None,
         device: torch.device | str = "cpu",
         exact: bool = True,
         memory_budget: int | None = None,
@@ -127,6 +138,7 @@ class Template:
             _frames_of(directory),
             directory / "landmarks",
             directory / "parsing" if use_parsing else None,
+            clip=clip,
             device=device,
             exact=exact,
             memory_budget=memory_budget,
@@ -150,20 +162,27 @@ class Template:
         else:
             paths = [self._images[i] for i in frames]
             pixels = read_images(paths, device=self.device, exact=self._exact)
-            self._check_size(paths[0], pixels)
+            self._check_size(paths[0], *pixels.shape[1:3])
             tensors = {"frame": pixels}
         if self._parsing is not None:
             paths = [self._parsing[i] for i in frames]
             parsing = read_images(paths, device=self.device)
-            self._check_size(paths[0], parsing)
+            self._check_size(paths[0], *parsing.shape[1:3])
             xmin, ymin, xmax, ymax = self.window
             tensors["keep"] = keep_mask(parsing[:, ymin:ymax, xmin:xmax])
         return tensors
 
-    def _check_size(self, path: Path, pixels: Tensor) -> None:
-        if pixels.shape[1:3] != (self.height, self.width):
+    def _look_at(self, frames: NDArray[np.int64]) -> None:
+        """Check the files of frames that are not decoded."""
+        for files in filter(None, (self._images, self._parsing)):
+            paths = [files[i] for i in frames]
+            for path, size in zip(paths, image_sizes(paths), strict=True):
+                self._check_size(path, *size)
+
+    def _check_size(self, path: Path, height: int, width: int) -> None:
+        if (height, width) != (self.height, self.width):
             raise InputError(
-                f"{path}: is {pixels.shape[2]}×{pixels.shape[1]}; expected {self.width}×{self.height} as"
+                f"{path}: is {width}×{height}; expected {self.width}×{self.height} as"
                 f" {self._images[0] if self._images else self.name}"
             )
 
@@ -189,7 +208,7 @@ def template_size(directory: str | Path) -> TemplateSize:
         video.close()
         width, height = video.width, video.height
     else:
-        height, width = read_image(source / "0.jpg").shape[:2]
+        height, width = image_size(source / "0.jpg")
     return TemplateSize(len(numbered_files(directory / "landmarks", ".lms", "landmark file")), width, height)
 
 

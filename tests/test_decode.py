@@ -14,7 +14,7 @@ from PIL import Image
 
 from gpupipe import InputError
 from gpupipe.video import decode
-from gpupipe.video.decode import exif_orientation, read_image, read_images
+from gpupipe.video.decode import exif_orientation, image_size, read_image, read_images
 
 
 @pytest.fixture
@@ -48,9 +48,26 @@ def test_orientation_is_the_one_that_opencv_heeds(
     path.write_bytes(with_exif(cv2.imencode(".jpg", picture)[1].tobytes(), orientation, order=order, entries=3))
     read, plain = cv2.imread(str(path)), cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     assert np.array_equal(read_image(path).numpy(), read)
+    assert image_size(path) == read.shape[:2]
     found = exif_orientation(path.read_bytes())
     assert found == (orientation if 1 <= orientation <= 8 else 1)
     assert np.array_equal(read, plain) == (found == 1)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "behind"), [("jpg", b""), ("jpg", bytes(9)), ("jpg", b"x"), ("png", b""), ("webp", b"")]
+)
+def test_size_is_found_without_decoding(
+    suffix: str, behind: bytes, picture: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the file's end does not tell that it is whole."""
+    path = tmp_path / f"picture.{suffix}"
+    path.write_bytes(cv2.imencode(f".{suffix}", picture)[1].tobytes() + behind)
+    decoded = []
+    turned = decode._turned_bgr
+    monkeypatch.setattr(decode, "_turned_bgr", lambda image: decoded.append(image) or turned(image))
+    assert image_size(str(path)) == (48, 64)
+    assert bool(decoded) == (behind == b"x" or suffix == "webp")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"Exif\0\0", b"Exif\0\0II*\0", b"Exif\0\0XX" + bytes(40)])

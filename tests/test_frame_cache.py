@@ -155,17 +155,18 @@ def test_default_budget_is_a_part_of_the_memory_there_is() -> None:
 
 @pytest.mark.parametrize("batch", [1, 4, 20])
 @pytest.mark.parametrize("budget", [0, 2 * FRAME_BYTES, 10**9])
-def test_only_what_is_asked_for_again_is_kept(budget: int, batch: int) -> None:
+def test_only_what_is_worth_it_is_kept(budget: int, batch: int) -> None:
     recorder = Recorder()
-    again = np.arange(LENGTH) % 3 == 1  # 1, 4 and 7
-    frames = FrameCache(LENGTH, recorder, budget=budget, device=CPU, asked_again=again)
+    worth = np.arange(LENGTH) % 3 == 1  # 1, 4 and 7
+    frames = FrameCache(LENGTH, recorder, budget=budget, device=CPU, worth=worth)
     for start in range(0, 40, batch):
         assert_right(frames, template_indices(start, start + batch, LENGTH))
     kept = np.flatnonzero(frames._slot >= 0).tolist()
     assert set(kept) <= {1, 4, 7}
     assert len(kept) == frames.capacity == min(3, budget // FRAME_BYTES)
     assert all(recorder.computed.count(frame) == 1 for frame in kept)
-    assert not frames.complete
+    for asked in (kept, [*kept, 2]):
+        assert frames.owns(frames.lookup(asked)[0]) == (asked == kept)
 
 
 def test_what_is_not_kept_is_not_copied() -> None:

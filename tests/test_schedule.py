@@ -10,7 +10,7 @@ import pytest
 
 from gpupipe import InputError
 from gpupipe.benchmarks.reference_loop import ping_pong
-from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, shown_again, template_indices, window_rows
+from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, template_indices, times_shown, window_rows
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 150])
@@ -51,10 +51,10 @@ def test_start_outside_the_template_is_an_error(length: int, start_frame: int) -
 
 
 @pytest.mark.parametrize(("length", "start_frame"), [(1, 0), (2, 0), (2, 1), (9, 0), (9, 3), (9, 8)])
-def test_shown_again_counts_the_walk(length: int, start_frame: int) -> None:
+def test_times_shown_counts_the_walk(length: int, start_frame: int) -> None:
     for stop in range(40):
         shown = template_indices(0, stop, length, start_frame).tolist()
-        assert shown_again(stop, length, start_frame).tolist() == [shown.count(frame) > 1 for frame in range(length)]
+        assert times_shown(stop, length, start_frame).tolist() == [shown.count(frame) for frame in range(length)]
 
 
 def test_window_is_eight_rows_before_and_eight_from_the_frame_on() -> None:

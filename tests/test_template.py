@@ -37,13 +37,19 @@ def landmark_file(template: Path, i: int) -> Path:
 
 
 def refusal(template: Path, named: Path, *, use_parsing: bool = False) -> str:
-    """The message with which a template is refused on opening: one line that begins with the file's name."""
-    with pytest.raises(InputError) as caught:
-        Template.from_directory(template, use_parsing=use_parsing)
-    message = str(caught.value)
-    assert message.startswith(f"{named}: ")
-    assert "\n" not in message
-    return message
+    """The message with which a template is refused on opening: one line that begins with the file's name.
+
+    It is the same for a clip that shows frame 1 alone, but for which other file a size is compared with.
+    """
+    messages = []
+    for clip in (None, (0, 1)):
+        with pytest.raises(InputError) as caught:
+            Template.from_directory(template, use_parsing=use_parsing, clip=clip)
+        messages.append(str(caught.value))
+    assert messages[0].startswith(f"{named}: ")
+    assert "\n" not in messages[0]
+    assert messages[1].split(" as ")[0] == messages[0].split(" as ")[0]
+    return messages[0]
 
 
 # ── what is read ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -72,6 +78,31 @@ def test_frames_boxes_and_masks(make_template: MakeTemplate, tmp_path: Path) -> 
 
 def test_without_parsing_there_is_no_mask(template: Path) -> None:
     assert Template.from_directory(template).frames.gather([0]).keys() == {"frame"}
+
+
+@pytest.mark.parametrize(("clip", "shown"), [((0, 2), [1, 2]), ((2, 1), [3]), ((0, 9), [0, 1, 2, 3, 4])])
+def test_for_a_clip_only_what_it_shows_is_decoded(
+    clip: tuple[int, int], shown: list[int], template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Template.from_directory(template, use_parsing=True)
+    decoded = []
+
+    def remembered(paths: list[Path], **options: object) -> torch.Tensor:
+        decoded.extend(int(path.stem) for path in paths if path.suffix == ".jpg")
+        return read_images(paths, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("gpupipe.template.read_images", remembered)
+    opened = Template.from_directory(template, use_parsing=True, clip=clip)
+    assert decoded == shown
+    assert opened.frames.capacity == len(shown)
+    assert torch.equal(opened.boxes, whole.boxes) and opened.max_box == whole.max_box
+    found, expected = opened.frames.gather(range(5)), whole.frames.gather(range(5))
+    assert all(torch.equal(found[name], expected[name]) for name in expected), "the others are there when asked for"
+
+
+def test_clip_that_starts_outside_the_template(template: Path) -> None:
+    with pytest.raises(InputError, match="start frame is 5; expected 0 to 4"):
+        Template.from_directory(template, clip=(5, 1))
 
 
 def test_other_files_are_left_alone(template: Path) -> None:

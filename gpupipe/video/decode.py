@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -33,6 +35,19 @@ _TURNS = {
 }
 """What makes a picture of an EXIF orientation upright: Exif 2.32, section 4.6.4."""
 
+_ON_THE_SIDE = {
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+}
+"""Those that exchange height and width."""
+
+_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}
+"""What a whole file ends with, but for zeros: ISO/IEC 10918-1, B.1.1.3 (EOI), and PNG, section 11.2.5 (IEND)."""
+
+_LAST_BYTES = 64
+
 _EXIF_END = 1 << 17
 """Bytes of a JPEG among which its EXIF block begins and ends: it is among the first segments, of 64 KB at most."""
 
@@ -57,12 +72,39 @@ def read_image(path: str | Path) -> Tensor:
     Raises:
         InputError: the file is missing, empty, cut short, not an image, or larger than :data:`MAX_PIXELS`.
     """
+    with _opened(path) as image:
+        return _turned_bgr(image)
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of an image as :func:`read_image` would give it, found without decoding it.
+
+    A JPEG or PNG that does not end as one is decoded after all, and so is what is neither.
+
+    Raises:
+        InputError: as :func:`read_image`, but for damage between the header and the end.
+    """
+    with _opened(path) as image:
+        end = _ENDS.get(image.format or "")
+        with Path(path).open("rb") as file:
+            file.seek(-min(_LAST_BYTES, Path(path).stat().st_size), os.SEEK_END)
+            whole = end is not None and file.read().rstrip(b"\0").endswith(end)
+        if not whole:
+            height, width, _ = _turned_bgr(image).shape
+            return height, width
+        turn = _TURNS.get(exif_orientation(image.info.get("exif", b"")))
+        return (image.width, image.height) if turn in _ON_THE_SIDE else (image.height, image.width)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file; what goes wrong with it is an InputError."""
     path = input_file(path, "image file")
     is_jpeg = path.suffix.lower() in _JPEG_SUFFIXES
     try:
         with Image.open(path, formats=("JPEG",) if is_jpeg else _FORMATS) as image:
             _check_header(path, image)
-            return _turned_bgr(image)
+            yield image
     except UnidentifiedImageError as error:
         reason, kind = ("not a JPEG", "JPEG") if is_jpeg else ("not an image", "JPEG or PNG")
         raise InputError(f"{path}: cannot be decoded ({reason}); expected a whole {kind} image") from error
@@ -125,6 +167,11 @@ def read_images(paths: Sequence[Path], *, device: torch.device | str = "cpu", ex
                 f" {paths[0].name}"
             )
     return torch.stack(images).to(device)
+
+
+def image_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
+    """:func:`image_size` of each, on several threads."""
+    return list(_threads().map(image_size, paths))
 
 
 def jpeg_decoder(device: torch.device | str, *, exact: bool) -> JpegDecoder:
