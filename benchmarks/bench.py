@@ -23,10 +23,11 @@ from gpupipe.benchmarks.bench_stages import Step, stage_rows
 from gpupipe.benchmarks.common import RESULTS, Row, append_rows, commit, device_name, read_rows, row, versions
 from gpupipe.benchmarks.contestants import Contestant, Say
 from gpupipe.benchmarks.scenario import Scenario, bundled, given
+from gpupipe.device import find_device
 from gpupipe.engines import EngineName
 from gpupipe.errors import InputError
 from gpupipe.models import Mode
-from gpupipe.unet_model import UNetModel, find_device
+from gpupipe.unet_model import UNetModel
 
 Sweep = Literal["batch", "resolution", "length"]
 

@@ -12,6 +12,7 @@ import torch
 from torchvision.io import decode_jpeg, encode_jpeg
 
 from gpupipe.avatar import FEATHER
+from gpupipe.device import find_device
 from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.engines.choice import Figures, candidates, find_dtype, measure, measured, remember
@@ -21,7 +22,6 @@ from gpupipe.frame_cache import default_budget
 from gpupipe.kernels.dispatch import backend, obstacle
 from gpupipe.lanes import available_cores
 from gpupipe.models import UNet328
-from gpupipe.unet_model import find_device
 from gpupipe.versions import processor_name, versions
 from gpupipe.video.codecs import PictureFormat, choose_encoder
 from gpupipe.video.decode import jpeg_decoder

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpupipe.device import find_device
 from gpupipe.errors import CheckpointError
 from gpupipe.features import save_features_bin
 from gpupipe.files import replacing
@@ -227,12 +228,11 @@ class SpeechEncoder:
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
+        DeviceError: an unknown device, or one that is not there.
     """
 
     def __init__(self, checkpoint_path: str | Path, device: str | torch.device | None = None) -> None:
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = find_device(device)
         self._path = Path(checkpoint_path)
         self.encoder: AudioEncoder = load_audio_encoder(checkpoint_path).to(self.device)
 

@@ -9,8 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpupipe.device import find_device
 from gpupipe.engines import EngineName, Precision, make_engine
-from gpupipe.errors import DeviceError, InputError
+from gpupipe.errors import InputError
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode, load_unet
 from gpupipe.models.unet328 import INPUT_SIZE
 from gpupipe.onnx_export import OPSET_VERSION, export_unet
@@ -107,28 +108,3 @@ class UNetModel:
             wanted = ", ".join(map(str, shape))
             raise InputError(f"{name}: shape is {tuple(tensor.shape)}; expected (B, {wanted})")
         return tensor.float()
-
-
-def find_device(device: str | torch.device | None = None, *, here: bool = True) -> torch.device:
-    """The device of a name; None means a CUDA GPU if there is one, else the CPU.
-
-    Args:
-        here: whether this machine is to have it; False only checks the name, for another machine.
-
-    Raises:
-        DeviceError: an unknown name, or a GPU that is not there.
-    """
-    if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise DeviceError(f"device is {device!r}; expected cpu, cuda or cuda:N") from error
-    if found.type not in {"cpu", "cuda"}:
-        raise DeviceError(f"device is {str(device)!r}; expected cpu, cuda or cuda:N")
-    if found.type == "cuda" and here:
-        if not torch.cuda.is_available():
-            raise DeviceError(f"device is {str(device)!r}, but no CUDA GPU is available here; expected cpu")
-        if (found.index or 0) >= torch.cuda.device_count():
-            raise DeviceError(f"device is {str(device)!r}; expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-    return found

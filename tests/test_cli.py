@@ -22,6 +22,7 @@ from gpupipe import __version__
 from gpupipe.cli import app
 from gpupipe.engines import choice
 from gpupipe.models import UNet328
+from gpupipe.models.audio_encoder import AudioEncoder
 
 FRAMES = 5
 QUICK = ("--engine", "eager")  # builds in no time; what these tests look at comes before or after the network
@@ -207,6 +208,17 @@ def test_wrong_options_exit_2(clip: dict[str, Path], words: tuple[object, ...], 
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99"])
+def test_wrong_device_of_features_exits_2(device: str, clip: dict[str, Path], tmp_path: Path) -> None:
+    torch.save(AudioEncoder().state_dict(), tmp_path / "ave.pth")
+    words = ("--encoder", tmp_path / "ave.pth", "-o", tmp_path / "rows.npy")
+    result = run("features", clip["sound"], *words, "--device", device)
+    assert result.exit_code == 2
+    assert f"device is '{device}'" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "rows.npy").exists()
+    assert run("features", clip["sound"], *words, "--device", "auto").exit_code == 0
 
 
 def test_anything_else_exits_1_and_debug_shows_where(

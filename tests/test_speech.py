@@ -16,7 +16,7 @@ import torch
 from fuzz_media import wav
 
 from gpupipe import speech
-from gpupipe.errors import CheckpointError, InputError, OutputError
+from gpupipe.errors import CheckpointError, DeviceError, InputError, OutputError
 from gpupipe.models.audio_encoder import AudioEncoder
 from gpupipe.speech import SpeechEncoder, audio_chunks, load_audio, mel_spectrogram, save_features
 from gpupipe.video.sound import SoundTrack
@@ -289,6 +289,15 @@ def empty(folder: Path) -> Path:
 
 def no_samples(folder: Path) -> Path:
     return write_sound(folder / "none.wav", np.zeros((1, 0), np.float32), 16000)
+
+
+def test_devices_are_named_as_everywhere(tmp_path: Path) -> None:
+    torch.save(AudioEncoder().state_dict(), tmp_path / "encoder.pth")
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert SpeechEncoder(tmp_path / "encoder.pth", "auto").device.type == expected
+    for device in ("foo", "cuda:99"):
+        with pytest.raises(DeviceError, match=f"^device is '{device}'"):
+            SpeechEncoder(tmp_path / "encoder.pth", device)
 
 
 def test_encoder_that_gives_no_numbers_is_named(tmp_path: Path) -> None:

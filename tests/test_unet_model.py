@@ -15,8 +15,8 @@ from torch import Tensor
 
 import gpupipe.onnx_export
 from gpupipe import CheckpointError, DeviceError, GpupipeError, InputError, OutputError, UNetModel
+from gpupipe.device import find_device
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
-from gpupipe.unet_model import find_device
 
 MakeModel = Callable[..., UNetModel]
 MakeCheckpoint = Callable[..., Path]

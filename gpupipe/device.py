@@ -1,0 +1,32 @@
+"""Which device a name means, checked once for every command and class."""
+
+from __future__ import annotations
+
+import torch
+
+from gpupipe.errors import DeviceError
+
+
+def find_device(device: str | torch.device | None = None, *, here: bool = True) -> torch.device:
+    """The device of a name; None means a CUDA GPU if there is one, else the CPU.
+
+    Args:
+        here: whether this machine is to have it; False only checks the name, for another machine.
+
+    Raises:
+        DeviceError: an unknown name, or a GPU that is not there.
+    """
+    if device is None or device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise DeviceError(f"device is {device!r}; expected cpu, cuda or cuda:N") from error
+    if found.type not in {"cpu", "cuda"}:
+        raise DeviceError(f"device is {str(device)!r}; expected cpu, cuda or cuda:N")
+    if found.type == "cuda" and here:
+        if not torch.cuda.is_available():
+            raise DeviceError(f"device is {str(device)!r}, but no CUDA GPU is available here; expected cpu")
+        if (found.index or 0) >= torch.cuda.device_count():
+            raise DeviceError(f"device is {str(device)!r}; expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    return found
