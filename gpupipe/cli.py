@@ -25,6 +25,7 @@ from gpupipe.models import Mode, load_unet
 from gpupipe.onnx_export import export_unet
 from gpupipe.pipeline import FrameGenerationPipeline
 from gpupipe.speech import SpeechEncoder, save_features, write_features
+from gpupipe.video.encode import check_suffix
 from gpupipe.video.images import ImageFormat
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -95,6 +96,7 @@ def render(
             raise InputError("expected either --audio-features or --encoder (with --audio), not both or neither")
         if encoder is not None and audio is None:
             raise InputError("--encoder makes features from sound; expected --audio with it")
+        check_suffix(output)
         pipeline = _pipeline(
             checkpoint, mode, device, engine, exact, precision, blend, feather, batch_size, memory_budget
         )

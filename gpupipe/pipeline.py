@@ -31,7 +31,7 @@ from gpupipe.stages import UNTIMED, Stages, measuring
 from gpupipe.template import Template
 from gpupipe.unet_model import UNetModel
 from gpupipe.versions import versions
-from gpupipe.video.encode import VideoWriter
+from gpupipe.video.encode import VideoWriter, check_suffix
 from gpupipe.video.images import ImageFormat, frame_path, save_image, write_frames
 from gpupipe.video.sound import compare_lengths, open_sound
 
@@ -164,6 +164,7 @@ class FrameGenerationPipeline:
         """
         times = {"start": time.perf_counter()}
         output_path = Path(output_path)
+        check_suffix(output_path)
         if audio_path is not None:
             open_sound(audio_path).close()
         with measuring(profile) as stages:

@@ -210,6 +210,16 @@ def test_wrong_options_exit_2(clip: dict[str, Path], words: tuple[object, ...], 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["out.yuv", "out.h264", "out.ogg", "out"])
+def test_wrong_suffix_is_told_before_anything_is_opened(name: str, clip: dict[str, Path], tmp_path: Path) -> None:
+    render = render_words({**clip, "checkpoint": Path("missing.pth")}, tmp_path / name)
+    for words in (render, ["demo", "--audio", "missing.wav", "--output", tmp_path / name]):
+        result = run(*words)
+        assert result.exit_code == 2
+        assert f"{name}: suffix is {Path(name).suffix!r}; expected .mp4, .mkv or .mov" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("device", ["foo", "cuda:99"])
 def test_wrong_device_of_features_exits_2(device: str, clip: dict[str, Path], tmp_path: Path) -> None:
     torch.save(AudioEncoder().state_dict(), tmp_path / "ave.pth")

@@ -109,6 +109,12 @@ def top_level_boxes(path: Path) -> list[str]:
 # ── what is in the video ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("name", ["clip.MP4", "clip.Mov"])
+def test_suffixes_in_capitals_are_suffixes(name: str, render: Callable[..., Path]) -> None:
+    boxes = top_level_boxes(render(name))
+    assert boxes.index("moov") < boxes.index("mdat"), "faststart"
+
+
 def test_video_as_the_contract_wants_it(render: Callable[..., Path]) -> None:
     path = render()
     with av.open(str(path)) as container:
@@ -395,6 +401,9 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
     ("output_path", lambda folder: folder, r"is a folder; expected the name of a file"),
     ("output_path", lambda folder: folder / "out" / "clip.xyz", r"clip\.xyz: suffix is '\.xyz'; expected \.mp4"),
     ("output_path", lambda folder: folder / "out" / "clip", r"clip: suffix is ''; expected \.mp4"),
+    ("output_path", lambda folder: folder / "out" / "clip.yuv", r"clip\.yuv: suffix is '\.yuv'; expected \.mp4"),
+    ("output_path", lambda folder: folder / "out" / "clip.h264", r"clip\.h264: suffix is '\.h264'; expected \.mp4"),
+    ("output_path", lambda folder: folder / "out" / "clip.OGG", r"clip\.OGG: suffix is '\.OGG'; expected \.mp4"),
     ("start_frame", lambda folder: 4, r"start frame is 4; expected 0 to 3"),
     ("start_frame", lambda folder: -1, r"start frame is -1; expected 0 to 3"),
     ("crf", lambda folder: 52, r"crf is 52; expected 0"),

@@ -19,6 +19,7 @@ from gpupipe.demo.sheet import write_contact_sheet
 from gpupipe.errors import InputError
 from gpupipe.pipeline import FrameGenerationPipeline, Progress, RenderRecord
 from gpupipe.speech import SpeechEncoder, save_features
+from gpupipe.video.encode import check_suffix
 from gpupipe.video.sound import open_sound
 
 logger = logging.getLogger("gpupipe.demo")
@@ -62,6 +63,7 @@ def render_demo(
     if seconds is not None and not seconds > 0:
         raise InputError(f"seconds is {seconds}; expected more than 0")
     output = Path(output)
+    check_suffix(output)
     sound = Path(audio) if audio is not None else BUNDLE / "sample.flac"
     with tempfile.TemporaryDirectory(prefix="gpupipe-demo-") as folder:
         if seconds is not None:

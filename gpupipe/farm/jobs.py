@@ -21,12 +21,10 @@ from gpupipe.errors import InputError
 from gpupipe.features import FRAME_RATES
 from gpupipe.files import input_file
 from gpupipe.models import Mode
+from gpupipe.video.encode import SUFFIXES
 
 _OF_THE_FARM = ("device", "batch_size", "memory_budget", "json", "debug")
 _OF_ONE_RENDER = ("save_frames", "frames_dir", "profile")
-
-SUFFIXES = (".mp4", ".mkv", ".mov")
-"""Of outputs."""
 
 
 class Job(BaseModel):

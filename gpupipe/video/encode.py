@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpupipe.errors import InputError, output_error
+from gpupipe.errors import InputError, OutputError, output_error
 from gpupipe.files import replacing
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.schedule import frame_rate
@@ -36,6 +36,9 @@ from gpupipe.video.ways import choose_way
 logger = logging.getLogger(__name__)
 
 PixelFormat = Literal["bgr", "nv12"]
+
+SUFFIXES = (".mp4", ".mkv", ".mov")
+"""Of videos that are written, in small letters or capitals."""
 
 _QUEUE = 2  # batches that may wait for the encoder
 
@@ -60,7 +63,7 @@ class VideoWriter:
     Use it as a context: leaving it without an error finishes the file, leaving it with one deletes what was written.
 
     Args:
-        path: of the video; its suffix chooses the container (``.mp4``, ``.mkv``, ``.mov``).
+        path: of the video; its suffix, one of :data:`SUFFIXES`, chooses the container.
         width, height: of the frames in pixels. 4:2:0 video has even sizes and its cropping goes in steps of two pixels:
             an odd size is made even by repeating the last column or row, and said aloud.
         fps: frames a second.
@@ -84,8 +87,8 @@ class VideoWriter:
         frames: how many have been encoded.
 
     Raises:
-        InputError: quality out of range; a preset that the encoder does not have; a container that is unknown or cannot
-            hold the codec; sound that cannot be read.
+        InputError: another suffix; quality out of range; a preset that the encoder does not have; a container that
+            cannot hold the codec; sound that cannot be read.
         DeviceError: a codec that does not open here.
         OutputError: ``path`` cannot be written.
     """
@@ -106,6 +109,7 @@ class VideoWriter:
         stages: Stages = UNTIMED,
     ) -> None:
         self.path = Path(path)
+        check_suffix(self.path)
         self._stages = stages
         if not 0 <= crf <= 51:
             raise InputError(f"crf is {crf}; expected 0 (best) to 51")
@@ -289,19 +293,30 @@ class VideoWriter:
             self._output.close()
 
 
+def check_suffix(path: str | Path) -> str:
+    """The suffix of a video that is to be written, in small letters.
+
+    Raises:
+        InputError: it is none of :data:`SUFFIXES`, or ``path`` is a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder; expected the name of a file")
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"{path}: suffix is {path.suffix!r}; expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    return path.suffix.lower()
+
+
 def open_output(path: Path, temporary: Path) -> av.container.OutputContainer:
     """Open the file that is to become ``path`` once it is whole.
 
     Raises:
-        InputError: a suffix that no container has.
+        InputError: another suffix than :data:`SUFFIXES`.
     """
     options = {"fflags": "+bitexact"}  # nothing in the file by chance, by the clock or by FFmpeg's version
-    if path.suffix in {".mp4", ".mov", ".m4v"}:
+    if check_suffix(path) in {".mp4", ".mov"}:
         options["movflags"] = "+faststart"
-    try:
-        return av.open(str(temporary), "w", options=options)
-    except (ValueError, av.error.FFmpegError) as error:
-        raise InputError(f"{path}: suffix is {path.suffix!r}; expected .mp4, .mkv or .mov") from error
+    return av.open(str(temporary), "w", options=options)
 
 
 def pad_to_even(frames: Tensor) -> Tensor:

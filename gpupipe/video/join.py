@@ -13,7 +13,7 @@ import av.error
 
 from gpupipe.errors import InputError
 from gpupipe.files import replacing
-from gpupipe.video.encode import open_output
+from gpupipe.video.encode import check_suffix, open_output
 from gpupipe.video.segments import DecodeTimes
 from gpupipe.video.sound import SoundTrack
 
@@ -34,7 +34,7 @@ def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str
 
     Args:
         paths: the parts, at least one.
-        output: the video; its suffix chooses the container. Appears only when it is whole.
+        output: the video; its suffix chooses the container. It appears only when it is whole.
         sound: any file that FFmpeg reads with a sound track; None for a silent video.
 
     Returns:
@@ -47,6 +47,7 @@ def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str
     if not paths:
         raise InputError(f"{output}: there are no parts to join; expected at least one video")
     output = Path(output)
+    check_suffix(output)
     with replacing(output) as temporary, contextlib.ExitStack() as stack:
         target = open_output(output, temporary)
         stack.callback(_close, target)
