@@ -20,7 +20,7 @@ from gpupipe.errors import InputError
 from gpupipe.files import input_file, replacing
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
 from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, window_rows
-from gpupipe.transfer import to_device
+from gpupipe.transfer import as_array, to_device
 
 Float32 = NDArray[np.float32]
 FeatureSource = str | Path | ArrayLike | Tensor
@@ -57,7 +57,7 @@ class SpeechFeatures:
             self.name = str(source)
             self.shape, self._offset = self._open(self._path)
         else:
-            array = source.detach().cpu().numpy() if isinstance(source, Tensor) else np.asarray(source)
+            array = as_array(source)
             self.name = "audio features"
             if array.dtype.kind != "f":
                 raise InputError(f"{self.name}: dtype is {array.dtype}; expected float32")
@@ -152,14 +152,14 @@ def audio_windows(features: ArrayLike | Tensor, mode: Mode = "ave") -> Tensor:
     return speech.windows(0, len(speech))
 
 
-def save_features_bin(features: ArrayLike, path: str | Path) -> Path:
+def save_features_bin(features: ArrayLike | Tensor, path: str | Path) -> Path:
     """Write features for programs in other languages: ``path`` and ``path`` + ``.json``.
 
     The first holds the values, little-endian float32 in C order; the second ``num_frames``, ``feature_size`` (values a
     row) and ``shape``. Returns ``path``.
     """
     path = Path(path)
-    values = np.ascontiguousarray(features, dtype="<f4")
+    values = np.ascontiguousarray(as_array(features), dtype="<f4")
     facts = {"num_frames": values.shape[0], "feature_size": math.prod(values.shape[1:]), "shape": list(values.shape)}
     with replacing(path) as temporary:
         values.tofile(temporary)

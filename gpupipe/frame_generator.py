@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from gpupipe.models import AUDIO_SHAPES, Mode
 from gpupipe.schedule import WINDOW_ROWS, times_shown
 from gpupipe.shots import Piece, Shot, fill_batches, map_batches, render_batch
 from gpupipe.template import Template
+from gpupipe.transfer import as_array
 from gpupipe.unet_model import UNetModel
 from gpupipe.video.images import write_frames
 
@@ -68,7 +69,7 @@ class FrameGenerator:
     def generate_frame(
         self,
         template_image: Image | Tensor,
-        landmarks: ArrayLike,
+        landmarks: ArrayLike | Tensor,
         audio_features: ArrayLike | Tensor,
         parsing_image: Image | Tensor | None = None,
     ) -> Image:
@@ -120,7 +121,7 @@ class FrameGenerator:
         batches = self.stream(template, speech, start_frame=start_frame)
         return [frame for batch in batches for frame in batch.cpu().numpy()]
 
-    def save_frames(self, frames: list[Image], output_dir: str | Path, prefix: str = "frame") -> list[str]:
+    def save_frames(self, frames: Iterable[Image | Tensor], output_dir: str | Path, prefix: str = "frame") -> list[str]:
         """Write frames as ``<prefix>_00000.jpg`` … and return their paths.
 
         Raises:
@@ -213,12 +214,12 @@ class FrameGenerator:
     def _window(self, audio: ArrayLike | Tensor) -> Tensor:
         """One frame's audio as (1, *audio_shape)."""
         shape = AUDIO_SHAPES[self.mode]
-        values = torch.as_tensor(audio if isinstance(audio, Tensor) else np.asarray(audio, dtype=np.float32)).float()
+        values = np.array(as_array(audio), dtype=np.float32)
         size = int(np.prod(shape))
-        if values.numel() == size and (values.shape[-3:] == shape or len(values) == WINDOW_ROWS):
-            return values.reshape(1, *shape)
+        if values.size == size and (values.shape[-3:] == shape or len(values) == WINDOW_ROWS):
+            return torch.from_numpy(values).reshape(1, *shape)
         raise InputError(
-            f"audio_features: shape is {tuple(values.shape)}; expected one window, {(1, *shape)}, {shape} or its"
+            f"audio_features: shape is {values.shape}; expected one window, {(1, *shape)}, {shape} or its"
             f" {WINDOW_ROWS} rows ({WINDOW_ROWS}, {size // WINDOW_ROWS});"
             f" gpupipe.audio_windows(features, {self.mode!r}) makes all windows of a clip"
         )

@@ -17,6 +17,7 @@ from gpupipe.kernels.paste_blend import paste_blend
 from gpupipe.landmarks import Box, crop_box, face_box, read_landmarks
 from gpupipe.models.unet328 import INPUT_SIZE
 from gpupipe.template import keep_mask
+from gpupipe.transfer import as_array
 from gpupipe.video.decode import read_image
 
 Image = NDArray[np.uint8]
@@ -42,7 +43,7 @@ class ImageProcessor:
         """
         return read_landmarks(path)
 
-    def get_crop_region(self, landmarks: ArrayLike) -> Box:
+    def get_crop_region(self, landmarks: ArrayLike | Tensor) -> Box:
         """The square (xmin, ymin, xmax, ymax) of landmarks (n, 2), half-open; it may reach over the frame's edge.
 
         Raises:
@@ -50,7 +51,7 @@ class ImageProcessor:
         """
         return face_box(landmarks)
 
-    def crop_face_region(self, image: Image | Tensor, landmarks: ArrayLike) -> tuple[Image, Box]:
+    def crop_face_region(self, image: Image | Tensor, landmarks: ArrayLike | Tensor) -> tuple[Image, Box]:
         """The box's part of an image, and the box, clamped to the image.
 
         Raises:
@@ -161,7 +162,7 @@ class ImageProcessor:
 
 def _image(image: Image | Tensor, name: str, *sizes: int) -> Tensor:
     """An image as a tensor, checked to be uint8 (H, W, 3) and, if ``sizes`` are given, square of one of them."""
-    pixels = image.detach().cpu() if isinstance(image, Tensor) else torch.from_numpy(np.ascontiguousarray(image))
+    pixels = torch.from_numpy(np.ascontiguousarray(as_array(image)))
     if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[2] != 3 or not pixels.numel():
         raise InputError(f"{name}: is {pixels.dtype} {tuple(pixels.shape)}; expected uint8 (H, W, 3), BGR")
     if sizes and (pixels.shape[0] != pixels.shape[1] or pixels.shape[0] not in sizes):

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from gpupipe.errors import InputError
 from gpupipe.files import input_file
+from gpupipe.transfer import as_array
 
 MIN_POINTS = 53
 LEFT, RIGHT, TOP = 1, 31, 52
@@ -49,7 +51,7 @@ def read_landmarks(path: str | Path) -> NDArray[np.int32]:
     return np.array(points, dtype=np.float32).astype(np.int32)
 
 
-def face_box(landmarks: ArrayLike, *, name: str = "landmarks") -> Box:
+def face_box(landmarks: ArrayLike | Tensor, *, name: str = "landmarks") -> Box:
     """The square from point 1 to point 31, hung from point 52; it may reach over the frame's edge.
 
     Args:
@@ -59,7 +61,7 @@ def face_box(landmarks: ArrayLike, *, name: str = "landmarks") -> Box:
     Raises:
         InputError: too few points or not finite; an empty or inverted box.
     """
-    points = np.asarray(landmarks)
+    points = as_array(landmarks)
     if points.ndim != 2 or points.shape[1] != 2 or len(points) < MIN_POINTS:
         raise InputError(f"{name}: shape is {points.shape}; expected (n, 2) with n ≥ {MIN_POINTS}")
     used = points[[LEFT, RIGHT, TOP]]
@@ -71,7 +73,7 @@ def face_box(landmarks: ArrayLike, *, name: str = "landmarks") -> Box:
     return xmin, ymin, xmax, ymin + (xmax - xmin)
 
 
-def crop_box(landmarks: ArrayLike, width: int, height: int, *, name: str = "landmarks") -> Box:
+def crop_box(landmarks: ArrayLike | Tensor, width: int, height: int, *, name: str = "landmarks") -> Box:
     """:func:`face_box` clamped to a frame; it may then not be square.
 
     Raises:

@@ -25,6 +25,7 @@ from gpupipe.errors import CheckpointError
 from gpupipe.features import save_features_bin
 from gpupipe.files import replacing
 from gpupipe.models.audio_encoder import FEATURES, MEL_BANDS, MEL_COLUMNS, AudioEncoder, load_audio_encoder
+from gpupipe.transfer import as_array
 from gpupipe.video.sound import decode_sound, open_sound
 
 logger = logging.getLogger("gpupipe.speech")
@@ -309,8 +310,7 @@ def save_features(features: np.ndarray | Tensor, path: str | Path, *, bin: bool 
     Raises:
         OutputError: a file cannot be written.
     """
-    array = features.detach().cpu().numpy() if isinstance(features, Tensor) else np.asarray(features)
-    array = np.ascontiguousarray(array, dtype="<f4")
+    array = np.ascontiguousarray(as_array(features), dtype="<f4")
     path = Path(path)
     if path.suffix != ".npy":
         path = path.with_name(path.name + ".npy")

@@ -101,7 +101,7 @@ class UNetModel:
 
     @staticmethod
     def _batch(value: Tensor | np.ndarray, shape: tuple[int, ...], name: str) -> Tensor:
-        tensor = torch.as_tensor(value)
+        tensor = torch.as_tensor(value).detach()
         if tuple(tensor.shape) == shape:
             tensor = tensor[None]
         if tensor.dim() != len(shape) + 1 or tuple(tensor.shape[1:]) != shape or not len(tensor):

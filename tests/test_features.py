@@ -74,6 +74,13 @@ def test_a_part_is_a_part_of_the_whole(start: int, count: int) -> None:
     assert torch.equal(speech.windows(start, start + count), speech.windows(0, 40)[start : start + count])
 
 
+def test_bfloat16_is_float32_of_eight_bits(tmp_path: Path) -> None:
+    features = torch.from_numpy(random_rows(5, 512)).bfloat16()
+    assert torch.equal(audio_windows(features), audio_windows(features.float()))
+    save_features_bin(features.requires_grad_(), tmp_path / "out.bin")
+    assert np.array_equal(np.fromfile(tmp_path / "out.bin", "<f4").reshape(5, 512), features.detach().float().numpy())
+
+
 @pytest.mark.parametrize("make", [np.asarray, torch.from_numpy, lambda array: torch.from_numpy(array).requires_grad_()])
 def test_arrays_and_tensors_are_taken(make: Callable[[Array], object]) -> None:
     features = random_rows(5, 512)

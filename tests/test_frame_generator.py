@@ -412,6 +412,12 @@ def test_tensors_are_taken(tiny_model: MakeModel, template: Path) -> None:
     expected = generator.generate_frame(image, points, window)
     found = generator.generate_frame(torch.from_numpy(image), torch.from_numpy(points), window)
     assert np.array_equal(found, expected)
+    learnt = torch.from_numpy(points.astype(np.float32)).requires_grad_()
+    assert np.array_equal(generator.generate_frame(image, learnt, window.clone().requires_grad_()), expected)
+    half = window.bfloat16()
+    assert np.array_equal(
+        generator.generate_frame(image, points, half), generator.generate_frame(image, points, half.float())
+    )
     assert isinstance(found, np.ndarray)
 
 
@@ -435,6 +441,15 @@ def test_saved_frames(tiny_model: MakeModel, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file: cannot be made"):
         generator.save_frames(frames, tmp_path / "file")
+
+
+def test_saved_frames_may_be_tensors(tiny_model: MakeModel, tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).integers(256, size=(2, 32, 48, 3), dtype=np.uint8)
+    generator = FrameGenerator(tiny_model())
+    expected = generator.save_frames(list(frames), tmp_path / "arrays")
+    for given in (list(torch.from_numpy(frames)), torch.from_numpy(frames)):
+        found = generator.save_frames(given, tmp_path / "tensors")
+        assert [Path(path).read_bytes() for path in found] == [Path(path).read_bytes() for path in expected]
 
 
 def test_saved_frames_are_opencv_s_jpegs(tiny_model: MakeModel, template: Path, tmp_path: Path) -> None:

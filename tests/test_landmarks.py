@@ -171,6 +171,18 @@ def test_landmarks_that_are_not_finite(value: float, point: int) -> None:
         face_box(landmarks)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32])
+def test_tensors_are_landmarks(dtype: torch.dtype) -> None:
+    given = torch.from_numpy(points()).to(dtype)
+    box = face_box(given.float().numpy())
+    assert face_box(given.requires_grad_(dtype.is_floating_point)) == box
+
+
+@pytest.mark.cuda
+def test_landmarks_may_be_on_a_gpu() -> None:
+    assert face_box(torch.from_numpy(points()).cuda()) == face_box(points())
+
+
 def test_other_points_do_not_matter() -> None:
     landmarks = points()
     others = np.ones(len(landmarks), dtype=bool)

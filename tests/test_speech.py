@@ -383,6 +383,12 @@ def test_save_features(tmp_path: Path) -> None:
     assert json.loads(paths[2].read_text()) == {"num_frames": 7, "feature_size": 512, "shape": [7, 512]}
 
 
+def test_save_features_takes_half_precision(tmp_path: Path) -> None:
+    features = torch.rand(7, 512).bfloat16().requires_grad_()
+    [path] = save_features(features, tmp_path / "out.npy")
+    np.testing.assert_array_equal(np.load(path), features.detach().float().numpy())
+
+
 def test_save_features_adds_the_suffix_and_leaves_the_pair_out(tmp_path: Path) -> None:
     assert save_features(np.zeros((2, 512)), tmp_path / "out") == [tmp_path / "out.npy"]
     assert np.load(tmp_path / "out.npy").dtype == np.float32

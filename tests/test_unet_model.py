@@ -63,6 +63,8 @@ def test_arrays_and_single_samples_are_taken(tiny_model: MakeModel) -> None:
     expected = tiny_model().predict(image, audio)
     assert np.array_equal(tiny_model().predict(image.numpy(), audio.numpy()), expected)
     assert np.array_equal(tiny_model().predict(image[0], audio[0]), expected)
+    learnt = image.clone().requires_grad_(), audio.clone().requires_grad_()
+    assert np.array_equal(tiny_model().predict(*learnt), expected)
     assert np.array_equal(tiny_model().predict(image.double(), audio.numpy().astype(np.float64)), expected)
 
 

@@ -9,10 +9,12 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torchvision.io import encode_jpeg, encode_png
 
 from gpupipe.errors import InputError
 from gpupipe.files import make_folder, replacing
+from gpupipe.transfer import as_array
 
 JPEG_QUALITY = 95
 """Of saved frames: what OpenCV's ``imwrite`` takes by default."""
@@ -28,7 +30,7 @@ def frame_path(folder: Path, number: int, prefix: str = "frame", *, image_format
 
 
 def write_frames(
-    frames: Iterable[NDArray[np.uint8]],
+    frames: Iterable[NDArray[np.uint8] | Tensor],
     output_dir: str | Path,
     prefix: str = "frame",
     *,
@@ -52,13 +54,13 @@ def write_frames(
     ]
 
 
-def save_image(frame: NDArray[np.uint8], path: Path) -> Path:
+def save_image(frame: NDArray[np.uint8] | Tensor, path: Path) -> Path:
     """Write one uint8 (H, W, 3) BGR frame as JPEG or, for ``.png``, without loss; return ``path``.
 
     Raises:
         OutputError: ``path`` cannot be written.
     """
-    rgb = torch.from_numpy(np.ascontiguousarray(frame[..., ::-1].transpose(2, 0, 1)))
+    rgb = torch.from_numpy(np.ascontiguousarray(as_array(frame)[..., ::-1].transpose(2, 0, 1)))
     data = encode_png(rgb) if path.suffix == ".png" else encode_jpeg(rgb, quality=JPEG_QUALITY)
     with replacing(path) as temporary:
         data.numpy().tofile(temporary)
