@@ -85,8 +85,8 @@ class FrameGenerator:
             uint8 (H, W, 3), BGR.
 
         Raises:
-            InputError: a box outside the image, or audio that is not one window (:func:`gpupipe.audio_windows` makes
-                all windows of a clip).
+            InputError: a box outside the image, audio that holds NaN or infinite values, or audio that is not one
+                window (:func:`gpupipe.audio_windows` makes all windows of a clip).
         """
         crop, box = self._processor.crop_face_region(template_image, landmarks)
         size = (box[2] - box[0], box[3] - box[1])
@@ -217,6 +217,8 @@ class FrameGenerator:
         values = np.array(as_array(audio), dtype=np.float32)
         size = int(np.prod(shape))
         if values.size == size and (values.shape[-3:] == shape or len(values) == WINDOW_ROWS):
+            if not np.isfinite(values).all():
+                raise InputError("audio_features: hold NaN or infinite values; expected finite ones")
             return torch.from_numpy(values).reshape(1, *shape)
         raise InputError(
             f"audio_features: shape is {values.shape}; expected one window, {(1, *shape)}, {shape} or its"

@@ -405,6 +405,15 @@ def test_a_single_row_is_an_error_that_says_what_to_do(mode: Mode, tiny_model: M
             generator.generate_frame(*one_frame(template), form)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_audio_that_is_not_finite(value: float, tiny_model: MakeModel, template: Path) -> None:
+    window = audio_windows(features(1))
+    window[0, 3, 5, 7] = value
+    for form in (window, window.numpy(), window[0].reshape(16, -1)):
+        with pytest.raises(InputError, match=r"^audio_features: hold NaN or infinite values"):
+            FrameGenerator(tiny_model()).generate_frame(*one_frame(template), form)
+
+
 def test_tensors_are_taken(tiny_model: MakeModel, template: Path) -> None:
     generator = FrameGenerator(tiny_model())
     image, points = one_frame(template)
