@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import json
 import logging
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -32,17 +34,19 @@ console = Console(stderr=True, markup=False, highlight=False)  # a path may hold
 
 @contextlib.contextmanager
 def reporting(debug: bool) -> Iterator[None]:
-    """Turn errors into one line and an exit code, and logging on."""
+    """Turn errors, Ctrl-C and a signal to end into one line and an exit code, and logging on."""
     handler = RichHandler(console=console, show_time=debug, show_path=debug, show_level=True)
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("gpupipe").setLevel(logging.DEBUG if debug else logging.INFO)
     try:
-        yield
+        with _signals_interrupt():
+            yield
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        console.print("gpupipe: interrupted; nothing half-written is left")
-        raise typer.Exit(130) from None
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            console.print("gpupipe: interrupted; what files are left are whole ones", soft_wrap=True)
+        raise typer.Exit(1) from None
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -54,6 +58,32 @@ def reporting(debug: bool) -> Iterator[None]:
             soft_wrap=True,
         )
         raise typer.Exit(2 if wrong_input else 1) from None
+
+
+@contextlib.contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end a command as Ctrl-C does: files that are not whole are deleted on the way out.
+
+    One that is ignored stays so, as under ``nohup``. After the first the others are: ``timeout`` and terminals that
+    close send two, and the second would stop the tidying up.
+    """
+    taken: list[int] = []
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+
+    def interrupt(*_: object) -> None:
+        for number in taken:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in taken:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class _Rate(ProgressColumn):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+import time
 import wave
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +23,7 @@ from typer.testing import CliRunner, Result
 
 from gpupipe import __version__
 from gpupipe.cli import app
+from gpupipe.console import reporting
 from gpupipe.engines import choice
 from gpupipe.models import UNet328
 from gpupipe.models.audio_encoder import AudioEncoder
@@ -243,6 +247,40 @@ def test_anything_else_exits_1_and_debug_shows_where(
     assert "RuntimeError: a bug of ours" in result.stderr and "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
     assert "Traceback" in run(*render_words(clip, tmp_path / "out.mp4", *QUICK, "--debug")).stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_leave_nothing_half_written(number: int, clip: dict[str, Path], tmp_path: Path) -> None:
+    np.save(tmp_path / "long.npy", np.zeros((20_000, 512), np.float32))
+    (tmp_path / "out").mkdir()
+    words = render_words({**clip, "features": tmp_path / "long.npy"}, tmp_path / "out" / "clip.mp4", *QUICK)
+    command = [Path(sys.executable).with_name("gpupipe"), *words, "--save-frames"]
+    with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True) as running:
+        kept = tmp_path / "out" / "clip_frames"
+        deadline = time.monotonic() + 60
+        while not (kept.is_dir() and any(kept.glob("frame_*.jpg"))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert list((tmp_path / "out").glob(".clip-*.part.mp4")), "it is being written"
+        running.send_signal(number)
+        if number != signal.SIGINT:
+            running.send_signal(number)  # as `timeout` does, and terminals that close
+        _, told = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert "gpupipe: interrupted; what files are left are whole ones" in told and "Traceback" not in told
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip_frames"]
+    assert all(cv2.imread(str(path)) is not None for path in kept.iterdir()), "and nothing but images"
+
+
+def test_signals_are_as_before_afterwards() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with reporting(False):
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+            os.kill(os.getpid(), signal.SIGHUP)  # nohup's
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_installed_command(tmp_path: Path) -> None:
