@@ -34,6 +34,9 @@ Template = Annotated[
     Path, typer.Option(help="Template directory: full_body_img/ or template.mp4, landmarks/, optional parsing/.")
 ]
 FeaturesOption = Annotated[Path, typer.Option(help="Speech features, .npy, one row a video frame.")]
+SomeFeatures = Annotated[Path | None, typer.Option(help="Speech features, .npy, one row a frame.")]
+Encoder = Annotated[Path | None, typer.Option(help="AVE encoder checkpoint: makes the features from --audio.")]
+Fps = Annotated[float | None, typer.Option(help="Frames a second; by default the features' rate, 25 and 20 for wenet.")]
 ModeOption = Annotated[Mode, typer.Option(help="Kind of speech features.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU if there is one.")]
 StartFrame = Annotated[int, typer.Option(help="First template frame of the walk there and back.")]
@@ -64,15 +67,13 @@ def render(
     checkpoint: Checkpoint,
     template: Template,
     output: Annotated[Path, typer.Option(help="The video: .mp4, .mkv or .mov.")],
-    audio_features: Annotated[Path | None, typer.Option(help="Speech features, .npy, one row a frame.")] = None,
-    encoder: Annotated[Path | None, typer.Option(help="AVE encoder checkpoint: makes the features.")] = None,
+    audio_features: SomeFeatures = None,
+    encoder: Encoder = None,
     audio: Annotated[Path | None, typer.Option(help="Sound: any file that FFmpeg reads.")] = None,
     mode: ModeOption = "ave",
     device: Device = None,
     start_frame: StartFrame = 0,
-    fps: Annotated[
-        float | None, typer.Option(help="Frames a second; by default the features' rate, 25 and 20 for wenet.")
-    ] = None,
+    fps: Fps = None,
     crf: Crf = 20,
     codec: Codec = "auto",
     preset: Preset = None,
@@ -85,17 +86,16 @@ def render(
     exact: Exact = False,
     precision: PrecisionOption = None,
     save_frames: Annotated[bool, typer.Option("--save-frames", help="Keep the frames as JPEGs too.")] = False,
-    frames_dir: Annotated[Path | None, typer.Option(help="Where to; <output>_frames beside the video.")] = None,
+    frames_dir: Annotated[
+        Path | None, typer.Option(help="Keep the frames, here; else they go to <output>_frames beside the video.")
+    ] = None,
     profile: Annotated[Path | None, typer.Option(help="Trace of every stage, .json; prints where time went.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Render a clip: checkpoint, template and speech to a video with sound."""
     with reporting(debug):
-        if (audio_features is None) == (encoder is None):
-            raise InputError("expected either --audio-features or --encoder (with --audio), not both or neither")
-        if encoder is not None and audio is None:
-            raise InputError("--encoder makes features from sound; expected --audio with it")
+        _check_source(audio_features, encoder, audio)
         check_suffix(output)
         pipeline = _pipeline(
             checkpoint, mode, device, engine, exact, precision, blend, feather, batch_size, memory_budget
@@ -110,7 +110,7 @@ def render(
                 fps if fps is not None else FRAME_RATES[mode],
                 use_parsing,
                 crf,
-                save_frames,
+                save_frames or frames_dir is not None,
                 frames_dir,
                 codec=codec,
                 preset=preset,
@@ -126,11 +126,14 @@ def render(
 def frames(
     checkpoint: Checkpoint,
     template: Template,
-    audio_features: FeaturesOption,
     output_dir: OutputDir,
+    audio_features: SomeFeatures = None,
+    encoder: Encoder = None,
+    audio: Annotated[Path | None, typer.Option(help="Sound for --encoder; images have none.")] = None,
     mode: ModeOption = "ave",
     device: Device = None,
     start_frame: StartFrame = 0,
+    fps: Fps = None,
     blend: BlendOption = "feather",
     feather: Feather = FEATHER,
     use_parsing: UseParsing = False,
@@ -143,19 +146,22 @@ def frames(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Render a clip to numbered images, one for each row of features."""
+    """Render a clip to numbered images, one for each frame of the video that render would make."""
     with reporting(debug):
+        _check_source(audio_features, encoder, audio)
         pipeline = _pipeline(
             checkpoint, mode, device, engine, exact, precision, blend, feather, batch_size, memory_budget
         )
-        with progress_bar() as progress:
+        with _features(audio_features, encoder, audio, pipeline) as features, progress_bar() as progress:
             pipeline.generate_frames_only(
-                audio_features,
+                features,
                 template,
                 output_dir,
                 start_frame,
-                use_parsing=use_parsing,
+                fps if fps is not None else FRAME_RATES[mode],
+                use_parsing,
                 image_format=image_format,
+                resample=True,
                 progress=progress,
             )
         print_record(pipeline.last_render, output_dir, as_json)
@@ -386,6 +392,13 @@ def _pipeline(
         batch_size=batch_size,
         memory_budget=None if memory_budget is None else memory_budget * 1_000_000,
     )
+
+
+def _check_source(audio_features: Path | None, encoder: Path | None, audio: Path | None) -> None:
+    if (audio_features is None) == (encoder is None):
+        raise InputError("expected either --audio-features or --encoder (with --audio), not both or neither")
+    if encoder is not None and audio is None:
+        raise InputError("--encoder makes features from sound; expected --audio with it")
 
 
 @contextlib.contextmanager

@@ -124,6 +124,8 @@ class FrameGenerator:
     def save_frames(self, frames: Iterable[Image | Tensor], output_dir: str | Path, prefix: str = "frame") -> list[str]:
         """Write frames as ``<prefix>_00000.jpg`` … and return their paths.
 
+        Images of an earlier, longer clip stay in the folder, and are said aloud.
+
         Raises:
             OutputError: the folder cannot be made or written.
         """

@@ -32,7 +32,7 @@ from gpupipe.template import Template
 from gpupipe.unet_model import UNetModel
 from gpupipe.versions import versions
 from gpupipe.video.encode import VideoWriter, check_suffix
-from gpupipe.video.images import ImageFormat, frame_path, save_image, write_frames
+from gpupipe.video.images import ImageFormat, frame_path, save_image, tell_of_others, write_frames
 from gpupipe.video.sound import compare_lengths, open_sound
 
 Progress = Callable[[int, int], Any]
@@ -149,6 +149,7 @@ class FrameGenerationPipeline:
                 (:class:`~gpupipe.schedule.Resampling`), and the sound stays as it is.
             crf: quality, 0 (best) to 51.
             save_frames: keep the frames as JPEGs too, in ``frames_dir`` or beside the video in ``<name>_frames``.
+                Without it ``frames_dir`` means nothing. Images of an earlier, longer clip stay, and are said aloud.
             codec: see :data:`gpupipe.video.codecs.CODECS`.
             preset: the encoder's, such as ``p1`` to ``p7`` for NVENC; None takes ours
                 (:class:`~gpupipe.video.encode.VideoWriter`).
@@ -207,18 +208,20 @@ class FrameGenerationPipeline:
         use_parsing: bool = False,
         *,
         image_format: ImageFormat = "jpeg",
+        resample: bool = False,
         progress: Progress | None = None,
     ) -> list[str]:
         """Render a clip to ``frame_00000.jpg`` … in ``output_dir`` and return their paths.
 
-        ``image_format="png"`` writes ``frame_00000.png`` … without loss. ``fps`` is kept for the seed's callers: images
-        have no rate, there is one for each row of features.
+        ``image_format="png"`` writes ``frame_00000.png`` … without loss. Images of an earlier, longer clip stay in the
+        folder, and are said aloud. There is one image for each row of features, whatever ``fps``; with ``resample``
+        there are those of :meth:`generate_video`'s video of ``fps`` frames a second.
         """
         times = {"start": time.perf_counter()}
         stages = Stages()
         clip = self._open(audio_features_path, template_dir, start_frame, use_parsing, stages)
         times["open"] = time.perf_counter()
-        batches = self._stream(clip, "bgr", progress)
+        batches = self._stream(clip, "bgr", progress, fps if resample else None)
         frames = (frame for batch in batches for frame in batch.cpu().numpy())
         paths = write_frames(frames, output_dir, image_format=image_format)
         times["render"] = time.perf_counter()
@@ -330,3 +333,4 @@ def _saving(batches: Iterator[Tensor], folder: Path) -> Iterator[Tensor]:
             save_image(frame, frame_path(folder, number))
             number += 1
         yield batch
+    tell_of_others(folder, number)

@@ -147,6 +147,28 @@ def test_frames(clip: dict[str, Path], tmp_path: Path) -> None:
     assert cv2.imread(str(tmp_path / "frames" / names[0])).shape == (128, 192, 3)
 
 
+def test_frames_from_sound_at_another_rate(clip: dict[str, Path], tmp_path: Path) -> None:
+    """As many as the video of the same words has, and the same ones."""
+    torch.save(AudioEncoder().state_dict(), tmp_path / "ave.pth")
+    words = ["--checkpoint", clip["checkpoint"], "--template", clip["template"], "--encoder", tmp_path / "ave.pth"]
+    words += ["--audio", clip["sound"], "--fps", 50, *QUICK]
+    made = run("frames", *words, "--output-dir", tmp_path / "frames")
+    assert made.exit_code == 0, made.output
+    rendered = run("render", *words, "--output", tmp_path / "out.mp4", "--frames-dir", tmp_path / "kept")
+    assert rendered.exit_code == 0, rendered.output
+    frames, kept = (sorted((tmp_path / name).iterdir()) for name in ("frames", "kept"))
+    assert len(frames) > FRAMES
+    assert [path.read_bytes() for path in frames] == [path.read_bytes() for path in kept], "--frames-dir keeps them"
+
+
+@pytest.mark.parametrize("words", [(), ("--encoder", "ave.pth")])
+def test_frames_of_nothing(words: tuple[str, ...], clip: dict[str, Path], tmp_path: Path) -> None:
+    source = ("--checkpoint", clip["checkpoint"], "--template", clip["template"])
+    result = run("frames", *source, "--output-dir", tmp_path / "frames", *words)
+    assert result.exit_code == 2 and "--audio" in result.stderr and "--encoder" in result.stderr
+    assert not (tmp_path / "frames").exists()
+
+
 def test_export_and_reference(clip: dict[str, Path], tmp_path: Path) -> None:
     result = run("export", "--checkpoint", clip["checkpoint"], "--output", tmp_path / "unet.onnx")
     assert result.exit_code == 0 and (tmp_path / "unet.onnx").stat().st_size > 10_000, result.output

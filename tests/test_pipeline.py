@@ -316,6 +316,37 @@ def test_saved_frames_lie_beside_the_video(
     assert {file.name for file in path.parent.iterdir()} == {"clip.mp4", "clip_frames", "other.mp4"}
 
 
+def test_images_of_a_longer_clip_are_said_aloud(
+    render: Callable[..., Path], pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    folder = tmp_path / "frames"
+    frames = [np.zeros((32, 48, 3), np.uint8)] * (FRAMES + 2)
+    pipeline.generator.save_frames(frames, folder)
+    pipeline.generator.save_frames(frames[:1], folder, "other")
+    assert not caplog.records
+    told = f"frame_{FRAMES:05d}.jpg: is left from an earlier, longer clip, 2 images in all; this one has {FRAMES}"
+    for again in (
+        lambda: pipeline.generate_frames_only(clip["features"], clip["template"], folder),
+        lambda: pipeline.generator.save_frames(frames[:FRAMES], folder),
+        lambda: render(save_frames=True, frames_dir=folder),
+    ):
+        caplog.clear()
+        again()
+        assert [record.levelname for record in caplog.records if told in record.getMessage()] == ["WARNING"]
+    caplog.clear()
+    pipeline.generate_frames_only(clip["features"], clip["template"], folder, image_format="png")
+    assert not caplog.records
+
+
+def test_images_have_no_rate_unless_it_is_asked_for(
+    pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: Path
+) -> None:
+    once = pipeline.generate_frames_only(clip["features"], clip["template"], tmp_path / "a", 0, 50)
+    twice = pipeline.generate_frames_only(clip["features"], clip["template"], tmp_path / "b", 0, 50, resample=True)
+    assert [Path(path).read_bytes() for path in twice] == [Path(path).read_bytes() for path in once for _ in range(2)]
+
+
 def test_saving_frames_does_not_change_the_video(render: Callable[..., Path]) -> None:
     """With it frames are converted whole, without it only where the box is."""
     plain, saved = pictures_of(render("plain.mp4")), pictures_of(render("saved.mp4", save_frames=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,8 @@ from torchvision.io import encode_jpeg, encode_png
 from gpupipe.errors import InputError
 from gpupipe.files import make_folder, replacing
 from gpupipe.transfer import as_array
+
+logger = logging.getLogger(__name__)
 
 JPEG_QUALITY = 95
 """Of saved frames: what OpenCV's ``imwrite`` takes by default."""
@@ -38,6 +41,8 @@ def write_frames(
 ) -> list[str]:
     """Write BGR frames as ``<prefix>_00000.jpg`` …, or without loss as ``.png``, each as it comes.
 
+    Images of an earlier, longer clip stay in the folder, and are said aloud (:func:`tell_of_others`).
+
     Returns:
         their paths.
 
@@ -48,10 +53,24 @@ def write_frames(
     if image_format not in _SUFFIXES:
         raise InputError(f"image format is {image_format!r}; expected jpeg or png")
     folder = make_folder(output_dir)
-    return [
+    paths = [
         str(save_image(frame, frame_path(folder, number, prefix, image_format=image_format)))
         for number, frame in enumerate(frames)
     ]
+    tell_of_others(folder, len(paths), prefix, image_format=image_format)
+    return paths
+
+
+def tell_of_others(folder: Path, count: int, prefix: str = "frame", *, image_format: ImageFormat = "jpeg") -> None:
+    """Warn of images that follow the ``count`` just written: who reads the folder would take them for the clip's."""
+    found = (path.stem.rpartition("_") for path in folder.glob(f"*_*{_SUFFIXES[image_format]}"))
+    numbers = (int(end) for start, _, end in found if start == prefix and end.isdecimal() and len(end) >= 5)
+    others = sorted(number for number in numbers if number >= count)
+    if others:
+        first = frame_path(folder, others[0], prefix, image_format=image_format)
+        logger.warning(
+            "%s: is left from an earlier, longer clip, %d images in all; this one has %d", first, len(others), count
+        )
 
 
 def save_image(frame: NDArray[np.uint8] | Tensor, path: Path) -> Path:
