@@ -35,8 +35,11 @@ console = Console(stderr=True, markup=False, highlight=False)  # a path may hold
 @contextlib.contextmanager
 def reporting(debug: bool) -> Iterator[None]:
     """Turn errors, Ctrl-C and a signal to end into one line and an exit code, and logging on."""
-    handler = RichHandler(console=console, show_time=debug, show_path=debug, show_level=True)
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler])
+    form = "%(message)s"
+    handler: logging.Handler = RichHandler(console=console, show_time=debug, show_path=debug, show_level=True)
+    if not console.is_terminal:  # who reads a log looks for a message in one line
+        form, handler = ("%(asctime)s " if debug else "") + "%(levelname)-8s %(message)s", _PlainHandler()
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format=form, handlers=[handler])
     logging.getLogger("gpupipe").setLevel(logging.DEBUG if debug else logging.INFO)
     try:
         with _signals_interrupt():
@@ -84,6 +87,14 @@ def _signals_interrupt() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+class _PlainHandler(logging.Handler):
+    """A line for each message, however long."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it."""
+        console.print(self.format(record), soft_wrap=True)
 
 
 class _Rate(ProgressColumn):

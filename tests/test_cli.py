@@ -305,6 +305,16 @@ def test_signals_are_as_before_afterwards() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_warning_is_one_line_where_there_is_no_terminal(clip: dict[str, Path], tmp_path: Path) -> None:
+    np.save(tmp_path / "long.npy", np.zeros((4 * FRAMES, 512), np.float32))
+    output = tmp_path / f"{80 * 'x'}.mp4"
+    words = render_words({**clip, "features": tmp_path / "long.npy"}, output, *QUICK)
+    command = [str(word) for word in (Path(sys.executable).with_name("gpupipe"), *words)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    [line] = [line for line in told.splitlines() if "sound lasts" in line]
+    assert line == f"WARNING  {output}: sound lasts 0.20 s and the picture 0.80 s (-0.60 s)"
+
+
 def test_the_installed_command(tmp_path: Path) -> None:
     command = Path(sys.executable).with_name("gpupipe")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, cwd=tmp_path, check=True)
