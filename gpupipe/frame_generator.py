@@ -57,6 +57,8 @@ class FrameGenerator:
             raise InputError(f"mode is {mode!r}; expected the model's, {unet_model.mode!r}")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch size is {batch_size}; expected 1 or more")
+        if memory_budget is not None and memory_budget < 0:
+            raise InputError(f"memory budget is {memory_budget}; expected 0 or more bytes")
         self.unet_model = unet_model
         self.mode: Mode = mode
         self.blend: Blend = blend

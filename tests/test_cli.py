@@ -223,16 +223,29 @@ def test_wrong_input_is_one_line_and_exit_2(
         (("--crf", 99), "crf is 99"),
         (("--batch-size", 0), "batch size is 0"),
         (("--feather", -1), "feather is -1"),
+        (("--memory-budget", -5), "memory budget is -5000000; expected 0 or more bytes"),
+        (
+            ("--codec", "libx264", "--preset", "foo"),
+            "libx264 does not open with preset 'foo'; expected one of ultrafast,",
+        ),
+        (
+            ("--codec", "libx265", "--preset", "foo"),
+            "libx265 does not open with preset 'foo'; expected one of ultrafast,",
+        ),
+        (("--codec", "libsvtav1", "--preset", "foo"), "libsvtav1 does not open with preset 'foo' (Invalid argument)"),
         (("--fps", 0), "fps is 0"),
         (("--mode", "wenet"), "expected mode wenet"),
         (("--mode", "deepspeech"), "deepspeech"),
         (("--encoder", "x.pth"), "either --audio-features or --encoder"),
     ],
 )
-def test_wrong_options_exit_2(clip: dict[str, Path], words: tuple[object, ...], message: str, tmp_path: Path) -> None:
+def test_wrong_options_exit_2(
+    clip: dict[str, Path], words: tuple[object, ...], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     result = run(*render_words(clip, tmp_path / "out.mp4", *QUICK, *words))
     assert result.exit_code == 2
-    assert message in result.stderr and "Traceback" not in result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr and "{" not in result.stderr
+    assert capfd.readouterr().err == "", "said by a library"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -222,8 +223,9 @@ def test_cut_sound(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="seconds is 0"):
-        render_demo(None, tmp_path / "out.mp4", 0)
+    for seconds in (0, -1, float("inf"), float("nan"), 1e300):
+        with pytest.raises(InputError, match=rf"seconds is {re.escape(str(seconds))}; expected more than 0"):
+            render_demo(None, tmp_path / "out.mp4", seconds)
     with pytest.raises(InputError, match=r"nothing\.wav"):
         render_demo(tmp_path / "nothing.wav", tmp_path / "out.mp4")
     assert not list(tmp_path.iterdir())

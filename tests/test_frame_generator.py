@@ -495,6 +495,11 @@ def test_options_out_of_range(options: dict[str, Any], message: str, tiny_model:
         FrameGenerator(tiny_model(), **options)
 
 
+def test_a_budget_below_nothing(tiny_model: MakeModel) -> None:
+    with pytest.raises(InputError, match="memory budget is -1; expected 0 or more bytes"):
+        FrameGenerator(tiny_model(), memory_budget=-1)
+
+
 def test_options_are_keyword_only(tiny_model: MakeModel) -> None:
     with pytest.raises(TypeError):
         FrameGenerator(tiny_model(), "ave", "none")  # type: ignore[misc]

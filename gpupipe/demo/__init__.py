@@ -28,6 +28,10 @@ BUNDLE = Path(__file__).parent / "bundle"
 """``unet.safetensors``, ``encoder.safetensors``, ``template/``, ``sample.flac``, ``training.json``, ``README.md``."""
 
 
+LONGEST = 86_400
+"""Seconds that may be asked for: a day."""
+
+
 @dataclass
 class Demo:
     """What :func:`render_demo` made: the video, a contact sheet of it, and the pipeline's record of the render."""
@@ -57,11 +61,11 @@ def render_demo(
         device, crf, codec: as :class:`gpupipe.FrameGenerationPipeline` and its ``generate_video`` take them.
 
     Raises:
-        InputError: the sound cannot be used, or ``seconds`` is not positive.
+        InputError: the sound cannot be used, or ``seconds`` is not in (0, :data:`LONGEST`].
         OutputError: the video or the sheet cannot be written.
     """
-    if seconds is not None and not seconds > 0:
-        raise InputError(f"seconds is {seconds}; expected more than 0")
+    if seconds is not None and not 0 < seconds <= LONGEST:
+        raise InputError(f"seconds is {seconds}; expected more than 0 and at most {LONGEST}")
     output = Path(output)
     check_suffix(output)
     sound = Path(audio) if audio is not None else BUNDLE / "sample.flac"

@@ -54,6 +54,11 @@ _OPTIONS: dict[str, dict[str, str]] = {
     "ffv1": {"level": "3", "slicecrc": "1", "g": "1"},
 }
 
+_X26X_PRESETS = (
+    *("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo"),
+    *"0123456789",
+)
+
 _WITHOUT_AVX512 = "AVX2,FMA3,BMI2,LZCNT"
 """What x264 may use of a processor with AVX-512: all but that, in which its macroblock tree with B-frames gives other
 bytes now and then for the same frames (seen of small pictures, libx264.so.165), and is no faster."""
@@ -119,6 +124,11 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
         context.qmin = context.qmax = jpeg_quantiser(picture.crf)  # no rate control
 
 
+def preset_names(encoder: str) -> tuple[str, ...] | None:
+    """The presets of an encoder, where they are known here: libx264 says on standard error what it does not know."""
+    return _X26X_PRESETS if encoder in {"libx264", "libx265"} else None
+
+
 def has_presets(encoder: str) -> bool:
     """Whether an encoder trades speed for size by a preset."""
     return "preset" in _OPTIONS.get(encoder, {})
@@ -168,7 +178,7 @@ def choose_encoder(codec: str = "auto", width: int = 1280, height: int = 720) ->
         try:
             open_encoder(encoder, PictureFormat(width, height, Fraction(25), 20))
         except (av.error.FFmpegError, ValueError) as error:
-            reasons.append(f"{encoder}: {error}")
+            reasons.append(f"{encoder}: {why(error)}")
             logger.debug("encoder %s does not open: %s", encoder, error)
             continue
         if reasons and torch.cuda.is_available():
@@ -178,6 +188,11 @@ def choose_encoder(codec: str = "auto", width: int = 1280, height: int = 720) ->
         f"codec {codec!r} does not open here ({'; '.join(reasons)}); expected one of {', '.join(CODECS)} or the name of"
         " an encoder of this FFmpeg"
     )
+
+
+def why(error: Exception) -> str:
+    """What an error of FFmpeg's says, without the call that met it."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def open_encoder(encoder: str, picture: PictureFormat) -> None:

@@ -27,7 +27,7 @@ from gpupipe.files import replacing
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.schedule import frame_rate
 from gpupipe.stages import UNTIMED, Stages
-from gpupipe.video.codecs import SEGMENTED, PictureFormat, configure, has_presets
+from gpupipe.video.codecs import SEGMENTED, PictureFormat, configure, has_presets, preset_names, why
 from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc
 from gpupipe.video.segments import DecodeTimes, Encoder, HostEncoder, SegmentPool
 from gpupipe.video.sound import SoundTrack
@@ -125,6 +125,11 @@ class VideoWriter:
         self.encoder = self._way.name
         if preset is not None and not has_presets(self.encoder):
             raise InputError(f"preset is {preset!r} and {self.encoder} has none; expected no preset")
+        names = preset_names(self.encoder)
+        if preset is not None and names is not None and preset not in names:
+            raise InputError(
+                f"{self.path}: {self.encoder} does not open with preset {preset!r}; expected one of {', '.join(names)}"
+            )
         self._device = torch.device(device)
         self._copies: torch.cuda.Stream | None = None
         whole = even == (width, height) and self._way.where != "nvjpeg"
@@ -206,7 +211,7 @@ class VideoWriter:
                 model.open()
             except (av.error.FFmpegError, ValueError) as error:
                 told = f" with preset {self.picture.preset!r}" if self.picture.preset else ""
-                raise InputError(f"{self.path}: {self.encoder} does not open{told} ({error})") from error
+                raise InputError(f"{self.path}: {self.encoder} does not open{told} ({why(error)})") from error
 
         def make(k: int) -> Encoder[Any]:
             if way.where == "nvenc":

@@ -9,7 +9,7 @@ import torch
 
 from gpupipe.errors import DeviceError
 from gpupipe.fallbacks import note_fallback
-from gpupipe.video.codecs import CODECS, SEGMENTED, PictureFormat, choose_encoder, open_encoder
+from gpupipe.video.codecs import CODECS, SEGMENTED, PictureFormat, choose_encoder, open_encoder, why
 from gpupipe.video.cuda import can_encode_jpeg, nvenc_sessions
 from gpupipe.video.segments import pool_size
 
@@ -61,7 +61,7 @@ def choose_way(codec: str, picture: PictureFormat, device: torch.device | str = 
         try:
             open_encoder(encoder, picture)
         except (av.error.FFmpegError, ValueError) as error:
-            reasons.append(f"{encoder}: {error}")
+            reasons.append(f"{encoder}: {why(error)}")
             continue
         if reasons:
             note_fallback(
