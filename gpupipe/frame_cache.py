@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpupipe.cgroups import memory_left
 from gpupipe.transfer import to_device
 
 Tensors = dict[str, Tensor]
@@ -150,10 +151,12 @@ def _empty(length: int, like: Tensor) -> Tensor:
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes that the caches may take on a device: half of a GPU's free memory, a quarter of the host's."""
+    """Bytes that the caches may take on a device: half of a GPU's free memory, a quarter of the host's, or of what is
+    left of its limit in a container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return _available_host_memory() // 4
+    left = memory_left()
+    return (_available_host_memory() if left is None else min(left, _available_host_memory())) // 4
 
 
 def _available_host_memory() -> int:

@@ -7,6 +7,7 @@ waits. So the CPU is divided into lanes, each with a core or a few, and each ren
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import torch
+
+from gpupipe.cgroups import cpu_quota
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -32,9 +35,12 @@ class Lanes(NamedTuple):
 def available_cores() -> int:
     """Cores that this process may use: those that it is bound to, and of them at most ``$GPUPIPE_CORES``.
 
-    That is for processes that share a machine, and so share out its cores.
+    That is for processes that share a machine, and so share out its cores. In a container there are as many as its
+    share of time keeps busy, a part of a core counted as one.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (quota := cpu_quota()) is not None:
+        cores = min(cores, math.ceil(quota))
     wanted = os.environ.get("GPUPIPE_CORES", "")
     return max(1, min(cores, int(wanted))) if wanted.isdecimal() else cores
 
