@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,16 +70,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode):  # /dev/null would be put away
             raise OutputError(f"{path}: is {_kind(mode)}; expected the name of a file to write")
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=f".part{path.suffix}", dir=path.parent)
-        os.close(handle)
+        temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.part{path.suffix}")
+        temporary.touch(exist_ok=False)  # as readable as any new file of the user's, which mkstemp's are not
     except OSError as error:
         raise output_error(path, error) from error
-    temporary = Path(name)
     try:
         yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; the user's own would not be
         temporary.replace(path)
     except OSError as error:
         raise output_error(path, error) from error

@@ -69,3 +69,25 @@ def test_only_files_are_replaced(kind: str, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=f"is a {kind}; expected the name of a file"), replacing(path) as temporary:
         np.save(temporary, np.zeros(3))
     assert [entry.name for entry in tmp_path.iterdir()] == ["out.npy"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_new_files_are_as_readable_as_the_user_s(umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody changes the umask meanwhile, which is the process's: other threads make files, too."""
+    before = os.umask(umask)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+            with replacing(tmp_path / "out.npy") as temporary:
+                np.save(temporary, np.zeros(3))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out.npy").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_two_that_write_one_file_at_once(tmp_path: Path) -> None:
+    with replacing(tmp_path / "out.txt") as first, replacing(tmp_path / "out.txt") as second:
+        assert first != second
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "out.txt").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
