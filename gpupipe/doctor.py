@@ -15,7 +15,7 @@ from gpupipe.avatar import FEATHER
 from gpupipe.device import find_device
 from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import BATCH_SIZES
-from gpupipe.engines.choice import Figures, candidates, find_dtype, measure, measured, remember
+from gpupipe.engines.choice import SLOW_TO_BUILD, Figures, candidates, find_dtype, measure, measured, remember
 from gpupipe.errors import DeviceError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.frame_cache import default_budget
@@ -53,7 +53,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
             choose_encoder(encoder)
             can[encoder] = "yes"
         except DeviceError as error:
-            can[encoder] = f"no: {_reason(error, encoder)}"
+            can[encoder] = f"no: {_reason(error, encoder)}" if cuda or not encoder.endswith("_nvenc") else no_gpu
     exact = chosen.type == "cpu"
     cuda_device = chosen.type == "cuda"
     way = choose_way("auto", PictureFormat(1280, 720, Fraction(25), 20, segmented=cuda_device), chosen)
@@ -89,9 +89,10 @@ def _engine(device: torch.device, *, exact: bool) -> str:
     dtype = find_dtype(device, exact=exact, precision=None)
     figures = measured(UNet328("ave"), device, dtype)
     if figures is None:
-        return (
-            f"auto: the fastest of {', '.join(candidates(device, dtype))}, measured at the first render or by --engines"
-        )
+        names = candidates(device, dtype)
+        quick, slow = ([n for n in names if (n in SLOW_TO_BUILD) == wanted] for wanted in (False, True))
+        more = f"; --engines measures {', '.join(slow)} too" if slow else ""
+        return f"auto: the fastest of {', '.join(quick)}, measured at the first render{more}"
     told = ", ".join("fails: " + name if math.isinf(ms) else f"{name} {ms:.1f}" for name, ms in figures.items())
     return f"{min(figures, key=lambda name: figures[name])} (ms a frame, mode ave, full width: {told})"
 

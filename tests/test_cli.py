@@ -179,6 +179,16 @@ def test_export_and_reference(clip: dict[str, Path], tmp_path: Path) -> None:
     assert facts["sample_indices"] == [0, FRAMES - 1]
 
 
+def test_doctor_tells_what_would_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path))
+    facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
+    told = "auto: the fastest of onnxruntime, eager, measured at the first render; --engines measures compile too"
+    assert facts["render"]["engine"] == told
+    assert not any("Errno" in line or "{" in line for line in facts["can"].values())
+    if not torch.cuda.is_available():
+        assert facts["can"]["h264_nvenc"] == "no: no CUDA GPU is available"
+
+
 def test_doctor_names_the_way_a_render_takes(clip: dict[str, Path], tmp_path: Path) -> None:
     network, cpu = UNet328("ave"), torch.device("cpu")
     choice.remember(network, cpu, torch.float32, {"onnxruntime": 100.0, "eager": 400.0, "compile": math.inf})

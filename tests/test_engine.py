@@ -174,6 +174,15 @@ def test_auto_takes_the_fastest(timed: dict[str, float]) -> None:
     assert make_engine(network, device=CPU).name == "eager"
 
 
+def test_auto_says_that_it_measures(timed: dict[str, float], caplog: pytest.LogCaptureFixture) -> None:
+    timed.update(onnxruntime=0.2, eager=0.1)
+    with caplog.at_level("INFO", "gpupipe"):
+        for _ in range(2):
+            make_engine(seeded_network(width=1 / 8), device=CPU)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    assert said == ["engine: measuring onnxruntime and eager on cpu, once for this kind of network"]
+
+
 def test_auto_remembers_for_the_same_kind_of_network(timed: dict[str, float]) -> None:
     network = seeded_network(width=1 / 8)
     timed.update(onnxruntime=0.2, eager=0.1)

@@ -88,9 +88,9 @@ def make_engine(
         return _build(engine, network, device, dtype)
     figures = measured(network, device, dtype)
     if figures is None:
-        figures, built = measure(
-            network, device, dtype, [n for n in candidates(device, dtype) if n not in SLOW_TO_BUILD]
-        )
+        names = [name for name in candidates(device, dtype) if name not in SLOW_TO_BUILD]
+        logger.info("engine: measuring %s on %s, once for this kind of network", " and ".join(names), device)
+        figures, built = measure(network, device, dtype, names)
         remember(network, device, dtype, figures)
     else:
         built = {}
