@@ -156,15 +156,6 @@ def _then_none(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame | None
     yield None
 
 
-def sound_seconds(path: str | Path) -> float | None:
-    """Length of a file's sound as its header tells; None if it does not."""
-    with open_sound(path) as container:
-        stream = container.streams.audio[0]
-        if stream.duration is not None and stream.time_base is not None:
-            return float(stream.duration * stream.time_base)
-        return None if container.duration is None else container.duration / av.time_base
-
-
 def compare_lengths(path: str | Path, picture: float, sound: float | None, fps: float) -> float | None:
     """Say aloud that sound and picture of a video differ by more than one frame.
 
