@@ -48,8 +48,6 @@ def render_demo(
     progress: Progress | None = None,
     *,
     device: str | torch.device | None = None,
-    crf: int = 20,
-    codec: str = "auto",
 ) -> Demo:
     """Have the bundled avatar speak a sound.
 
@@ -58,7 +56,7 @@ def render_demo(
         output: the video; the contact sheet is left beside it as ``<name>.png``.
         seconds: stop after so much of the sound; None takes it whole.
         progress: called after each batch with the frames done and the frames in all.
-        device, crf, codec: as :class:`gpupipe.FrameGenerationPipeline` and its ``generate_video`` take them.
+        device: as :class:`gpupipe.FrameGenerationPipeline` takes it.
 
     Raises:
         InputError: the sound cannot be used, or ``seconds`` is not in (0, :data:`LONGEST`].
@@ -78,7 +76,7 @@ def render_demo(
         if seconds is not None:  # of a very short sound the encoder makes more rows than it lasts
             features = features[: max(1, round(seconds * 25))]
         [rows] = save_features(features, Path(folder) / "features.npy")
-        pipeline.generate_video(rows, BUNDLE / "template", sound, output, crf=crf, codec=codec, progress=progress)
+        pipeline.generate_video(rows, BUNDLE / "template", sound, output, progress=progress)
         record = pipeline.last_render
         assert record is not None
         sheet = write_contact_sheet(output, sound, output.with_suffix(".png"))
