@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gpupipe import FrameGenerator, UNetModel
 from gpupipe.demo import BUNDLE, cut_sound, render_demo, rig
 from gpupipe.demo.evaluate import Agreement, agreement
 from gpupipe.demo.mouth import mouth_track
-from gpupipe.demo.sheet import GAP, TILE, TILES, WAVE
+from gpupipe.demo.sheet import GAP, TILE, TILES, WAVE, write_contact_sheet
 from gpupipe.demo.train import read_template
 from gpupipe.errors import InputError
 from gpupipe.models.checkpoint import load_state_dict
@@ -194,9 +196,6 @@ def test_louder_opens_wider() -> None:
 
 
 def test_render_demo(tmp_path: Path) -> None:
-    import av
-    from PIL import Image
-
     seen: list[tuple[int, int]] = []
     demo = render_demo(None, tmp_path / "out.mp4", 0.6, lambda done, total: seen.append((done, total)), device="cpu")
     assert seen[-1] == (15, 15)
@@ -210,6 +209,23 @@ def test_render_demo(tmp_path: Path) -> None:
     tiles = [sheet[:TILE, k * (TILE + GAP) :][:, :TILE].astype(int) for k in range(TILES)]
     assert all(tile.std() > 20 for tile in tiles)
     assert np.abs(tiles[0] - tiles[-1]).mean() > 0.2, "the same moment eight times"
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".mov"])
+def test_the_sheet_is_of_the_video_in_any_container(suffix: str, tmp_path: Path) -> None:
+    """Matroska's streams do not tell how long they are."""
+    demo = render_demo(None, tmp_path / "out.mp4", 0.6, device="cpu")
+    sound = cut_sound(BUNDLE / "sample.flac", tmp_path / "sound.wav", 0.6)
+    with av.open(str(demo.video)) as source, av.open(str(tmp_path / f"out{suffix}"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    sheet = write_contact_sheet(tmp_path / f"out{suffix}", sound, tmp_path / "again.png")
+    again, first = (np.asarray(Image.open(path)).astype(int) for path in (sheet, demo.sheet))
+    assert np.abs(again[:TILE] - first[:TILE]).max() == 0, "the same moments"
+    assert np.abs(again[TILE:] - first[TILE:]).mean() < 5, "the same waveform, but for what the lengths differ by"
 
 
 def test_cut_sound(tmp_path: Path) -> None:

@@ -37,8 +37,7 @@ def write_contact_sheet(video: str | Path, sound: str | Path, path: str | Path, 
     sheet = np.empty((TILE + GAP + WAVE, width, 3), dtype=np.uint8)
     sheet[:] = _PAPER
     with av.open(str(video)) as container:
-        stream = container.streams.video[0]
-        seconds = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+        seconds = _seconds(container)
         for k in range(TILES):
             left = k * (TILE + GAP)
             sheet[:TILE, left : left + TILE] = _tile(_frame_at(container, (k + 0.5) / TILES * seconds), zoom)
@@ -47,6 +46,14 @@ def write_contact_sheet(video: str | Path, sound: str | Path, path: str | Path, 
         middle = k * (TILE + GAP) + TILE // 2
         sheet[TILE : TILE + GAP + 8, middle - 1 : middle + 1] = _SPEECH
     return save_image(sheet[..., ::-1], Path(path))
+
+
+def _seconds(container: av.container.InputContainer) -> float:
+    """Length of the picture; of the whole file where, as in Matroska, a stream does not tell its own."""
+    stream = container.streams.video[0]
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return (container.duration or 0) / av.time_base
 
 
 def _frame_at(container: av.container.InputContainer, seconds: float) -> np.ndarray:
