@@ -25,6 +25,7 @@ from gpupipe.errors import CheckpointError
 from gpupipe.features import save_features_bin
 from gpupipe.files import replacing
 from gpupipe.models.audio_encoder import FEATURES, MEL_BANDS, MEL_COLUMNS, AudioEncoder, load_audio_encoder
+from gpupipe.tf32 import without_tf32
 from gpupipe.transfer import as_array
 from gpupipe.video.sound import decode_sound, open_sound
 
@@ -245,7 +246,8 @@ class SpeechEncoder:
         """
         last: Tensor | None = None
         for windows in mel_windows(mel_pieces(chunks, device=self.device)):
-            rows = self.encoder(windows)
+            with without_tf32(self.device):
+                rows = self.encoder(windows)
             if not torch.isfinite(rows).all():
                 raise CheckpointError(f"{self._path}: gives NaN or infinite features; expected a trained encoder")
             if last is None:

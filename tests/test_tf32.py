@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.compiled import CompiledEngine
 from gpupipe.engines.eager import EagerEngine
+from gpupipe.models.audio_encoder import AudioEncoder
+from gpupipe.speech import SpeechEncoder
 from gpupipe.tf32 import without_tf32
 
 CUDA = torch.device("cuda")
@@ -58,6 +62,22 @@ def test_threads_that_overlap_leave_the_switches_as_they_were() -> None:
     assert switches()[1:] == (False, False)
     left.set()
     thread.join()
+    assert switches()[1:] == (True, True)
+
+
+def test_the_speech_encoder_runs_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch.save(AudioEncoder().state_dict(), tmp_path / "encoder.pth")
+    encoder = SpeechEncoder(tmp_path / "encoder.pth", "cpu")
+    monkeypatch.setattr("gpupipe.speech.without_tf32", lambda device: without_tf32(CUDA))
+    found = []
+
+    def look(windows: torch.Tensor) -> torch.Tensor:
+        found.append(switches()[1:])
+        return torch.zeros(len(windows), 512)
+
+    monkeypatch.setattr(encoder.encoder, "forward", look)
+    assert len(list(encoder.feature_rows([np.zeros(16000, np.float32)]))) > 2
+    assert found and set(found) == {(False, False)}
     assert switches()[1:] == (True, True)
 
 

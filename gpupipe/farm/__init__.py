@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gpupipe.device import find_device
 from gpupipe.errors import DiskFullError, InputError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.farm.cluster import work_on_ray
@@ -18,7 +19,6 @@ from gpupipe.farm.ledger import JobState, Ledger
 from gpupipe.farm.local import work_here
 from gpupipe.farm.residents import Residents
 from gpupipe.farm.worker import Worker
-from gpupipe.unet_model import find_device
 from gpupipe.versions import versions
 
 __all__ = ["FarmRecord", "Job", "JobState", "farm_status", "read_jobs", "run_farm"]

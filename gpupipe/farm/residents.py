@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from gpupipe.avatar import Avatar, Blend, PixelFormat
+from gpupipe.device import find_device
 from gpupipe.engines import EngineName, Precision
 from gpupipe.farm.jobs import Job
 from gpupipe.frame_cache import default_budget
@@ -19,7 +20,7 @@ from gpupipe.frame_generator import FrameGenerator
 from gpupipe.models import Mode
 from gpupipe.models.unet328 import INPUT_SIZE
 from gpupipe.template import Template, template_size
-from gpupipe.unet_model import UNetModel, find_device
+from gpupipe.unet_model import UNetModel
 
 logger = logging.getLogger(__name__)
 
