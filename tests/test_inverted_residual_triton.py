@@ -247,6 +247,36 @@ def test_beyond_the_edge_the_expanded_map_is_zero_not_the_input() -> None:
     assert error(found, wrong.contiguous()) > 10 * BOUND
 
 
+# ── bfloat16 ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def coarse(value: Any) -> Any:
+    """Float16 tensors, those of a block too, in bfloat16."""
+    if isinstance(value, tuple):
+        return type(value)(*map(coarse, value))
+    return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.dtype == HALF else value
+
+
+@pytest.mark.skipif(block_kernels.INTERPRETED, reason="Triton's interpreter computes other values in bfloat16")
+def test_kernels_in_bfloat16() -> None:
+    """Eight times coarser than float16."""
+    projection = block_of(16, 16).projection
+    calls: list[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]] = [
+        (pointwise, (noise(2, 9, 16, 16), noise(16, 32, seed=1) / 4, noise(32, seed=2).float()), {"relu": True}),
+        (pointwise, (noise(3, 10, 10, 128), noise(128, 256, seed=1) / 11, noise(256, seed=2).float()), {}),
+        (upsample_expand, entry((2, 5, 5, 16), (3, 10, 10, 16), 32), {}),
+        (depthwise_project, (noise(1, 9, 70, 32).relu(), projection), {}),
+        (inverted_residual, (noise(1, 9, 70, 16), block_of(16, 16)), {"residual": True}),
+        (inverted_residual, (noise(1, 9, 11, 64), block_of(64, 128)), {"stride": 2}),
+    ]
+    for function, given, options in calls:
+        found, expected = (by(function, *map(coarse, given), **options) for by in (by_kernel, by_reference))
+        assert found.dtype == torch.bfloat16
+        assert error(found, expected) <= 8 * BOUND, function.__name__
+        # The control: the same in float16 is nearer to float16 than bfloat16 is.
+        assert error(found.to(HALF), by_reference(function, *given, **options)) > BOUND / 2, function.__name__
+
+
 # ── at the sizes they are made for ────────────────────────────────────────────────────────────────────────────────────
 
 

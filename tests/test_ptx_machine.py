@@ -117,6 +117,8 @@ def bits(value: float) -> int:
         ("cvt.rn.relu.f16x2.f32 %r6, %r4, 0f3F800000;", bits(-2), 0x00003C00),
         ("fma.rn.f16x2 %r6, %r4, %r4, %r4;", 0x40003C00, 0x46004000),
         ("mov.b32 %r7, 0x3C00BC00; fma.rn.relu.f16x2 %r6, %r4, %r7, %r7;", 0x3C003C00, 0x40000000),
+        ("cvt.rn.bf16x2.f32 %r6, %r4, 0f3F800000;", bits(1 + 2**-7 + 2**-9), 0x3F813F80),
+        ("cvt.u16.u32 %rs1, %r4; cvt.f32.bf16 %r6, %rs1;", 0x4000, bits(2)),
         ("ex2.approx.f32 %r6, %r4;", bits(-3), bits(0.125)),
     ],
 )

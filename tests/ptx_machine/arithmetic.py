@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ptx_machine.machine import WARP, Machine, Mask, executes
-from ptx_machine.program import TYPES, Instruction, PtxError, Vector
+from ptx_machine.program import FLOATS, TYPES, Instruction, PtxError, Vector
 
 WIDER = {np.dtype(f"{kind}{size}"): np.dtype(f"{kind}{2 * size}") for kind in "iu" for size in (1, 2, 4)}
 
@@ -221,7 +221,7 @@ def _convert(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     *how, to, source = instruction.opcode[1:]
     if unknown := set(how) - {"rn", "rzi", "relu"}:
         raise PtxError(f"a conversion by {unknown}")
-    if to == "f16x2":  # the first operand becomes the upper half
+    if to in ("f16x2", "bf16x2"):  # the first operand becomes the upper half
         upper, lower = (machine.read(one, TYPES[source]) for one in instruction.operands[1:])
         values: Any = np.stack(np.broadcast_arrays(lower, upper), axis=1)
     else:
@@ -229,7 +229,7 @@ def _convert(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     if "relu" in how:
         values = np.fmax(values, 0.0)
     wanted = TYPES[to]
-    if wanted.kind != "f" and np.asarray(values).dtype.kind == "f":
+    if wanted not in FLOATS and np.asarray(values).dtype in FLOATS:
         if "rzi" not in how:
             raise PtxError("a float becomes an integer by no rounding that is known here")
         limits = np.iinfo(wanted)

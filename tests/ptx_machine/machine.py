@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ptx_machine.memory import Buffer, Global, Shared
-from ptx_machine.program import Immediate, Instruction, Program, PtxError, Register, Symbol, parse
+from ptx_machine.program import FLOATS, Immediate, Instruction, Program, PtxError, Register, Symbol, parse
 
 WARP = 32
 
@@ -186,7 +186,7 @@ class Machine:
         if values.ndim == 2:
             values = np.ascontiguousarray(values).view(dtype)[:, 0]
         if values.itemsize < dtype.itemsize:
-            if values.dtype.kind == "f":
+            if values.dtype in FLOATS:
                 values = values.view(f"u{values.itemsize}")
             values = values.astype(f"{values.dtype.kind}{dtype.itemsize}")
         if values.ndim == 0:

@@ -234,8 +234,8 @@ class Shared:
         _rows(self._copied, width)[_row(places, width)] = False
         self.note_writes(lanes, places, width)
 
-    def read_by_tensor_cores(self, warps: Array, places: Array) -> Array:
-        """Float16 values that whole warpgroups read; ``places`` has a row for each warpgroup's first warp."""
+    def read_by_tensor_cores(self, warps: Array, places: Array, dtype: np.dtype[Any]) -> Array:
+        """16-bit values that whole warpgroups read; ``places`` has a row for each warpgroup's first warp."""
         lanes = np.repeat(warps.astype(np.int32) * 32, places.shape[1])
         chunks, first = np.unique(places.ravel() // _CHUNK, return_index=True)
         row = _row(chunks * _CHUNK, _CHUNK)
@@ -243,7 +243,7 @@ class Shared:
             raise PtxError("tensor cores read what ordinary stores wrote, with no proxy fence since")
         self.note_reads(lanes[first], chunks * _CHUNK, _CHUNK)
         _rows(self._reader, _CHUNK)[row] = _rows(self._reader_warp, _CHUNK)[row] = SEVERAL
-        return self.data.view(np.float16)[places // 2]
+        return self.data.view(dtype)[places // 2]
 
 
 _CHUNK = 16

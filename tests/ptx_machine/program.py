@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 TYPES: dict[str, np.dtype[Any]] = {
@@ -19,8 +20,12 @@ TYPES: dict[str, np.dtype[Any]] = {
     for bits in (8, 16, 32, 64)
 }
 TYPES |= {f"f{bits}": np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)} | {"pred": np.dtype(bool)}
-TYPES |= {"f16x2": TYPES["f16"], "s16x2": TYPES["s16"], "u16x2": TYPES["u16"]}
+TYPES["bf16"] = np.dtype(ml_dtypes.bfloat16)
+TYPES |= {f"{name}x2": TYPES[name] for name in ("f16", "bf16", "s16", "u16")}
 """By PTX's name; of a pair that is packed into 32 bits, the type of one."""
+
+
+FLOATS = {TYPES[name] for name in ("f16", "bf16", "f32", "f64")}
 
 
 class PtxError(Exception):

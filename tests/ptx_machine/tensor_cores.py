@@ -26,6 +26,8 @@ from ptx_machine.program import TYPES, Immediate, Instruction, PtxError, Vector
 WARPS = 4
 """Of a warpgroup."""
 
+_FACTORS = ("f16", "bf16")
+
 SWIZZLES = {1: 128, 2: 64, 3: 32}
 """Of a descriptor: bytes that are permuted together."""
 
@@ -37,20 +39,21 @@ def _held(machine: Machine, operand: Vector, dtype: np.dtype[Any]) -> Array:
     return np.stack([np.broadcast_to(machine.read(one, dtype), machine.lanes) for one in operand.parts])
 
 
-def _left(machine: Machine, operand: Vector) -> Array:
+def _left(machine: Machine, operand: Vector, dtype: np.dtype[Any]) -> Array:
     """A 16×16 left operand of each warp: lane (g, d) holds rows g, g + 8 and columns 2d, 2d + 1, and these + 8."""
-    held = _held(machine, operand, TYPES["f16"]).reshape(2, 2, -1, 8, 4, 2)  # half of columns, of rows; warp, g, d, c
+    held = _held(machine, operand, dtype).reshape(2, 2, -1, 8, 4, 2)  # half of columns, of rows; warp, g, d, c
     return held.transpose(2, 1, 3, 0, 4, 5).reshape(-1, 16, 16).astype(np.float32)
 
 
 @executes("mma")
 def _warp_product(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    if instruction.opcode[3:] != ("m16n8k16", "row", "col", "f32", "f16", "f16", "f32"):
+    *shape, sum_type, kind, other, _ = instruction.opcode[3:]
+    if shape != ["m16n8k16", "row", "col"] or sum_type != "f32" or kind not in _FACTORS or other != kind:
         raise PtxError("a product of other shapes or types")
     warps = machine.whole_warps(mask)
     to, a, b, c = instruction.operands
-    left = _left(machine, a)[warps]
-    right = _held(machine, b, TYPES["f16"]).reshape(2, -1, 8, 4, 2)  # half of depths; warp, g, d, c
+    left = _left(machine, a, TYPES[kind])[warps]
+    right = _held(machine, b, TYPES[kind]).reshape(2, -1, 8, 4, 2)  # half of depths; warp, g, d, c
     right = right.transpose(1, 0, 3, 4, 2).reshape(-1, 16, 8)[warps].astype(np.float32)
     sums = _held(machine, c, TYPES["f32"]).reshape(2, 2, -1, 8, 4)  # half of rows, c; warp, g, d
     sums = sums.transpose(2, 0, 3, 4, 1).reshape(-1, 16, 8)[warps] + left @ right
@@ -95,7 +98,7 @@ class Descriptor:
         return cls(field(0), field(16), field(32), int(modes[0]))
 
     def addresses(self, rows: int, depth: int, *, transposed: bool) -> Array:
-        """Of the float16 values of a matrix, shape (warpgroups, rows, depth); rows lie along M or N."""
+        """Of the 16-bit values of a matrix, shape (warpgroups, rows, depth); rows lie along M or N."""
         row, k = np.arange(rows)[:, None], np.arange(depth)[None, :]
         leading, stride = self.leading[:, None, None], self.stride[:, None, None]
         width = SWIZZLES.get(self.swizzle)
@@ -136,7 +139,8 @@ def _warpgroup(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 def _begin(machine: Machine, instruction: Instruction, first_warps: Array) -> None:
     shape = re.fullmatch(r"m64n(\d+)k16", instruction.opcode[4])
-    if shape is None or instruction.opcode[5:] != ("f32", "f16", "f16"):
+    sum_type, kind, other = instruction.opcode[5:]
+    if shape is None or sum_type != "f32" or kind not in _FACTORS or other != kind:
         raise PtxError("a product of other shapes or types")
     if 4 * WARP * len(first_warps) != machine.lanes:
         raise PtxError("not all warpgroups take part")
@@ -156,10 +160,10 @@ def _begin(machine: Machine, instruction: Instruction, first_warps: Array) -> No
         first = (first_warps * WARP).astype(np.int32)
         flat = machine.shared.places(np.repeat(first, rows * 16), addresses.ravel(), 2).reshape(len(first), -1)
         places.append(flat)
-        return machine.shared.read_by_tensor_cores(first_warps, flat).reshape(-1, rows, 16)
+        return machine.shared.read_by_tensor_cores(first_warps, flat, TYPES[kind]).reshape(-1, rows, 16)
 
     if isinstance(a, Vector):
-        left = _left(machine, a).reshape(-1, 64, 16)
+        left = _left(machine, a, TYPES[kind]).reshape(-1, 64, 16)
     else:
         left = matrix(a, 64, bool(transposed[0])).astype(np.float32)
     right = matrix(b, columns, bool(transposed[-1])).astype(np.float32)
