@@ -155,6 +155,16 @@ EXCHANGE = """
 """
 """With the thread of the same place in the other warp."""
 
+EVERYBODY_READS = """
+    st.shared::cta.b32 [ %r5 + 0 ], %r4;
+    bar.sync 0;
+    mov.b32 %r7, 0;
+    ld.shared.b32 %r6, [%r7];
+"""
+
+FIRST_IS_WRITTEN = "@%p1 st.shared::cta.b32 [ %r7 + 0 ], %r4;"
+"""By the threads that %p1 tells."""
+
 
 def test_shared_memory_is_a_block_s_own() -> None:
     assert np.array_equal(execute(EXCHANGE, blocks=3), np.arange(192) ^ 32)
@@ -189,6 +199,10 @@ def test_a_matrix_is_stored_and_loaded_transposed() -> None:
         (EXCHANGE.replace("bar.sync 0;", ""), "reads what another thread has written without a barrier"),
         (EXCHANGE.replace("bar.sync 0;", "bar.warp.sync -1;"), "reads what another thread has written without a bar"),
         (EXCHANGE + "st.shared::cta.b32 [ %r5 + 0 ], %r4;", "writes what another thread reads without a barrier"),
+        (
+            EVERYBODY_READS + "setp.eq.b32 %p1, %r1, 63;\n" + FIRST_IS_WRITTEN,
+            "writes what another thread reads without",
+        ),
         ("ld.shared.b32 %r6, [%r50];", "shared address 4294967295"),  # of a register that was never written
         ("mov.b32 %r7, 0;\nst.shared::cta.b32 [ %r7 + 0 ], %r4;", "write different values to the same place"),
         ("ld.shared.b32 %r6, [%r5+4];", "nothing was written to"),

@@ -102,11 +102,12 @@ class Machine:
     Args:
         program: what they execute.
         grid: the launch's blocks.
-        first, blocks: which of them these are.
+        blocks: which of them these are.
         threads: of a block.
         shared_bytes: of a block.
         memory: what pointers may point to.
         arguments: values of the program's parameters.
+        counts: to add what is executed to.
     """
 
     def __init__(

@@ -172,7 +172,8 @@ class Shared:
         fresh = read_block[row] != now
         for record, value in ((_rows(self._reader, width), lane), (_rows(self._reader_warp, width), warp)):
             record[row] = np.where(fresh | (record[row] == NOBODY), value, record[row])
-            record[row] = np.where(record[row] == value, record[row], SEVERAL)
+            others, granule = np.nonzero(record[row] != value)  # one of several that read there wrote its number last
+            record[row[others], granule] = SEVERAL
         read_block[row] = now
         _rows(self._read_warp, width)[row] = self._warp_time[warp]
 
