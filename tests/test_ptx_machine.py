@@ -240,6 +240,20 @@ def test_a_copy_beside_the_threads_must_be_waited_for() -> None:
             execute(wrong)
 
 
+def test_launches_of_a_graph_are_each_their_own() -> None:
+    """What one wrote the next may write over with other values."""
+    given, found = np.arange(THREADS, dtype=np.uint32), np.zeros(THREADS, np.uint32)
+    buffers = [Buffer(0x1000, given.view(np.uint8)), Buffer(0x100000, found.view(np.uint8))]
+    text = KERNEL.replace("// body", "xor.b32 %r8, %r1, 1;\nmul.wide.u32 %rd4, %r8, 4;\nadd.s64 %rd4, %rd4, %rd2;")
+    for _ in range(2):
+        given += 1
+        launch(text.replace("%r6", "%r4"), (1, 1, 1), [0x1000, 0x100000], buffers, threads=THREADS, shared_bytes=0)
+        assert np.array_equal(found, given[np.arange(THREADS) ^ 1])
+    swapped = text.replace("%r6", "%r4").replace("xor.b32 %r8, %r1, 1;", "and.b32 %r8, %r1, 62;")
+    with pytest.raises(PtxError, match="different values to the same place"):
+        launch(swapped, (1, 1, 1), [0x1000, 0x100000], buffers, threads=THREADS, shared_bytes=0)
+
+
 def test_blocks_of_a_launch_do_not_talk() -> None:
     body = "mov.b32 %r6, %r4;\nst.global.b32 [ %rd4 + 0 ], { %r4 };\nld.global.b32 { %r7 }, [ %rd2 + 0 ];"
     execute(body)

@@ -16,7 +16,10 @@ from farming import write_jobs, write_speech
 
 from gpupipe import FrameGenerationPipeline
 from gpupipe.doctor import examine
+from gpupipe.engines import EngineName
 from gpupipe.farm import run_farm
+from gpupipe.graphs import GraphedStep
+from gpupipe.kernels.whole_block import gluon_obstacle
 from gpupipe.video.decode import read_images
 
 pytestmark = pytest.mark.cuda
@@ -51,13 +54,20 @@ def video_template(template: Path, make_template: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def rendered(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., np.ndarray]:
-    """``rendered(device, template, codec="ffv1", use_parsing=…, **options)`` → planes of the decoded video."""
+    """``rendered(device, template, codec=…, use_parsing=…, frames=8, **options)`` → planes of the decoded video."""
 
     def render(
-        device: str, template: Path, *, codec: str = "ffv1", use_parsing: bool = False, **options: Any
+        device: str,
+        template: Path,
+        *,
+        codec: str = "ffv1",
+        use_parsing: bool = False,
+        frames: int = FRAMES,
+        engine: EngineName = "eager",
+        **options: Any,
     ) -> np.ndarray:
-        features, sound = write_speech(tmp_path, "speech", FRAMES)
-        pipeline = FrameGenerationPipeline(tiny_checkpoint(), device=device, engine="eager", batch_size=3, **options)
+        features, sound = write_speech(tmp_path, "speech", frames)
+        pipeline = FrameGenerationPipeline(tiny_checkpoint(), device=device, engine=engine, batch_size=3, **options)
         path = tmp_path / (device.replace(":", "-") + ".mkv")
         pipeline.generate_video(features, template, sound, path, codec=codec, use_parsing=use_parsing)
         return planes(path)
@@ -105,13 +115,32 @@ def test_video_template(rendered: Callable[..., np.ndarray], video_template: Pat
 def test_half_precision_is_near(rendered: Callable[..., np.ndarray], template: Path) -> None:
     """As it is rendered by default on a GPU."""
     found, expected = rendered("cuda", template, exact=False), rendered("cpu", template)
-
-    def psnr(found: np.ndarray, expected: np.ndarray) -> float:
-        return float(10 * np.log10(255**2 / np.square(found.astype(float) - expected).mean()))
-
     assert psnr(found, expected) > 40
     assert psnr(found[1:], expected[:-1]) < 40, "a frame later is another picture"
     assert np.abs(found.astype(int) - expected).max() > 0, "it was computed in float32"
+
+
+@pytest.mark.hardware
+@pytest.mark.parametrize("engine", ["fused", "gluon"])
+def test_engines_of_our_own_kernels(
+    engine: EngineName, rendered: Callable[..., np.ndarray], template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the template's crop to the pasted NV12, in batches that are replayed, the last of them padded."""
+    if engine == "gluon" and (reason := gluon_obstacle()) is not None:
+        pytest.skip(reason)
+    replay, replayed = GraphedStep.__call__, []
+    monkeypatch.setattr(GraphedStep, "__call__", lambda *given: replayed.append(1) or replay(*given))
+    found = rendered("cuda", template, frames=4, engine=engine)
+    assert len(replayed) == 2
+    expected = rendered("cpu", template, frames=4)
+    assert psnr(found, expected) > 45
+    assert psnr(found[1:], expected[:-1]) < 40, "a frame later is another picture"
+    untouched = (found[:, : SIZE[1]] == expected[:, : SIZE[1]]).all(axis=0)
+    assert untouched[:16].all() and untouched[:, :48].all(), "outside of the boxes nothing may change"
+
+
+def psnr(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.square(found.astype(float) - expected).mean()))
 
 
 def test_images(tiny_checkpoint: Callable[..., Path], template: Path, tmp_path: Path) -> None:

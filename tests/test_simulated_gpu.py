@@ -55,6 +55,14 @@ def test_recordings_with_compiled_kernels(libraries: list[Path]) -> None:
     assert run(libraries, TESTS / "test_graphs.py", "-m", "cuda", arch=90) == 11
 
 
+@pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
+@pytest.mark.parametrize("engine", [pytest.param("fused", marks=pytest.mark.slow), "gluon"])
+def test_a_clip_with_compiled_kernels(libraries: list[Path], engine: str) -> None:
+    """From files to a file."""
+    name = f"test_engines_of_our_own_kernels[{engine}]"
+    assert run(libraries, f"{TESTS / 'test_render_on_gpu.py'}::{name}", arch=90) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
 @pytest.mark.parametrize("engine", ["fused", "gluon"])
