@@ -302,7 +302,8 @@ def check_suffix(path: str | Path) -> str:
     """The suffix of a video that is to be written, in small letters.
 
     Raises:
-        InputError: it is none of :data:`SUFFIXES`, or ``path`` is a folder.
+        InputError: it is none of :data:`SUFFIXES`.
+        OutputError: ``path`` is a folder.
     """
     path = Path(path)
     if path.is_dir():
