@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 # Before torch is loaded: OpenMP's threads wait for work by spinning, which beside another load, or on fewer cores than
 # there are threads, makes small networks twenty times slower.
@@ -22,7 +23,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from gpupipe import UNetModel, fallbacks
+from clips import FRAMES, write_sound
+
+from gpupipe import FrameGenerationPipeline, UNetModel, fallbacks
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines import EngineName
 from gpupipe.models import Mode
@@ -208,3 +211,41 @@ def _texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     coarse = rng.integers(256, size=(6, 9, 3)).astype(np.float32)
     smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     return np.clip(smooth + rng.normal(scale=6, size=smooth.shape), 0, 255).astype(np.uint8)
+
+
+# ── a clip and its render ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_checkpoint: Callable[..., Path]) -> FrameGenerationPipeline:
+    return FrameGenerationPipeline(tiny_checkpoint(), "ave", "cpu", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def clip(make_template: MakeTemplate, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A template of four frames, features of eleven, and as much sound: silence with a click at 0.2 s."""
+    folder = tmp_path_factory.mktemp("clip")
+    make_template(folder / "template", frames=4, parsing=True)
+    np.save(folder / "features.npy", np.abs(np.random.default_rng(0).standard_normal((FRAMES, 512))).astype(np.float32))
+    write_sound(folder / "click.wav", FRAMES / 25)
+    return {"template": folder / "template", "features": folder / "features.npy", "sound": folder / "click.wav"}
+
+
+@pytest.fixture
+def render(pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Render the clip to a name in ``out/``, with any argument changed."""
+    (tmp_path / "out").mkdir()
+
+    def call(name: str = "clip.mp4", **changed: Any) -> Path:
+        arguments: dict[str, Any] = {
+            "audio_features_path": clip["features"],
+            "template_dir": clip["template"],
+            "audio_path": clip["sound"],
+            "output_path": tmp_path / "out" / name,
+        }
+        arguments |= changed
+        path = pipeline.generate_video(**arguments)
+        assert path == str(arguments["output_path"])
+        return Path(path)
+
+    return call

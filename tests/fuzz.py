@@ -19,7 +19,7 @@ of the case, so that each can be run again by itself. A library such as Hypothes
 it again and again in one process; here a case may end that process, and is one file whose spoiling has a name, so there
 is little to shrink: a seeded generator is all that is needed.
 
-What is spoiled, and how, is in `fuzz_cases.py` and in `fuzz_formats.py`, `fuzz_media.py` and `fuzz_checkpoints.py`.
+What is spoiled, and how, is in `fuzz_cases.py` and the other `fuzz_….py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The cases of `fuzz.py`: a small clip that renders, one file of it spoiled, the command line that meets it.
 
 Any file may be put in a wrong place (a directory, a pipe, a loop of links, something that may not be read …) or have
-its bytes changed without regard for their meaning; `fuzz_formats.py`, `fuzz_media.py` and `fuzz_checkpoints.py` change
-what they mean.
+its bytes changed without regard for their meaning (`fuzz_bytes.py`); `fuzz_formats.py`, `fuzz_media.py` and
+`fuzz_checkpoints.py` change what they mean.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 import typer
 from conftest import write_template
 from fuzz import RAN_CODE, Plan
+from fuzz_bytes import spoil_bytes
 from fuzz_checkpoints import spoil_checkpoint
 from fuzz_formats import spoil_jobs, spoil_jpeg, spoil_landmarks, spoil_npy, spoil_png
 from fuzz_media import spoil_sound, spoil_video
@@ -291,7 +292,7 @@ def spoil_file(path: Path, ground: Ground, rng: Rng, meaning: Spoil, *, may_move
         PLACES[how](path)
         return how, how.startswith("forbidden")
     if way < 0.45:
-        content, how = spoil_bytes(path.read_bytes(), ground, rng)
+        content, how = spoil_bytes(path.read_bytes(), ground.samples, rng)
     else:
         content, how = meaning(path.read_bytes(), rng)
     path.write_bytes(content)
@@ -392,7 +393,7 @@ def _checkpoint(
         source = rng.choice(sources)
         path = folder / "in" / source.name
         shutil.copy(source, path)
-        return path, *spoil_file(path, ground, rng, lambda content, rng: spoil_bytes(content, ground, rng))
+        return path, *spoil_file(path, ground, rng, lambda content, rng: spoil_bytes(content, ground.samples, rng))
     path, how = spoil_checkpoint(dict(state), folder / "in", rng, folder / RAN_CODE)
     return path, how, False
 
@@ -469,59 +470,4 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "link to a directory": lambda path: (path.unlink(), path.symlink_to("..")),
     "forbidden file": lambda path: path.chmod(0),
     "forbidden folder": lambda path: path.parent.chmod(0),
-}
-
-
-# ── bytes ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def spoil_bytes(content: bytes, ground: Ground, rng: Rng) -> tuple[bytes, str]:
-    """Change bytes in one to four places, half of the time near the beginning, where headers are."""
-    done = []
-    spoiled = bytearray(content)
-    for _ in range(rng.choice([1, 1, 1, 2, 4])):
-        reach = min(len(spoiled), rng.choice([256, len(spoiled)]))
-        at = rng.randrange(reach) if reach else 0
-        length = min(rng.choice([1, 2, 4, 16, 200, 5000]), len(spoiled) - at)
-        way = rng.choice(list(_BYTES))
-        spoiled = bytearray(_BYTES[way](spoiled, at, length, ground, rng))
-        done.append(way)
-    return bytes(spoiled), "bytes: " + ", ".join(done)
-
-
-def _put(content: bytearray, at: int, new: bytes, replaced: int) -> bytes:
-    return bytes(content[:at]) + new + bytes(content[at + replaced :])
-
-
-def _huge(content: bytearray, at: int, length: int, ground: Ground, rng: Rng) -> bytes:
-    """A whole number where one may have stood, as large as its type holds, or just beyond what is sensible."""
-    size = rng.choice([2, 4, 8])
-    number = rng.choice([0, 1, (1 << (8 * size - 1)) - 1, 1 << (8 * size - 1), (1 << 8 * size) - 1, 1 << (6 * size)])
-    at -= at % size
-    return _put(content, at, number.to_bytes(size, rng.choice(["little", "big"])), size)
-
-
-def _flip(content: bytearray, at: int, length: int, ground: Ground, rng: Rng) -> bytes:
-    return _put(content, at, bytes([content[at] ^ 1 << rng.randrange(8)]), 1) if content else b""
-
-
-def _splice(content: bytearray, at: int, length: int, ground: Ground, rng: Rng) -> bytes:
-    other = rng.choice(ground.samples).read_bytes()
-    start = rng.randrange(len(other))
-    return _put(content, at, other[start : start + length], length)
-
-
-_BYTES: dict[str, Callable[[bytearray, int, int, Ground, Rng], bytes]] = {
-    "flip": _flip,
-    "huge": _huge,
-    "splice": _splice,
-    "random": lambda content, at, length, ground, rng: _put(content, at, rng.randbytes(length), length),
-    "insert": lambda content, at, length, ground, rng: _put(content, at, rng.randbytes(rng.choice([1, 3, 400])), 0),
-    "zeros": lambda content, at, length, ground, rng: _put(content, at, bytes(length), length),
-    "ones": lambda content, at, length, ground, rng: _put(content, at, b"\xff" * length, length),
-    "delete": lambda content, at, length, ground, rng: _put(content, at, b"", length),
-    "repeat": lambda content, at, length, ground, rng: _put(content, at, bytes(content[at : at + length]) * 2, length),
-    "truncate": lambda content, at, length, ground, rng: bytes(content[: rng.randrange(len(content) + 1)]),
-    "append": lambda content, at, length, ground, rng: bytes(content) + rng.randbytes(length + 1),
-    "another file": lambda content, at, length, ground, rng: rng.choice(ground.samples).read_bytes(),
 }

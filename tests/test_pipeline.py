@@ -1,15 +1,10 @@
-"""From files to a file: what is in the video, what lies beside it, and that nothing is left of a render that fails."""
+"""From files to a file: what is in the video, and what lies beside it."""
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import subprocess
-import sys
-import threading
-import wave
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,64 +13,13 @@ import av
 import cv2
 import numpy as np
 import pytest
-import torch
 from av.video.reformatter import Colorspace
+from clips import FRAMES, RATE, write_sound
 
-from gpupipe import FrameGenerationPipeline, FrameGenerator, InputError, OutputError
-from gpupipe.video.encode import VideoWriter
+from gpupipe import FrameGenerationPipeline, FrameGenerator, InputError
 
 MakeTemplate = Callable[..., Path]
 Image = np.ndarray
-
-FRAMES = 11
-RATE = 16000
-
-
-@pytest.fixture(scope="module")
-def pipeline(tiny_checkpoint: Callable[..., Path]) -> FrameGenerationPipeline:
-    return FrameGenerationPipeline(tiny_checkpoint(), "ave", "cpu", batch_size=4)
-
-
-@pytest.fixture(scope="module")
-def clip(make_template: MakeTemplate, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A template of four frames, features of eleven, and as much sound: silence with a click at 0.2 s."""
-    folder = tmp_path_factory.mktemp("clip")
-    make_template(folder / "template", frames=4, parsing=True)
-    np.save(folder / "features.npy", np.abs(np.random.default_rng(0).standard_normal((FRAMES, 512))).astype(np.float32))
-    write_sound(folder / "click.wav", FRAMES / 25)
-    return {"template": folder / "template", "features": folder / "features.npy", "sound": folder / "click.wav"}
-
-
-def write_sound(path: Path, seconds: float, click: float = 0.2) -> Path:
-    samples = np.zeros(round(seconds * RATE), dtype="<i2")
-    start = round(click * RATE)
-    samples[start : start + 40] = 20000 * np.sign(np.sin(np.arange(40)))
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(RATE)
-        file.writeframes(samples.tobytes())
-    return path
-
-
-@pytest.fixture
-def render(pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """Render the clip to a name in ``out/``, with any argument changed."""
-    (tmp_path / "out").mkdir()
-
-    def call(name: str = "clip.mp4", **changed: Any) -> Path:
-        arguments: dict[str, Any] = {
-            "audio_features_path": clip["features"],
-            "template_dir": clip["template"],
-            "audio_path": clip["sound"],
-            "output_path": tmp_path / "out" / name,
-        }
-        arguments |= changed
-        path = pipeline.generate_video(**arguments)
-        assert path == str(arguments["output_path"])
-        return Path(path)
-
-    return call
 
 
 def frames_of(pipeline: FrameGenerationPipeline, clip: dict[str, Path], **options: Any) -> list[Image]:
@@ -392,186 +336,3 @@ def test_model_is_exported(pipeline: FrameGenerationPipeline, tmp_path: Path) ->
     path = pipeline.export_model_to_onnx(tmp_path / "unet.onnx")
     assert path == str(tmp_path / "unet.onnx")
     assert Path(path).stat().st_size > 10_000
-
-
-# ── failures leave nothing ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def text_file(folder: Path) -> Path:
-    (folder / "notes.wav").write_text("this is no sound\n")
-    return folder / "notes.wav"
-
-
-def picture_only(folder: Path) -> Path:
-    with VideoWriter(folder / "silent.mp4", width=64, height=48) as writer:
-        writer.write(torch.zeros(2, 72, 64, dtype=torch.uint8))
-    return folder / "silent.mp4"
-
-
-def nan_features(folder: Path) -> Path:
-    values = np.zeros((5, 512), np.float32)
-    values[3, 7] = np.nan
-    np.save(folder / "nan.npy", values)
-    return folder / "nan.npy"
-
-
-def a_file(folder: Path) -> Path:
-    (folder / "file").write_text("")
-    return folder / "file" / "clip.mp4"
-
-
-BAD: list[tuple[str, Callable[[Path], Any], str]] = [
-    ("audio_features_path", lambda folder: folder / "absent.npy", r"absent\.npy: no such file of audio features"),
-    ("audio_features_path", nan_features, r"nan\.npy: row 3 holds NaN"),
-    ("template_dir", lambda folder: folder / "absent", r"absent: no such template directory"),
-    ("audio_path", lambda folder: folder / "absent.wav", r"absent\.wav: no such sound file"),
-    ("audio_path", text_file, r"notes\.wav: not a media file that FFmpeg reads"),
-    ("audio_path", picture_only, r"silent\.mp4: has no sound track"),
-    ("output_path", lambda folder: folder / "absent" / "clip.mp4", r"clip\.mp4: cannot be written: No such file"),
-    ("output_path", a_file, r"clip\.mp4: cannot be written: Not a directory"),
-    ("output_path", lambda folder: folder, r"is a folder; expected the name of a file"),
-    ("output_path", lambda folder: folder / "out" / "clip.xyz", r"clip\.xyz: suffix is '\.xyz'; expected \.mp4"),
-    ("output_path", lambda folder: folder / "out" / "clip", r"clip: suffix is ''; expected \.mp4"),
-    ("output_path", lambda folder: folder / "out" / "clip.yuv", r"clip\.yuv: suffix is '\.yuv'; expected \.mp4"),
-    ("output_path", lambda folder: folder / "out" / "clip.h264", r"clip\.h264: suffix is '\.h264'; expected \.mp4"),
-    ("output_path", lambda folder: folder / "out" / "clip.OGG", r"clip\.OGG: suffix is '\.OGG'; expected \.mp4"),
-    ("start_frame", lambda folder: 4, r"start frame is 4; expected 0 to 3"),
-    ("start_frame", lambda folder: -1, r"start frame is -1; expected 0 to 3"),
-    ("crf", lambda folder: 52, r"crf is 52; expected 0"),
-    ("crf", lambda folder: -1, r"crf is -1; expected 0"),
-    ("fps", lambda folder: 0, r"fps is 0; expected more than 0"),
-    ("fps", lambda folder: float("nan"), r"fps is nan; expected more than 0"),
-    ("codec", lambda folder: "betamax", r"codec 'betamax' does not open here"),
-    ("codec", lambda folder: "aac", r"codec 'aac' does not open here \(aac: not a video encoder\)"),
-]
-
-
-@pytest.mark.parametrize(("argument", "spoil", "message"), BAD, ids=[f"{name}-{i}" for i, (name, *_) in enumerate(BAD)])
-def test_bad_input(
-    argument: str, spoil: Callable[[Path], Any], message: str, render: Callable[..., Path], tmp_path: Path,
-    pipeline: FrameGenerationPipeline, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    value = spoil(tmp_path)
-    monkeypatch.setattr(pipeline.unet_model.engine, "decode", lambda *_: pytest.fail("a frame was rendered"))
-    with pytest.raises(InputError, match=message) as caught:
-        render(**{argument: value})
-    assert "\n" not in str(caught.value)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_bad_template_file(render: Callable[..., Path], make_template: MakeTemplate, tmp_path: Path) -> None:
-    template = make_template(tmp_path / "template", frames=20)
-    image = template / "full_body_img" / "19.jpg"
-    image.write_bytes(image.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"19\.jpg: cannot be decoded"):
-        render(template_dir=template)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-@pytest.fixture
-def no_thread_left() -> Iterator[None]:
-    yield
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
-
-
-@pytest.mark.parametrize(
-    "error", [RuntimeError("GPU is on fire"), InputError("bad"), KeyboardInterrupt(), MemoryError()]
-)
-@pytest.mark.parametrize("batch", [0, 2])
-@pytest.mark.parametrize("save_frames", [False, True])
-@pytest.mark.usefixtures("no_thread_left")
-def test_failure_while_rendering(
-    save_frames: bool, batch: int, error: BaseException, render: Callable[..., Path], tmp_path: Path,
-    pipeline: FrameGenerationPipeline, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """The error is the one that is seen, what was there before stays, and the encoder's thread ends."""
-    (tmp_path / "out" / "clip.mp4").write_text("old")
-    engine, calls = pipeline.unet_model.engine, []
-    decode = engine.decode
-
-    def failing(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) > batch:
-            raise error
-        return decode(*arguments)
-
-    monkeypatch.setattr(engine, "decode", failing)
-    with pytest.raises(type(error)) as caught:
-        render(save_frames=save_frames, frames_dir=tmp_path / "frames")
-    assert caught.value is error
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["clip.mp4"]
-    assert (tmp_path / "out" / "clip.mp4").read_text() == "old"
-
-
-@pytest.mark.parametrize(
-    ("error", "expected"),
-    [(OSError(errno.ENOSPC, "No space left on device"), OutputError), (RuntimeError("encoder"), RuntimeError)],
-)
-@pytest.mark.parametrize("frame", [0, 5, FRAMES - 1])
-@pytest.mark.usefixtures("no_thread_left")
-def test_failure_while_encoding(
-    frame: int, error: Exception, expected: type, render: Callable[..., Path], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    encode = VideoWriter._encode
-
-    def failing(self: VideoWriter, nv12: Image) -> None:
-        if self.frames == frame:
-            raise error
-        encode(self, nv12)
-
-    monkeypatch.setattr(VideoWriter, "_encode", failing)
-    with pytest.raises(
-        expected, match=r"clip\.mp4: cannot be written: No space" if expected is OutputError else "encoder"
-    ):
-        render()
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-FULL_DISK = """
-import resource, sys
-import torch
-from gpupipe import OutputError
-from gpupipe.video.encode import VideoWriter
-
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a write beyond it fails as one on a full disk does
-try:
-    with VideoWriter(sys.argv[1], width=320, height=240, crf=0) as writer:
-        for _ in range(40):
-            writer.write(torch.randint(0, 256, (4, 360, 320), dtype=torch.uint8))
-except OutputError as error:
-    print(error)
-else:
-    sys.exit("nothing was raised")
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="limits the file size as Linux does")
-def test_full_disk(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "clip.mp4")]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.startswith(f"{tmp_path / 'clip.mp4'}: cannot be written: ")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_frames_that_cannot_be_written(
-    pipeline: FrameGenerationPipeline, clip: dict[str, Path], render: Callable[..., Path], tmp_path: Path
-) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="file: cannot be made"):
-        pipeline.generate_frames_only(clip["features"], clip["template"], tmp_path / "file")
-    with pytest.raises(OutputError, match="file: cannot be made"):
-        pipeline.generate_reference_outputs(clip["features"], clip["template"], tmp_path / "file")
-    with pytest.raises(OutputError, match="file: cannot be made"):
-        render(save_frames=True, frames_dir=tmp_path / "file")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_pipeline_refuses_what_its_parts_refuse(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such checkpoint file"):
-        FrameGenerationPipeline(tmp_path / "absent.pth")
-    with pytest.raises(InputError, match="blend is 'soft'"):
-        FrameGenerationPipeline(tiny_checkpoint(), device="cpu", engine="torch", blend="soft")  # type: ignore[arg-type]
-    with pytest.raises(TypeError):
-        FrameGenerationPipeline(tiny_checkpoint(), "ave", "cpu", "torch")  # type: ignore[misc]

@@ -1,0 +1,49 @@
+"""What clips of tests are made of, and frames that are rendered without a file."""
+
+from __future__ import annotations
+
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpupipe import FrameGenerator
+from gpupipe.models import Mode
+
+Image = np.ndarray
+
+FRAMES = 11
+"""Of the clip that is rendered to files (`conftest.py`)."""
+
+RATE = 16000
+"""Samples a second of its sound."""
+
+ROWS: dict[Mode, tuple[int, ...]] = {"ave": (512,), "hubert": (2, 1024), "wenet": (16, 512)}
+"""Shape of a row of features."""
+
+
+def features(count: int, mode: Mode = "ave", seed: int = 0) -> np.ndarray:
+    return np.abs(np.random.default_rng(seed).standard_normal((count, *ROWS[mode]))).astype(np.float32)
+
+
+def rendered(
+    generator: FrameGenerator, template: Path, sound: Any, *, parsing: bool = False, **options: Any
+) -> list[Image]:
+    directories = (template / "full_body_img", template / "landmarks")
+    if parsing:
+        options["parsing_dir"] = template / "parsing"
+    return generator.generate_frames_from_template_sequence(*directories, sound, **options)
+
+
+def write_sound(path: Path, seconds: float, click: float = 0.2) -> Path:
+    """Silence with a click at a time."""
+    samples = np.zeros(round(seconds * RATE), dtype="<i2")
+    start = round(click * RATE)
+    samples[start : start + 40] = 20000 * np.sign(np.sin(np.arange(40)))
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(samples.tobytes())
+    return path
