@@ -1,4 +1,4 @@
-"""What tests share: markers, the golden files, seeded checkpoints and synthetic templates."""
+"""What tests share: markers, the golden files, seeded checkpoints, synthetic templates, and a clip that is rendered."""
 
 from __future__ import annotations
 

@@ -59,14 +59,17 @@ KERNEL = """
 """Thread (%r1) and place in shared memory (%r5); from its own input, %r4, ``// body`` makes its output, %r6."""
 
 
-def execute(body: str, values: Any = None, *, blocks: int = 1, shared: int = 1024) -> np.ndarray:
+def execute(
+    body: str, values: Any = None, *, blocks: int = 1, shared: int = 1024, counts: Counts | None = None
+) -> np.ndarray:
     """The outputs, as 32-bit numbers, of the threads of ``blocks`` blocks."""
     given = np.arange(THREADS * blocks, dtype=np.uint32) if values is None else np.asarray(values)
     given = np.resize(given.view(np.uint32), THREADS * blocks)
     found = np.zeros_like(given)
     buffers = [Buffer(0x1000, given.view(np.uint8)), Buffer(0x100000, found.view(np.uint8))]
     text = KERNEL.replace("// body", body)
-    launch(text, (blocks, 1, 1), [0x1000, 0x100000], buffers, threads=THREADS, shared_bytes=shared)
+    grid, pointers = (blocks, 1, 1), [0x1000, 0x100000]
+    launch(text, grid, pointers, buffers, threads=THREADS, shared_bytes=shared, counts=counts)
     return found
 
 
@@ -275,6 +278,15 @@ def test_what_is_counted(step: int, width: int, passes: int, sectors: int) -> No
     words = 1 if step == 0 else 32 * width
     assert counts.fewest_shared["ld"] == -(-words // 32)
     assert counts.fewest_sectors["ld"] == -(-words // 8)
+
+
+def test_warps_are_counted_that_take_part() -> None:
+    """Three blocks of two warps; the first warp alone adds, and of the second one thread."""
+    counts = Counts()
+    body = "mov.b32 %r6, 0;\nsetp.lt.u32 %p1, %r1, 32;\n@%p1 add.s32 %r6, %r6, 1;\nsetp.lt.u32 %p2, %r1, 33;"
+    execute(body + "\n@%p2 sub.s32 %r6, %r6, 1;\n@!%p2 mul.lo.s32 %r6, %r6, 3;", blocks=3, counts=counts)
+    found = [counts.instructions[name] for name in ("setp.lt.u32", "add.s32", "sub.s32", "mul.lo.s32")]
+    assert found == [12, 3, 6, 3]
 
 
 # ── whole kernels ─────────────────────────────────────────────────────────────────────────────────────────────────────
