@@ -13,8 +13,9 @@ The expanded map is twice as wide as x, and the largest tensor of the network by
 :func:`expansion_is_recomputed` draws the first line, :data:`WIDEST_PROJECTION` the second.
 
 Convention: as in :mod:`gpupipe.kernels.pointwise`; the depthwise taps are (9, channels), row by row. Beyond the map's
-edge the *expanded* map is 0. Sums are accumulated in float32. The reference rounds the expanded map and the depthwise
-sums to the inputs' precision; a kernel that does not write one of them need not round it.
+edge the *expanded* map is 0. Sums are accumulated in float32, but those of nine taps of float16, on CUDA, in float16.
+The reference rounds the expanded map and the depthwise sums to the inputs' precision; a kernel that does not write one
+of them need not round it.
 
 Here are the public functions and their plain-torch reference; on CUDA, in half precision, they run on
 :mod:`gpupipe.kernels.inverted_residual_triton`.

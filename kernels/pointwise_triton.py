@@ -4,9 +4,9 @@ Both compute a tile of pixels by a tile of output channels, on tensor cores, acc
 share pixels are neighbours, so that a tile of the input comes from device memory once and from L2 after that.
 
 The upsampling expansion makes its left operand while loading: four gathered neighbours (L1 and L2 serve most of them:
-four output pixels share a source pixel) weighed in float32. What it saves is writing and reading the upsampled map
-and the concatenation. Upsampling the product instead would do less arithmetic, but there are two to four times as many
-hidden channels as low ones to gather, and a map of them to write.
+four output pixels share a source pixel), float16 weighed in float16 (:mod:`gpupipe.kernels.packed_triton`). What it
+saves is writing and reading the upsampled map and the concatenation. Upsampling the product instead would do less
+arithmetic, but there are two to four times as many hidden channels as low ones to gather, and a map of them to write.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gpupipe.kernels.cubic_triton import INTERPRETED
 from gpupipe.kernels.dispatch import on_its_device
+from gpupipe.kernels.packed_triton import multiply_add, relu_to, summed_in
 
 
 # A last batch is shorter: it must not be compiled for.
@@ -59,13 +60,12 @@ def _pointwise_kernel(
             sample = tl.load(index + row // SAMPLE_PIXELS, mask=row < pixels, other=0).to(tl.int64)
             source = residual + ((sample * SAMPLE_PIXELS + row % SAMPLE_PIXELS) * N)[:, None]
         total += tl.load(source + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-    if RELU:
-        total = tl.maximum(total, 0.0)
     target = out + first.to(tl.int64) * N + (pixel * N)[:, None] + channel[None, :]
-    tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+    values = relu_to(total, out.dtype.element_ty) if RELU else total.to(out.dtype.element_ty)
+    tl.store(target, values, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples"])
 def _upsample_expand_kernel(
     low,
     skip,
@@ -74,6 +74,7 @@ def _upsample_expand_kernel(
     skip_weight,
     bias,
     out,
+    samples,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     LOW: tl.constexpr,
@@ -84,16 +85,22 @@ def _upsample_expand_kernel(
     BLOCK_LOW: tl.constexpr,
     BLOCK_SKIP: tl.constexpr,
 ):
-    tiles: tl.constexpr = (HEIGHT * WIDTH + BLOCK_M - 1) // BLOCK_M
+    """Pixels are taken as they come; those of the last tile that there are not read the last one again."""
+    area: tl.constexpr = HEIGHT * WIDTH
     low_height: tl.constexpr = HEIGHT // 2
     low_width: tl.constexpr = WIDTH // 2
     channel = tl.program_id(0) % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile = tl.program_id(0) // (N // BLOCK_N)
-    sample = (tile // tiles).to(tl.int64)
-    pixel = tile % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = (pixel < HEIGHT * WIDTH)[:, None]
+    start = tl.program_id(0) // (N // BLOCK_N) * BLOCK_M
+    first = start // area
+    position = start - first * area + tl.arange(0, BLOCK_M)
+    inside = position < (samples - first) * area
+    position = tl.minimum(position, (samples - first) * area - 1)
+    sample = position // area
+    pixel = position % area
     y0, y1, down = _neighbours(pixel // WIDTH, low_height, HEIGHT)
     x0, x1, right = _neighbours(pixel % WIDTH, low_width, WIDTH)
+    y0 += sample * low_height
+    y1 += sample * low_height
     upper_left = ((y0 * low_width + x0) * LOW)[:, None]
     upper_right = ((y0 * low_width + x1) * LOW)[:, None]
     lower_left = ((y1 * low_width + x0) * LOW)[:, None]
@@ -102,19 +109,20 @@ def _upsample_expand_kernel(
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + tl.load(bias + channel)[None, :]
     k = tl.arange(0, BLOCK_LOW)
-    for start in range(0, LOW, BLOCK_LOW):
-        source = low + sample * (low_height * low_width * LOW) + (start + k)[None, :]
-        upper = _between(source, upper_left, upper_right, right, inside)
-        lower = _between(source, lower_left, lower_right, right, inside)
-        values = (upper + down * (lower - upper)).to(low.dtype.element_ty)
-        total = tl.dot(values, tl.load(low_weight + (start + k)[:, None] * N + channel[None, :]), total)
+    low += first.to(tl.int64) * (low_height * low_width * LOW)
+    for begin in range(0, LOW, BLOCK_LOW):
+        source = low + (begin + k)[None, :]
+        upper = _between(_load(source + upper_left), _load(source + upper_right), right)
+        lower = _between(_load(source + lower_left), _load(source + lower_right), right)
+        values = _between(upper, lower, down).to(low.dtype.element_ty)
+        total = tl.dot(values, tl.load(low_weight + (begin + k)[:, None] * N + channel[None, :]), total)
     k = tl.arange(0, BLOCK_SKIP)
-    source = skip + tl.load(index + sample).to(tl.int64) * (HEIGHT * WIDTH * SKIP) + (pixel * SKIP)[:, None]
-    for start in range(0, SKIP, BLOCK_SKIP):
-        values = tl.load(source + (start + k)[None, :], mask=inside, other=0.0)
-        total = tl.dot(values, tl.load(skip_weight + (start + k)[:, None] * N + channel[None, :]), total)
-    to = out + sample * (HEIGHT * WIDTH * N) + (pixel * N)[:, None] + channel[None, :]
-    tl.store(to, tl.maximum(total, 0.0).to(out.dtype.element_ty), mask=inside)
+    source = skip + ((tl.load(index + first + sample).to(tl.int64) * area + pixel) * SKIP)[:, None]
+    for begin in range(0, SKIP, BLOCK_SKIP):
+        values = tl.load(source + (begin + k)[None, :])
+        total = tl.dot(values, tl.load(skip_weight + (begin + k)[:, None] * N + channel[None, :]), total)
+    to = out + start.to(tl.int64) * N + (tl.arange(0, BLOCK_M) * N)[:, None] + channel[None, :]
+    tl.store(to, relu_to(total, out.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
@@ -127,10 +135,16 @@ def _neighbours(position, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
-def _between(source, left, right, weight, inside):
-    a = tl.load(source + left, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(source + right, mask=inside, other=0.0).to(tl.float32)
-    return a + weight * (b - a)
+def _load(pointers):
+    """Values in the type that they are added up in."""
+    values = tl.load(pointers)
+    return values.to(summed_in(values.dtype))
+
+
+@triton.jit
+def _between(a, b, weight):
+    """Both, the second one by ``weight`` (pixels, 1)."""
+    return multiply_add(b - a, weight.to(a.dtype), a)
 
 
 def pointwise_tiles(k: int, n: int, *, narrow: bool = False) -> dict[str, int]:
@@ -203,7 +217,7 @@ def upsample_expand_triton(
     low_channels, n = low_weight.shape
     out = low.new_empty(samples, height, width, n)
     tiles = upsample_tiles(low_channels, skip_channels, n)
-    grid = (samples * triton.cdiv(height * width, tiles["BLOCK_M"]) * (n // tiles["BLOCK_N"]),)
+    grid = (triton.cdiv(samples * height * width, tiles["BLOCK_M"]) * (n // tiles["BLOCK_N"]),)
     if samples:
         _upsample_expand_kernel[grid](
             low,
@@ -213,6 +227,7 @@ def upsample_expand_triton(
             skip_weight,
             bias,
             out,
+            samples,
             HEIGHT=height,
             WIDTH=width,
             LOW=low_channels,
