@@ -193,7 +193,14 @@ def case_of(entry: dict[str, Any], batch: int, device: torch.device) -> Case:
         return torch.randn(batch, edge, edge, channels, dtype=torch.float16, device=device)
 
     index = torch.randperm(batch, device=device) if low else None
-    return Case(block, head, noise(size, skip), noise(size // 2, low) if low else None, index, shape["planar"])
+    return Case(
+        block,
+        head,
+        noise(size, shape["stored"] or skip),
+        noise(size // 2, low) if low else None,
+        index,
+        shape["planar"],
+    )
 
 
 def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
@@ -226,7 +233,7 @@ def eager(case: Case) -> Tensor:
     """The block as PyTorch would run it: convolutions in half precision, channels last."""
     block = case.block
     x = (case.skip if case.index is None else case.skip.index_select(0, case.index)).permute(0, 3, 1, 2)
-    entry = x
+    entry = x = F.pad(x, (0, 0, 0, 0, 0, block.skip_channels - x.shape[1]))
     if case.low is not None:
         up = F.interpolate(case.low.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear", align_corners=True)
         entry = torch.cat([up, x], dim=1)
@@ -287,7 +294,9 @@ def run(folder: Path, device: torch.device, batch: int, rounds: int) -> list[Row
                 provider,
                 function,
                 frames=batch,
-                bytes_a_frame=bytes_moved(case.block, (size, size), head=case.head is not None),
+                bytes_a_frame=bytes_moved(
+                    case.block, (size, size), stored=case.skip.shape[3], head=case.head is not None
+                ),
                 config=facts | {"compiled_at": manifest["commit"]},
                 device=device,
                 rounds=rounds,

@@ -149,13 +149,24 @@ def _halo(pixel, y0, x0, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.constexpr)
 
 @gluon.jit
 def _load_skip(
-    skip, y0, x0, FIRST: gl.constexpr, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr, STRIDE: gl.constexpr
+    skip,
+    y0,
+    x0,
+    FIRST: gl.constexpr,
+    H: gl.constexpr,
+    W: gl.constexpr,
+    C: gl.constexpr,
+    STORED: gl.constexpr,
+    STRIDE: gl.constexpr,
 ):
-    """Channels from FIRST on of the halo; 0 outside the map."""
+    """Channels from FIRST on of the halo; 0 outside the map, and beyond the channels that are stored."""
     layout: gl.constexpr = _vectors(_depth(C))
     y, x, inside = _halo(gl.arange(0, HALO, layout=gl.SliceLayout(1, layout)), y0, x0, H, W, STRIDE)
     channel = FIRST + gl.arange(0, _depth(C), layout=gl.SliceLayout(0, layout))
-    return gl.load(skip + ((y * W + x) * C)[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
+    mask = inside[:, None]
+    if STORED != C:
+        mask = mask & (channel < STORED)[None, :]
+    return gl.load(skip + ((y * W + x) * STORED)[:, None] + channel[None, :], mask=mask, other=0.0)
 
 
 @gluon.jit
@@ -185,11 +196,13 @@ def _load_upsampled(low, y0, x0, FIRST: gl.constexpr, H: gl.constexpr, W: gl.con
 
 
 @gluon.jit
-def stage_skip(skip, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr, STRIDE: gl.constexpr):
+def stage_skip(
+    skip, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr, STORED: gl.constexpr, STRIDE: gl.constexpr
+):
     """Shared memory [part][halo][≤ 32 channels]."""
     tile = gl.allocate_shared_memory(gl.float16, [C // _depth(C), HALO, _depth(C)], _swizzled(_depth(C)))
     for part in gl.static_range(C // _depth(C)):
-        tile.index(part).store(_load_skip(skip, y0, x0, part * _depth(C), H, W, C, STRIDE))
+        tile.index(part).store(_load_skip(skip, y0, x0, part * _depth(C), H, W, C, STORED, STRIDE))
     return tile
 
 

@@ -177,6 +177,7 @@ def _whole_block_kernel(
     W: gl.constexpr,
     LOW: gl.constexpr,
     SKIP: gl.constexpr,
+    STORED: gl.constexpr,
     HIDDEN: gl.constexpr,
     OUT: gl.constexpr,
     RESIDUAL: gl.constexpr,
@@ -185,7 +186,7 @@ def _whole_block_kernel(
     INDEXED: gl.constexpr,
     WGMMA: gl.constexpr,
 ):
-    """Stride 1. Program (tile, sample)."""
+    """Stride 1. Program (tile, sample). The skip has STORED channels, which zeros fill up to SKIP."""
     TILES: gl.constexpr = (W + 29) // 30
     y0 = gl.program_id(0) // TILES * 6
     x0 = gl.program_id(0) % TILES * 30
@@ -193,13 +194,13 @@ def _whole_block_kernel(
     source = sample
     if INDEXED:
         source = gl.load(index + sample).to(gl.int64)
-    skip += source * (H * W * SKIP)
+    skip += source * (H * W * STORED)
     if HEAD:
         out += sample * (H * W * 3)
     else:
         out += sample * (H * W * OUT)
 
-    skip_tile = stage_skip(skip, y0, x0, H, W, SKIP, 1)
+    skip_tile = stage_skip(skip, y0, x0, H, W, SKIP, STORED, 1)
     low_tile = None
     if LOW:
         low += sample * ((H // 2) * (W // 2) * LOW)
@@ -273,6 +274,7 @@ def _halving_block_kernel(
     H: gl.constexpr,
     W: gl.constexpr,
     SKIP: gl.constexpr,
+    STORED: gl.constexpr,
     HIDDEN: gl.constexpr,
     OUT: gl.constexpr,
     INDEXED: gl.constexpr,
@@ -288,10 +290,10 @@ def _halving_block_kernel(
     source = sample
     if INDEXED:
         source = gl.load(index + sample).to(gl.int64)
-    skip += source * (H * W * SKIP)
+    skip += source * (H * W * STORED)
     out += sample * (OUT_H * OUT_W * OUT)
 
-    skip_tile = stage_skip(skip, y0, x0, H, W, SKIP, 2)
+    skip_tile = stage_skip(skip, y0, x0, H, W, SKIP, STORED, 2)
     mask = mask_operand(y0, x0, H, W, 2, WGMMA)
     hidden = gl.allocate_shared_memory(gl.float16, [HALO, CHUNK], _PLAIN)
 
@@ -348,7 +350,7 @@ def whole_block_gluon(
     """
     check_maps(skip, block, low, index, head)
     samples = len(skip) if index is None else len(index)
-    _, height, width, _ = skip.shape
+    _, height, width, stored = skip.shape
     out_height, out_width = -(-height // block.stride), -(-width // block.stride)
     if head is None:
         out = skip.new_empty(samples, out_height, out_width, block.out_channels)
@@ -365,7 +367,7 @@ def whole_block_gluon(
     if index is not None:
         index = index.contiguous()
     weights = (block.expand, block.expand_bias, block.depthwise, block.project, block.project_bias)
-    facts = {"H": height, "W": width, "SKIP": block.skip_channels, "HIDDEN": block.hidden_channels}
+    facts = {"H": height, "W": width, "SKIP": block.skip_channels, "STORED": stored, "HIDDEN": block.hidden_channels}
     facts |= {"OUT": block.out_channels, "INDEXED": index is not None, "WGMMA": wgmma, "num_warps": NUM_WARPS}
     if block.stride == 2:
         _halving_block_kernel[grid](skip, index, *weights, out, **facts)

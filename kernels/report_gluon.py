@@ -16,7 +16,10 @@ WARP_ARCHITECTURES = {"up3.0": (80, 86, 89, 90)}
 
 @dataclass(frozen=True)
 class BlockShape:
-    """A block of the network at full width; channels padded, ``size`` the skip's height and width."""
+    """A block of the network at full width; channels padded, ``size`` the skip's height and width.
+
+    ``stored`` are the skip's channels, where they are not padded; else 0.
+    """
 
     size: int
     low: int
@@ -27,6 +30,7 @@ class BlockShape:
     residual: bool = False
     head: bool = False
     planar: bool = False
+    stored: int = 0
 
     @property
     def indexed(self) -> bool:
@@ -43,6 +47,7 @@ BLOCKS = {
     "up4.1, down1.1": BlockShape(160, 0, 32, 64, 32, residual=True),
     "up3.0": BlockShape(80, 64, 64, 256, 32),
     "up3.1": BlockShape(80, 0, 32, 64, 32, residual=True),
+    "inc": BlockShape(320, 0, 16, 32, 16, stored=6),
     "down1.0": BlockShape(320, 0, 32, 64, 32, stride=2),
     "down1.0, skip 16": BlockShape(320, 0, 16, 64, 32, stride=2),
     "down2.0": BlockShape(160, 0, 32, 64, 64, stride=2),
@@ -64,6 +69,7 @@ def variant_of(name: str, *, wgmma: bool) -> Variant:
     types = dict.fromkeys(halves, "*fp16") | dict.fromkeys(("project_bias", "head_bias"), "*fp32")
     types |= {"index": "*i64", "out": "*u8" if block.head else "*fp16"}
     constants: dict[str, Any] = {"H": block.size, "W": block.size, "LOW": block.low, "SKIP": block.skip}
+    constants |= {"STORED": block.stored or block.skip}
     constants |= {"HIDDEN": block.hidden, "OUT": block.out, "RESIDUAL": block.residual, "HEAD": block.head}
     constants |= {"PLANAR": block.planar, "INDEXED": block.indexed, "WGMMA": wgmma}
     given = {"index": block.indexed, "low": block.low > 0, "head": block.head, "head_bias": block.head}

@@ -178,7 +178,8 @@ def whole_block(
     """The plain reference, float32 inside.
 
     Args:
-        skip: float16 (B, H, W, S), contiguous; (L, H, W, S) with ``index``.
+        skip: float16 (B, H, W, S), contiguous; (L, H, W, S) with ``index``. With neither low nor residual it may have
+            fewer channels than the weights: the others count as 0.
         block: the weights.
         low: float16 (B, H/2, W/2, block.low_channels), contiguous: upsampled and put before the skip.
         index: integers (B,), which of ``skip`` each sample takes; None takes the b-th for sample b.
@@ -192,7 +193,8 @@ def whole_block(
         ValueError: types, shapes or strides that do not fit.
     """
     check_maps(skip, block, low, index, head)
-    x = (skip if index is None else skip.index_select(0, index)).permute(0, 3, 1, 2).float()
+    x = F.pad(skip, (0, block.skip_channels - skip.shape[3]))
+    x = (x if index is None else x.index_select(0, index)).permute(0, 3, 1, 2).float()
     entry = x
     if low is not None:
         planes = low.permute(0, 3, 1, 2).float()
@@ -218,7 +220,10 @@ def check_maps(
     batch, height, width, _ = skip.shape if skip.ndim == 4 else (-1, -1, -1, -1)
     if index is not None:
         batch = len(index)
-    expected = {"skip": (len(skip), height, width, block.skip_channels)}
+    channels = block.skip_channels
+    if low is None and not block.residual:
+        channels = min(channels, skip.shape[-1])
+    expected = {"skip": (len(skip), height, width, channels)}
     if (low is None) != (block.low_channels == 0):
         raise ValueError(
             f"low is {'missing' if low is None else 'given'}; the weights have {block.low_channels} for it"
@@ -242,15 +247,16 @@ def check_maps(
         )
 
 
-def bytes_moved(block: PackedBlock, size: tuple[int, int], *, head: bool = False) -> int:
+def bytes_moved(block: PackedBlock, size: tuple[int, int], *, stored: int | None = None, head: bool = False) -> int:
     """The fewest bytes that a block can move for one sample: every map read or written once; weights stay in caches.
 
     Args:
         size: height and width of the skip.
+        stored: channels of the skip, where they are fewer than the weights'.
         head: the result is the mouth.
     """
     pixels = size[0] * size[1]
-    read = pixels * block.skip_channels * 2 + pixels // 4 * block.low_channels * 2
+    read = pixels * (stored or block.skip_channels) * 2 + pixels // 4 * block.low_channels * 2
     written = -(-size[0] // block.stride) * -(-size[1] // block.stride) * block.out_channels * 2
     return read + (3 * pixels if head else written)
 

@@ -20,7 +20,7 @@ from gpupipe.benchmarks.gluon_cubins import case_of, check, eager, grid_of, pack
 TESTS = str(Path(__file__).resolve().parent)
 
 SHAPE = {"size": 8, "low": 16, "skip": 16, "hidden": 32, "out": 16, "stride": 1}
-FLAGS = {"residual": False, "head": False, "planar": False}
+FLAGS = {"residual": False, "head": False, "planar": False, "stored": 0}
 ENTRY = {"block": SHAPE | FLAGS, "tile": [6, 30]}
 
 

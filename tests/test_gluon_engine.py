@@ -22,6 +22,7 @@ BOUND = 1.5
 """Root mean square in steps of 255: half precision and truncation, with seeded weights."""
 
 BLOCKS = {
+    "inc",
     "down1.0, skip 16",
     "up4.1, down1.1",
     "down2.0",

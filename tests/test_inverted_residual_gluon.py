@@ -79,6 +79,15 @@ def test_plain_block_with_residual(kernels: Any, wgmma: bool) -> None:
 
 
 @pytest.mark.parametrize("wgmma", EXPANDS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_image_of_fewer_channels(kernels: Any, stride: int, wgmma: bool) -> None:
+    """Six channels a pixel in memory, 16 in the weights; those of the next pixel must not count."""
+    block = block_of(0, 6, 12, 6, stride=stride)
+    image = torch.randn(2, 7, 31, 6, generator=torch.Generator().manual_seed(1)).half()
+    check(run(kernels, image, block, wgmma=wgmma), whole_block(pad_channels(image), block))
+
+
+@pytest.mark.parametrize("wgmma", EXPANDS)
 def test_upsampled_and_concatenated(kernels: Any, wgmma: bool) -> None:
     """A skip of fewer channels than the upsampled map has, two chunks of hidden channels, and what must not pass."""
     low, skip, block = noise(1, 4, 15, 20), noise(1, 8, 30, 12), block_of(20, 12, 40, 8)
@@ -177,8 +186,9 @@ def test_no_sample_is_no_launch(kernels: Any) -> None:
 
 
 def test_maps_that_do_not_fit_are_refused(kernels: Any) -> None:
-    with pytest.raises(ValueError, match="skip has shape"):
-        run(kernels, torch.zeros(1, 4, 8, 12).half(), block_of(0, 12, 32, 16))
+    for channels, residual in ((20, False), (12, True)):
+        with pytest.raises(ValueError, match="skip has shape"):
+            run(kernels, torch.zeros(1, 4, 8, channels).half(), block_of(0, 16, 32, 16, residual=residual))
 
 
 @pytest.mark.slow

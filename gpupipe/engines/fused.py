@@ -81,7 +81,7 @@ class FusedEngine:
         template, speech = TemplateHalf(network), SpeechHalf(network)
 
         expand, depthwise = convolutions(template.hidden)
-        self._first = self._block([expand, depthwise, _identity(expand.out_channels)], 0)
+        self._first = self._block([expand, depthwise, _identity(expand.out_channels)], INPUT_SIZE)
         downs = (template.down1, template.down2, template.down3, template.down4, template.down5)
         self._downs = [self._down(down, INPUT_SIZE >> level) for level, down in enumerate(downs)]
         self._bottleneck = self._pointwise(template.bottleneck)
@@ -148,7 +148,7 @@ class FusedEngine:
     # ── what runs a block ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _block(self, layers: Sequence[nn.Conv2d], size: int, *, stride: int = 1, residual: bool = False) -> Step:
-        """An inverted residual on maps of ``size`` pixels a side; 0 for small ones, and for the unpadded image."""
+        """An inverted residual on maps of ``size`` pixels a side; 0 for small ones."""
         block = pack_block(layers, device=self.device, dtype=self.dtype)
         return functools.partial(inverted_residual, block=block, stride=stride, residual=residual)
 
