@@ -112,6 +112,17 @@ def _relu_to_half(a):
     )
 
 
+@gluon.jit
+def sigmoid(a):
+    """1 / (1 + e⁻ᵃ) of float32, by the GPU's approximations of a power of two and of a reciprocal."""
+    power = gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [a * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
+    )
+    return gl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [1.0 + power], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
 # ── columns dealt out ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -179,20 +190,32 @@ def _load_upsampled(low, y0, x0, FIRST: gl.constexpr, H: gl.constexpr, W: gl.con
     channel = FIRST + gl.arange(0, _depth(C), layout=gl.SliceLayout(0, layout))[None, :]
     v = gl.minimum(gl.maximum(y, 0), H - 1).to(gl.float32) * ((LOW_H - 1) / (H - 1))
     u = gl.minimum(gl.maximum(x, 0), W - 1).to(gl.float32) * ((LOW_W - 1) / (W - 1))
-    top = v.to(gl.int32)
-    left = u.to(gl.int32)
-    bottom = gl.minimum(top + 1, LOW_H - 1)
-    right = gl.minimum(left + 1, LOW_W - 1)
-    top_left = gl.load(low + ((top * LOW_W + left) * C)[:, None] + channel)
-    top_right = gl.load(low + ((top * LOW_W + right) * C)[:, None] + channel)
-    bottom_left = gl.load(low + ((bottom * LOW_W + left) * C)[:, None] + channel)
-    bottom_right = gl.load(low + ((bottom * LOW_W + right) * C)[:, None] + channel)
+    # The last row and column are the lower and the right ones of two, so that four neighbours have one address.
+    top = gl.minimum(v.to(gl.int32), max(LOW_H - 2, 0))
+    left = gl.minimum(u.to(gl.int32), max(LOW_W - 2, 0))
+    at = low + ((top * LOW_W + left) * C)[:, None] + channel
+    RIGHT: gl.constexpr = C * min(LOW_W - 1, 1)
+    BELOW: gl.constexpr = LOW_W * C * min(LOW_H - 1, 1)
+    top_left = gl.load(at)
+    top_right = gl.load(at + RIGHT)
+    bottom_left = gl.load(at + BELOW)
+    bottom_right = gl.load(at + BELOW + RIGHT)
+    down = v - top.to(gl.float32)
+    across = u - left.to(gl.float32)
+    # Weights of the lower and of the upper row, of nothing outside the map.
+    lower = gl.where(inside, down, 0.0)
+    upper = gl.where(inside, 1.0 - down, 0.0)
     zero = gl.zeros([HALO, _depth(C)], gl.float16, layout=layout)
-    down = (v - top.to(gl.float32)).to(gl.float16)[:, None] + zero
-    across = (u - left.to(gl.float32)).to(gl.float16)[:, None] + zero
-    above = multiply_add(top_right - top_left, across, top_left)
-    below = multiply_add(bottom_right - bottom_left, across, bottom_left)
-    return gl.where(inside[:, None], multiply_add(below - above, down, above), zero)
+    values = top_left * _spread(upper * (1.0 - across), zero)
+    values = multiply_add(top_right, _spread(upper * across, zero), values)
+    values = multiply_add(bottom_left, _spread(lower * (1.0 - across), zero), values)
+    return multiply_add(bottom_right, _spread(lower * across, zero), values)
+
+
+@gluon.jit
+def _spread(weight, zero):
+    """A pixel's weight, float16, for each of its channels."""
+    return weight.to(gl.float16)[:, None] + zero
 
 
 @gluon.jit

@@ -45,6 +45,7 @@ from gpupipe.kernels.gluon_device import (
     mask_operand,
     multiply_add,
     multiply_add_relu,
+    sigmoid,
     stage_skip,
     stage_upsampled,
 )
@@ -137,7 +138,7 @@ def _finish(
         channel = gl.arange(0, _MOUTH, layout=gl.SliceLayout(0, MMA))
         sums = gl.zeros([TILE_PIXELS, _MOUTH], gl.float32, layout=MMA) + gl.load(head_bias + channel)[None, :]
         sums = mma_v2(gl.convert_layout(half, LEFT, assert_trivial=True), weights, sums)
-        mouth = 255.0 / (1.0 + gl.exp(-sums))
+        mouth = 255.0 * sigmoid(sums)
         pixel, inside = _pixel_of(gl.arange(0, TILE_PIXELS, layout=gl.SliceLayout(1, MMA)), y0, x0, pair, H, W, STRIDE)
         if PLANAR:
             places = pixel[:, None] + channel[None, :] * (H * W)

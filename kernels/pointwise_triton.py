@@ -97,23 +97,20 @@ def _upsample_expand_kernel(
     position = tl.minimum(position, (samples - first) * area - 1)
     sample = position // area
     pixel = position % area
-    y0, y1, down = _neighbours(pixel // WIDTH, low_height, HEIGHT)
-    x0, x1, right = _neighbours(pixel % WIDTH, low_width, WIDTH)
-    y0 += sample * low_height
-    y1 += sample * low_height
-    upper_left = ((y0 * low_width + x0) * LOW)[:, None]
-    upper_right = ((y0 * low_width + x1) * LOW)[:, None]
-    lower_left = ((y1 * low_width + x0) * LOW)[:, None]
-    lower_right = ((y1 * low_width + x1) * LOW)[:, None]
+    y, down = _neighbours(pixel // WIDTH, low_height, HEIGHT)
+    x, right = _neighbours(pixel % WIDTH, low_width, WIDTH)
+    BESIDE: tl.constexpr = LOW * min(low_width - 1, 1)
+    BELOW: tl.constexpr = LOW * low_width * min(low_height - 1, 1)
+    corner = (((sample * low_height + y) * low_width + x) * LOW)[:, None]
     down, right = down[:, None], right[:, None]
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + tl.load(bias + channel)[None, :]
     k = tl.arange(0, BLOCK_LOW)
     low += first.to(tl.int64) * (low_height * low_width * LOW)
     for begin in range(0, LOW, BLOCK_LOW):
-        source = low + (begin + k)[None, :]
-        upper = _between(_load(source + upper_left), _load(source + upper_right), right)
-        lower = _between(_load(source + lower_left), _load(source + lower_right), right)
+        source = low + corner + (begin + k)[None, :]
+        upper = _between(_load(source), _load(source + BESIDE), right)
+        lower = _between(_load(source + BELOW), _load(source + BELOW + BESIDE), right)
         values = _between(upper, lower, down).to(low.dtype.element_ty)
         total = tl.dot(values, tl.load(low_weight + (begin + k)[:, None] * N + channel[None, :]), total)
     k = tl.arange(0, BLOCK_SKIP)
@@ -127,11 +124,11 @@ def _upsample_expand_kernel(
 
 @triton.jit
 def _neighbours(position, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Both source positions of an upsampled one, corners aligned, and the second one's weight."""
+    """The first of two neighbouring positions in the source of an upsampled one, and the second one's weight."""
     scale: tl.constexpr = (LOW - 1) / (HIGH - 1)
     at = position.to(tl.float32) * scale
-    first = tl.minimum(at.to(tl.int32), LOW - 1)
-    return first, tl.minimum(first + 1, LOW - 1), at - first.to(tl.float32)
+    first = tl.minimum(at.to(tl.int32), max(LOW - 2, 0))
+    return first, at - first.to(tl.float32)
 
 
 @triton.jit

@@ -123,6 +123,7 @@ def bits(value: float) -> int:
         ("cvt.rn.bf16x2.f32 %r6, %r4, 0f3F800000;", bits(1 + 2**-7 + 2**-9), 0x3F813F80),
         ("cvt.u16.u32 %rs1, %r4; cvt.f32.bf16 %r6, %rs1;", 0x4000, bits(2)),
         ("ex2.approx.f32 %r6, %r4;", bits(-3), bits(0.125)),
+        ("rcp.approx.ftz.f32 %r6, %r4;", bits(-8), bits(-0.125)),
     ],
 )
 def test_instructions(body: str, given: int, expected: int) -> None:

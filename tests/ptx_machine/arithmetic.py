@@ -185,6 +185,11 @@ def _divide(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     _put(machine, instruction, (np.sign(a) * np.sign(b) * quotient).astype(a.dtype), mask)  # towards zero
 
 
+@executes("rcp")
+def _reciprocal(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    _put(machine, instruction, np.reciprocal(*_inputs(machine, instruction)), mask)
+
+
 @executes("ex2")
 def _power_of_two(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     _put(machine, instruction, np.exp2(*_inputs(machine, instruction)), mask)
