@@ -321,7 +321,7 @@ def projection_tile(hidden: int, out: int) -> Tile:
         return Tile(min(1024, tl.TRITON_MAX_TENSOR_NUMEL // 4 // max(hidden, out)), hidden)
     if out > 64:
         return Tile(32, min(hidden, 64), 8)
-    return Tile(32, min(hidden, 32), 4)
+    return Tile(32 if out > 16 else 64, min(hidden, 32))
 
 
 def whole_tile(channels: int, hidden: int) -> Tile:
@@ -330,7 +330,9 @@ def whole_tile(channels: int, hidden: int) -> Tile:
         return Tile(4096, hidden)
     if channels > 32:
         return Tile(64, 16, 8)
-    return Tile(128 if channels <= 16 else 64, min(hidden, 32))
+    if channels > 16:
+        return Tile(64, min(hidden, 32))
+    return {16: Tile(128, 16), 32: Tile(64, 32, 2)}.get(hidden, Tile(128, 32, 8))
 
 
 def tile_width(width: int) -> int:

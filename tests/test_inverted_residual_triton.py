@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,28 @@ def test_depthwise_project(
     hidden = noise(*shape).relu()
     size = (shape[0], -(-shape[1] // stride), -(-shape[2] // stride), outputs)
     check(depthwise_project, hidden, projection, stride=stride, residual=noise(*size, seed=1) if residual else None)
+
+
+@pytest.mark.skipif(
+    block_kernels.INTERPRETED or DEVICE.type == "cuda", reason="counts what the machine without a GPU executes"
+)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_taps_are_summed_once(stride: int) -> None:
+    """Two float16 an instruction, in the layout that they were read in: not anew for each lane that multiplies them."""
+    from ptx_machine.launch import machine
+    from ptx_machine.machine import Counts
+
+    height, width, hidden, counts = 8, 32, 64, Counts()
+    with machine(int(os.environ["PTX_MACHINE"]), counts=counts):
+        by_kernel(
+            depthwise_project,
+            noise(1, height * stride, width * stride, hidden),
+            block_of(32, 32).projection,
+            stride=stride,
+        )
+    summed = sum(n for opcode, n in counts.instructions.items() if opcode.startswith("fma.rn") and "f16x2" in opcode)
+    assert summed == 9 * height * width * hidden // 2 // 32
+    assert not any(opcode.startswith(("fma.rn.f32", "fma.rn.f16.")) for opcode in counts.instructions)
 
 
 # ── whole blocks ──────────────────────────────────────────────────────────────────────────────────────────────────────

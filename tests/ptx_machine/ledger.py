@@ -1,0 +1,150 @@
+"""What a frame costs the network's kernels in instructions: each launch of an engine, compiled, executed and counted.
+
+``python -m ptx_machine.ledger ENGINE [ARCH [BATCH [WIDTH]]]``, with ``tests`` on ``PYTHONPATH``: ``fused`` or ``gluon``
+for compute capability ARCH / 10 (90), in batches of 64, of the network at full width; three minutes.
+
+Of each launch a few blocks from the middle of its grid are executed, and stand for the others: what comes out is no
+picture. PTX is counted, of which the assembler drops most of the moves; the audio branch's two dense layers, which are
+cuDNN's, are left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "0"  # before triton is first imported
+
+import numpy as np
+import torch
+
+import ptx_machine.launch as launching
+from gpupipe.engines.fused import FusedEngine
+from gpupipe.kernels import inverted_residual, pointwise
+from gpupipe.models import AUDIO_SHAPES
+from gpupipe.models.unet328 import INPUT_SIZE, UNet328
+from ptx_machine.machine import Counts, Machine
+from ptx_machine.memory import Buffer, Global
+from ptx_machine.program import parse
+
+SAMPLED = 32
+"""Blocks of a launch that are executed."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A launch, for each frame of its batch.
+
+    Attributes:
+        half: of the network, the template's or speech's.
+        kernel: its name.
+        grid: blocks of the batch.
+        instructions, moves: of a warp; the second are among the first.
+        passes: through shared memory's banks.
+        sectors: of 32 bytes that loads and stores touch, caches included.
+    """
+
+    half: str
+    kernel: str
+    grid: tuple[int, int, int]
+    instructions: float
+    moves: float
+    passes: float
+    sectors: float
+
+
+def count(engine: FusedEngine, network: UNet328, arch: int, batch: int) -> list[Entry]:
+    """Every launch of both halves, in order, for an engine whose device is the CPU."""
+    half, entries = "", list[Entry]()
+
+    def launch(
+        ptx: str,
+        grid: tuple[int, int, int],
+        arguments: Sequence[int | float],
+        buffers: Sequence[Buffer],
+        *,
+        threads: int,
+        shared_bytes: int,
+        counts: Counts | None,
+    ) -> None:
+        counts, program = Counts(), parse(ptx)
+        blocks = grid[0] * grid[1] * grid[2]
+        first = (blocks - min(SAMPLED, blocks)) // 2
+        executed = range(first, first + min(SAMPLED, blocks))
+        with np.errstate(all="ignore"):
+            Machine(
+                program,
+                grid,
+                executed,
+                threads=threads,
+                shared_bytes=shared_bytes,
+                memory=Global(list(buffers)),
+                arguments=arguments,
+                counts=counts,
+            ).run()
+        share = blocks / len(executed) / batch
+        moves = sum(n for opcode, n in counts.instructions.items() if opcode.startswith("mov."))
+        totals = (counts.instructions.total(), moves, counts.shared.total(), counts.sectors.total())
+        entries.append(Entry(half, program.name, grid, *(total * share for total in totals)))
+
+    with _on_the_machine(arch, launch), torch.inference_mode():
+        half = "template"
+        features = engine.encode(torch.zeros(batch, 6, INPUT_SIZE, INPUT_SIZE))
+        half = "speech"
+        engine.decode(features, torch.arange(batch), torch.zeros(batch, *AUDIO_SHAPES[network.mode]))
+    return entries
+
+
+@contextlib.contextmanager
+def _on_the_machine(arch: int, launch: Any) -> Iterator[None]:
+    """Kernels are launched wherever their tensors lie, and their launches are executed by ``launch``."""
+    for name in ("arithmetic", "tensor_cores", "transfers"):
+        importlib.import_module(f"ptx_machine.{name}")  # which adds its instructions
+    with contextlib.ExitStack() as stack:
+        for module in (inverted_residual, pointwise):
+            stack.enter_context(mock.patch.object(module, "backend", return_value="triton"))
+        stack.enter_context(mock.patch.object(launching, "launch", launch))
+        stack.enter_context(launching.machine(arch))
+        yield
+
+
+def engine_of(name: str, network: UNet328, arch: int) -> FusedEngine:
+    """``fused`` or ``gluon``, on the CPU, with a GPU's kernels."""
+    cpu = torch.device("cpu")
+    if name == "fused":
+        return FusedEngine(network, device=cpu)
+    from gpupipe.engines import gluon
+    from gpupipe.kernels.inverted_residual_gluon import whole_block_gluon
+
+    with mock.patch.object(gluon, "whole_block", functools.partial(whole_block_gluon, wgmma=arch == 90)):
+        return gluon.GluonEngine(network, device=cpu)
+
+
+def main() -> None:
+    """Print a line for each launch, and the sums."""
+    name, *given = sys.argv[1:]
+    arch, batch, width = (*given, *("90", "64", "1")[len(given) :])
+    network = UNet328("ave", width=float(width)).eval()
+    entries = count(engine_of(name, network, int(arch)), network, int(arch), int(batch))
+    print(f"{'a frame':26}{'instructions':>12}{'moves':>12}{'passes':>12}{'MB':>8}  grid")
+    for one in entries:
+        print(
+            f"{one.kernel.strip('_'):26}{one.instructions:12,.0f}{one.moves:12,.0f}{one.passes:12,.0f}"
+            f"{one.sectors * 32 / 1e6:8.2f}  {'×'.join(map(str, one.grid))}"
+        )
+    for half in ("template", "speech"):
+        of_half = [one for one in entries if one.half == half]
+        instructions, moves = sum(one.instructions for one in of_half), sum(one.moves for one in of_half)
+        print(f"{half}: {instructions / 1e6:.2f} million, without moves {(instructions - moves) / 1e6:.2f}")
+
+
+if __name__ == "__main__":
+    main()
