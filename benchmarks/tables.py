@@ -237,6 +237,29 @@ def precision(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def instructions(rows: Rows) -> str:
+    """What the engines' kernels issue for a frame, counted on no device."""
+    newest: dict[tuple[str, int], dict[tuple[str, str], Record]] = {}
+    for row in rows:
+        if row["what"] == "instructions" and row["config"]["width"] == 1:
+            found = newest.setdefault((row["provider"], row["config"]["arch"]), {})
+            found[row["value"], row["metric"]] = row
+    lines = [
+        "| engine | compute capability | template's half, million a frame | speech's half | Triton | commit |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (engine, arch), found in sorted(newest.items()):
+        halves = [
+            f"**{found[half, 'instructions']['p50']:.2f}** ({found[half, 'instructions without moves']['p50']:.2f})"
+            for half in ("template", "speech")
+        ]
+        row = found["speech", "instructions"]
+        lines.append(
+            f"| {engine} | {arch / 10:.1f} | {' | '.join(halves)} | {row['versions']['triton']} | `{row['commit']}` |"
+        )
+    return "\n".join(lines)
+
+
 def farm(rows: Rows) -> str:
     """What a farm costs over single renders, by length and by workers."""
     axes = {"overhead": "farm's time over single renders'", "frames": "frames of one clip", "workers": "workers of Ray"}
@@ -263,6 +286,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "farm": farm,
     "headline": headline,
     "hours": hours,
+    "instructions": instructions,
     "precision": precision,
     "side_by_side": side_by_side,
     "stages": stages,

@@ -1,7 +1,7 @@
 """What a frame costs the network's kernels in instructions: each launch of an engine, compiled, executed and counted.
 
-``python -m ptx_machine.ledger ENGINE [ARCH [BATCH [WIDTH]]]``, with ``tests`` on ``PYTHONPATH``: ``fused`` or ``gluon``
-for compute capability ARCH / 10 (90), in batches of 64, of the network at full width; three minutes.
+``python -m ptx_machine.ledger fused | gluon [--arch 90] [--batch 64] [--width 1] [--record]``, with ``tests`` on
+``PYTHONPATH``; about three minutes.
 
 Of each launch a few blocks from the middle of its grid are executed, and stand for the others: what comes out is no
 picture. PTX is counted, of which the assembler drops most of the moves; the audio branch's two dense layers, which are
@@ -10,11 +10,11 @@ cuDNN's, are left out.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import importlib
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 import ptx_machine.launch as launching
+from gpupipe.benchmarks.common import Spread, append_rows, row
 from gpupipe.engines.fused import FusedEngine
 from gpupipe.kernels import inverted_residual, pointwise
 from gpupipe.models import AUDIO_SHAPES
@@ -130,20 +131,41 @@ def engine_of(name: str, network: UNet328, arch: int) -> FusedEngine:
 
 def main() -> None:
     """Print a line for each launch, and the sums."""
-    name, *given = sys.argv[1:]
-    arch, batch, width = (*given, *("90", "64", "1")[len(given) :])
-    network = UNet328("ave", width=float(width)).eval()
-    entries = count(engine_of(name, network, int(arch)), network, int(arch), int(batch))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("engine", choices=("fused", "gluon"))
+    parser.add_argument("--arch", type=int, default=90, help="compute capability, times ten")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--width", type=float, default=1.0, help="of the network")
+    parser.add_argument("--record", action="store_true", help="append the sums to the results")
+    options = parser.parse_args()
+    network = UNet328("ave", width=options.width).eval()
+    entries = count(engine_of(options.engine, network, options.arch), network, options.arch, options.batch)
     print(f"{'a frame':26}{'instructions':>12}{'moves':>12}{'passes':>12}{'MB':>8}  grid")
     for one in entries:
         print(
             f"{one.kernel.strip('_'):26}{one.instructions:12,.0f}{one.moves:12,.0f}{one.passes:12,.0f}"
             f"{one.sectors * 32 / 1e6:8.2f}  {'×'.join(map(str, one.grid))}"
         )
+    rows = []
     for half in ("template", "speech"):
         of_half = [one for one in entries if one.half == half]
         instructions, moves = sum(one.instructions for one in of_half), sum(one.moves for one in of_half)
         print(f"{half}: {instructions / 1e6:.2f} million, without moves {(instructions - moves) / 1e6:.2f}")
+        for metric, value in (("instructions", instructions), ("instructions without moves", instructions - moves)):
+            rows.append(
+                row(
+                    Spread.of([value / 1e6]),
+                    what="instructions",
+                    provider=options.engine,
+                    metric=metric,
+                    unit="million/frame",
+                    axis="half",
+                    value=half,
+                    config={"arch": options.arch, "batch": options.batch, "mode": "ave", "width": options.width},
+                )
+            )
+    if options.record:
+        append_rows(rows)
 
 
 if __name__ == "__main__":
