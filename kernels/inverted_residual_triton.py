@@ -319,8 +319,10 @@ def projection_tile(hidden: int, out: int) -> Tile:
     """Tile of depthwise and projection."""
     if INTERPRETED:  # its cost is by the program
         return Tile(min(1024, tl.TRITON_MAX_TENSOR_NUMEL // 4 // max(hidden, out)), hidden)
-    if out > 64:
+    if out > 64 and hidden <= 128:  # unrolled, the narrower strip spills
         return Tile(32, min(hidden, 64), 8)
+    if out > 32:
+        return Tile(16, min(hidden, 64))
     return Tile(32 if out > 16 else 64, min(hidden, 32))
 
 
