@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from gpupipe import __version__
 from gpupipe.avatar import FEATHER, Blend
-from gpupipe.console import console, print_record, print_states, print_waterfall, progress_bar, reporting, state_line
+from gpupipe.console import (
+    console,
+    print_record,
+    print_states,
+    print_waterfall,
+    progress_bar,
+    reporting,
+    standard_output,
+    state_line,
+    wrong_usage,
+)
 from gpupipe.demo import render_demo
 from gpupipe.doctor import examine, measure_engines
 from gpupipe.engines import EngineName, Precision
@@ -324,7 +334,7 @@ def bench(
             ncu_friendly=ncu_friendly,
         )
         report = benchmark.run(options, lambda line: console.print(line, soft_wrap=True))
-        benchmark.show(report, Console())
+        benchmark.show(report, standard_output())
         if as_json:
             print(json.dumps([row.as_dict() for row in report.rows]))
         if report.failed:
@@ -351,7 +361,7 @@ def doctor(
             table.add_row(f"[bold]{section}")
             for name, value in lines.items() if isinstance(lines, dict) else enumerate(lines or ["none"], 1):
                 table.add_row(f"  {name}", str(value))
-        Console().print(table)
+        standard_output().print(table)
 
 
 @app.callback(invoke_without_command=True)
@@ -365,7 +375,8 @@ def _version(
 
 def main() -> None:
     """Run the command line: exit 0 when done, 2 for wrong input, 1 for anything else."""
-    app()
+    with wrong_usage():
+        sys.exit(app(standalone_mode=False))
 
 
 def _pipeline(

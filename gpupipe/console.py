@@ -14,7 +14,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -61,6 +61,24 @@ def reporting(debug: bool) -> Iterator[None]:
             soft_wrap=True,
         )
         raise typer.Exit(2 if wrong_input else 1) from None
+
+
+_UsageError: Any = typer.BadParameter.__base__
+"""Of words that no command takes: typer's own, or in older ones click's."""
+
+
+@contextlib.contextmanager
+def wrong_usage() -> Iterator[None]:
+    """Turn words that no command takes into one line and exit code 2."""
+    try:
+        yield
+    except typer.Abort:
+        sys.exit(1)
+    except _UsageError as error:
+        if message := " ".join(error.format_message().split()):  # none where help was shown instead
+            path = error.ctx.command_path if error.ctx else "gpupipe"
+            console.print(f"gpupipe: {message.rstrip('.')}; '{path} --help' tells more", soft_wrap=True)
+        sys.exit(2)
 
 
 @contextlib.contextmanager
@@ -154,6 +172,14 @@ def print_waterfall(record: RenderRecord | None) -> None:
         table.add_row(stage, f"{seconds:.2f}", f"{1000 * seconds / record.frames:.2f}", f"{share:.0%}", bar)
     console.print(table)
     console.print(f"bounded by {record.bound}", soft_wrap=True)
+
+
+def standard_output() -> Console:
+    """Where tables go; a line for each of their rows, however long, if that is no terminal."""
+    output = Console()
+    if not output.is_terminal:
+        output.width = 10_000
+    return output
 
 
 def print_record(record: RenderRecord | None, output: Path, as_json: bool) -> None:

@@ -300,7 +300,7 @@ def _whole_block_kernel(
 
 
 class Tile(NamedTuple):
-    """Output pixels and hidden channels that a program has in its registers at a time, and its warps.
+    """Output pixels (of a strip, columns) and hidden channels that a program has in its registers at a time; its warps.
 
     Those below are what compiles without spilling everywhere (:mod:`gpupipe.kernels.report`), by Triton 3.6 and 3.8.
     """

@@ -22,7 +22,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from gpupipe import __version__
-from gpupipe.cli import app
+from gpupipe.cli import app, main
 from gpupipe.console import reporting
 from gpupipe.engines import choice
 from gpupipe.models import UNet328
@@ -177,6 +177,39 @@ def test_export_and_reference(clip: dict[str, Path], tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     facts = json.loads((tmp_path / "reference" / "metadata.json").read_text())
     assert facts["sample_indices"] == [0, FRAMES - 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("render --nope", "No such option: --nope"),
+        ("render --crf high", "'--crf'"),
+        ("frames", "Missing option"),
+        ("paint", "No such command 'paint'"),
+    ],
+)
+def test_words_that_no_command_takes_are_told_in_a_line(
+    words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpupipe", *words.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("gpupipe: ")
+    assert said in line
+    assert "--help" in line
+
+
+@pytest.mark.parametrize(("words", "code"), [("", 2), ("--help", 0), ("--version", 0)])
+def test_help_is_no_error_message(
+    words: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpupipe", *words.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert (stopped.value.code or 0) == code
+    assert "gpupipe: " not in capsys.readouterr().err
 
 
 def test_doctor_tells_what_would_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
