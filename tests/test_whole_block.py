@@ -81,6 +81,12 @@ def test_a_skip_is_taken_by_index(network: Any) -> None:
     assert torch.equal(whole_block(bank, packed(block), index=index), whole_block(bank[index], packed(block)))
 
 
+def test_a_map_that_is_not_padded_is_the_padded_one(network: Any) -> None:
+    (block, _) = network.down1.maxpool_conv[0].double_conv
+    x = noise(2, 4, 8, 6).permute(0, 2, 3, 1).half().contiguous()
+    assert torch.equal(whole_block(x, packed(block)), whole_block(pad_channels(x), packed(block)))
+
+
 def test_channels_are_padded_to_powers_of_two() -> None:
     assert [padded(channels) for channels in (1, 12, 16, 17, 32, 48)] == [16, 16, 16, 32, 32, 64]
 
@@ -90,14 +96,17 @@ def test_bytes_of_the_largest_block() -> None:
     layers = nn.Conv2d(64, 128, 1), nn.Conv2d(128, 128, 3, padding=1, groups=128), nn.Conv2d(128, 16, 1)
     block = pack_block(*layers, low_channels=32)
     assert bytes_moved(block, (320, 320)) == 160**2 * 64 + 320**2 * 64 + 320**2 * 32
+    assert bytes_moved(block, (320, 320), stored=6) == 160**2 * 64 + 320**2 * 12 + 320**2 * 32
     assert bytes_moved(block, (320, 320), head=True) == 160**2 * 64 + 320**2 * 64 + 320**2 * 3
 
 
 def test_what_does_not_fit_is_said() -> None:
     layers = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 8, 1)
     block = pack_block(*layers)
-    with pytest.raises(ValueError, match=r"skip has shape \(1, 4, 4, 8\); expected \(1, 4, 4, 16\)"):
-        whole_block(torch.zeros(1, 4, 4, 8).half(), block)
+    for channels, weights in ((24, block), (8, pack_block(*layers, residual=True))):
+        told = rf"skip has shape \(1, 4, 4, {channels}\); expected \(1, 4, 4, 16\)"
+        with pytest.raises(ValueError, match=told):
+            whole_block(torch.zeros(1, 4, 4, channels).half(), weights)
     with pytest.raises(ValueError, match="float32"):
         whole_block(torch.zeros(1, 4, 4, 16), block)
     with pytest.raises(ValueError, match="low is given; the weights have 0"):
