@@ -106,6 +106,16 @@ def _pixel_of(row, y0, x0, pair, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.co
 
 
 @gluon.jit
+def _load_head(head, head_bias, OUT: gl.constexpr):
+    """The head's weights, and where its sums begin."""
+    k = dealt(gl.arange(0, OUT, layout=gl.SliceLayout(1, RIGHT)), OUT)
+    n = gl.arange(0, _MOUTH, layout=gl.SliceLayout(0, RIGHT))
+    channel = gl.arange(0, _MOUTH, layout=gl.SliceLayout(0, MMA))
+    sums = gl.zeros([TILE_PIXELS, _MOUTH], gl.float32, layout=MMA) + gl.load(head_bias + channel)[None, :]
+    return gl.load(head + n[None, :] * OUT + k[:, None]), sums
+
+
+@gluon.jit
 def _finish(
     product,
     y0,
@@ -113,7 +123,6 @@ def _finish(
     pair,
     skip,
     head,
-    head_bias,
     out,
     H: gl.constexpr,
     W: gl.constexpr,
@@ -132,13 +141,9 @@ def _finish(
         product += gl.convert_layout(residual, MMA, assert_trivial=True).to(gl.float32)
     half = product.to(gl.float16)
     if HEAD:
-        k = dealt(gl.arange(0, OUT, layout=gl.SliceLayout(1, RIGHT)), OUT)
-        n = gl.arange(0, _MOUTH, layout=gl.SliceLayout(0, RIGHT))
-        weights = gl.load(head + n[None, :] * OUT + k[:, None])
+        weights, sums = head
+        mouth = 255.0 * sigmoid(mma_v2(gl.convert_layout(half, LEFT, assert_trivial=True), weights, sums))
         channel = gl.arange(0, _MOUTH, layout=gl.SliceLayout(0, MMA))
-        sums = gl.zeros([TILE_PIXELS, _MOUTH], gl.float32, layout=MMA) + gl.load(head_bias + channel)[None, :]
-        sums = mma_v2(gl.convert_layout(half, LEFT, assert_trivial=True), weights, sums)
-        mouth = 255.0 * sigmoid(sums)
         pixel, inside = _pixel_of(gl.arange(0, TILE_PIXELS, layout=gl.SliceLayout(1, MMA)), y0, x0, pair, H, W, STRIDE)
         if PLANAR:
             places = pixel[:, None] + channel[None, :] * (H * W)
@@ -257,9 +262,12 @@ def _whole_block_kernel(
                 going_on = multiply_add(middle, t01, multiply_add(left, t00, bias))
                 going_on = multiply_add(right, t02, going_on)
 
-    _finish(first, y0, x0, 0, skip, head, head_bias, out, H, W, OUT, 1, RESIDUAL, HEAD, PLANAR)
-    _finish(second, y0, x0, 1, skip, head, head_bias, out, H, W, OUT, 1, RESIDUAL, HEAD, PLANAR)
-    _finish(third, y0, x0, 2, skip, head, head_bias, out, H, W, OUT, 1, RESIDUAL, HEAD, PLANAR)
+    ends = None
+    if HEAD:
+        ends = _load_head(head, head_bias, OUT)
+    _finish(first, y0, x0, 0, skip, ends, out, H, W, OUT, 1, RESIDUAL, HEAD, PLANAR)
+    _finish(second, y0, x0, 1, skip, ends, out, H, W, OUT, 1, RESIDUAL, HEAD, PLANAR)
+    _finish(third, y0, x0, 2, skip, ends, out, H, W, OUT, 1, RESIDUAL, HEAD, PLANAR)
 
 
 @gluon.jit
@@ -318,7 +326,7 @@ def _halving_block_kernel(
             else:
                 value = multiply_add_relu(read, weight, value)
         sums = mma_v2(value, _load_projection(project, start, HIDDEN, OUT), sums)
-    _finish(sums, y0, x0, 0, skip, None, None, out, OUT_H, OUT_W, OUT, 2, False, False, False)
+    _finish(sums, y0, x0, 0, skip, None, out, OUT_H, OUT_W, OUT, 2, False, False, False)
 
 
 # ── launcher ──────────────────────────────────────────────────────────────────────────────────────────────────────────
