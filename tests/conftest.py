@@ -24,11 +24,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from clips import FRAMES, write_sound
+from interpreter import tidy_up_after_kernels
 
 from gpupipe import FrameGenerationPipeline, UNetModel, fallbacks
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines import EngineName
 from gpupipe.models import Mode
+
+tidy_up_after_kernels()
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -320,6 +320,22 @@ def test_a_frame_s_instructions_are_counted() -> None:
     assert sum(sums) == pytest.approx(sum(counted) / 1e6, abs=0.02)
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is not in use")
+def test_interpreted_kernels_leave_the_language_as_it_was() -> None:
+    """Else a kernel that is compiled after one would be made of the interpreter's operations."""
+    from triton import language
+
+    from gpupipe.kernels.pointwise_triton import pointwise_triton
+
+    def operations() -> dict[str, Any]:
+        return {name: getattr(language.core, name) for name in ("program_id", "arange", "load", "dot", "maximum")}
+
+    before = operations()
+    assert all(language.core.is_builtin(one) for one in before.values())
+    pointwise_triton(torch.zeros(1, 4, 4, 16).half(), torch.zeros(16, 16).half(), torch.zeros(16), relu=True)
+    assert operations() == before
+
+
 def without(pattern: str, number: int) -> Callable[[str], str]:
     """Takes the line that ``pattern`` matches, the ``number``-th of them, out of a program."""
 
