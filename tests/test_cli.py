@@ -179,6 +179,14 @@ def test_export_and_reference(clip: dict[str, Path], tmp_path: Path) -> None:
     assert facts["sample_indices"] == [0, FRAMES - 1]
 
 
+def exit_code(words: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of the command line itself."""
+    monkeypatch.setattr(sys, "argv", ["gpupipe", *words.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return stopped.value.code or 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -191,10 +199,7 @@ def test_export_and_reference(clip: dict[str, Path], tmp_path: Path) -> None:
 def test_words_that_no_command_takes_are_told_in_a_line(
     words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpupipe", *words.split()])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 2
+    assert exit_code(words, monkeypatch) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("gpupipe: ")
     assert said in line
@@ -205,10 +210,7 @@ def test_words_that_no_command_takes_are_told_in_a_line(
 def test_help_is_no_error_message(
     words: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpupipe", *words.split()])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert (stopped.value.code or 0) == code
+    assert exit_code(words, monkeypatch) == code
     assert "gpupipe: " not in capsys.readouterr().err
 
 
