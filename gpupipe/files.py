@@ -70,17 +70,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
     try:
         if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode):  # /dev/null would be put away
             raise OutputError(f"{path}: is {_kind(mode)}; expected the name of a file to write")
-        temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.part{path.suffix}")
-        temporary.touch(exist_ok=False)  # as readable as any new file of the user's, which mkstemp's are not
     except OSError as error:
         raise output_error(path, error) from error
-    try:
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(6)}.part{path.suffix}")
+    try:  # from before it is made: an interrupt may come as soon as it is
+        temporary.touch(exist_ok=False)  # as readable as any new file of the user's, which mkstemp's are not
         yield temporary
         temporary.replace(path)
     except OSError as error:
         raise output_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not be made
+            temporary.unlink(missing_ok=True)
 
 
 def make_folder(path: str | Path) -> Path:

@@ -56,6 +56,20 @@ def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
         input_file("a\0b", "file")
 
 
+def test_an_interrupt_leaves_nothing_however_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even in the moment in which the temporary file is made."""
+    touch = Path.touch
+
+    def interrupted(path: Path, *given: Any, **options: Any) -> None:
+        touch(path, *given, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "touch", interrupted)
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "image.jpg"):
+        pytest.fail("it was never made")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
 def test_only_files_are_replaced(kind: str, tmp_path: Path) -> None:
     """To root /dev/null is a name like any other."""
