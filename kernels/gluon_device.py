@@ -84,7 +84,7 @@ def in_order_layout(channels):
     )
 
 
-# ── arithmetic on pairs ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── arithmetic in assembly ────────────────────────────────────────────────────────────────────────────────────────────
 # Left to itself the compiler takes float16 multiply-adds one by one, and ReLU as an instruction of its own.
 
 

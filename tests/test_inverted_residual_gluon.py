@@ -81,10 +81,14 @@ def test_plain_block_with_residual(kernels: Any, wgmma: bool) -> None:
 @pytest.mark.parametrize("wgmma", EXPANDS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_an_image_of_fewer_channels(kernels: Any, stride: int, wgmma: bool) -> None:
-    """Six channels a pixel in memory, 16 in the weights; those of the next pixel must not count."""
-    block = block_of(0, 6, 12, 6, stride=stride)
+    """Six channels a pixel in memory, 16 in the weights; the next pixel's must not count."""
+    block = block_of(0, 16, 12, 6, stride=stride)
     image = torch.randn(2, 7, 31, 6, generator=torch.Generator().manual_seed(1)).half()
-    check(run(kernels, image, block, wgmma=wgmma), whole_block(pad_channels(image), block))
+    found = run(kernels, image, block, wgmma=wgmma)
+    check(found, whole_block(pad_channels(image), block))
+    beside = torch.cat([image, image.roll(-1, 2), image.roll(-2, 2)[..., :4]], dim=-1)
+    with pytest.raises(AssertionError):
+        check(found, whole_block(beside, block))
 
 
 @pytest.mark.parametrize("wgmma", EXPANDS)

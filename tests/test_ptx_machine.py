@@ -307,17 +307,29 @@ def test_every_kernel_as_it_is_compiled(arch: int) -> None:
     assert passed is not None and int(passed[1]) >= 100, done.stdout
 
 
-def test_a_frame_s_instructions_are_counted() -> None:
-    """Of an engine at width 1/8; a process of its own, too."""
+def counted(batch: int) -> tuple[list[tuple[str, int]], list[float]]:
+    """Each launch of an engine at width 1/8 with its instructions a frame, and the halves' sums in millions.
+
+    By a process of its own, too.
+    """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))}
-    words = [sys.executable, "-m", "ptx_machine.ledger", "gluon", "--batch", "2", "--width", "0.125"]
+    words = [sys.executable, "-m", "ptx_machine.ledger", "gluon", "--batch", str(batch), "--width", "0.125"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    *launches, template, speech = done.stdout.splitlines()[1:]
-    counted = [int(line.split()[1].replace(",", "")) for line in launches]
-    assert len(counted) > 30 and all(counted)
-    sums = [float(re.split(r"[ ,]+", line)[1]) for line in (template, speech)]
-    assert sum(sums) == pytest.approx(sum(counted) / 1e6, abs=0.02)
+    *launches, template, speech = (line.split() for line in done.stdout.splitlines()[1:])
+    return [(name, int(n.replace(",", ""))) for name, n, *_ in launches], [float(template[1]), float(speech[1])]
+
+
+def test_a_frame_s_instructions_are_counted() -> None:
+    """A few blocks of a launch stand for all of them: in larger batches a frame costs the same on large maps."""
+    (two, sums), (four, _) = counted(2), counted(4)
+    assert len(two) > 30 and all(instructions for _, instructions in two)
+    assert sum(sums) == pytest.approx(sum(instructions for _, instructions in two) / 1e6, abs=0.02)
+    large = [
+        (a, b) for (name, a), (_, b) in zip(two, four, strict=True) if name == "whole_block_kernel" and a > 400_000
+    ]
+    assert len(large) >= 4
+    assert all(a == pytest.approx(b, rel=0.02) for a, b in large)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is not in use")

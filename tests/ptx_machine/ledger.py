@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -23,7 +22,6 @@ from unittest import mock
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "0"  # before triton is first imported
 
-import numpy as np
 import torch
 
 import ptx_machine.launch as launching
@@ -32,8 +30,7 @@ from gpupipe.engines.fused import FusedEngine
 from gpupipe.kernels import inverted_residual, pointwise
 from gpupipe.models import AUDIO_SHAPES
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
-from ptx_machine.machine import Counts, Machine
-from ptx_machine.memory import Buffer, Global
+from ptx_machine.machine import Counts, launch
 from ptx_machine.program import parse
 
 SAMPLED = 32
@@ -66,37 +63,15 @@ def count(engine: FusedEngine, network: UNet328, arch: int, batch: int) -> list[
     """Every launch of both halves, in order, for an engine whose device is the CPU."""
     half, entries = "", list[Entry]()
 
-    def launch(
-        ptx: str,
-        grid: tuple[int, int, int],
-        arguments: Sequence[int | float],
-        buffers: Sequence[Buffer],
-        *,
-        threads: int,
-        shared_bytes: int,
-        counts: Counts | None,
-    ) -> None:
-        counts, program = Counts(), parse(ptx)
-        blocks = grid[0] * grid[1] * grid[2]
-        first = (blocks - min(SAMPLED, blocks)) // 2
-        executed = range(first, first + min(SAMPLED, blocks))
-        with np.errstate(all="ignore"):
-            Machine(
-                program,
-                grid,
-                executed,
-                threads=threads,
-                shared_bytes=shared_bytes,
-                memory=Global(list(buffers)),
-                arguments=arguments,
-                counts=counts,
-            ).run()
-        share = blocks / len(executed) / batch
+    def sample(ptx: str, grid: tuple[int, int, int], *given: Any, **options: Any) -> None:
+        counts, blocks = Counts(), grid[0] * grid[1] * grid[2]
+        launch(ptx, grid, *given, **options | {"counts": counts, "most": SAMPLED})
+        share = blocks / min(SAMPLED, blocks) / batch
         moves = sum(n for opcode, n in counts.instructions.items() if opcode.startswith("mov."))
         totals = (counts.instructions.total(), moves, counts.shared.total(), counts.sectors.total())
-        entries.append(Entry(half, program.name, grid, *(total * share for total in totals)))
+        entries.append(Entry(half, parse(ptx).name, grid, *(total * share for total in totals)))
 
-    with _on_the_machine(arch, launch), torch.inference_mode():
+    with _on_the_machine(arch, sample), torch.inference_mode():
         half = "template"
         features = engine.encode(torch.zeros(batch, 6, INPUT_SIZE, INPUT_SIZE))
         half = "speech"
@@ -105,14 +80,12 @@ def count(engine: FusedEngine, network: UNet328, arch: int, batch: int) -> list[
 
 
 @contextlib.contextmanager
-def _on_the_machine(arch: int, launch: Any) -> Iterator[None]:
-    """Kernels are launched wherever their tensors lie, and their launches are executed by ``launch``."""
-    for name in ("arithmetic", "tensor_cores", "transfers"):
-        importlib.import_module(f"ptx_machine.{name}")  # which adds its instructions
+def _on_the_machine(arch: int, execute: Any) -> Iterator[None]:
+    """Kernels are launched wherever their tensors lie, and their launches go to ``execute``."""
     with contextlib.ExitStack() as stack:
         for module in (inverted_residual, pointwise):
             stack.enter_context(mock.patch.object(module, "backend", return_value="triton"))
-        stack.enter_context(mock.patch.object(launching, "launch", launch))
+        stack.enter_context(mock.patch.object(launching, "launch", execute))
         stack.enter_context(launching.machine(arch))
         yield
 
