@@ -18,7 +18,7 @@ The reference rounds the expanded map and the depthwise sums to the inputs' prec
 of them need not round it.
 
 Here are the public functions and their plain-torch reference; on CUDA, in half precision, they run on
-:mod:`gpupipe.kernels.inverted_residual_triton`.
+:mod:`gpupipe.kernels.inverted_residual_triton` and :mod:`gpupipe.kernels.depthwise_triton`.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def depthwise_project(
         raise ValueError(f"residual has shape {tuple(residual.shape)}; expected {shape}")
     require_contiguous(hidden=hidden, residual=residual)
     if backend(hidden.device) == "triton":
-        from gpupipe.kernels.inverted_residual_triton import depthwise_project_triton, depthwise_triton
+        from gpupipe.kernels.depthwise_triton import depthwise_project_triton, depthwise_triton
 
         if project.shape[1] <= WIDEST_PROJECTION:
             return depthwise_project_triton(hidden, projection, stride=stride, residual=residual)

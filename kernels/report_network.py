@@ -14,15 +14,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gpupipe.kernels import inverted_residual, inverted_residual_triton, pointwise, pointwise_triton
+from gpupipe.kernels import depthwise_triton, inverted_residual, inverted_residual_triton, pointwise, pointwise_triton
 from gpupipe.kernels.inverted_residual import Block, Projection
 from gpupipe.kernels.report import Variant
 
 KERNELS = {
     "pointwise": (pointwise_triton, "_pointwise_kernel"),
     "upsample_expand": (pointwise_triton, "_upsample_expand_kernel"),
-    "depthwise": (inverted_residual_triton, "_depthwise_kernel"),
-    "depthwise_project": (inverted_residual_triton, "_depthwise_project_kernel"),
+    "depthwise": (depthwise_triton, "_depthwise_kernel"),
+    "depthwise_project": (depthwise_triton, "_depthwise_project_kernel"),
     "inverted_residual": (inverted_residual_triton, "_whole_block_kernel"),
 }
 """By noun: where each kernel is."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
+from gpupipe.kernels import depthwise_triton as depthwise_kernels
 from gpupipe.kernels import inverted_residual as blocks
 from gpupipe.kernels import inverted_residual_triton as block_kernels
 from gpupipe.kernels import pointwise as pointwise_module
@@ -75,8 +76,8 @@ def check(function: Callable[..., Tensor], *given: Any, **options: Any) -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles as the GPU's, for the interpreter too: several programs, chunks and blocks of channels."""
-    monkeypatch.setattr(block_kernels, "INTERPRETED", False)
-    monkeypatch.setattr(pointwise_kernels, "INTERPRETED", False)
+    for module in (block_kernels, depthwise_kernels, pointwise_kernels):
+        monkeypatch.setattr(module, "INTERPRETED", False)
 
 
 # ── pointwise ─────────────────────────────────────────────────────────────────────────────────────────────────────────
