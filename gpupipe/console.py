@@ -120,22 +120,34 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:.1f} frames/s" if task.speed else "")
 
 
+class _ProgressLines:
+    """A line every few seconds. The rate is of what came after the first frames: before them, things were opened."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None
+        self._said = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        """See :func:`progress_bar`."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._said = (done, now), now
+        if done < total and now - self._said < 5:
+            return
+        self._said = now
+        line = f"{done}/{total} frames"
+        first, began = self._first
+        if done > first:
+            rate = (done - first) / max(now - began, 1e-9)
+            line += f", {rate:.1f} frames/s, {(total - done) / rate:.0f} s left"
+        print(line, file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A function of (frames done, frames in all): a bar on a terminal, a line every few seconds otherwise."""
+    """A function of (frames done, frames in all): a bar on a terminal, lines otherwise."""
     if not console.is_terminal:
-        started = last = time.monotonic()
-
-        def line(done: int, total: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if done == total or now - last >= 5:
-                last = now
-                rate = done / (now - started)
-                left = (total - done) / rate
-                print(f"{done}/{total} frames, {rate:.1f} frames/s, {left:.0f} s left", file=sys.stderr, flush=True)
-
-        yield line
+        yield _ProgressLines()
         return
     columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:

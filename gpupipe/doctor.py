@@ -9,7 +9,6 @@ from typing import Any
 import av
 import av.codec.hwaccel
 import torch
-from torchvision.io import decode_jpeg, encode_jpeg
 
 from gpupipe.avatar import FEATHER
 from gpupipe.device import find_device
@@ -126,6 +125,8 @@ def _device_facts(device: torch.device) -> dict[str, str]:
 
 def _nvjpeg() -> str:
     """Whether it decodes a small picture, or why not."""
+    from torchvision.io import decode_jpeg, encode_jpeg  # noqa: PLC0415 - a second: only where it is used
+
     try:
         decode_jpeg(encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8)), device="cuda")
     except RuntimeError as error:

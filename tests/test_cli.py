@@ -23,7 +23,7 @@ from typer.testing import CliRunner, Result
 
 from gpupipe import __version__
 from gpupipe.cli import app, main
-from gpupipe.console import reporting
+from gpupipe.console import progress_bar, reporting
 from gpupipe.engines import choice
 from gpupipe.models import UNet328
 from gpupipe.models.audio_encoder import AudioEncoder
@@ -371,6 +371,35 @@ def test_a_warning_is_one_line_where_there_is_no_terminal(clip: dict[str, Path],
     told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     [line] = [line for line in told.splitlines() if "sound lasts" in line]
     assert line == f"WARNING  {output}: sound lasts 0.20 s and the picture 0.80 s (-0.60 s)"
+
+
+def test_progress_counts_from_the_first_frames_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Opening a checkpoint may take longer than a short clip: a rate with it in would say nothing of the time left."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with progress_bar() as progress:
+        for done, then in ((10, 1060.0), (20, 1061.0), (70, 1066.0), (100, 1069.0)):
+            now = then
+            progress(done, 100)
+    with progress_bar() as progress:
+        progress(5, 5)
+    assert capsys.readouterr().err.splitlines() == [
+        "70/100 frames, 10.0 frames/s, 3 s left",
+        "100/100 frames, 10.0 frames/s, 0 s left",
+        "5/5 frames",
+    ]
+
+
+def test_a_render_on_a_cpu_loads_no_more_than_it_uses(clip: dict[str, Path], tmp_path: Path) -> None:
+    """What starts in a second and what starts in three are two different tools; torchvision is for CUDA alone."""
+    words = [str(word) for word in render_words(clip, tmp_path / "out.mp4", "--engine", "onnxruntime")]
+    heavy = ["cv2", "matplotlib", "openvino", "ray", "torchvision", "torch._dynamo"]
+    code = f"import sys; from gpupipe.cli import app; app({words}, standalone_mode=False)"
+    code += f"; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 def test_the_installed_command(tmp_path: Path) -> None:

@@ -175,7 +175,9 @@ def test_turned_pictures_are_not_given_to_nvjpeg(
     monkeypatch.setattr(decode, "note_fallback", noted.append)
     upright = torch.from_numpy(picture[..., ::-1].transpose(2, 0, 1).copy())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    monkeypatch.setattr(decode, "decode_jpeg", lambda data, **_: given.append(len(data)) or [upright] * len(data))
+    monkeypatch.setattr(
+        "torchvision.io.decode_jpeg", lambda data, **_: given.append(len(data)) or [upright] * len(data)
+    )
     jpeg = cv2.imencode(".jpg", picture)[1].tobytes()
     paths = [tmp_path / name for name in ("plain.jpg", "upright.jpg", "turned.jpg")]
     for path, content in zip(paths, (jpeg, with_exif(jpeg, 1), with_exif(jpeg, 8)), strict=True):

@@ -16,7 +16,6 @@ import av.error
 import av.video.frame
 import torch
 from torch import Tensor
-from torchvision.io import encode_jpeg
 
 from gpupipe.fallbacks import note_fallback
 from gpupipe.video.codecs import PictureFormat, configure
@@ -88,7 +87,7 @@ class JpegEncoder:
     def encode(self, number: int, picture: Tensor) -> list[av.Packet]:
         """See :class:`~gpupipe.video.segments.Encoder`."""
         rgb = picture.flip(-1).permute(2, 0, 1).contiguous()
-        packet = av.Packet(encode_jpeg(rgb, quality=jpeg_quality(self._picture.crf)).cpu().numpy().tobytes())
+        packet = av.Packet(_jpeg(rgb, jpeg_quality(self._picture.crf)).cpu().numpy().tobytes())
         packet.pts = packet.dts = number
         packet.time_base = 1 / self._picture.rate
         packet.duration = 1
@@ -153,10 +152,17 @@ def nvenc_sessions(encoder: str, picture: PictureFormat, device: torch.device) -
     return wanted, ""
 
 
+def _jpeg(rgb: Tensor, quality: int) -> Tensor:
+    """uint8 (3, H, W) → a JPEG's bytes, uint8 (n,), on the device of ``rgb``."""
+    from torchvision.io import encode_jpeg  # noqa: PLC0415 - a second: only where it is used
+
+    return encode_jpeg(rgb, quality=quality)
+
+
 def can_encode_jpeg(device: torch.device) -> bool:
     """Whether nvJPEG encodes on this device; a refusal is told as a fallback."""
     try:
-        encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8, device=device))
+        _jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8, device=device), 75)
     except RuntimeError as error:
         note_fallback(f"nvJPEG does not encode here ({str(error).splitlines()[0]}): the CPU encodes JPEGs")
         return False

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from gpupipe.errors import InputError
 from gpupipe.fallbacks import note_fallback
@@ -181,6 +180,8 @@ def jpeg_decoder(device: torch.device | str, *, exact: bool) -> JpegDecoder:
 
 def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
     """Decode a batch on the GPU; None if nvJPEG refuses it, so that the CPU decodes it or names the bad file."""
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file  # noqa: PLC0415 - a second: only where it is used
+
     try:
         data = [read_file(str(path)) for path in paths]
         if any(exif_orientation(one[:_EXIF_END].numpy().tobytes()) != 1 for one in data):

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_jpeg, encode_png
 
 from gpupipe.errors import InputError
 from gpupipe.files import make_folder, replacing
@@ -79,8 +78,8 @@ def save_image(frame: NDArray[np.uint8] | Tensor, path: Path) -> Path:
     Raises:
         OutputError: ``path`` cannot be written.
     """
-    rgb = torch.from_numpy(np.ascontiguousarray(as_array(frame)[..., ::-1].transpose(2, 0, 1)))
-    data = encode_png(rgb) if path.suffix == ".png" else encode_jpeg(rgb, quality=JPEG_QUALITY)
+    pixels = np.ascontiguousarray(as_array(frame))
+    image = Image.frombuffer("RGB", pixels.shape[1::-1], pixels, "raw", "BGR", 0, 1)
     with replacing(path) as temporary:
-        data.numpy().tofile(temporary)
+        image.save(temporary, "PNG" if path.suffix == ".png" else "JPEG", quality=JPEG_QUALITY)
     return path
