@@ -43,7 +43,7 @@ from gpupipe.engines import Engine, EngineName, Precision, make_engine, openvino
 from gpupipe.engines.choice import CANDIDATES, candidates, find_dtype
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.engines.openvino_cpu import OpenVinoEngine
-from gpupipe.errors import DeviceError
+from gpupipe.errors import DeviceError, first_line
 from gpupipe.lanes import Lanes, available_cores, cpu_lanes, map_in_lanes
 from gpupipe.models import AUDIO_SHAPES, MODES, UNet328
 from gpupipe.models.fold import fold_batch_norms
@@ -244,7 +244,7 @@ def measure(contestants: list[Contestant], device: torch.device, rounds: int) ->
             try:
                 seconds = _timed(one.run, device)
             except Exception as error:  # a loss is a row too, and the others go on
-                found[place] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                found[place] = f"{type(error).__name__}: {first_line(error)}"
                 continue
             if turn >= WARMUP:
                 times.append(seconds / one.frames)

@@ -27,7 +27,7 @@ from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
 from gpupipe.demo import BUNDLE
 from gpupipe.engines import EngineName, Precision, make_engine, openvino_cpu
 from gpupipe.engines.choice import candidates, find_dtype
-from gpupipe.errors import GpupipeError
+from gpupipe.errors import GpupipeError, first_line
 from gpupipe.features import SpeechFeatures
 from gpupipe.kernels.crop_resize import crop_and_input
 from gpupipe.models import UNet328, load_unet
@@ -81,8 +81,7 @@ def measure(frames: int, device: torch.device) -> list[Row]:
         try:
             found = steps(paint, image.to(device), audio.to(device)).cpu()
         except (RuntimeError, GpupipeError) as error:
-            reason = str(error).splitlines()[0]
-            rows.append(row(None, metric="psnr", unit="dB", error=reason, config=config, **what))
+            rows.append(row(None, metric="psnr", unit="dB", error=first_line(error), config=config, **what))
             continue
         psnr, largest = compare(found, exact)
         rows.append(row(Spread.of([psnr]), metric="psnr", unit="dB", config=config, **what))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpupipe.engines import Engine
-from gpupipe.errors import InputError
+from gpupipe.errors import InputError, first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.frame_cache import FrameCache, Tensors
 from gpupipe.graphs import GraphedStep, beside
@@ -126,8 +126,9 @@ class Avatar:
                 self._graphed = GraphedStep(functools.partial(self._paint, derived, kept), *inputs)
             except RuntimeError as error:
                 self._graphed, self._recordable = None, False
-                reason = str(error).splitlines()[0]
-                note_fallback(f"the step cannot be recorded as a CUDA graph ({reason}): it is launched piece by piece")
+                note_fallback(
+                    f"the step cannot be recorded as a CUDA graph ({first_line(error)}): it is launched piece by piece"
+                )
             if self._graphed is None:  # no longer in the handler, whose error keeps the recording's tensors
                 return self._paint(derived, kept, *inputs)
         with self.template.stages.time("speech half + paste", self.template.device):

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from gpupipe.errors import GpupipeError, InputError
+from gpupipe.errors import InputError, one_line
 from gpupipe.pipeline import RenderRecord
 
 if TYPE_CHECKING:
@@ -53,14 +53,8 @@ def reporting(debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        wrong_input = isinstance(error, InputError)
-        known = isinstance(error, (GpupipeError, OSError, MemoryError))
-        line = " ".join(str(error).split()) or type(error).__name__
-        console.print(
-            f"gpupipe: {line if known else f'{type(error).__name__}: {line}'}",
-            soft_wrap=True,
-        )
-        raise typer.Exit(2 if wrong_input else 1) from None
+        console.print(f"gpupipe: {one_line(error)}", soft_wrap=True)
+        raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
 
 
 _UsageError: Any = typer.BadParameter.__base__

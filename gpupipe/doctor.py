@@ -15,7 +15,7 @@ from gpupipe.device import find_device
 from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.engines.choice import SLOW_TO_BUILD, Figures, candidates, find_dtype, measure, measured, remember
-from gpupipe.errors import DeviceError
+from gpupipe.errors import DeviceError, first_line
 from gpupipe.fallbacks import fallbacks
 from gpupipe.frame_cache import default_budget
 from gpupipe.kernels.dispatch import backend, obstacle
@@ -130,7 +130,7 @@ def _nvjpeg() -> str:
     try:
         decode_jpeg(encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8)), device="cuda")
     except RuntimeError as error:
-        return f"no: {str(error).splitlines()[0]}"
+        return f"no: {first_line(error)}"
     return "yes"
 
 

@@ -36,3 +36,15 @@ def output_error(path: object, error: OSError, what: str = "written") -> OutputE
     """What to raise for an error of the file system while ``path`` was written or made."""
     kind = DiskFullError if error.errno in {errno.ENOSPC, errno.EDQUOT} else OutputError
     return kind(f"{path}: cannot be {what}: {error.strerror or error}")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, or its type where it says nothing."""
+    return next(iter(str(error).splitlines()), "").strip() or type(error).__name__
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line, with its type where that is not one of those whose messages are written for users."""
+    kind, line = type(error).__name__, " ".join(str(error).split())
+    told = isinstance(error, (GpupipeError, OSError, MemoryError))
+    return (line or kind) if told else f"{kind}: {line}".removesuffix(": ")

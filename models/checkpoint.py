@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from gpupipe.errors import CheckpointError
+from gpupipe.errors import CheckpointError, first_line
 from gpupipe.files import input_file
 from gpupipe.models.pickles import nests_too_deep
 from gpupipe.models.unet328 import AUDIO_SHAPES, CHANNELS, MODES, Mode, UNet328
@@ -46,8 +46,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"{path}: holds something other than tensors, or is not a checkpoint; expected a state dict of tensors"
         ) from error
     except Exception as error:  # a damaged file makes the readers raise nearly anything
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({reason})") from error
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({first_line(error)[:200]})") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]

@@ -19,7 +19,7 @@ from gpupipe.engines.compiled import CompiledEngine
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.engines.openvino_cpu import OpenVinoEngine
-from gpupipe.errors import DeviceError, OutputError
+from gpupipe.errors import DeviceError, OutputError, first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.files import replacing
 from gpupipe.kernels.whole_block import gluon_obstacle
@@ -191,8 +191,7 @@ def measure(
                 raise DeviceError("paints something else than the network")
             figures[name] = 1000 * _seconds(engine, network)
         except Exception as error:  # compilers raise what they like
-            line = (str(error).splitlines() or [""])[0] or type(error).__name__
-            reasons.append(f"{name}: {line}")
+            reasons.append(f"{name}: {first_line(error)}")
             figures[name] = math.inf
             continue
         built[name] = engine

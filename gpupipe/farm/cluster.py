@@ -11,10 +11,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpupipe.errors import DiskFullError, GpupipeError, InputError
+from gpupipe.errors import DiskFullError, GpupipeError, InputError, one_line
 from gpupipe.farm.farm import Farm, FeaturesTask, JoinTask, RenderTask, Task
 from gpupipe.farm.residents import AvatarKey, Residents
-from gpupipe.farm.worker import Outcome, Worker, join_parts, tell
+from gpupipe.farm.worker import Outcome, Worker, join_parts
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class _Hand:
         except DiskFullError as error:
             return "full", str(error)
         except Exception as error:
-            return "failed", tell(error)
+            return "failed", one_line(error)
 
 
 def _join(task: JoinTask) -> tuple[str, Any]:
@@ -83,7 +83,7 @@ def _join(task: JoinTask) -> tuple[str, Any]:
     except DiskFullError as error:
         return "full", str(error)
     except Exception as error:
-        return "failed", tell(error)
+        return "failed", one_line(error)
 
 
 class _Crew:
@@ -164,4 +164,4 @@ class _Crew:
             except DiskFullError:
                 raise
             except GpupipeError as error:
-                self._farm.failed(task.job, tell(error))
+                self._farm.failed(task.job, one_line(error))

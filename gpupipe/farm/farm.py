@@ -15,11 +15,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from gpupipe.errors import DiskFullError
+from gpupipe.errors import DiskFullError, one_line
 from gpupipe.farm.jobs import Job
 from gpupipe.farm.ledger import Fingerprints, JobState, Ledger, read_record, text_hash
 from gpupipe.farm.residents import AvatarKey
-from gpupipe.farm.worker import Joined, Outcome, Segment, tell
+from gpupipe.farm.worker import Joined, Outcome, Segment
 from gpupipe.features import SpeechFeatures
 from gpupipe.schedule import frame_rate
 from gpupipe.versions import versions
@@ -277,7 +277,7 @@ class Farm:
         except DiskFullError:
             raise
         except Exception as error:
-            self.failed(job, tell(error))
+            self.failed(job, one_line(error))
 
     def _plan(self, job: Job, features: Path, fingerprint: str) -> None:
         speech = SpeechFeatures(features, job.mode)

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from gpupipe.errors import DiskFullError
+from gpupipe.errors import DiskFullError, one_line
 from gpupipe.farm.farm import Farm, FeaturesTask, JoinTask, RenderTask
-from gpupipe.farm.worker import Joined, Segment, Worker, join_parts, tell
+from gpupipe.farm.worker import Joined, Segment, Worker, join_parts
 
 
 def work_here(farm: Farm, worker: Worker) -> None:
@@ -38,7 +38,7 @@ def work_here(farm: Farm, worker: Worker) -> None:
             except DiskFullError:
                 raise
             except Exception as error:
-                farm.failed(task.job, tell(error))
+                farm.failed(task.job, one_line(error))
             else:
                 farm.featured(task)
 
@@ -51,7 +51,7 @@ def work_here(farm: Farm, worker: Worker) -> None:
                 except DiskFullError:
                     raise
                 except Exception as error:
-                    farm.failed(task.job, tell(error))
+                    farm.failed(task.job, one_line(error))
 
         while not farm.finished:
             for outcome in worker.render(segments()):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gpupipe.engines.base import BATCH_SIZES
-from gpupipe.errors import DiskFullError, GpupipeError
+from gpupipe.errors import DiskFullError, one_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.farm.jobs import Job
 from gpupipe.farm.ledger import file_hash, write_record
@@ -172,7 +172,7 @@ class _Studio:
             except DiskFullError:
                 raise
             except Exception as error:
-                self._done.append(Outcome(segment, error=tell(error)))
+                self._done.append(Outcome(segment, error=one_line(error)))
                 continue
             self._parts[part.shot] = part
             yield part.shot
@@ -201,7 +201,7 @@ class _Studio:
         part = self._parts.pop(shot, None)
         if part is not None:
             part.abandon()
-            self._done.append(Outcome(part.segment, error=tell(error)))
+            self._done.append(Outcome(part.segment, error=one_line(error)))
 
     def outcomes(self) -> Iterator[Outcome]:
         """What has come to its end by now."""
@@ -268,7 +268,7 @@ class _Part:
         except DiskFullError:
             raise
         except Exception as error:
-            return Outcome(segment, error=tell(error))
+            return Outcome(segment, error=one_line(error))
 
     def abandon(self) -> None:
         """Leave nothing of the file."""
@@ -294,12 +294,6 @@ def join_parts(job: Job, parts: list[Path], path: Path) -> Joined:
     start = time.perf_counter()
     video = join_segments(parts, path, sound=job.audio)
     return Joined(*video, file_hash(path), round(time.perf_counter() - start, 3))
-
-
-def tell(error: BaseException) -> str:
-    """An error as one line."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if isinstance(error, (GpupipeError, OSError)) else f"{type(error).__name__}: {line}"
 
 
 def _split(pieces: list[Piece]) -> list[list[Piece]]:

@@ -17,6 +17,7 @@ import av.video.frame
 import torch
 from torch import Tensor
 
+from gpupipe.errors import first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.video.codecs import PictureFormat, configure
 
@@ -164,7 +165,7 @@ def can_encode_jpeg(device: torch.device) -> bool:
     try:
         _jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8, device=device), 75)
     except RuntimeError as error:
-        note_fallback(f"nvJPEG does not encode here ({str(error).splitlines()[0]}): the CPU encodes JPEGs")
+        note_fallback(f"nvJPEG does not encode here ({first_line(error)}): the CPU encodes JPEGs")
         return False
     return True
 

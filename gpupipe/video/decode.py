@@ -15,7 +15,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from gpupipe.errors import InputError
+from gpupipe.errors import InputError, first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.files import input_file
 from gpupipe.lanes import available_cores
@@ -195,8 +195,7 @@ def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
         torch.cuda.synchronize(device)
         return torch.stack(images).flip(1).permute(0, 2, 3, 1).contiguous()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        note_fallback(f"nvJPEG refused a batch ({reason}): the CPU decodes what it refuses")
+        note_fallback(f"nvJPEG refused a batch ({first_line(error)}): the CPU decodes what it refuses")
         return None
 
 

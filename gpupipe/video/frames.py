@@ -24,7 +24,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpupipe.errors import InputError
+from gpupipe.errors import InputError, first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.files import input_file
 from gpupipe.kernels.nv12 import ycbcr_matrix
@@ -159,7 +159,7 @@ class VideoFrames:
         except (av.error.FFmpegError, RuntimeError, ValueError, StopIteration) as error:
             if container is not None:
                 container.close()
-            return None, str(error).splitlines()[0] if str(error) else type(error).__name__
+            return None, first_line(error)
 
     def _first(self) -> av.VideoFrame:
         with self._reporting():

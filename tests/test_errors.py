@@ -1,0 +1,32 @@
+"""Errors in words: one line, whatever another library raised."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpupipe.errors import InputError, first_line, one_line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("no such format\nCall stack:\n …"), "no such format"),
+        (RuntimeError(" \n"), "RuntimeError"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_first_line(error: Exception, line: str) -> None:
+    assert first_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (InputError("a.npy: is empty;\n expected rows"), "a.npy: is empty; expected rows"),
+        (MemoryError(), "MemoryError"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_one_line(error: Exception, line: str) -> None:
+    assert one_line(error) == line
