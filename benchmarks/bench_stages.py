@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpupipe.avatar import FEATHER
 from gpupipe.benchmarks.common import Row, Spread, measure, row
 from gpupipe.benchmarks.floors import Floor, machine_rows, operations_of
 from gpupipe.benchmarks.kernel_bench import seconds_of
@@ -29,6 +28,7 @@ from gpupipe.kernels import crop_resize, nv12, paste_blend
 from gpupipe.lanes import cpu_lanes, map_in_lanes
 from gpupipe.models.hoisted import SpeechHalf, TemplateHalf
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
+from gpupipe.seam import FEATHER
 from gpupipe.template import Template, numbered_files
 from gpupipe.unet_model import UNetModel
 from gpupipe.video.decode import read_images

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,38 +12,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpupipe.engines import Engine
-from gpupipe.errors import InputError, first_line
+from gpupipe.errors import first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.frame_cache import FrameCache, Tensors
 from gpupipe.graphs import GraphedStep, beside
 from gpupipe.kernels.crop_resize import crop_and_input
-from gpupipe.kernels.nv12 import from_nv12, nv12_window, to_nv12
+from gpupipe.kernels.nv12 import PixelFormat, from_nv12, nv12_window, to_nv12
 from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
+from gpupipe.seam import FEATHER
 from gpupipe.stages import UNTIMED
 from gpupipe.template import Template
 from gpupipe.transfer import to_device
 
-PixelFormat = Literal["bgr", "nv12"]
-Blend = Literal["feather", "none"]
-
 _NOT_FEATURES = frozenset({"crop", "nv12"})
 """What is derived from a template frame besides what the network makes of it."""
-
-FEATHER = 8.0
-"""Default width of the feathered seam, in pixels of the frame."""
-
-
-def feather_width(blend: Blend, feather: float = FEATHER) -> float:
-    """Width of the seam in pixels: 0 for ``blend="none"``.
-
-    Raises:
-        InputError: an unknown ``blend``, or a width that is negative or not finite.
-    """
-    if blend not in ("feather", "none"):
-        raise InputError(f"blend is {blend!r}; expected feather or none")
-    if not 0 <= feather < float("inf"):
-        raise InputError(f"feather is {feather}; expected a width in pixels, 0 or more")
-    return feather if blend == "feather" else 0.0
 
 
 class Sources(NamedTuple):

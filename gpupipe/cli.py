@@ -14,7 +14,6 @@ import typer
 from rich.table import Table
 
 from gpupipe import __version__
-from gpupipe.avatar import FEATHER, Blend
 from gpupipe.console import (
     console,
     print_record,
@@ -34,6 +33,7 @@ from gpupipe.features import FRAME_RATES
 from gpupipe.models import Mode, load_unet
 from gpupipe.onnx_export import export_unet
 from gpupipe.pipeline import FrameGenerationPipeline
+from gpupipe.seam import FEATHER, Blend
 from gpupipe.speech import SpeechEncoder, save_features, write_features
 from gpupipe.video.encode import check_suffix
 from gpupipe.video.images import ImageFormat

@@ -10,7 +10,6 @@ import av
 import av.codec.hwaccel
 import torch
 
-from gpupipe.avatar import FEATHER
 from gpupipe.device import find_device
 from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import BATCH_SIZES
@@ -21,6 +20,7 @@ from gpupipe.frame_cache import default_budget
 from gpupipe.kernels.dispatch import backend, obstacle
 from gpupipe.lanes import available_cores
 from gpupipe.models import UNet328
+from gpupipe.seam import FEATHER
 from gpupipe.versions import processor_name, versions
 from gpupipe.video.codecs import PictureFormat, choose_encoder
 from gpupipe.video.decode import jpeg_decoder

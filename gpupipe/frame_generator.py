@@ -12,13 +12,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from gpupipe.avatar import FEATHER, Avatar, Blend, PixelFormat, feather_width
+from gpupipe.avatar import Avatar
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.errors import InputError
 from gpupipe.features import SpeechFeatures
 from gpupipe.image_processor import Image, ImageProcessor
+from gpupipe.kernels.nv12 import PixelFormat
 from gpupipe.models import AUDIO_SHAPES, Mode
 from gpupipe.schedule import WINDOW_ROWS, times_shown
+from gpupipe.seam import FEATHER, Blend, feather_width
 from gpupipe.shots import Piece, Shot, fill_batches, map_batches, render_batch
 from gpupipe.template import Template
 from gpupipe.transfer import as_array

@@ -9,14 +9,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from gpupipe.avatar import FEATHER, Blend, feather_width
 from gpupipe.errors import InputError
 from gpupipe.kernels.crop_resize import CROP_SIZE, crop_resize, inner_region, mask_mouth
 from gpupipe.kernels.cubic import cubic_resize
 from gpupipe.kernels.paste_blend import paste_blend
 from gpupipe.landmarks import Box, crop_box, face_box, read_landmarks
 from gpupipe.models.unet328 import INPUT_SIZE
-from gpupipe.template import keep_mask
+from gpupipe.seam import FEATHER, Blend, feather_width, keep_mask
 from gpupipe.transfer import as_array
 from gpupipe.video.decode import read_image
 

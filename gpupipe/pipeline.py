@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpupipe.avatar import FEATHER, Avatar, Blend, PixelFormat
+from gpupipe.avatar import Avatar
 from gpupipe.engines import EngineName, Precision
 from gpupipe.errors import InputError
 from gpupipe.fallbacks import fallbacks
@@ -22,11 +22,12 @@ from gpupipe.features import FeatureSource, SpeechFeatures, save_features_bin
 from gpupipe.files import make_folder, replacing
 from gpupipe.frame_generator import FrameGenerator
 from gpupipe.kernels.dispatch import backend
-from gpupipe.kernels.nv12 import from_nv12
+from gpupipe.kernels.nv12 import PixelFormat, from_nv12
 from gpupipe.lanes import available_cores
 from gpupipe.models import Mode
 from gpupipe.onnx_export import OPSET_VERSION
 from gpupipe.schedule import template_indices
+from gpupipe.seam import FEATHER, Blend
 from gpupipe.stages import UNTIMED, Stages, measuring
 from gpupipe.template import Template
 from gpupipe.unet_model import UNetModel

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from gpupipe.errors import InputError
 from gpupipe.files import input_folder
@@ -18,6 +17,7 @@ from gpupipe.frame_cache import FrameCache, Tensors, default_budget
 from gpupipe.kernels.nv12 import from_nv12, nv12_window
 from gpupipe.landmarks import Box, crop_box, read_landmarks
 from gpupipe.schedule import times_shown
+from gpupipe.seam import keep_mask
 from gpupipe.stages import UNTIMED, Stages
 from gpupipe.video.decode import image_size, image_sizes, read_images
 from gpupipe.video.frames import VIDEO_SUFFIXES, VideoFrames
@@ -243,12 +243,3 @@ def numbered_files(directory: Path, suffix: str, what: str) -> list[Path]:
         if number not in numbers:
             raise InputError(f"{directory / f'{number}{suffix}'}: no such {what}; expected 0 to {last} without gaps")
     return [directory / f"{number}{suffix}" for number in range(len(numbers))]
-
-
-def keep_mask(parsing: Tensor) -> Tensor:
-    """Pixels that keep the template's: parsing colour BGR (0, 0, 255) or (255, 255, 255).
-
-    uint8 (…, H, W, 3) BGR → bool (…, H, W).
-    """
-    blue, green, red = parsing.unbind(-1)
-    return (red == 255) & (blue == green) & ((blue == 0) | (blue == 255))

@@ -23,6 +23,9 @@ from torch import Tensor
 from gpupipe.kernels.dispatch import backend
 
 ColorOrder = Literal["bgr", "rgb"]
+PixelFormat = Literal["bgr", "nv12"]
+"""Of finished frames: (H, W, 3) or, with half as many chroma samples, (H·3/2, W)."""
+
 
 KR, KB = 0.2126, 0.0722
 """BT.709's luma coefficients of red and blue; green's is 1 − KR − KB."""

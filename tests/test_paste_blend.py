@@ -18,7 +18,7 @@ from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.kernels.crop_resize import crop_resize
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
-from gpupipe.template import keep_mask
+from gpupipe.seam import keep_mask
 
 Box = tuple[int, int, int, int]
 Image = np.ndarray

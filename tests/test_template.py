@@ -14,7 +14,7 @@ import torch
 from torchvision.io import decode_image, encode_jpeg
 
 from gpupipe import InputError, Template
-from gpupipe.template import keep_mask
+from gpupipe.seam import keep_mask
 from gpupipe.video.decode import read_image, read_images
 
 MakeTemplate = Callable[..., Path]

@@ -15,12 +15,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from gpupipe.avatar import FEATHER, Blend
 from gpupipe.engines import EngineName, Precision
 from gpupipe.errors import InputError
 from gpupipe.features import FRAME_RATES
 from gpupipe.files import input_file
 from gpupipe.models import Mode
+from gpupipe.seam import FEATHER, Blend
 from gpupipe.video.encode import SUFFIXES
 
 _OF_THE_FARM = ("device", "batch_size", "memory_budget", "json", "debug")

@@ -11,14 +11,16 @@ from typing import NamedTuple
 
 import torch
 
-from gpupipe.avatar import Avatar, Blend, PixelFormat
+from gpupipe.avatar import Avatar
 from gpupipe.device import find_device
 from gpupipe.engines import EngineName, Precision
 from gpupipe.farm.jobs import Job
 from gpupipe.frame_cache import default_budget
 from gpupipe.frame_generator import FrameGenerator
+from gpupipe.kernels.nv12 import PixelFormat
 from gpupipe.models import Mode
 from gpupipe.models.unet328 import INPUT_SIZE
+from gpupipe.seam import Blend
 from gpupipe.template import Template, template_size
 from gpupipe.unet_model import UNetModel
 

@@ -13,7 +13,7 @@ import threading
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import av.error
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gpupipe.errors import InputError, OutputError, output_error
 from gpupipe.files import replacing
-from gpupipe.kernels.nv12 import to_nv12
+from gpupipe.kernels.nv12 import PixelFormat, to_nv12
 from gpupipe.schedule import frame_rate
 from gpupipe.stages import UNTIMED, Stages
 from gpupipe.video.codecs import SEGMENTED, PictureFormat, configure, has_presets, preset_names, why
@@ -35,7 +35,6 @@ from gpupipe.video.ways import choose_way
 
 logger = logging.getLogger(__name__)
 
-PixelFormat = Literal["bgr", "nv12"]
 
 SUFFIXES = (".mp4", ".mkv", ".mov")
 """Of videos that are written, in small letters or capitals."""
