@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from gpupipe.benchmarks.common import Row
@@ -13,9 +15,8 @@ from gpupipe.kernels.crop_resize import _crop_resize_torch, bytes_moved, crop_an
 from gpupipe.kernels.dispatch import backend
 
 
-def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
+def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
     frames, boxes, index = frames_of(batch, device), boxes_of(batch, device), torch.arange(batch, device=device)
-    rows: list[Row] = []
     for dtype, channels_last in ((torch.float32, False), (torch.float16, True)):
         if device.type == "cpu" and dtype == torch.float16:
             continue  # no engine takes it there
@@ -30,7 +31,7 @@ def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
             ).contiguous(memory_format=f),
         }
         for provider, function in functions.items():
-            rows += rows_of(
+            yield rows_of(
                 "crop_resize",
                 provider,
                 function,
@@ -40,7 +41,6 @@ def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
                 device=device,
                 rounds=rounds,
             )
-    return rows
 
 
 if __name__ == "__main__":

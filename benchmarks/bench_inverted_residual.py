@@ -9,7 +9,7 @@ On a CPU a few small blocks run on the plain reference, which shows that the scr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -53,24 +53,21 @@ UPS = (
 )
 
 
-def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
+def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
     cuda = device.type == "cuda"
     dtype = torch.float16 if cuda else torch.float32
-    rows: list[Row] = []
 
-    def add(case: str, functions: dict[str, Callable[[], object]], bytes_a_frame: int) -> None:
+    def measured(case: str, functions: dict[str, Callable[[], object]], bytes_a_frame: int) -> Iterator[list[Row]]:
         for provider, function in functions.items():
-            rows.extend(
-                rows_of(
-                    "inverted_residual",
-                    provider,
-                    function,
-                    frames=batch,
-                    bytes_a_frame=bytes_a_frame,
-                    config={"case": case},
-                    device=device,
-                    rounds=rounds,
-                )
+            yield rows_of(
+                "inverted_residual",
+                provider,
+                function,
+                frames=batch,
+                bytes_a_frame=bytes_a_frame,
+                config={"case": case},
+                device=device,
+                rounds=rounds,
             )
 
     def noise(*shape: int) -> Tensor:
@@ -89,7 +86,7 @@ def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
 
         how = "whole" if expansion_is_recomputed(block, stride) else "in two"
         moved = bytes_moved(side, block, stride=stride, residual=residual)
-        add(f"{name}, {how}", {backend(device): fused, "layers": layered}, moved)
+        yield from measured(f"{name}, {how}", {backend(device): fused, "layers": layered}, moved)
 
     index = torch.arange(batch, device=device)
     for name, side, low_channels, skip_channels, hidden, outputs in UPS if cuda else UPS[:1]:
@@ -111,7 +108,7 @@ def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
 
         area = side * side
         moved = dtype.itemsize * area * (low_channels // 4 + skip_channels + 2 * hidden + outputs)
-        add(f"{name}, upsampled and concatenated", {backend(device): up, "layers": up_layered}, moved)
+        yield from measured(f"{name}, upsampled and concatenated", {backend(device): up, "layers": up_layered}, moved)
 
     if cuda:
         layers, head = _layers(16, 32, 16, 1), nn.Conv2d(16, 3, 1)
@@ -122,15 +119,16 @@ def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
             backend(device): lambda: inverted_residual_head(x, block, *packed, residual=True),
             "layers": lambda: (last(planes + plain(planes)).sigmoid() * 255).to(torch.uint8),
         }
-        add("up5.1, head, uint8", functions, 320 * 320 * (2 * 16 + 3))
+        yield from measured("up5.1, head, uint8", functions, 320 * 320 * (2 * 16 + 3))
         engine = FusedEngine(seeded_network(width=1), device=device)
         image, audio = torch.rand(batch, 6, INPUT_SIZE, INPUT_SIZE, device=device), noise(32, 16, 16)
         image = image.to(dtype).contiguous(memory_format=torch.channels_last)
         features = engine.encode(image)
         kept = sum(value[0].nbytes for value in features.values())
-        add("template half", {"fused": lambda: engine.encode(image)}, image[0].nbytes + kept)
-        add("speech half", {"fused": lambda: engine.decode(features, index, audio)}, kept + 3 * INPUT_SIZE**2)
-    return rows
+        yield from measured("template half", {"fused": lambda: engine.encode(image)}, image[0].nbytes + kept)
+        yield from measured(
+            "speech half", {"fused": lambda: engine.decode(features, index, audio)}, kept + 3 * INPUT_SIZE**2
+        )
 
 
 def _layers(channels: int, hidden: int, outputs: int, stride: int) -> nn.Sequential:

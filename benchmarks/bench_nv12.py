@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
@@ -16,10 +16,9 @@ from gpupipe.kernels import nv12
 from gpupipe.kernels.dispatch import backend
 
 
-def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
+def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
     frames = frames_of(batch, device)
     converted = nv12.to_nv12(frames)
-    rows: list[Row] = []
     for name, function in (("to_nv12", lambda: nv12.to_nv12(frames)), ("from_nv12", lambda: nv12.from_nv12(converted))):
 
         def plainly(function: Callable[[], torch.Tensor] = function) -> torch.Tensor:
@@ -27,7 +26,7 @@ def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
                 return function()
 
         for provider, timed in {backend(device): function, "torch": plainly}.items():
-            rows += rows_of(
+            yield rows_of(
                 name,
                 provider,
                 timed,
@@ -37,7 +36,6 @@ def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
                 device=device,
                 rounds=rounds,
             )
-    return rows
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ loop makes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
@@ -20,14 +20,13 @@ from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import bytes_moved, paste_blend, paste_blend_nv12
 
 
-def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
+def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
     frames, boxes, index = frames_of(batch, device), boxes_of(batch, device), torch.arange(batch, device=device)
     crops, backgrounds = crop_resize(frames, index, boxes), to_nv12(frames)
     half = device.type == "cuda"
     mouth = torch.rand(batch, 3, 320, 320, device=device)
     if half:
         mouth = mouth.half().contiguous(memory_format=torch.channels_last)
-    rows: list[Row] = []
     for nv12, feather in ((True, 0.0), (True, 8.0), (False, 8.0)):
 
         def finish(nv12: bool = nv12, feather: float = feather) -> torch.Tensor:
@@ -43,7 +42,7 @@ def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
 
         functions: dict[str, Callable[[], torch.Tensor]] = {backend(device): finish, "torch": plainly}
         for provider, function in functions.items():
-            rows += rows_of(
+            yield rows_of(
                 "paste_blend",
                 provider,
                 function,
@@ -53,7 +52,6 @@ def cases(device: torch.device, batch: int, rounds: int) -> list[Row]:
                 device=device,
                 rounds=rounds,
             )
-    return rows
 
 
 if __name__ == "__main__":

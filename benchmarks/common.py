@@ -78,6 +78,7 @@ def measure(
 # ── the machine ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@cache
 def driver_version(device: str | torch.device = "cpu") -> str | None:
     """Of the GPU's driver; None for the CPU, or where the driver does not say."""
     if torch.device(device).type != "cuda":

@@ -15,7 +15,7 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpupipe.benchmarks.common import RESULTS, Row, append_rows, commit
-from gpupipe.benchmarks.kernel_bench import rows_of, table
+from gpupipe.benchmarks.common import RESULTS, Row, commit
+from gpupipe.benchmarks.kernel_bench import rows_of, tell
 from gpupipe.kernels.whole_block import PackedBlock, PackedHead, bytes_moved, pack_block, pack_head, whole_block
 
 MANIFEST = "manifest.json"
@@ -270,14 +270,13 @@ def checked(folder: Path, entry: dict[str, Any], device: torch.device) -> Cubin:
     raise AssertionError("the result is as near to a block without expand's bias: the check tells nothing")
 
 
-def run(folder: Path, device: torch.device, batch: int, rounds: int) -> list[Row]:
+def run(folder: Path, device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
     """Check and time every kernel of ``folder``; one that is wrong or fails is a row with an error."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     capability = torch.cuda.get_device_capability(device)
     if capability != divmod(manifest["arch"], 10):
         raise SystemExit(f"{folder} is for sm_{manifest['arch']}; this device has compute capability {capability}")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    rows: list[Row] = []
     timed: set[str] = set()
     for entry in manifest["kernels"]:
         case, size = case_of(entry, batch, device), entry["block"]["size"]
@@ -289,7 +288,7 @@ def run(folder: Path, device: torch.device, batch: int, rounds: int) -> list[Row
             kernels["torch"] = partial(eager, case)
         for provider, function in kernels.items():
             facts = {"case": entry["config"], "registers": entry["registers"], "triton": manifest["triton"]}
-            rows += rows_of(
+            yield rows_of(
                 "whole_block",
                 provider,
                 function,
@@ -301,7 +300,6 @@ def run(folder: Path, device: torch.device, batch: int, rounds: int) -> list[Row
                 device=device,
                 rounds=rounds,
             )
-    return rows
 
 
 def _launcher(
@@ -341,12 +339,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return 0
     with torch.inference_mode():
-        rows = run(options.folder, torch.device("cuda"), options.batch, options.rounds)
-    print(table(rows))
-    if options.record:
-        for path in append_rows(rows, options.results):
-            print(f"recorded in {path}")
-    return 1 if any(one.error for one in rows) else 0
+        made = run(options.folder, torch.device("cuda"), options.batch, options.rounds)
+        return int(tell(made, options.results if options.record else None))
 
 
 if __name__ == "__main__":

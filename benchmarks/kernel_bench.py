@@ -18,15 +18,16 @@ BOX = 182
 
 BATCH = {"cuda": 64, "cpu": 4}
 
+_LONGEST = 0.05
+"""Seconds of calls in a row that are timed together, on CUDA."""
+
 
 def seconds_of(function: Callable[[], object], device: torch.device, *, rounds: int) -> Spread:
     """Seconds of one call. On CUDA by events around many calls in a row: a launch's own cost hides behind the last."""
     if device.type != "cuda":
         return measure(function, rounds=rounds, device=device)[0]
-    for _ in range(3):
-        function()
-    torch.cuda.synchronize(device)
-    calls = 20
+    alone, _ = measure(function, rounds=1, warmup=3, device=device)
+    calls = max(1, min(20, int(_LONGEST / alone.p50)))
     times = []
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -112,7 +113,18 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(f"{what:12} {who:7} {case:44} {', '.join(said)}" for (what, who, case), said in lines.items())
 
 
-def main(description: str, cases: Callable[[torch.device, int, int], list[Row]]) -> None:
+def tell(measurements: Iterable[list[Row]], results: Path | None) -> bool:
+    """Print each as it is made, and append its rows at once: who is cut off keeps them. Returns whether one failed."""
+    failed = False
+    for rows in measurements:
+        print(table(rows), flush=True)
+        failed |= any(one.error for one in rows)
+        if results is not None:
+            append_rows(rows, results)
+    return failed
+
+
+def main(description: str, cases: Callable[[torch.device, int, int], Iterable[list[Row]]]) -> None:
     """The command of a kernel's benchmark."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -123,13 +135,9 @@ def main(description: str, cases: Callable[[torch.device, int, int], list[Row]])
     options = parser.parse_args()
     device = torch.device(options.device)
     with torch.inference_mode():
-        rows = cases(device, options.batch or BATCH[device.type], options.rounds)
-    print(table(rows))
-    if options.record:
-        for path in append_rows(rows, options.results):
-            print(f"recorded in {path}")
-    if any(one.error for one in rows):
-        raise SystemExit(1)
+        made = cases(device, options.batch or BATCH[device.type], options.rounds)
+        if tell(made, options.results if options.record else None):
+            raise SystemExit(1)
 
 
 def boxes_of(batch: int, device: torch.device) -> torch.Tensor:
