@@ -14,7 +14,7 @@ from gpupipe.device import find_device
 from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.engines.choice import SLOW_TO_BUILD, Figures, candidates, find_dtype, measure, measured, remember
-from gpupipe.errors import DeviceError, first_line
+from gpupipe.errors import first_line
 from gpupipe.fallbacks import fallbacks
 from gpupipe.frame_cache import default_budget
 from gpupipe.kernels.dispatch import backend, obstacle
@@ -22,7 +22,7 @@ from gpupipe.lanes import available_cores
 from gpupipe.models import UNet328
 from gpupipe.seam import FEATHER
 from gpupipe.versions import processor_name, versions
-from gpupipe.video.codecs import PictureFormat, choose_encoder
+from gpupipe.video.codecs import PictureFormat, encoder_obstacle
 from gpupipe.video.decode import jpeg_decoder
 from gpupipe.video.ways import Way, choose_way
 
@@ -40,26 +40,13 @@ def examine(device: str | None = None) -> dict[str, Any]:
         that a render would take, and why); ``fallbacks``.
     """
     chosen = find_device(device)
-    can: dict[str, str] = {}
     cuda = torch.cuda.is_available()
-    no_gpu = "no: no CUDA GPU is available"
-    reason = obstacle("cuda") if cuda else no_gpu.removeprefix("no: ")
-    can["Triton kernels"] = "yes" if reason is None else f"no: {reason}"
-    can["nvJPEG"] = _nvjpeg() if cuda else no_gpu
-    can["NVDEC"] = _nvdec() if cuda else no_gpu
-    for encoder in _ENCODERS:
-        try:
-            choose_encoder(encoder)
-            can[encoder] = "yes"
-        except DeviceError as error:
-            can[encoder] = f"no: {_reason(error, encoder)}" if cuda or not encoder.endswith("_nvenc") else no_gpu
     exact = chosen.type == "cpu"
-    cuda_device = chosen.type == "cuda"
-    way = choose_way("auto", PictureFormat(1280, 720, Fraction(25), 20, segmented=cuda_device), chosen)
+    way = choose_way("auto", PictureFormat(1280, 720, Fraction(25), 20, segmented=chosen.type == "cuda"), chosen)
     return {
         "versions": versions(),
         "device": _device_facts(chosen),
-        "can": can,
+        "can": {name: "yes" if reason is None else f"no: {reason}" for name, reason in _obstacles(cuda).items()},
         "render": {
             "device": f"{chosen}: " + ("asked for" if device else "a CUDA GPU" if cuda else "there is no CUDA GPU"),
             "engine": _engine(chosen, exact=exact),
@@ -73,6 +60,21 @@ def examine(device: str | None = None) -> dict[str, Any]:
         },
         "fallbacks": fallbacks(),
     }
+
+
+def _obstacles(cuda: bool) -> dict[str, str | None]:
+    """Why each ability is not there; None for those that are."""
+    no_gpu = None if cuda else "no CUDA GPU is available"
+    found: dict[str, str | None] = {
+        "Triton kernels": no_gpu or obstacle("cuda"),
+        "nvJPEG": no_gpu or _nvjpeg_obstacle(),
+        "NVDEC": no_gpu or _nvdec_obstacle(),
+    }
+    for encoder in _ENCODERS:
+        found[encoder] = encoder_obstacle(encoder)
+        if found[encoder] and encoder.endswith("_nvenc"):
+            found[encoder] = no_gpu or found[encoder]
+    return found
 
 
 def _codec(way: Way) -> str:
@@ -123,20 +125,16 @@ def _device_facts(device: torch.device) -> dict[str, str]:
     return {"name": processor_name(), "cores": str(available_cores())}
 
 
-def _nvjpeg() -> str:
-    """Whether it decodes a small picture, or why not."""
+def _nvjpeg_obstacle() -> str | None:
+    """Why it does not decode a small picture."""
     from torchvision.io import decode_jpeg, encode_jpeg  # noqa: PLC0415 - a second: only where it is used
 
     try:
         decode_jpeg(encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8)), device="cuda")
     except RuntimeError as error:
-        return f"no: {first_line(error)}"
-    return "yes"
+        return first_line(error)
+    return None
 
 
-def _nvdec() -> str:
-    return "yes" if "cuda" in av.codec.hwaccel.hwdevices_available() else "no: this FFmpeg has no CUDA decoder"
-
-
-def _reason(error: DeviceError, encoder: str) -> str:
-    return str(error).partition(f"{encoder}: ")[2].partition("); expected")[0]
+def _nvdec_obstacle() -> str | None:
+    return None if "cuda" in av.codec.hwaccel.hwdevices_available() else "this FFmpeg has no CUDA decoder"

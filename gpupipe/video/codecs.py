@@ -19,12 +19,7 @@ import torch
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from numpy.typing import NDArray
 
-from gpupipe.errors import DeviceError
-from gpupipe.fallbacks import note_fallback
-
 logger = logging.getLogger(__name__)
-
-os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 prints its settings unless the environment says: errors only
 
 CODECS: dict[str, tuple[str, ...]] = {
     "auto": ("h264_nvenc", "libx264"),
@@ -89,6 +84,10 @@ class PictureFormat(NamedTuple):
         """Frames of a segment."""
         return segment_length(self.rate)
 
+    def segmented_by(self, encoder: str) -> bool:
+        """Whether an encoder that is fed from memory encodes these frames in segments."""
+        return self.segmented and encoder in SEGMENTED
+
 
 def segment_length(rate: Fraction) -> int:
     """Frames of a segment (video/segments.py) at ``rate`` frames a second: two seconds."""
@@ -113,7 +112,9 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
         context.options |= {"preset": picture.preset}
     if encoder == "libx264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         context.options["x264-params"] += f":asm={_WITHOUT_AVX512}"
-    if picture.segmented and encoder in SEGMENTED:
+    if encoder == "libsvtav1":
+        os.environ.setdefault("SVT_LOG", "1")  # it prints its settings unless the environment says: errors only
+    if picture.segmented_by(encoder):
         # One IDR frame, the segment's first: a cut gets a plain I frame, so that no two IDR frames meet at a joint
         # (their idr_pic_id would have to differ, H.264 7.4.3).
         context.thread_count = 1
@@ -167,44 +168,26 @@ def host_frame(nv12: NDArray[np.uint8], format: str) -> av.VideoFrame:
     return frame if format == "nv12" else frame.reformat(format=format)
 
 
-def choose_encoder(codec: str = "auto", width: int = 1280, height: int = 720) -> str:
-    """The first encoder behind ``codec`` that opens on this machine at this size.
+def encoder_obstacle(encoder: str, width: int = 1280, height: int = 720) -> str | None:
+    """Why an encoder does not open on this machine at this size; None if it does.
 
-    Raises:
-        DeviceError: none does; the message gives each one's reason.
+    It is tried at 25 frames a second, and with our own preset: one that it does not have is the caller's mistake, which
+    opening it for good will tell.
     """
-    reasons: list[str] = []
-    for encoder in CODECS.get(codec, (codec,)):
-        try:
-            open_encoder(encoder, PictureFormat(width, height, Fraction(25), 20))
-        except (av.error.FFmpegError, ValueError) as error:
-            reasons.append(f"{encoder}: {why(error)}")
-            logger.debug("encoder %s does not open: %s", encoder, error)
-            continue
-        if reasons and torch.cuda.is_available():
-            note_fallback(f"{'; '.join(reasons)}: {encoder} encodes instead")
-        return encoder
-    raise DeviceError(
-        f"codec {codec!r} does not open here ({'; '.join(reasons)}); expected one of {', '.join(CODECS)} or the name of"
-        " an encoder of this FFmpeg"
-    )
+    try:
+        codec = av.Codec(encoder, "w")
+        if codec.type != "video":
+            return "not a video encoder"
+        context = av.CodecContext.create(codec, "w")
+        assert isinstance(context, av.VideoCodecContext)
+        configure(context, PictureFormat(width, height, Fraction(25), 20))
+        context.open()
+    except (av.error.FFmpegError, ValueError) as error:
+        logger.debug("encoder %s does not open: %s", encoder, error)
+        return why(error)
+    return None
 
 
 def why(error: Exception) -> str:
     """What an error of FFmpeg's says, without the call that met it."""
     return getattr(error, "strerror", None) or str(error)
-
-
-def open_encoder(encoder: str, picture: PictureFormat) -> None:
-    """Open an encoder and close it again.
-
-    Raises:
-        ValueError, av.error.FFmpegError: it does not open here, or is none.
-    """
-    codec = av.Codec(encoder, "w")
-    if codec.type != "video":
-        raise ValueError("not a video encoder")
-    context = av.CodecContext.create(codec, "w")
-    assert isinstance(context, av.VideoCodecContext)
-    configure(context, picture)
-    context.open()

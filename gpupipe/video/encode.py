@@ -27,7 +27,7 @@ from gpupipe.files import replacing
 from gpupipe.kernels.nv12 import PixelFormat, to_nv12
 from gpupipe.schedule import frame_rate
 from gpupipe.stages import UNTIMED, Stages
-from gpupipe.video.codecs import SEGMENTED, PictureFormat, configure, has_presets, preset_names, why
+from gpupipe.video.codecs import PictureFormat, configure, has_presets, preset_names, why
 from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc
 from gpupipe.video.segments import DecodeTimes, Encoder, HostEncoder, SegmentPool
 from gpupipe.video.sound import SoundTrack
@@ -219,7 +219,7 @@ class VideoWriter:
                 return JpegEncoder(self.picture)
             return HostEncoder(self.picture, model, use_model=k == 0)
 
-        cut = way.where == "nvenc" or (self.picture.segmented and way.encoder in SEGMENTED)
+        cut = way.where == "nvenc" or self.picture.segmented_by(way.encoder)
         length = self.picture.segment_length if cut else None
         return SegmentPool(make, workers=way.workers, length=length, name=self.path.name, stages=self._stages)
 

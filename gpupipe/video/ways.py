@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-import av.error
 import torch
 
 from gpupipe.errors import DeviceError
 from gpupipe.fallbacks import note_fallback
-from gpupipe.video.codecs import CODECS, SEGMENTED, PictureFormat, choose_encoder, open_encoder, why
+from gpupipe.video.codecs import CODECS, PictureFormat, encoder_obstacle
 from gpupipe.video.cuda import can_encode_jpeg, nvenc_sessions
 from gpupipe.video.segments import pool_size
 
@@ -41,13 +40,13 @@ def choose_way(codec: str, picture: PictureFormat, device: torch.device | str = 
         DeviceError: none opens; the message gives each one's reason.
     """
     device = torch.device(device)
-    if device.type != "cuda":
-        return _on_host(choose_encoder(codec, picture.width, picture.height), picture)
-    if codec == "mjpeg" and can_encode_jpeg(device):
+    on_gpu = device.type == "cuda"
+    if on_gpu and codec == "mjpeg" and can_encode_jpeg(device):
         return Way("mjpeg", "nvjpeg")
     reasons: list[str] = []
+    reason: str | None
     for encoder in CODECS.get(codec, (codec,)):
-        if encoder.endswith("_nvenc"):
+        if on_gpu and encoder.endswith("_nvenc"):
             sessions, reason = nvenc_sessions(encoder, picture, device)
             if sessions and reason:
                 note_fallback(
@@ -56,21 +55,17 @@ def choose_way(codec: str, picture: PictureFormat, device: torch.device | str = 
                 )
             if sessions:
                 return Way(encoder, "nvenc", sessions)
-            reasons.append(f"{encoder}: {reason}")
-            continue
-        try:
-            open_encoder(encoder, picture)
-        except (av.error.FFmpegError, ValueError) as error:
-            reasons.append(f"{encoder}: {why(error)}")
-            continue
-        if reasons:
-            note_fallback(
-                f"{'; '.join(reasons)}: frames are copied to the host and {encoder} encodes them; --codec mjpeg would"
-                " encode them on the GPU, to a larger file"
-            )
-        return _on_host(encoder, picture)
-    raise DeviceError(f"codec {codec!r} does not open here ({'; '.join(reasons)}); expected one of {', '.join(CODECS)}")
-
-
-def _on_host(encoder: str, picture: PictureFormat) -> Way:
-    return Way(encoder, "host", pool_size(picture) if picture.segmented and encoder in SEGMENTED else 1)
+        elif (reason := encoder_obstacle(encoder, picture.width, picture.height)) is None:
+            if reasons and on_gpu:
+                note_fallback(
+                    f"{'; '.join(reasons)}: frames are copied to the host and {encoder} encodes them; --codec mjpeg"
+                    " would encode them on the GPU, to a larger file"
+                )
+            elif reasons and torch.cuda.is_available():
+                note_fallback(f"{'; '.join(reasons)}: {encoder} encodes instead")
+            return Way(encoder, "host", pool_size(picture) if picture.segmented_by(encoder) else 1)
+        reasons.append(f"{encoder}: {reason}")
+    raise DeviceError(
+        f"codec {codec!r} does not open here ({'; '.join(reasons)}); expected one of {', '.join(CODECS)} or the name of"
+        " an encoder of this FFmpeg"
+    )
