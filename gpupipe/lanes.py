@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from gpupipe.cgroups import cpu_quota
+from gpupipe.stages import LANE_THREAD
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -58,7 +59,7 @@ def map_in_lanes(function: Callable[[Item], Result], items: Iterable[Item], lane
     Within a lane PyTorch runs on the lane's threads. Closing the iterator waits for the calls under way.
     """
     threads = torch.get_num_threads()
-    workers = ThreadPoolExecutor(lanes.number, "lane", initializer=torch.set_num_threads, initargs=(lanes.threads,))
+    workers = ThreadPoolExecutor(lanes.number, LANE_THREAD, torch.set_num_threads, (lanes.threads,))
     pending: deque[Future[Result]] = deque()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)  # which the lanes have set for threads to come

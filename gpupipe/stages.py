@@ -2,7 +2,7 @@
 
     open ─ template decode ─ template half ─ speech half ─ paste ─ encode ─ mux
 
-Stages overlap: each is timed where it runs, on lanes, on the encoder's thread, on the GPU, so that their busy seconds
+Stages overlap: each is timed where it runs, on lanes, on the encoders' threads, on the GPU, so that their busy seconds
 add up to more than the clock's. A stage inside another one (a template frame that is decoded when the network asks for
 it) counts as itself alone.
 """
@@ -16,7 +16,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,9 @@ from gpupipe.files import replacing
 
 STAGES = ("template decode", "template half", "speech half", "paste", "encode", "mux")
 """In a frame's order. A recorded CUDA graph runs the speech half and the paste as one: ``speech half + paste``."""
+
+LANE_THREAD, ENCODE_THREAD = "lane", "encode"
+"""What the names of threads begin with that are taken together: the lanes (lanes.py) and the encoders (video/)."""
 
 _SATURATED = 0.9
 """From this share of their time on, the cores are what bounds a run, whichever thread has the most to do."""
@@ -37,6 +39,13 @@ class _Moment(NamedTuple):
     row: str
     start: float
     end: float
+
+
+class _Nested(threading.local):
+    """The stages that a thread is in, outermost first, each with the GPU whose time it counts; None for the host."""
+
+    def __init__(self) -> None:
+        self.stages: list[tuple[str, torch.device | None]] = []
 
 
 class Stages:
@@ -53,7 +62,7 @@ class Stages:
     def __init__(self, *, trace: bool = False) -> None:
         self._trace: list[_Moment] | None = [] if trace else None
         self._lock = threading.Lock()
-        self._stacks = threading.local()
+        self._nested = _Nested()
         self._busy: dict[str, float] = defaultdict(float)
         self._rows: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self._queued: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
@@ -61,9 +70,28 @@ class Stages:
         self._cpu_start = time.process_time()
         self._start = time.perf_counter()
 
-    def time(self, stage: str, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
-        """A context that counts what happens inside it as ``stage``; on a CUDA ``device`` the GPU's time."""
-        return _Span(self, stage, device if device is not None and device.type == "cuda" else None)
+    @contextlib.contextmanager
+    def time(self, stage: str, device: torch.device | None = None) -> Iterator[None]:
+        """Count what happens inside as ``stage``; on a CUDA ``device`` the GPU's time."""
+        gpu = device if device is not None and device.type == "cuda" else None
+        nested = self._nested.stages
+        parent, parent_gpu = nested[-1] if nested else (None, gpu)
+        if (parent_gpu is None) != (gpu is None):
+            parent = None  # the GPU's time is not taken from a stage of the host's, nor the other way round
+        begin = None if gpu is None else self._event(gpu)
+        nested.append((stage, gpu))
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            end = time.perf_counter()
+            nested.pop()
+            if gpu is None or begin is None:
+                self._add(stage, parent, threading.current_thread().name, start, end)
+            else:
+                queued = (stage, parent, begin, self._event(gpu))
+                with self._lock:
+                    self._queued.append(queued)
 
     def busy(self) -> dict[str, float]:
         """Busy seconds by stage, in a frame's order; call it when the run is over. A GPU is waited for."""
@@ -170,51 +198,22 @@ def measuring(trace: str | Path | None = None) -> Iterator[Stages]:
 class _Untimed(Stages):
     """Measures nothing, and keeps nothing."""
 
-    def time(self, stage: str, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
-        """A context that does nothing."""
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def time(self, stage: str, device: torch.device | None = None) -> Iterator[None]:
+        """Count nothing."""
+        yield
 
 
 UNTIMED: Stages = _Untimed()
-"""For who does not ask where the time goes."""
-
-
-class _Span:
-    """One piece of work; see :meth:`Stages.time`."""
-
-    def __init__(self, stages: Stages, stage: str, device: torch.device | None) -> None:
-        self._stages, self._stage, self._device = stages, stage, device
-
-    def __enter__(self) -> None:
-        stack = self._stages._stacks.__dict__.setdefault("stack", [])
-        self._parent: _Span | None = stack[-1] if stack else None
-        stack.append(self)
-        if self._device is not None:
-            self._begin = self._stages._event(self._device)
-        self._start = time.perf_counter()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        end = time.perf_counter()
-        self._stages._stacks.stack.pop()
-        # The GPU's time is not taken from a stage of the host's, nor the other way round.
-        same = self._parent is not None and (self._parent._device is None) == (self._device is None)
-        parent = self._parent._stage if self._parent is not None and same else None
-        if self._device is None:
-            self._stages._add(self._stage, parent, threading.current_thread().name, self._start, end)
-        else:
-            queued = (self._stage, parent, self._begin, self._stages._event(self._device))
-            with self._stages._lock:
-                self._stages._queued.append(queued)
+"""The default: measures nothing."""
 
 
 def _group(row: str) -> str:
-    """What a row is called where rows of one kind are taken together: the lanes, the threads that decode."""
-    if row.startswith("lane"):
+    """What a row is called where rows of one kind are taken together: the lanes, the encoders."""
+    if row.startswith(LANE_THREAD):
         return "the lanes"
-    if row.startswith("encode"):
-        return "the encoder's thread"
+    if row.startswith(ENCODE_THREAD):
+        return "the encoders"
     return {"GPU": "the GPU", "MainThread": "the main thread"}.get(row, row)
 
 

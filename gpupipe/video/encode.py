@@ -26,7 +26,7 @@ from gpupipe.errors import InputError, OutputError, output_error
 from gpupipe.files import replacing
 from gpupipe.kernels.nv12 import PixelFormat, to_nv12
 from gpupipe.schedule import frame_rate
-from gpupipe.stages import UNTIMED, Stages
+from gpupipe.stages import ENCODE_THREAD, UNTIMED, Stages
 from gpupipe.video.codecs import PictureFormat, configure, has_presets, preset_names, why
 from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc
 from gpupipe.video.segments import DecodeTimes, Encoder, HostEncoder, SegmentPool
@@ -148,7 +148,7 @@ class VideoWriter:
             self._pool = self._start_encoders()
             self._resources.callback(self._pool.close)
             self._resources = self._resources.pop_all()
-        self._thread = threading.Thread(target=self._run, name=f"encode {self.path.name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"{ENCODE_THREAD} {self.path.name}", daemon=True)
         self._thread.start()
 
     def write(self, frames: Tensor) -> None:

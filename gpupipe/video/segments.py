@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpupipe.lanes import available_cores
-from gpupipe.stages import UNTIMED, Stages
+from gpupipe.stages import ENCODE_THREAD, UNTIMED, Stages
 from gpupipe.video.codecs import PictureFormat, configure, host_frame
 
 MAX_WORKERS = 16
@@ -158,7 +158,7 @@ class SegmentPool(Generic[Picture]):
         size = 2 if length is None else length + 1
         self._inboxes: list[queue.Queue[Any]] = [queue.Queue(size) for _ in range(1 if length is None else workers)]
         self._threads = [
-            threading.Thread(target=self._work, args=(make, k), name=f"encode {name} {k}", daemon=True)
+            threading.Thread(target=self._work, args=(make, k), name=f"{ENCODE_THREAD} {name} {k}", daemon=True)
             for k in range(len(self._inboxes))
         ]
         for thread in self._threads:
