@@ -22,7 +22,8 @@ from gpupipe.models import AUDIO_SHAPES, Mode
 from gpupipe.schedule import WINDOW_ROWS, times_shown
 from gpupipe.seam import FEATHER, Blend, feather_width
 from gpupipe.shots import Piece, Shot, fill_batches, map_batches, render_batch
-from gpupipe.template import Template
+from gpupipe.stages import UNTIMED, Stages
+from gpupipe.template import Template, template_parts
 from gpupipe.transfer import as_array
 from gpupipe.unet_model import UNetModel
 from gpupipe.video.images import write_frames
@@ -142,11 +143,12 @@ class FrameGenerator:
         parsing_dir: str | Path | None = None,
         *,
         clip: tuple[int, int] | None = None,
+        stages: Stages = UNTIMED,
     ) -> Template:
         """Open and check a template for this generator's device, precision and memory budget.
 
         Args:
-            clip: as :class:`~gpupipe.Template` takes it.
+            img_dir, lms_dir, parsing_dir, clip, stages: as :class:`~gpupipe.Template` takes them.
         """
         model = self.unet_model
         return Template(
@@ -157,7 +159,19 @@ class FrameGenerator:
             device=model.device,
             exact=model.exact,
             memory_budget=self.memory_budget,
+            stages=stages,
         )
+
+    def open_template_directory(
+        self,
+        directory: str | Path,
+        *,
+        use_parsing: bool = False,
+        clip: tuple[int, int] | None = None,
+        stages: Stages = UNTIMED,
+    ) -> Template:
+        """:meth:`open_template` of a directory as :meth:`gpupipe.Template.from_directory` takes it."""
+        return self.open_template(*template_parts(directory, use_parsing=use_parsing), clip=clip, stages=stages)
 
     def stream(
         self,

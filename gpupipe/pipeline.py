@@ -22,7 +22,7 @@ from gpupipe.features import FeatureSource, SpeechFeatures, save_features_bin
 from gpupipe.files import make_folder, replacing
 from gpupipe.frame_generator import FrameGenerator
 from gpupipe.kernels.dispatch import backend
-from gpupipe.kernels.nv12 import PixelFormat, from_nv12
+from gpupipe.kernels.nv12 import from_nv12
 from gpupipe.lanes import available_cores
 from gpupipe.models import Mode
 from gpupipe.onnx_export import OPSET_VERSION
@@ -41,22 +41,13 @@ Progress = Callable[[int, int], Any]
 
 
 @dataclass
-class Clip:
-    """What one call renders: a checked template and checked features."""
-
-    template: Template
-    speech: SpeechFeatures
-    start_frame: int
-
-
-@dataclass
 class RenderRecord:
     """Facts of the last finished render.
 
-    ``stages`` holds seconds: ``open`` (template and features), ``render`` (compute, and waiting for the encoder),
-    ``finish`` (the encoder's last frames and the muxer). ``busy`` holds the seconds in which each of
-    :data:`gpupipe.stages.STAGES` was at work: stages overlap, so that these may add up to more than ``seconds``.
-    ``bound`` says in words what bounded the run.
+    ``stages`` holds the seconds of its phases, one after the other: ``open`` (template and features), ``render``
+    (compute, and waiting for the encoder), ``finish`` (the encoder's last frames and the muxer). ``busy`` holds the
+    seconds in which each of :data:`gpupipe.stages.STAGES` was at work: those overlap, so that they may add up to more
+    than ``seconds``. ``bound`` says in words what bounded the run.
     """
 
     frames: int
@@ -82,6 +73,19 @@ class RenderRecord:
             "versions": versions(),
             "fallbacks": fallbacks(),
         }
+
+
+class _Phases:
+    """Seconds of a render's phases, each of which begins where the one before it ends."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._begin = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        """The phase ends here."""
+        begin, self._begin = self._begin, time.perf_counter()
+        self.seconds[phase] = self._begin - begin
 
 
 class FrameGenerationPipeline:
@@ -164,17 +168,17 @@ class FrameGenerationPipeline:
             InputError: input that cannot be used, before a frame is rendered where it can be known then.
             OutputError: a file that cannot be written; nothing is left of it.
         """
-        times = {"start": time.perf_counter()}
+        phases = _Phases()
         output_path = Path(output_path)
         check_suffix(output_path)
         if audio_path is not None:
             open_sound(audio_path).close()
         with measuring(profile) as stages:
-            clip = self._open(audio_features_path, template_dir, start_frame, use_parsing, stages)
+            template, speech = self._open(audio_features_path, template_dir, start_frame, use_parsing, stages)
             with VideoWriter(
                 output_path,
-                width=clip.template.width,
-                height=clip.template.height,
+                width=template.width,
+                height=template.height,
                 fps=fps,
                 codec=codec,
                 crf=crf,
@@ -184,18 +188,21 @@ class FrameGenerationPipeline:
                 device=self.unet_model.device,
                 stages=stages,
             ) as writer:
-                times["open"] = time.perf_counter()
+                phases.end("open")
+                pixel_format, folder = writer.pixel_format, None
                 if save_frames:
+                    pixel_format = "nv12" if template.is_video else "bgr"  # as the template keeps its pixels
                     folder = make_folder(frames_dir or output_path.with_name(f"{output_path.stem}_frames"))
-                    kept: PixelFormat = "nv12" if clip.template.is_video else "bgr"  # as the template keeps its pixels
-                    batches = _saving(self._stream(clip, kept, progress, fps), folder)
-                else:
-                    batches = self._stream(clip, writer.pixel_format, progress, fps)
-                for batch in batches:
+                batches = self.generator.stream(
+                    template, speech, start_frame=start_frame, pixel_format=pixel_format, fps=fps
+                )
+                if folder is not None:
+                    batches = _saving(batches, folder)
+                for batch in _counting(batches, speech.timing(fps).frames, progress):
                     writer.write(batch)
-                times["render"] = time.perf_counter()
-            times["finish"] = time.perf_counter()
-            self.last_render = self._record(writer.frames, times, stages, writer.encoder)
+                phases.end("render")
+            phases.end("finish")
+            self.last_render = self._record(writer.frames, phases, stages, writer.encoder)
         compare_lengths(output_path, writer.frames / fps, writer.sound_seconds, fps)
         return str(output_path)
 
@@ -218,15 +225,16 @@ class FrameGenerationPipeline:
         folder, and are said aloud. There is one image for each row of features, whatever ``fps``; with ``resample``
         there are those of :meth:`generate_video`'s video of ``fps`` frames a second.
         """
-        times = {"start": time.perf_counter()}
-        stages = Stages()
-        clip = self._open(audio_features_path, template_dir, start_frame, use_parsing, stages)
-        times["open"] = time.perf_counter()
-        batches = self._stream(clip, "bgr", progress, fps if resample else None)
+        phases, stages = _Phases(), Stages()
+        template, speech = self._open(audio_features_path, template_dir, start_frame, use_parsing, stages)
+        phases.end("open")
+        rate = fps if resample else None
+        batches = self.generator.stream(template, speech, start_frame=start_frame, fps=rate)
+        batches = _counting(batches, speech.timing(rate).frames, progress)
         frames = (frame for batch in batches for frame in batch.cpu().numpy())
         paths = write_frames(frames, output_dir, image_format=image_format)
-        times["render"] = time.perf_counter()
-        self.last_render = self._record(len(paths), times, stages)
+        phases.end("render")
+        self.last_render = self._record(len(paths), phases, stages)
         return paths
 
     def export_model_to_onnx(self, output_path: str | Path, opset_version: int = OPSET_VERSION) -> str:
@@ -252,14 +260,13 @@ class FrameGenerationPipeline:
         """
         if num_sample_frames < 1:
             raise InputError(f"number of sample frames is {num_sample_frames}; expected 1 or more")
-        clip = self._open(audio_features_path, template_dir, 0, use_parsing=False)
-        speech = clip.speech
+        template, speech = self._open(audio_features_path, template_dir, 0, use_parsing=False)
         folder = make_folder(output_dir)
         indices = sorted(set(np.linspace(0, len(speech) - 1, num_sample_frames).round().astype(int).tolist()))
-        avatar = Avatar(clip.template, self.unet_model.engine, feather=0)
+        avatar = Avatar(template, self.unet_model.engine, feather=0)
         paths = []
         for i in indices:
-            template_frame = template_indices(i, i + 1, clip.template.length)
+            template_frame = template_indices(i, i + 1, template.length)
             frame = avatar.render(template_frame, speech.windows(i, i + 1))[0].cpu().numpy()
             paths.append(str(save_image(frame, folder / f"reference_{i:05d}.png")))
         save_features_bin(np.asarray(speech.rows(0, len(speech))).reshape(speech.shape), folder / "audio_features.bin")
@@ -269,7 +276,7 @@ class FrameGenerationPipeline:
             "reference_frames": paths,
             "audio_features_shape": list(speech.shape),
             "mode": self.mode,
-            "frame_size": [clip.template.width, clip.template.height],
+            "frame_size": [template.width, template.height],
         }
         with replacing(folder / "metadata.json") as temporary:
             temporary.write_text(json.dumps(facts, indent=2) + "\n")
@@ -282,48 +289,37 @@ class FrameGenerationPipeline:
         start_frame: int,
         use_parsing: bool,
         stages: Stages = UNTIMED,
-    ) -> Clip:
+    ) -> tuple[Template, SpeechFeatures]:
+        """A clip's template and features, checked."""
         speech = SpeechFeatures(features_path, self.mode)
-        model = self.unet_model
-        template = Template.from_directory(
-            template_dir,
-            use_parsing=use_parsing,
-            clip=(start_frame, len(speech)),
-            device=model.device,
-            exact=model.exact,
-            memory_budget=self.generator.memory_budget,
-            stages=stages,
+        template = self.generator.open_template_directory(
+            template_dir, use_parsing=use_parsing, clip=(start_frame, len(speech)), stages=stages
         )
-        return Clip(template, speech, start_frame)
+        return template, speech
 
-    def _stream(
-        self, clip: Clip, pixel_format: PixelFormat, progress: Progress | None, fps: float | None = None
-    ) -> Iterator[Tensor]:
-        done, total = 0, clip.speech.timing(fps).frames
-        for batch in self.generator.stream(
-            clip.template, clip.speech, start_frame=clip.start_frame, pixel_format=pixel_format, fps=fps
-        ):
-            yield batch
-            done += len(batch)
-            if progress is not None:
-                progress(done, total)
-
-    def _record(self, frames: int, times: dict[str, float], measured: Stages, codec: str | None = None) -> RenderRecord:
-        """A record from the moments at which stages ended; the first entry is the start."""
-        moments = list(times.items())
-        stages = {name: end - moments[i][1] for i, (name, end) in enumerate(moments[1:])}
+    def _record(self, frames: int, phases: _Phases, stages: Stages, codec: str | None = None) -> RenderRecord:
         model = self.unet_model
         return RenderRecord(
             frames=frames,
-            seconds=sum(stages.values()),
-            stages=stages,
-            busy=measured.busy(),
-            bound=measured.bound(cores=available_cores()),
+            seconds=sum(phases.seconds.values()),
+            stages=phases.seconds,
+            busy=stages.busy(),
+            bound=stages.bound(cores=available_cores()),
             device=str(model.device),
             engine=model.engine.name,
             kernels=backend(model.device),
             codec=codec,
         )
+
+
+def _counting(batches: Iterator[Tensor], total: int, progress: Progress | None) -> Iterator[Tensor]:
+    """Tell ``progress`` of each batch when the next one is asked for."""
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        if progress is not None:
+            progress(done, total)
 
 
 def _saving(batches: Iterator[Tensor], folder: Path) -> Iterator[Tensor]:

@@ -133,11 +133,8 @@ class Template:
 
         A video ``template.mp4`` (``.mov``, ``.mkv``, ``.webm``) may stand in place of ``full_body_img/``.
         """
-        directory = Path(directory)
         return cls(
-            _frames_of(directory),
-            directory / "landmarks",
-            directory / "parsing" if use_parsing else None,
+            *template_parts(directory, use_parsing=use_parsing),
             clip=clip,
             device=device,
             exact=exact,
@@ -187,6 +184,20 @@ class Template:
             )
 
 
+def template_parts(directory: str | Path, *, use_parsing: bool = False) -> tuple[Path, Path, Path | None]:
+    """Where a template directory holds its frames (a folder of images, or a video), its landmarks and its masks.
+
+    Raises:
+        InputError: no such directory, or one that holds both images and a video.
+    """
+    directory = input_folder(directory, "template directory")
+    places = [directory / "full_body_img", *(directory / f"template{suffix}" for suffix in VIDEO_SUFFIXES)]
+    found = [path for path in places if os.path.lexists(path)] or places[:1]  # a broken link is told as one
+    if len(found) > 1:
+        raise InputError(f"{directory}: holds {' and '.join(path.name for path in found)}; expected one of them")
+    return found[0], directory / "landmarks", directory / "parsing" if use_parsing else None
+
+
 class TemplateSize(NamedTuple):
     """Number of frames, and their size in pixels."""
 
@@ -201,25 +212,14 @@ def template_size(directory: str | Path) -> TemplateSize:
     Raises:
         InputError: one of them is missing or unreadable.
     """
-    directory = Path(directory)
-    source = _frames_of(directory)
+    source, landmarks, _ = template_parts(directory)
     if source.suffix.lower() in VIDEO_SUFFIXES:
         video = VideoFrames(source)
         video.close()
         width, height = video.width, video.height
     else:
         height, width = image_size(source / "0.jpg")
-    return TemplateSize(len(numbered_files(directory / "landmarks", ".lms", "landmark file")), width, height)
-
-
-def _frames_of(directory: Path) -> Path:
-    """The frames of a template directory: a folder of images, or a video."""
-    input_folder(directory, "template directory")
-    places = [directory / "full_body_img", *(directory / f"template{suffix}" for suffix in VIDEO_SUFFIXES)]
-    found = [path for path in places if os.path.lexists(path)] or places[:1]  # a broken link is told as one
-    if len(found) > 1:
-        raise InputError(f"{directory}: holds {' and '.join(path.name for path in found)}; expected one of them")
-    return found[0]
+    return TemplateSize(len(numbered_files(landmarks, ".lms", "landmark file")), width, height)
 
 
 def _even_window(boxes: list[Box]) -> Box:
