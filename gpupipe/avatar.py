@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,13 +32,13 @@ class Sources(NamedTuple):
 
     Attributes:
         derived, kept: what was derived from template frames, and the frames themselves, by name.
-        derived_at, kept_at: int64 (B,), where each sample's stands in them.
+        derived_index, kept_index: int64 (B,), where each sample's stands in them.
     """
 
     derived: Tensors
     kept: Tensors
-    derived_at: Tensor
-    kept_at: Tensor
+    derived_index: Tensor
+    kept_index: Tensor
 
 
 class Avatar:
@@ -52,7 +51,7 @@ class Avatar:
         template: on the engine's device.
         pixel_format: of the finished frames.
         feather: width of the seam in pixels; 0 pastes hard.
-        worth: template frames that are worth keeping prepared, bool (L,); None keeps any.
+        cacheable: bool (L,), the template frames that may be kept prepared; None allows all.
     """
 
     def __init__(
@@ -62,23 +61,23 @@ class Avatar:
         *,
         pixel_format: PixelFormat = "bgr",
         feather: float = FEATHER,
-        worth: NDArray[np.bool_] | None = None,
+        cacheable: NDArray[np.bool_] | None = None,
     ) -> None:
         self.template = template
         self.engine = engine
         self.pixel_format = pixel_format
         self.feather = feather
         self._derived = FrameCache(
-            template.length, self._derive, budget=template.memory_left, device=template.device, worth=worth
+            template.length, self._derive, budget=template.memory_left, device=template.device, cacheable=cacheable
         )
         self._graphed: GraphedStep | None = None
         self._recordable = True
 
     def look_up(self, frames: NDArray[np.int64]) -> Sources:
         """What template frames (B,) give."""
-        derived, row = self._derived.lookup(frames)
-        kept, index = self.template.frames.lookup(frames)
-        return Sources(derived, kept, row, index)
+        derived, derived_index = self._derived.lookup(frames)
+        kept, kept_index = self.template.frames.lookup(frames)
+        return Sources(derived, kept, derived_index, kept_index)
 
     @torch.inference_mode()
     def render(self, frames: NDArray[np.int64], audio: Tensor) -> Tensor:
@@ -92,65 +91,68 @@ class Avatar:
             uint8 (B, H, W, 3) BGR, or (B, H·3/2, W) NV12.
         """
         device = self.template.device
-        derived, kept, row, index = self.look_up(frames)
-        inputs = (row, index, to_device(torch.from_numpy(frames), device), to_device(audio, device))
+        sources = self.look_up(frames)
+        numbers, audio = to_device(torch.from_numpy(frames), device), to_device(audio, device)
         # A recording reads the caches where they lie: they must hold all of the batch's frames.
-        if device.type != "cuda" or not (self._derived.owns(derived) and self.template.frames.owns(kept)):
-            return self._paint(derived, kept, *inputs)
-        return self._replay(derived, kept, inputs)
+        cached = self._derived.owns(sources.derived) and self.template.frames.owns(sources.kept)
+        if device.type != "cuda" or not cached:
+            return self._paint(sources, numbers, audio)
+        return self._replay(sources, numbers, audio)
 
-    def _replay(self, derived: Tensors, kept: Tensors, inputs: tuple[Tensor, ...]) -> Tensor:
+    def _replay(self, sources: Sources, frames: Tensor, audio: Tensor) -> Tensor:
         """:meth:`_paint` as a CUDA graph, recorded at the first batch and for every larger one."""
-        if self._graphed is None or self._graphed.batch_size < len(inputs[0]):
+        derived, kept, *index = sources
+        if self._graphed is None or self._graphed.batch_size < len(frames):
             if not self._recordable:
-                return self._paint(derived, kept, *inputs)
+                return self._paint(sources, frames, audio)
+
+            def step(derived_index: Tensor, kept_index: Tensor, frames: Tensor, audio: Tensor) -> Tensor:
+                return self._paint(Sources(derived, kept, derived_index, kept_index), frames, audio)
+
             try:
-                self._graphed = GraphedStep(functools.partial(self._paint, derived, kept), *inputs)
+                self._graphed = GraphedStep(step, *index, frames, audio)
             except RuntimeError as error:
                 self._graphed, self._recordable = None, False
                 note_fallback(
                     f"the step cannot be recorded as a CUDA graph ({first_line(error)}): it is launched piece by piece"
                 )
             if self._graphed is None:  # no longer in the handler, whose error keeps the recording's tensors
-                return self._paint(derived, kept, *inputs)
+                return self._paint(sources, frames, audio)
         with self.template.stages.time("speech half + paste", self.template.device):
-            return self._graphed(*inputs)
+            return self._graphed(*index, frames, audio)
 
-    def _paint(
-        self, derived: Tensors, kept: Tensors, row: Tensor, index: Tensor, frames: Tensor, audio: Tensor
-    ) -> Tensor:
+    def _paint(self, sources: Sources, frames: Tensor, audio: Tensor) -> Tensor:
         """From the caches to finished frames, without a word to the host."""
         stages, device = self.template.stages, self.template.device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             stages = UNTIMED  # a recording is timed when it is replayed
-        sources = Sources(derived, kept, row, index)
         # The speech branch's small maps leave most of a GPU's bandwidth: the background is copied beside them.
         with beside(device) as join:
             background = self.background(sources)
         with stages.time("speech half", device):
-            mouth = self.engine.decode(derived, row, audio)
+            mouth = self.engine.decode(sources.derived, sources.derived_index, audio)
         with stages.time("paste", device):
             join(background)
             return self.paste(mouth, background, sources, frames)
 
     def background(self, sources: Sources) -> Tensor | None:
         """Copies of the template frames (B, H·3/2, W) as they are kept in NV12; None where none are."""
-        derived, kept, row, index = sources
+        derived, kept, derived_index, kept_index = sources
         if "nv12" in kept:
-            return kept["nv12"].index_select(0, index)
-        return derived["nv12"].index_select(0, row) if "nv12" in derived else None
+            return kept["nv12"].index_select(0, kept_index)
+        return derived["nv12"].index_select(0, derived_index) if "nv12" in derived else None
 
     def paste(self, mouth: Tensor, background: Tensor | None, sources: Sources, frames: Tensor) -> Tensor:
         """Paste mouths (B, 3, 320, 320) into their frames; ``frames`` are their numbers, on the device.
 
         ``background`` is :meth:`background`'s, and is written over.
         """
-        derived, kept, row, index = sources
+        derived, kept, crop_index, kept_index = sources
         boxes = self.template.boxes.index_select(0, frames)
-        where = (mouth, derived["crop"], kept["frame"], index, boxes)
+        where = (mouth, derived["crop"], kept["frame"], kept_index, boxes)
         seam, keep, largest = self.feather, kept.get("keep"), self.template.max_box
         if self.pixel_format == "bgr":
-            pasted = paste_blend(*where, feather=seam, keep=keep, crop_index=row, max_box=largest)
+            pasted = paste_blend(*where, feather=seam, keep=keep, crop_index=crop_index, max_box=largest)
             if background is None:
                 return pasted
             finished = from_nv12(background)
@@ -159,29 +161,28 @@ class Avatar:
             return finished
         assert background is not None
         if "nv12" not in kept:
-            return paste_blend_nv12(*where, background, feather=seam, keep=keep, crop_index=row, max_box=largest)
+            return paste_blend_nv12(*where, background, feather=seam, keep=keep, crop_index=crop_index, max_box=largest)
         luma, chroma = nv12_window(background, self.template.window)
         part = torch.cat([luma, chroma], dim=1)
-        pasted = paste_blend_nv12(*where, part, feather=seam, keep=keep, crop_index=row, max_box=largest)
+        pasted = paste_blend_nv12(*where, part, feather=seam, keep=keep, crop_index=crop_index, max_box=largest)
         # A cell that a box cuts through was computed as a whole; outside the box its luma is still the source's.
         luma.copy_(torch.where(_inside(boxes, luma), pasted[:, : luma.shape[1]], luma))
         chroma.copy_(pasted[:, luma.shape[1] :])
         return background
 
     def _derive(self, frames: NDArray[np.int64]) -> Tensors:
-        with self.template.stages.time("template half", self.template.device):
-            return self._encode(frames)
-
-    def _encode(self, frames: NDArray[np.int64]) -> Tensors:
-        kept, index = self.template.frames.lookup(frames)
-        boxes = self.template.boxes.index_select(0, to_device(torch.from_numpy(frames), self.template.device))
-        half = self.engine.dtype != torch.float32  # which runs channels last
-        crop, image = crop_and_input(kept["frame"], index, boxes, dtype=self.engine.dtype, channels_last=half)
-        derived = self.engine.encode(image)
-        derived["crop"] = crop
-        if self.pixel_format == "nv12" and "nv12" not in kept:
-            derived["nv12"] = to_nv12(_rows(kept["frame"], index))
-        return derived
+        """Prepare template frames for the network."""
+        device = self.template.device
+        with self.template.stages.time("template half", device):
+            kept, index = self.template.frames.lookup(frames)
+            boxes = self.template.boxes.index_select(0, to_device(torch.from_numpy(frames), device))
+            half = self.engine.dtype != torch.float32  # which runs channels last
+            crop, image = crop_and_input(kept["frame"], index, boxes, dtype=self.engine.dtype, channels_last=half)
+            derived = self.engine.encode(image)
+            derived["crop"] = crop
+            if self.pixel_format == "nv12" and "nv12" not in kept:
+                derived["nv12"] = to_nv12(_rows(kept["frame"], index))
+            return derived
 
 
 @torch.inference_mode()
@@ -196,7 +197,7 @@ def render_together(requests: Sequence[tuple[Avatar, NDArray[np.int64], Tensor]]
     engine, device = requests[0][0].engine, requests[0][0].template.device
     found = [avatar.look_up(frames) for avatar, frames, _ in requests]
     features = {
-        name: torch.cat([sources.derived[name].index_select(0, sources.derived_at) for sources in found])
+        name: torch.cat([sources.derived[name].index_select(0, sources.derived_index) for sources in found])
         for name in found[0].derived
         if name not in _NOT_FEATURES
     }

@@ -37,7 +37,7 @@ class FrameCache:
         compute: frame numbers (distinct) → tensors, each with the frames along its first axis.
         budget: bytes that the kept tensors may take.
         device: where ``compute`` leaves its tensors.
-        worth: bool (L,), the frames that are worth keeping; None keeps any.
+        cacheable: bool (L,), the frames that may be kept; None allows all.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class FrameCache:
         *,
         budget: int,
         device: torch.device,
-        worth: NDArray[np.bool_] | None = None,
+        cacheable: NDArray[np.bool_] | None = None,
     ) -> None:
         self.length = length
         self.budget = budget
@@ -58,7 +58,7 @@ class FrameCache:
         self._compute = weakref.WeakMethod(compute) if inspect.ismethod(compute) else lambda: compute
         self._bank: Tensors = {}
         self._slot = np.full(length, _ABSENT, dtype=np.int64)
-        self._worth = np.ones(length, dtype=np.bool_) if worth is None else worth
+        self._cacheable = np.ones(length, dtype=np.bool_) if cacheable is None else cacheable
         self._taken = 0  # slots, from the first on
         self._lock = threading.Lock()
 
@@ -126,11 +126,11 @@ class FrameCache:
         """Which of the computed rows are to be kept, and the first of their slots, which follow each other."""
         if self.capacity is None:
             size = sum(value[0].nbytes for value in computed.values())
-            self.capacity = min(int(self._worth.sum()), max(0, self.budget) // max(1, size))
+            self.capacity = min(int(self._cacheable.sum()), max(0, self.budget) // max(1, size))
             self.bytes_used = self.capacity * size
             self._bank = {name: _empty(self.capacity, value) for name, value in computed.items()}
         first = self._taken
-        rows = np.flatnonzero((self._slot[frames] == _ABSENT) & self._worth[frames])[: self.capacity - first]
+        rows = np.flatnonzero((self._slot[frames] == _ABSENT) & self._cacheable[frames])[: self.capacity - first]
         self._slot[frames[rows]] = _BEING_WRITTEN
         self._taken += len(rows)
         return rows, first

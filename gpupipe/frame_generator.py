@@ -198,16 +198,17 @@ class FrameGenerator:
             InputError: ``start_frame`` outside the template or ``fps`` out of range, before anything is rendered.
         """
         # What is shown once is prepared for nothing else, but a recorded step reads nothing but what is kept.
-        least = 2 if template.device.type == "cpu" else 1
-        worth = times_shown(len(speech), template.length, start_frame) >= least
-        avatar = self.avatar(template, pixel_format, worth=worth)
+        shown = times_shown(len(speech), template.length, start_frame)
+        cacheable = shown >= (2 if template.device.type == "cpu" else 1)
+        avatar = self.avatar(template, pixel_format, cacheable=cacheable)
         return self._batches(self.shot(avatar, speech, start_frame=start_frame, fps=fps))
 
     def avatar(
-        self, template: Template, pixel_format: PixelFormat = "bgr", *, worth: NDArray[np.bool_] | None = None
+        self, template: Template, pixel_format: PixelFormat = "bgr", *, cacheable: NDArray[np.bool_] | None = None
     ) -> Avatar:
-        """A template, prepared for this generator's network and seam; ``worth`` as :class:`Avatar` takes it."""
-        return Avatar(template, self.unet_model.engine, pixel_format=pixel_format, feather=self._seam, worth=worth)
+        """A template, prepared for this generator's network and seam; ``cacheable`` as :class:`Avatar` takes it."""
+        engine = self.unet_model.engine
+        return Avatar(template, engine, pixel_format=pixel_format, feather=self._seam, cacheable=cacheable)
 
     def shot(
         self,
@@ -229,7 +230,7 @@ class FrameGenerator:
         batches = fill_batches([shot], lambda: self.batch_size)
         for (piece,), (rows,) in map_batches(render, batches, self.unet_model.device):
             logger.debug("rendered frames %d to %d", piece.frames.start, piece.frames.stop - 1)
-            yield from piece.shown(rows, self.batch_size)
+            yield from piece.frames_from_rows(rows, self.batch_size)
 
     def _window(self, audio: ArrayLike | Tensor) -> Tensor:
         """One frame's audio as (1, *audio_shape)."""

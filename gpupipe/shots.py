@@ -55,11 +55,11 @@ class Shot:
     def __post_init__(self) -> None:
         template_indices(0, 1, self.avatar.template.length, self.start_frame)  # raises now, not at the first frame
 
-    def piece(self, start: int, most: int) -> Piece:
-        """The frames from ``start`` on that show at most ``most`` rows."""
-        frames = range(start, min(self.timing.reach(start, most), self.frames.stop))
-        rows, which = np.unique(self.timing.rows(frames.start, frames.stop), return_inverse=True)
-        return Piece(self, frames, rows, which)
+    def piece(self, start: int, limit: int) -> Piece:
+        """The frames from ``start`` on that show at most ``limit`` rows."""
+        frames = range(start, min(self.timing.reach(start, limit), self.frames.stop))
+        rows, row_of_frame = np.unique(self.timing.rows(frames.start, frames.stop), return_inverse=True)
+        return Piece(self, frames, rows, row_of_frame)
 
 
 @dataclass(eq=False)
@@ -70,13 +70,13 @@ class Piece:
         shot: whose they are.
         frames: their numbers in the clip.
         rows: int64, the distinct rows of features, ascending.
-        which: int64, which of ``rows`` each frame shows.
+        row_of_frame: int64, where in ``rows`` the row stands that each frame shows.
     """
 
     shot: Shot
     frames: range
     rows: NDArray[np.int64]
-    which: NDArray[np.int64]
+    row_of_frame: NDArray[np.int64]
 
     def template_frames(self) -> NDArray[np.int64]:
         """The template frame of each row, int64."""
@@ -98,16 +98,16 @@ class Piece:
             return [self]
         first = self.shot.piece(self.frames.start, len(self.rows) // 2)
         rest = range(first.frames.stop, self.frames.stop)
-        rows, which = np.unique(self.rows[self.which[len(first.frames) :]], return_inverse=True)
-        return [first, Piece(self.shot, rest, rows, which)]
+        rows, row_of_frame = np.unique(self.rows[self.row_of_frame[len(first.frames) :]], return_inverse=True)
+        return [first, Piece(self.shot, rest, rows, row_of_frame)]
 
-    def shown(self, rendered: Tensor, most: int) -> Iterator[Tensor]:
-        """The frames of the piece, at most ``most`` at a time, from its rendered rows."""
-        if len(self.which) == len(rendered):
+    def frames_from_rows(self, rendered: Tensor, limit: int) -> Iterator[Tensor]:
+        """The frames of the piece, at most ``limit`` at a time, from its rendered rows."""
+        if len(self.frames) == len(rendered):
             yield rendered
             return
-        for some in to_device(torch.from_numpy(self.which), rendered.device).split(most):
-            yield rendered.index_select(0, some)
+        for index in to_device(torch.from_numpy(self.row_of_frame), rendered.device).split(limit):
+            yield rendered.index_select(0, index)
 
 
 def fill_batches(shots: Iterable[Shot], size: Callable[[], int]) -> Iterator[list[Piece]]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gpupipe.errors import InputError
 from gpupipe.files import input_folder
@@ -109,7 +110,7 @@ class Template:
             start_frame, count = clip
             shown = times_shown(count, self.length, start_frame) > 0
         self._look_at(np.flatnonzero(~shown))
-        self.frames = FrameCache(self.length, self._read, budget=budget, device=self.device, worth=shown)
+        self.frames = FrameCache(self.length, self._decode, budget=budget, device=self.device, cacheable=shown)
         for start in range(0, shown.sum(), _LOAD_BATCH):  # decodes, and so checks, them
             self.frames.lookup(np.flatnonzero(shown)[start : start + _LOAD_BATCH])
         self.memory_left = budget - self.frames.bytes_used
@@ -147,27 +148,25 @@ class Template:
         """Whether the frames come from a video file, and are kept as its NV12."""
         return self._video is not None
 
-    def _read(self, frames: NDArray[np.int64]) -> Tensors:
+    def _decode(self, frames: NDArray[np.int64]) -> Tensors:
         """Decode frames, and their masks if there are any."""
         with self.stages.time("template decode"):
-            return self._decode(frames)
+            if self._video is not None:
+                nv12 = self._video.read(frames)
+                tensors = {"nv12": nv12, "frame": from_nv12(torch.cat(nv12_window(nv12, self.window), dim=1))}
+            else:
+                tensors = {"frame": self._read_images(self._images, frames, exact=self._exact)}
+            if self._parsing is not None:
+                parsing = self._read_images(self._parsing, frames)
+                xmin, ymin, xmax, ymax = self.window
+                tensors["keep"] = keep_mask(parsing[:, ymin:ymax, xmin:xmax])
+            return tensors
 
-    def _decode(self, frames: NDArray[np.int64]) -> Tensors:
-        if self._video is not None:
-            nv12 = self._video.read(frames)
-            tensors = {"nv12": nv12, "frame": from_nv12(torch.cat(nv12_window(nv12, self.window), dim=1))}
-        else:
-            paths = [self._images[i] for i in frames]
-            pixels = read_images(paths, device=self.device, exact=self._exact)
-            self._check_size(paths[0], *pixels.shape[1:3])
-            tensors = {"frame": pixels}
-        if self._parsing is not None:
-            paths = [self._parsing[i] for i in frames]
-            parsing = read_images(paths, device=self.device)
-            self._check_size(paths[0], *parsing.shape[1:3])
-            xmin, ymin, xmax, ymax = self.window
-            tensors["keep"] = keep_mask(parsing[:, ymin:ymax, xmin:xmax])
-        return tensors
+    def _read_images(self, files: list[Path], frames: NDArray[np.int64], *, exact: bool = True) -> Tensor:
+        paths = [files[i] for i in frames]
+        pixels = read_images(paths, device=self.device, exact=exact)
+        self._check_size(paths[0], *pixels.shape[1:3])
+        return pixels
 
     def _look_at(self, frames: NDArray[np.int64]) -> None:
         """Check the files of frames that are not decoded."""
@@ -185,7 +184,7 @@ class Template:
 
 
 def template_parts(directory: str | Path, *, use_parsing: bool = False) -> tuple[Path, Path, Path | None]:
-    """Where a template directory holds its frames (a folder of images, or a video), its landmarks and its masks.
+    """Where a template directory holds its frames (images or a video), its landmarks and, if used, its masks.
 
     Raises:
         InputError: no such directory, or one that holds both images and a video.

@@ -155,10 +155,10 @@ def test_default_budget_is_a_part_of_the_memory_there_is() -> None:
 
 @pytest.mark.parametrize("batch", [1, 4, 20])
 @pytest.mark.parametrize("budget", [0, 2 * FRAME_BYTES, 10**9])
-def test_only_what_is_worth_it_is_kept(budget: int, batch: int) -> None:
+def test_only_what_is_cacheable_is_kept(budget: int, batch: int) -> None:
     recorder = Recorder()
-    worth = np.arange(LENGTH) % 3 == 1  # 1, 4 and 7
-    frames = FrameCache(LENGTH, recorder, budget=budget, device=CPU, worth=worth)
+    cacheable = np.arange(LENGTH) % 3 == 1  # 1, 4 and 7
+    frames = FrameCache(LENGTH, recorder, budget=budget, device=CPU, cacheable=cacheable)
     for start in range(0, 40, batch):
         assert_right(frames, template_indices(start, start + batch, LENGTH))
     kept = np.flatnonzero(frames._slot >= 0).tolist()

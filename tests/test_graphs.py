@@ -117,11 +117,10 @@ def test_a_step_that_cannot_be_recorded_is_painted(
 
 def replayed(one: Avatar, frames: np.ndarray, audio: Tensor) -> Tensor:
     """What :meth:`Avatar.render` does on CUDA with frames that are cached."""
-    derived, row = one._derived.lookup(frames)
-    kept, index = one.template.frames.lookup(frames)
-    assert one._derived.owns(derived)
-    assert one.template.frames.owns(kept)
-    return one._replay(derived, kept, (row, index, torch.from_numpy(frames), audio))
+    sources = one.look_up(frames)
+    assert one._derived.owns(sources.derived)
+    assert one.template.frames.owns(sources.kept)
+    return one._replay(sources, torch.from_numpy(frames), audio)
 
 
 # ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────

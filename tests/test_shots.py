@@ -73,7 +73,7 @@ def test_mixed_batches_render_what_each_clip_alone_does(
     for pieces in fill_batches(shots, lambda: 4):
         mixed += len({piece.shot.avatar for piece in pieces}) > 1
         for piece, rows in zip(pieces, render_batch(pieces), strict=True):
-            together[piece.shot] += list(piece.shown(rows, 2))
+            together[piece.shot] += list(piece.frames_from_rows(rows, 2))
     assert mixed
     for shot, frames in together.items():
         alone = list(
@@ -142,8 +142,8 @@ def test_a_cancelled_shot_is_left(generator: FrameGenerator, faces: list[Templat
 
 
 @pytest.mark.parametrize("fps", [1, 7, 24, 25, 30, Fraction(30000, 1001), 60, 240])
-@pytest.mark.parametrize("most", [1, 3, 64])
-def test_pieces_show_every_frame_once(fps: float, most: int) -> None:
+@pytest.mark.parametrize("limit", [1, 3, 64])
+def test_pieces_show_every_frame_once(fps: float, limit: int) -> None:
     class Face:
         length = 3
 
@@ -154,11 +154,11 @@ def test_pieces_show_every_frame_once(fps: float, most: int) -> None:
     shot = Shot(Someone(), sound, sound.timing(fps), 0, range(sound.timing(fps).frames))  # type: ignore[arg-type]
     start, seen = 0, []
     while start < shot.frames.stop:
-        piece = shot.piece(start, most)
-        assert 0 < len(piece.rows) <= most
-        np.testing.assert_array_equal(piece.rows[piece.which], shot.timing.rows(piece.frames.start, piece.frames.stop))
-        for half in piece.halves():
-            np.testing.assert_array_equal(half.rows[half.which], shot.timing.rows(half.frames.start, half.frames.stop))
+        piece = shot.piece(start, limit)
+        assert 0 < len(piece.rows) <= limit
+        for part in (piece, *piece.halves()):
+            expected = shot.timing.rows(part.frames.start, part.frames.stop)
+            np.testing.assert_array_equal(part.rows[part.row_of_frame], expected)
         assert [n for half in piece.halves() for n in half.frames] == list(piece.frames)
         seen += list(piece.frames)
         start = piece.frames.stop

@@ -184,7 +184,7 @@ class _Studio:
             if part is None:
                 continue  # failed meanwhile
             try:
-                for frames in piece.shown(rows, max(1, len(rows))):
+                for frames in piece.frames_from_rows(rows, max(1, len(rows))):
                     part.writer.write(frames)
             except DiskFullError:
                 raise
