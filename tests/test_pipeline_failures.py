@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from clips import FRAMES
 
 from gpupipe import FrameGenerationPipeline, InputError, OutputError
 from gpupipe.video.encode import VideoWriter
+from gpupipe.video.segments import SegmentPool
 
 MakeTemplate = Callable[..., Path]
 
@@ -137,14 +139,14 @@ def test_failure_while_encoding(
     frame: int, error: Exception, expected: type, render: Callable[..., Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    encode = VideoWriter._encode
+    encode = SegmentPool.encode
 
-    def failing(self: VideoWriter, nv12: np.ndarray) -> None:
-        if self.frames == frame:
+    def failing(self: SegmentPool[np.ndarray], nv12: np.ndarray) -> list[av.Packet]:
+        if self._frames == frame:
             raise error
-        encode(self, nv12)
+        return encode(self, nv12)
 
-    monkeypatch.setattr(VideoWriter, "_encode", failing)
+    monkeypatch.setattr(SegmentPool, "encode", failing)
     with pytest.raises(
         expected, match=r"clip\.mp4: cannot be written: No space" if expected is OutputError else "encoder"
     ):

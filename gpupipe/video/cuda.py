@@ -22,7 +22,8 @@ from gpupipe.fallbacks import note_fallback
 from gpupipe.video.codecs import PictureFormat, configure
 
 _ENGINES = {"T4": 1, "A10": 1, "L4": 2, "RTX 4090": 2, "L40S": 3}
-"""NVENC engines by GPU, as NVIDIA's support matrix is cited; a GPU that is not named is taken to have one."""
+"""NVENC engines by GPU: https://developer.nvidia.com/video-encode-decode-support-matrix; a GPU that is not named is
+taken to have one."""
 
 _WITHOUT_NVENC = ("A100", "A800", "A30", "H100", "H200", "H800", "H20", "GH200", "B100", "B200", "GB200")
 

@@ -154,7 +154,7 @@ def read_images(paths: Sequence[Path], *, device: torch.device | str = "cpu", ex
         InputError: as :func:`read_image`; also when sizes differ.
     """
     device = torch.device(device)
-    if device.type == "cuda" and not exact and all(path.suffix.lower() in _JPEG_SUFFIXES for path in paths):
+    if jpeg_decoder(device, exact=exact) == "nvjpeg" and all(path.suffix.lower() in _JPEG_SUFFIXES for path in paths):
         decoded = _nvjpeg(paths, device)
         if decoded is not None:
             return decoded
@@ -174,7 +174,7 @@ def image_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
 
 
 def jpeg_decoder(device: torch.device | str, *, exact: bool) -> JpegDecoder:
-    """Which decoder :func:`read_images` tries first on this device."""
+    """Which decoder :func:`read_images` tries first for JPEGs on this device."""
     return "nvjpeg" if torch.device(device).type == "cuda" and not exact else "cpu"
 
 

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import queue
 import threading
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -17,9 +18,7 @@ from typing import Any, NamedTuple
 
 import av
 import av.error
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gpupipe.errors import InputError, OutputError, output_error
@@ -29,7 +28,7 @@ from gpupipe.schedule import frame_rate
 from gpupipe.stages import ENCODE_THREAD, UNTIMED, Stages
 from gpupipe.video.codecs import PictureFormat, configure, has_presets, preset_names, why
 from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc
-from gpupipe.video.segments import DecodeTimes, Encoder, HostEncoder, SegmentPool
+from gpupipe.video.segments import DecodeTimes, Encoder, HostEncoder, SegmentPool, put_unless_failed
 from gpupipe.video.sound import SoundTrack
 from gpupipe.video.ways import choose_way
 
@@ -139,8 +138,7 @@ class VideoWriter:
         self._resources = contextlib.ExitStack()
         with self._resources:
             temporary = self._resources.enter_context(replacing(self.path))
-            self._output = open_output(self.path, temporary)
-            self._resources.callback(self._close_output)
+            self._output = self._resources.enter_context(open_output(self.path, temporary))
             self._video = self._add_video_stream()
             self._sound = SoundTrack(sound, self._output) if sound is not None else None
             if self._sound is not None:
@@ -164,10 +162,8 @@ class VideoWriter:
             frames = pad_to_even(frames)
             if self._way.where != "nvjpeg":
                 frames = to_nv12(frames)
-        if self._way.where == "host":
-            self._put(self._to_host(frames))
-        else:
-            self._put(_Batch(frames, _mark(frames)))
+        batch = self._to_host(frames) if self._way.where == "host" else _Batch(frames, _mark(frames))
+        put_unless_failed(self._batches, batch, lambda: self._error)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -236,17 +232,6 @@ class VideoWriter:
             frames.record_stream(self._copies)  # its memory is not given away before it is copied
             return _Batch(host, _mark(frames))
 
-    def _put(self, item: _Batch | None) -> None:
-        """Hand something to the thread; raise its error if it has stopped."""
-        while True:
-            if self._error is not None:
-                raise self._error
-            try:
-                self._batches.put(item, timeout=0.5)
-                return
-            except queue.Full:
-                continue
-
     def _stop(self, error: BaseException | None) -> None:
         """Wait for the thread: until all is written or, after an error, until it has seen that."""
         self._error = self._error or error
@@ -264,7 +249,8 @@ class VideoWriter:
                 if batch.ready is not None:
                     batch.ready.synchronize()
                 for frame in batch.frames.numpy() if self._way.where == "host" else batch.frames:
-                    self._encode(frame)
+                    self._mux(self._pool.encode(frame))
+                    self.frames += 1
             if self._error is None:
                 self._mux(self._pool.finish())
                 with self._stages.time("mux"):
@@ -275,10 +261,6 @@ class VideoWriter:
             self._error = output_error(self.path, error)
         except BaseException as error:
             self._error = error
-
-    def _encode(self, frame: NDArray[np.uint8] | Tensor) -> None:
-        self._mux(self._pool.encode(frame))
-        self.frames += 1
 
     def _mux(self, packets: list[av.Packet]) -> None:
         """Write packets in the frames' order, and the sound up to them."""
@@ -291,10 +273,6 @@ class VideoWriter:
                 self._output.mux_one(packet)
             if self._sound is not None:
                 self._sound.advance(self._decode_times.packets / self.picture.rate)
-
-    def _close_output(self) -> None:
-        with contextlib.suppress(av.error.FFmpegError):
-            self._output.close()
 
 
 def check_suffix(path: str | Path) -> str:
@@ -312,8 +290,9 @@ def check_suffix(path: str | Path) -> str:
     return path.suffix.lower()
 
 
-def open_output(path: Path, temporary: Path) -> av.container.OutputContainer:
-    """Open the file that is to become ``path`` once it is whole.
+@contextlib.contextmanager
+def open_output(path: Path, temporary: Path) -> Iterator[av.container.OutputContainer]:
+    """Open the file that is to become ``path`` once it is whole; what its writer does not close is closed at the end.
 
     Raises:
         InputError: another suffix than :data:`SUFFIXES`.
@@ -321,7 +300,12 @@ def open_output(path: Path, temporary: Path) -> av.container.OutputContainer:
     options = {"fflags": "+bitexact"}  # nothing in the file by chance, by the clock or by FFmpeg's version
     if check_suffix(path) in {".mp4", ".mov"}:
         options["movflags"] = "+faststart"
-    return av.open(str(temporary), "w", options=options)
+    output = av.open(str(temporary), "w", options=options)
+    try:
+        yield output
+    finally:
+        with contextlib.suppress(av.error.FFmpegError):
+            output.close()
 
 
 def pad_to_even(frames: Tensor) -> Tensor:

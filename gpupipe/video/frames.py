@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
 
 VideoDecoder = Literal["threads", "nvdec"]
+Matrix = Literal["bt709", "bt601"]
 
 _RECENT, _RECENT_BYTES = 32, 64 << 20
 """Decoded frames that are kept by, and the bytes that they may take: who walks backwards needs each of them after the
@@ -46,13 +47,13 @@ _HD = (1280, 576)
 class Colours(NamedTuple):
     """How a video's Y, Cb and Cr are meant."""
 
-    matrix: Literal["bt709", "bt601"]
+    matrix: Matrix
     full_range: bool
 
 
 BT709 = Colours("bt709", full_range=False)
 _KR_KB = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114)}
-_MATRICES: dict[int, Literal["bt709", "bt601"]] = {1: "bt709", 5: "bt601", 6: "bt601"}
+_MATRICES: dict[int, Matrix] = {1: "bt709", 5: "bt601", 6: "bt601"}
 """By the number that video carries for its matrix: ITU-T H.273, table 4."""
 _UNSPECIFIED, _FULL_RANGE = 2, 2
 
@@ -183,7 +184,7 @@ class VideoFrames:
         full = int(frame.color_range) == _FULL_RANGE or frame.format.name.startswith("yuvj")
         number = int(frame.colorspace)
         if number == _UNSPECIFIED:
-            matrix: Literal["bt709", "bt601"] = "bt709" if self.width >= _HD[0] or self.height > _HD[1] else "bt601"
+            matrix: Matrix = "bt709" if self.width >= _HD[0] or self.height > _HD[1] else "bt601"
             logger.warning("%s: does not name its colour matrix; taken as %s for its size", self.path, matrix)
             return Colours(matrix, full)
         if number not in _MATRICES:

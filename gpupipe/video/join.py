@@ -49,8 +49,7 @@ def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str
     output = Path(output)
     check_suffix(output)
     with replacing(output) as temporary, contextlib.ExitStack() as stack:
-        target = open_output(output, temporary)
-        stack.callback(_close, target)
+        target = stack.enter_context(open_output(output, temporary))
         with _open(Path(paths[0])) as first:
             expected = _traits(first)
             rate = _fraction(first.streams.video[0].average_rate)
@@ -60,20 +59,20 @@ def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str
         track = SoundTrack(sound, target) if sound is not None else None
         if track is not None:
             stack.callback(track.close)
-        times, frames, unit = DecodeTimes(), 0, 1 / rate
+        times, frames = DecodeTimes(), 0
         for path in map(Path, paths):
             with _open(path) as part:
                 _compare(path, _traits(part), Path(paths[0]), expected)
                 source, begin = part.streams.video[0], frames
-                n, d = (_fraction(source.time_base) * rate).as_integer_ratio()  # frames in a unit of the file's time
+                ratio = _fraction(source.time_base) * rate  # frames in a unit of the part's time
                 for packet in _packets(path, part):
                     assert packet.pts is not None
                     delay = source.codec_context.reorder_depth  # Matroska does not keep decoding times
                     if packet.dts is not None:
-                        delay = (2 * (packet.pts - packet.dts) * n + d) // (2 * d)
-                    packet.pts = begin + (2 * packet.pts * n + d) // (2 * d)
+                        delay = _scaled(packet.pts - packet.dts, ratio)
+                    packet.pts = begin + _scaled(packet.pts, ratio)
                     packet.dts = packet.pts - delay
-                    packet.time_base = unit
+                    packet.time_base = 1 / rate
                     packet.duration = 1
                     times.set(packet)
                     packet.stream = stream
@@ -116,6 +115,12 @@ def _fraction(value: Fraction | None) -> Fraction:
     return Fraction(value.numerator, value.denominator) if value else Fraction(0)
 
 
+def _scaled(value: int, ratio: Fraction) -> int:
+    """``value * ratio``, rounded half up."""
+    n, d = ratio.numerator, ratio.denominator
+    return (2 * value * n + d) // (2 * d)
+
+
 def _traits(part: av.container.InputContainer) -> dict[str, object]:
     """What all parts must have in common."""
     stream = part.streams.video[0]
@@ -133,8 +138,3 @@ def _compare(path: Path, found: dict[str, object], first: Path, expected: dict[s
         if found[name] != value:
             known = "" if name == "header" else f" ({found[name]}, not {value})"
             raise InputError(f"{path}: has another {name} than {first}{known}; expected parts of one clip")
-
-
-def _close(container: av.container.OutputContainer) -> None:
-    with contextlib.suppress(av.error.FFmpegError):
-        container.close()

@@ -11,7 +11,9 @@ comes out the same whoever encodes it, whenever and beside however many others.
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -29,6 +31,7 @@ MAX_WORKERS = 16
 POOL_BYTES = 2_000_000_000
 """What the frames may take that wait for the encoders of a pool."""
 
+Item = TypeVar("Item")
 Picture = TypeVar("Picture")
 Picture_contra = TypeVar("Picture_contra", contravariant=True)
 
@@ -94,11 +97,11 @@ _MAX_DELAY = 16
 
 
 class DecodeTimes:
-    """Gives a clip's packets, which come in decoding order, decoding times that run on from segment to segment.
+    """Gives a clip's packets, which come in decoding order, their decoding times: packet n's is n − delay, in frames.
 
-    A segment's encoder lets them begin before its first frame's time, by the frames that it may show later than it
-    decodes them; one that is shorter than that leaves out some. In units of frames, packet n is decoded at n less that
-    delay, which is the first packet's.
+    The delay is the first packet's ``pts − dts``: how many frames later than it is decoded a frame may be shown. What
+    the encoders say would not run on from segment to segment: each begins by so much before its segment's first frame,
+    and leaves out some times of a segment that is shorter than the delay.
 
     Attributes:
         packets: how many there were.
@@ -116,6 +119,15 @@ class DecodeTimes:
                 self._delay = 1
         packet.dts = self.packets - self._delay
         self.packets += 1
+
+
+def put_unless_failed(inbox: queue.Queue[Item], item: Item, error: Callable[[], BaseException | None]) -> None:
+    """Wait until there is room in a queue for an item; raise ``error()`` as soon as there is one of its reader's."""
+    while (failure := error()) is None:
+        with contextlib.suppress(queue.Full):
+            inbox.put(item, timeout=0.5)
+            return
+    raise failure
 
 
 class _Segment:
@@ -150,13 +162,14 @@ class SegmentPool(Generic[Picture]):
         name: str = "",
         stages: Stages = UNTIMED,
     ) -> None:
-        self._length = length
+        self._length = sys.maxsize if length is None else length
         self._frames = 0
         self._stages = stages
         self._error: BaseException | None = None
         self._segments: deque[_Segment] = deque()
         size = 2 if length is None else length + 1
         self._inboxes: list[queue.Queue[Any]] = [queue.Queue(size) for _ in range(1 if length is None else workers)]
+        self._inbox = self._inboxes[0]  # of the last segment's encoder
         self._threads = [
             threading.Thread(target=self._work, args=(make, k), name=f"{ENCODE_THREAD} {name} {k}", daemon=True)
             for k in range(len(self._inboxes))
@@ -169,23 +182,20 @@ class SegmentPool(Generic[Picture]):
 
         Waits while the frame's encoder is a segment behind. Raises the error of an encoder that failed.
         """
-        number = self._frames
-        segment, place = (0, number) if self._length is None else divmod(number, self._length)
-        inbox = self._inboxes[segment % len(self._inboxes)]
+        segment, place = divmod(self._frames, self._length)
         if place == 0:
             self._segments.append(_Segment())
-        self._put(inbox, (self._segments[-1], number, picture))
+            self._inbox = self._inboxes[segment % len(self._inboxes)]
+        self._give(picture)
         self._frames += 1
         if place + 1 == self._length:
-            self._put(inbox, (self._segments[-1], number, None))
+            self._give(None)
         return self._ready()
 
     def finish(self) -> list[av.Packet]:
         """End the clip and the workers: all packets that are left, in order."""
-        if self._length is None or self._frames % self._length:
-            inbox = self._inboxes[(0 if self._length is None else self._frames // self._length) % len(self._inboxes)]
-            if self._frames:
-                self._put(inbox, (self._segments[-1], self._frames, None))
+        if self._frames % self._length:
+            self._give(None)
         self._join()
         return self._ready()
 
@@ -194,15 +204,9 @@ class SegmentPool(Generic[Picture]):
         self._error = self._error or RuntimeError("the encoders were closed")
         self._join()
 
-    def _put(self, inbox: queue.Queue[Any], item: Any) -> None:
-        while True:
-            if self._error is not None:
-                raise self._error
-            try:
-                inbox.put(item, timeout=0.5)
-                return
-            except queue.Full:
-                continue
+    def _give(self, picture: Picture | None) -> None:
+        """Hand the next frame, or None for the segment's end, to the encoder of the last segment."""
+        put_unless_failed(self._inbox, (self._segments[-1], self._frames, picture), lambda: self._error)
 
     def _join(self) -> None:
         for inbox, thread in zip(self._inboxes, self._threads, strict=True):
