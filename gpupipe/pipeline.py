@@ -67,8 +67,7 @@ class RenderRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """The record that `--json` prints: these facts, the rate, ``versions`` and ``fallbacks``."""
-        facts = dataclasses.asdict(self)
-        return facts | {
+        return dataclasses.asdict(self) | {
             "frames_per_second": self.frames_per_second,
             "versions": versions(),
             "fallbacks": fallbacks(),

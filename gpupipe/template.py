@@ -91,13 +91,11 @@ class Template:
             self._images = numbered_files(Path(image_dir), ".jpg", "template frame")
             self.length = len(self._images)
             self.height, self.width = image_size(self._images[0])
-        self._parsing: list[Path] | None = None
+        self._parsing: list[Path] = []
         if parsing_dir is not None:
             self._parsing = [Path(parsing_dir) / f"{i}.png" for i in range(self.length)]
-        boxes = [
-            crop_box(read_landmarks(path), self.width, self.height, name=str(path))
-            for path in (Path(landmark_dir) / f"{i}.lms" for i in range(self.length))
-        ]
+        landmarks = [Path(landmark_dir) / f"{i}.lms" for i in range(self.length)]
+        boxes = [crop_box(read_landmarks(path), self.width, self.height, name=str(path)) for path in landmarks]
         self.boxes = torch.tensor(boxes, dtype=torch.int64, device=self.device)
         self.window = (0, 0, self.width, self.height)
         if self._video is not None:
@@ -109,10 +107,11 @@ class Template:
         if clip is not None:
             start_frame, count = clip
             shown = times_shown(count, self.length, start_frame) > 0
-        self._look_at(np.flatnonzero(~shown))
+        self._check_files(np.flatnonzero(~shown))
         self.frames = FrameCache(self.length, self._decode, budget=budget, device=self.device, cacheable=shown)
-        for start in range(0, shown.sum(), _LOAD_BATCH):  # decodes, and so checks, them
-            self.frames.lookup(np.flatnonzero(shown)[start : start + _LOAD_BATCH])
+        wanted = np.flatnonzero(shown)
+        for start in range(0, len(wanted), _LOAD_BATCH):  # decodes, and so checks, them
+            self.frames.lookup(wanted[start : start + _LOAD_BATCH])
         self.memory_left = budget - self.frames.bytes_used
         logger.debug(
             "%s: %d frames of %d×%d, %d kept", self.name, self.length, self.width, self.height, self.frames.capacity
@@ -156,7 +155,7 @@ class Template:
                 tensors = {"nv12": nv12, "frame": from_nv12(torch.cat(nv12_window(nv12, self.window), dim=1))}
             else:
                 tensors = {"frame": self._read_images(self._images, frames, exact=self._exact)}
-            if self._parsing is not None:
+            if self._parsing:
                 parsing = self._read_images(self._parsing, frames)
                 xmin, ymin, xmax, ymax = self.window
                 tensors["keep"] = keep_mask(parsing[:, ymin:ymax, xmin:xmax])
@@ -168,7 +167,7 @@ class Template:
         self._check_size(paths[0], *pixels.shape[1:3])
         return pixels
 
-    def _look_at(self, frames: NDArray[np.int64]) -> None:
+    def _check_files(self, frames: NDArray[np.int64]) -> None:
         """Check the files of frames that are not decoded."""
         for files in filter(None, (self._images, self._parsing)):
             paths = [files[i] for i in frames]
