@@ -136,22 +136,17 @@ def fill_batches(shots: Iterable[Shot], size: Callable[[], int]) -> Iterator[lis
 
 def render_batch(pieces: list[Piece]) -> list[Tensor]:
     """The rendered rows of each piece, as :meth:`gpupipe.avatar.Avatar.render` returns them."""
-    together: dict[Avatar, list[int]] = {}
-    for number, piece in enumerate(pieces):
-        together.setdefault(piece.shot.avatar, []).append(number)
+    by_avatar: dict[Avatar, list[Piece]] = {}
+    for piece in pieces:
+        by_avatar.setdefault(piece.shot.avatar, []).append(piece)
     requests = [
-        (
-            avatar,
-            np.concatenate([pieces[number].template_frames() for number in numbers]),
-            torch.cat([pieces[number].windows() for number in numbers]),
-        )
-        for avatar, numbers in together.items()
+        (avatar, np.concatenate([p.template_frames() for p in its]), torch.cat([p.windows() for p in its]))
+        for avatar, its in by_avatar.items()
     ]
-    rendered: list[Tensor] = [torch.empty(0)] * len(pieces)
-    for numbers, frames in zip(together.values(), render_together(requests), strict=True):
-        for number, rows in zip(numbers, frames.split([len(pieces[n].rows) for n in numbers]), strict=True):
-            rendered[number] = rows
-    return rendered
+    rendered: dict[Piece, Tensor] = {}
+    for its, frames in zip(by_avatar.values(), render_together(requests), strict=True):
+        rendered |= zip(its, frames.split([len(piece.rows) for piece in its]), strict=True)
+    return [rendered[piece] for piece in pieces]
 
 
 def map_batches(

@@ -121,13 +121,8 @@ class VideoWriter:
         self.frames = 0
         self._way = choose_way(codec, self.picture, device)
         self.encoder = self._way.name
-        if preset is not None and not has_presets(self.encoder):
-            raise InputError(f"preset is {preset!r} and {self.encoder} has none; expected no preset")
-        names = preset_names(self.encoder)
-        if preset is not None and names is not None and preset not in names:
-            raise InputError(
-                f"{self.path}: {self.encoder} does not open with preset {preset!r}; expected one of {', '.join(names)}"
-            )
+        if preset is not None:
+            self._check_preset(preset)
         self._device = torch.device(device)
         self._copies: torch.cuda.Stream | None = None
         whole = even == (width, height) and self._way.where != "nvjpeg"
@@ -185,6 +180,15 @@ class VideoWriter:
     def sound_seconds(self) -> float | None:
         """Length of the sound written so far; None without sound."""
         return None if self._sound is None else self._sound.seconds
+
+    def _check_preset(self, preset: str) -> None:
+        if not has_presets(self.encoder):
+            raise InputError(f"preset is {preset!r} and {self.encoder} has none; expected no preset")
+        names = preset_names(self.encoder)
+        if names is not None and preset not in names:
+            raise InputError(
+                f"{self.path}: {self.encoder} does not open with preset {preset!r}; expected one of {', '.join(names)}"
+            )
 
     def _add_video_stream(self) -> av.VideoStream:
         try:
