@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ from gpupipe.seam import FEATHER
 from gpupipe.stages import UNTIMED
 from gpupipe.template import Template
 from gpupipe.transfer import to_device
+
+RECORD_AFTER = 8
+"""Batches that are launched piece by piece before the step is recorded: recording takes as long as a few of them."""
 
 _NOT_FEATURES = frozenset({"crop", "nv12"})
 """What is derived from a template frame besides what the network makes of it."""
@@ -71,7 +75,8 @@ class Avatar:
             template.length, self._derive, budget=template.memory_left, device=template.device, cacheable=cacheable
         )
         self._graphed: GraphedStep | None = None
-        self._recordable = True
+        self._painted = 0
+        self._record_below = math.inf
 
     def look_up(self, frames: NDArray[np.int64]) -> Sources:
         """What template frames (B,) give."""
@@ -100,10 +105,11 @@ class Avatar:
         return self._replay(sources, numbers, audio)
 
     def _replay(self, sources: Sources, frames: Tensor, audio: Tensor) -> Tensor:
-        """:meth:`_paint` as a CUDA graph, recorded at the first batch and for every larger one."""
+        """:meth:`_paint` as a CUDA graph, recorded after some batches and for every larger one that comes then."""
         derived, kept, *index = sources
         if self._graphed is None or self._graphed.batch_size < len(frames):
-            if not self._recordable:
+            self._painted += 1
+            if self._painted <= RECORD_AFTER or len(frames) >= self._record_below:
                 return self._paint(sources, frames, audio)
 
             def step(derived_index: Tensor, kept_index: Tensor, frames: Tensor, audio: Tensor) -> Tensor:
@@ -112,7 +118,8 @@ class Avatar:
             try:
                 self._graphed = GraphedStep(step, *index, frames, audio)
             except RuntimeError as error:
-                self._graphed, self._recordable = None, False
+                self._graphed = None
+                self._record_below = len(frames) if isinstance(error, torch.OutOfMemoryError) else 0
                 note_fallback(
                     f"the step cannot be recorded as a CUDA graph ({first_line(error)}): it is launched piece by piece"
                 )

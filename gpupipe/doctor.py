@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from fractions import Fraction
 from typing import Any
@@ -23,6 +24,7 @@ from gpupipe.models import UNet328
 from gpupipe.seam import FEATHER
 from gpupipe.versions import processor_name, versions
 from gpupipe.video.codecs import PictureFormat, encoder_obstacle
+from gpupipe.video.cuda import nvenc_sessions
 from gpupipe.video.decode import jpeg_decoder
 from gpupipe.video.ways import Way, choose_way
 
@@ -71,9 +73,8 @@ def _obstacles(cuda: bool) -> dict[str, str | None]:
         "NVDEC": no_gpu or _nvdec_obstacle(),
     }
     for encoder in _ENCODERS:
-        found[encoder] = encoder_obstacle(encoder)
-        if found[encoder] and encoder.endswith("_nvenc"):
-            found[encoder] = no_gpu or found[encoder]
+        nvenc = encoder.endswith("_nvenc")
+        found[encoder] = (no_gpu or _nvenc_obstacle(encoder)) if nvenc else encoder_obstacle(encoder)
     return found
 
 
@@ -137,4 +138,17 @@ def _nvjpeg_obstacle() -> str | None:
 
 
 def _nvdec_obstacle() -> str | None:
-    return None if "cuda" in av.codec.hwaccel.hwdevices_available() else "this FFmpeg has no CUDA decoder"
+    """Why it cannot be there; whether it takes a file is seen when that is opened."""
+    if "cuda" not in av.codec.hwaccel.hwdevices_available():
+        return "this FFmpeg has no CUDA decoder"
+    try:
+        ctypes.CDLL("libnvcuvid.so.1")
+    except OSError:
+        return "the driver's libnvcuvid.so.1 is missing; a container needs NVIDIA_DRIVER_CAPABILITIES to name video"
+    return None
+
+
+def _nvenc_obstacle(encoder: str) -> str | None:
+    """Why it does not take frames from the first GPU."""
+    sessions, reason = nvenc_sessions(encoder, PictureFormat(1280, 720, Fraction(25), 20), torch.device("cuda", 0))
+    return None if sessions else reason

@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-_WARMUP = 3
-"""Runs before recording, in which libraries choose their algorithms and Triton compiles."""
-
 
 def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """Record ``step`` on the current CUDA device.
@@ -24,20 +21,27 @@ def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
     Raises:
         RuntimeError: ``step`` did something that cannot be recorded.
+        torch.OutOfMemoryError: a recording has memory of its own, and there is not enough.
     """
-    side = torch.cuda.Stream()
+    side = _stream(torch.device("cuda", torch.cuda.current_device()), "recording")
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(_WARMUP):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
+        step()  # in which Triton compiles, and libraries make what they need for a stream
+    torch.cuda.synchronize()
+    # As torch.cuda.graph does, which would give pinned memory back too, for the next copies to ask for it again: half a
+    # second for a gigabyte.
+    torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
-    # The encoder's thread may wait for the device meanwhile: that is no fault of this thread's recording. torch's own
-    # stream for recordings belongs to the device that first had one. And when a recording fails, torch leaves its
-    # stream the current one: the outer context does not.
-    recording = torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local")
-    with torch.cuda.stream(torch.cuda.current_stream()), recording:
-        output = step()
+    with torch.cuda.stream(side):
+        # The encoder's thread may wait for the device meanwhile: that is no fault of this thread's recording.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            output = step()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # it says again that the recording failed
+                graph.capture_end()
+            raise
+        graph.capture_end()
     return graph.replay, output
 
 
@@ -51,7 +55,7 @@ def beside(device: torch.device) -> Iterator[Callable[[Tensor | None], None]]:
     if device.type != "cuda":
         yield lambda result: None
         return
-    current, branch = torch.cuda.current_stream(device), _branch(device)
+    current, branch = torch.cuda.current_stream(device), _stream(device, "branch")
     branch.wait_stream(current)
 
     def join(result: Tensor | None) -> None:
@@ -64,7 +68,8 @@ def beside(device: torch.device) -> Iterator[Callable[[Tensor | None], None]]:
 
 
 @functools.cache
-def _branch(device: torch.device) -> torch.cuda.Stream:
+def _stream(device: torch.device, use: str) -> torch.cuda.Stream:
+    """A device's stream for one use: torch deals out the same 32 again and again, to other threads as well."""
     return torch.cuda.Stream(device)
 
 

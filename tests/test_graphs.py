@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gpupipe import FrameGenerator, SpeechFeatures, Template, UNetModel, graphs
+from gpupipe import avatar as avatar_module
 from gpupipe.avatar import Avatar
 from gpupipe.engines import make_engine
 from gpupipe.fallbacks import fallbacks
@@ -21,6 +23,12 @@ from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend_nv12
 
 CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips of tests are short."""
+    monkeypatch.setattr(avatar_module, "RECORD_AFTER", 0)
 
 
 def rerun(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -81,7 +89,7 @@ def painted(
     def make(device: str) -> tuple[Avatar, list[Tensor]]:
         template = Template.from_directory(folder, device=device)
         one = avatar(template, tiny_checkpoint(), device)
-        one._recordable = False
+        one._record_below = 0
         one.render(np.arange(template.length), torch.zeros(template.length, 32, 16, 16))
         return one, [one.render(*batch).clone() for batch in batches(template)]
 
@@ -92,12 +100,50 @@ def painted(
 @torch.inference_mode()
 def test_replayed_batches_are_the_painted_ones(painted: Callable[[str], tuple[Avatar, list[Tensor]]]) -> None:
     one, expected = painted("cpu")
-    one._recordable = True
+    one._record_below = math.inf
     found = [replayed(one, *batch) for batch in batches(one.template)]
     assert all(map(torch.equal, found, expected))
     assert not torch.equal(found[0], found[1])
     assert one._graphed is not None
     assert one._graphed.batch_size == 3
+
+
+@pytest.mark.usefixtures("without_gpu")
+@torch.inference_mode()
+def test_short_clips_are_not_recorded(
+    painted: Callable[[str], tuple[Avatar, list[Tensor]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, expected = painted("cpu")
+    one._record_below, one._painted = math.inf, 0
+    monkeypatch.setattr(avatar_module, "RECORD_AFTER", 2)
+    recorded, found = [], []
+    for batch in batches(one.template):
+        found.append(replayed(one, *batch))
+        recorded.append(one._graphed is not None)
+    assert recorded == [False, False, True]
+    assert all(map(torch.equal, found, expected))
+
+
+@torch.inference_mode()
+def test_what_memory_does_not_allow_is_recorded_of_smaller_batches(
+    painted: Callable[[str], tuple[Avatar, list[Tensor]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        replay, output = rerun(step)
+        if len(output) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return replay, output
+
+    one, expected = painted("cpu")
+    one._record_below = math.inf
+    monkeypatch.setattr(graphs, "capture", capture)
+    found, recorded = [], []
+    for batch in batches(one.template):
+        found.append(replayed(one, *batch))
+        recorded.append(one._graphed is not None)
+    assert recorded == [False, False, True], "three samples, three, two"
+    assert all(map(torch.equal, found, expected))
+    assert any("(CUDA out of memory)" in line for line in fallbacks())
 
 
 @torch.inference_mode()
@@ -108,7 +154,7 @@ def test_a_step_that_cannot_be_recorded_is_painted(
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     one, expected = painted("cpu")
-    one._recordable = True
+    one._record_below = math.inf
     monkeypatch.setattr(graphs, "capture", capture)
     found = [replayed(one, *batch) for batch in batches(one.template)]
     assert all(map(torch.equal, found, expected))
@@ -136,7 +182,7 @@ def triton_kernels() -> None:
 @pytest.mark.usefixtures("triton_kernels")
 def test_recorded_on_a_gpu(painted: Callable[[str], tuple[Avatar, list[Tensor]]]) -> None:
     one, expected = painted("cuda")
-    one._recordable = True
+    one._record_below = math.inf
     found = [one.render(*batch) for batch in batches(one.template)]
     assert one._graphed is not None, fallbacks()
     assert all(map(torch.equal, found, expected))

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from gpupipe import FrameGenerationPipeline, InputError, Template
 from gpupipe.avatar import Avatar
+from gpupipe.doctor import _nvdec_obstacle
+from gpupipe.fallbacks import fallbacks
 from gpupipe.kernels.nv12 import from_nv12, to_nv12
 from gpupipe.schedule import template_indices
 from gpupipe.video.frames import BT709, Colours, VideoFrames, to_bt709
@@ -428,7 +430,8 @@ def test_nvdec_decodes_the_same_bits(tmp_path: Path) -> None:
     """H.264 leaves no freedom to a decoder; not every GPU decodes frames as small as the other tests'."""
     path = write_video(tmp_path / "clip.mp4", pictures(FRAMES, (640, 352)))
     on_gpu, on_cpu = VideoFrames(path, device="cuda"), VideoFrames(path)
-    if on_gpu.decoder != "nvdec":
-        pytest.skip("NVDEC is not there; the fallback was taken")
+    if (reason := _nvdec_obstacle()) is not None:
+        pytest.skip(f"no NVDEC here: {reason}")
+    assert on_gpu.decoder == "nvdec", fallbacks()
     for numbers in ([0, 1, 2], [FRAMES - 1], [20, 19, 18], list(range(FRAMES))):
         assert torch.equal(on_gpu.read(numbers).cpu(), on_cpu.read(numbers))

@@ -175,6 +175,30 @@ def test_a_session_encodes_segment_after_segment() -> None:
     assert seen == [(i, i, i % 10 == 0) for i in range(25)], "each frame's own pixels; an IDR frame begins a segment"
 
 
+@pytest.mark.cuda
+@pytest.mark.hardware
+@pytest.mark.parametrize("size", [(640, 352), (854, 480), (960, 540)])
+def test_nvenc_encodes_frames_of_the_device(size: tuple[int, int], tmp_path: Path) -> None:
+    """More than a session has surfaces, of widths that NVENC does not take as they are."""
+    picture = PictureFormat(*size, Fraction(25), 12, segmented=True)
+    wanted = nvenc_engines(torch.cuda.get_device_name())
+    if wanted == 0:
+        pytest.skip("this GPU has no NVENC engine")
+    found, reason = nvenc_sessions("h264_nvenc", picture, torch.device("cuda", 0))
+    assert found >= 1, reason
+    luma = torch.arange(60, device="cuda", dtype=torch.uint8)[:, None, None] * 3 + 32
+    frames = luma.expand(60, size[1] * 3 // 2, size[0]).contiguous()
+    frames[:, size[1] :] = 128
+    path = tmp_path / "clip.mp4"
+    with VideoWriter(path, width=size[0], height=size[1], codec="h264", crf=12, device="cuda") as writer:
+        assert writer.encoder == "h264_nvenc"
+        for start in range(0, 60, 20):
+            writer.write(frames[start : start + 20])
+    with av.open(str(path)) as container:
+        means = [frame.to_ndarray()[: size[1]].mean() for frame in container.decode(video=0)]
+    assert np.abs(np.array(means) - frames[:, 0, 0].cpu().numpy()).max() < 2, "each frame's own pixels, in order"
+
+
 # ── JPEGs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -1,4 +1,4 @@
-"""Encoding frames where they are, on a CUDA device: NVENC without a copy, and JPEG by nvJPEG.
+"""Encoding frames where they are, on a CUDA device: NVENC without a copy to the host, and JPEG by nvJPEG.
 
 None of this has run on a GPU yet. It is written after PyAV's and torchvision's sources; what can be is tested with
 frames in memory.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import av
@@ -36,11 +37,19 @@ def nvenc_engines(gpu: str) -> int:
     return next((count for name, count in _ENGINES.items() if f" {name} " in words), 1)
 
 
+_IN_FLIGHT = 8
+"""Frames that an NVENC session has at a time at the most."""
+
+_PITCH = 256
+"""Bytes that the rows of what NVENC reads are a multiple of, as FFmpeg lays them out itself; NVENC asks for 4."""
+
+
 class NvencEncoder:
     """Encodes NV12 tensors uint8 (H·3/2, W) on a CUDA device; nothing is copied to the host.
 
-    One session for all of a worker's segments, in the device's primary context, which is PyTorch's. The frame keeps the
-    tensor alive until NVENC has read it; the caller has waited until it is computed.
+    One session for all of a worker's segments, in PyTorch's context. NVENC reads surfaces of the session's own, taken
+    in turn, into which each frame is copied: they are registered once, aligned whatever the width, and not given back
+    to torch's allocator while NVENC still knows them. The caller has waited until a frame is computed.
 
     Args:
         picture: what all frames share.
@@ -55,13 +64,26 @@ class NvencEncoder:
         self._picture = picture
         self._context = model if use_model else _session(model.name, picture, device)
         self._context.flags = model.flags  # where headers go is the container's choice
-        self._cuda = _cuda_context(device.index or 0) if device.type == "cuda" else None
+        self._cuda: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._cuda, self._stream = _cuda_context(device)
+        rows, pitch = picture.height * 3 // 2, -(-picture.width // _PITCH) * _PITCH
+        surfaces = torch.empty(2 * _IN_FLIGHT, rows, pitch, dtype=torch.uint8, device=device)
+        self._surfaces = surfaces[..., : picture.width]
+        self._encoded = 0
         self._begins = True
 
     def encode(self, number: int, picture: Tensor) -> list[av.Packet]:
         """See :class:`~gpupipe.video.segments.Encoder`."""
         height = self._picture.height
-        frame = av.VideoFrame.from_dlpack((picture[:height], picture[height:]), format="nv12", cuda_context=self._cuda)
+        surface = self._surfaces[self._encoded % len(self._surfaces)]
+        self._encoded += 1
+        with torch.cuda.stream(self._stream):
+            surface.copy_(picture)
+        if self._stream is not None:
+            self._stream.synchronize()
+        frame = av.VideoFrame.from_dlpack((surface[:height], surface[height:]), format="nv12", cuda_context=self._cuda)
         frame.pts, frame.time_base = number, 1 / self._picture.rate
         if self._begins:
             frame.pict_type = av.video.frame.PictureType.I  # with forced-idr: an IDR frame
@@ -115,6 +137,7 @@ def configure_nvenc(context: av.VideoCodecContext, picture: PictureFormat, *, on
     configure(context, picture)
     if on_device:
         context.pix_fmt = "cuda"  # the format's details come with the first frame
+        context.options["surfaces"] = str(_IN_FLIGHT)
     # No frame is shown later than it is decoded, so that a segment ends with its last frame's packet.
     context.options |= {"g": str(picture.segment_length), "bf": "0", "forced-idr": "1"}
 
@@ -143,10 +166,11 @@ def nvenc_sessions(encoder: str, picture: PictureFormat, device: torch.device) -
     try:
         for _ in range(wanted):
             session = NvencEncoder(picture, _session(encoder, picture, device), use_model=True, device=device)
-            session.encode(0, black)
+            for number in range(2):
+                session.encode(number, black)
             sessions.append(session)
-    except (av.error.FFmpegError, ImportError, RuntimeError, ValueError) as error:
-        return len(sessions), str(error)
+    except (av.error.FFmpegError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        return len(sessions), first_line(error)
     finally:
         for session in sessions:
             with contextlib.suppress(av.error.FFmpegError):
@@ -179,8 +203,31 @@ def _session(encoder: str, picture: PictureFormat, device: torch.device) -> av.V
 
 
 @functools.cache
-def _cuda_context(index: int) -> Any:
-    """PyTorch's context on a device, as FFmpeg knows it; one for all frames."""
+def _cuda_context(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
+    """PyTorch's context on a device, as FFmpeg knows it, and the stream that NVENC works on; one for all sessions.
+
+    On the stream that FFmpeg takes by itself, NVENC and rendering would wait for each other: it is the one that PyTorch
+    renders on. PyAV takes another on the first device only.
+    """
     from av.video.frame import CudaContext  # noqa: PLC0415  PyAV 17 has none: NVENC is then told not to open
 
-    return CudaContext(device_id=index, primary_ctx=True)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = torch.cuda.Stream(index)
+    with current_context(device):
+        own = {"cuda_stream": stream.cuda_stream} if index == 0 else {}
+        context = CudaContext(device_id=index, primary_ctx=False, current_ctx=True, **own)
+        planes = (torch.zeros(rows, 64, dtype=torch.uint8, device=device) for rows in (64, 32))
+        av.VideoFrame.from_dlpack(tuple(planes), format="nv12", cuda_context=context)  # it looks for its context now
+    return context, stream
+
+
+@contextlib.contextmanager
+def current_context(device: torch.device) -> Iterator[None]:
+    """Within, PyTorch's context on a device is this thread's current one, for FFmpeg to take.
+
+    FFmpeg can ask for a device's primary context too, but refuses one that is there already with other flags than its
+    own, as PyTorch's is.
+    """
+    with torch.cuda.device(device):
+        torch.zeros(1, device=device)
+        yield

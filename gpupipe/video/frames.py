@@ -28,6 +28,7 @@ from gpupipe.errors import InputError, first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.files import input_file
 from gpupipe.kernels.nv12 import ycbcr_matrix
+from gpupipe.video.cuda import current_context
 
 logger = logging.getLogger(__name__)
 
@@ -145,13 +146,17 @@ class VideoFrames:
             return container, container.decode(video=0)
 
     def _open_nvdec(self) -> tuple[av.container.InputContainer | None, str]:
-        """The file, decoded on the GPU into surfaces of its primary context; or None, and why not."""
+        """The file, decoded on the GPU into surfaces of PyTorch's context; or None, and why not."""
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
-        torch.cuda.synchronize(self.device)  # the primary context is there, and current
         container = None
         try:
-            wanted = HWAccel("cuda", device=index, allow_software_fallback=False, is_hw_owned=True)
-            container = av.open(str(self.path), hwaccel=wanted)
+            current: dict[str, object] = {
+                "primary_ctx": "0",
+                "current_ctx": "1",
+            }  # of the contexts that FFmpeg may take
+            wanted = HWAccel("cuda", device=index, allow_software_fallback=False, options=current, is_hw_owned=True)
+            with current_context(self.device):
+                container = av.open(str(self.path), hwaccel=wanted)
             surface = next(container.decode(video=0)).sw_format
             if surface is None or surface.name != "nv12":
                 raise ValueError(f"gives {surface.name if surface else 'frames of the host'}, not nv12")

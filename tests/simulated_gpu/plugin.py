@@ -24,11 +24,11 @@ torch.Tensor.__repr__ = operators.without_modes(torch.Tensor.__repr__)  # type: 
 def pytest_collection_finish() -> None:
     """Measuring an engine that is interpreted takes minutes: ``auto`` takes the plainest, and small batches.
 
-    Nor is there anything to warm up."""
-    from gpupipe import graphs
+    Clips are short: what is to be recorded is at once."""
+    from gpupipe import avatar
     from gpupipe.engines import base, choice
 
-    graphs._WARMUP = 1
+    avatar.RECORD_AFTER = 0
     choice.SLOW_TO_BUILD = frozenset({"compile", "fused", "gluon"})
     base.BATCH_SIZES["cuda"] = 4
 
