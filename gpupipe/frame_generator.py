@@ -58,10 +58,7 @@ class FrameGenerator:
     ) -> None:
         if mode != unet_model.mode:
             raise InputError(f"mode is {mode!r}; expected the model's, {unet_model.mode!r}")
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch size is {batch_size}; expected 1 or more")
-        if memory_budget is not None and memory_budget < 0:
-            raise InputError(f"memory budget is {memory_budget}; expected 0 or more bytes")
+        check_limits(batch_size, memory_budget)
         self.unet_model = unet_model
         self.mode: Mode = mode
         self.blend: Blend = blend
@@ -246,3 +243,15 @@ class FrameGenerator:
             f" {WINDOW_ROWS} rows ({WINDOW_ROWS}, {size // WINDOW_ROWS});"
             f" gpupipe.audio_windows(features, {self.mode!r}) makes all windows of a clip"
         )
+
+
+def check_limits(batch_size: int | None, memory_budget: int | None) -> None:
+    """Refuse a batch of no frames and a budget below 0 bytes; None stands for the device's default.
+
+    Raises:
+        InputError: the option, and what is expected of it.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch size is {batch_size}; expected 1 or more")
+    if memory_budget is not None and memory_budget < 0:
+        raise InputError(f"memory budget is {memory_budget}; expected 0 or more bytes")

@@ -19,6 +19,7 @@ from gpupipe.farm.ledger import JobState, Ledger
 from gpupipe.farm.local import work_here
 from gpupipe.farm.residents import Residents
 from gpupipe.farm.worker import Worker
+from gpupipe.frame_generator import check_limits
 from gpupipe.versions import versions
 
 __all__ = ["FarmRecord", "Job", "JobState", "farm_status", "read_jobs", "run_farm"]
@@ -115,10 +116,7 @@ def farm_status(jobs_path: str | Path, output_dir: str | Path) -> list[JobState]
 
 def _check_options(batch_size: int | None, memory_budget: int | None, part_seconds: float, workers: int | None) -> None:
     """Refuse what no job could be rendered with: it would be told as the fault of each."""
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch size is {batch_size}; expected 1 or more")
-    if memory_budget is not None and memory_budget < 0:
-        raise InputError(f"memory budget is {memory_budget}; expected 0 or more bytes")
+    check_limits(batch_size, memory_budget)
     if not 0 < part_seconds < math.inf:  # NaN is not
         raise InputError(f"part seconds is {part_seconds}; expected more than 0, and a finite number")
     if workers is not None and workers < 1:
