@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import av
@@ -15,14 +15,20 @@ from gpupipe.lanes import available_cores
 _PACKAGES = ("gpupipe", "torch", "torchvision", "triton", "kornia", "onnxruntime", "openvino", "av", "numpy")
 
 
+def _installed(package: str, otherwise: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return otherwise
+
+
+__version__ = _installed("gpupipe", "0+unknown")  # unknown: imported from a source tree by its path
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that do the work; "missing" for one that is not installed."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "missing"
+    found |= {package: _installed(package, "missing") for package in _PACKAGES}
     found["ffmpeg"] = ".".join(map(str, av.library_versions["libavcodec"])) + " (libavcodec)"
     return found
 

@@ -11,8 +11,8 @@
             <job>/00003.mp4   (.json)   a part of it, and its record, written the moment that the part is whole
 
 A record, and the state of a job that is done, holds the hash of all that its file was made of and the file's checksum:
-a file counts as done if both are right. So a run reads each video that is done, once. Nothing here is needed to be
-right for the next run to be: what does not match is made again.
+a file counts as done if both are right. So a run reads each video that is done, once. A record that is wrong or missing
+only means that its file is made again.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from gpupipe import __version__
 from gpupipe.errors import OutputError, output_error
 from gpupipe.farm.jobs import Job
 from gpupipe.files import make_folder, replacing
+from gpupipe.versions import __version__
 from gpupipe.video.frames import VIDEO_SUFFIXES
 
 FOLDER = ".gpupipe-farm"
