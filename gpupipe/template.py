@@ -189,11 +189,24 @@ def template_parts(directory: str | Path, *, use_parsing: bool = False) -> tuple
         InputError: no such directory, or one that holds both images and a video.
     """
     directory = input_folder(directory, "template directory")
-    places = [directory / "full_body_img", *(directory / f"template{suffix}" for suffix in VIDEO_SUFFIXES)]
+    places = _sources(directory)
     found = [path for path in places if os.path.lexists(path)] or places[:1]  # a broken link is told as one
     if len(found) > 1:
         raise InputError(f"{directory}: holds {' and '.join(path.name for path in found)}; expected one of them")
     return found[0], directory / "landmarks", directory / "parsing" if use_parsing else None
+
+
+def template_files(directory: str | Path, *, use_parsing: bool = False) -> list[Path]:
+    """The files that a template is made of, whether they can be used or not, always in the same order."""
+    directory = Path(directory)
+    places = [*_sources(directory), directory / "landmarks", *([directory / "parsing"] if use_parsing else [])]
+    inside = [path for place in places for path in sorted(place.glob("*"))]
+    return inside + [place for place in places if place.exists() and not place.is_dir()]
+
+
+def _sources(directory: Path) -> list[Path]:
+    """Where the frames of a template directory may be: a folder of images, or a video."""
+    return [directory / "full_body_img", *(directory / f"template{suffix}" for suffix in VIDEO_SUFFIXES)]
 
 
 class TemplateSize(NamedTuple):

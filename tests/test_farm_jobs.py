@@ -11,6 +11,7 @@ import pytest
 from gpupipe import InputError
 from gpupipe.farm.jobs import Job, read_jobs
 from gpupipe.farm.ledger import Fingerprints
+from gpupipe.template import template_files
 
 GOOD: dict[str, Any] = {"checkpoint": "a.pth", "template": "face", "audio_features": "a.npy", "output": "a.mp4"}
 
@@ -103,6 +104,24 @@ def test_a_fingerprint_is_of_content_and_options(tmp_path: Path) -> None:
     (tmp_path / "a.pth").unlink()
     others.append(Fingerprints().of(job))
     assert len({first, *others}) == 5
+
+
+@pytest.mark.parametrize("use_parsing", [True, False])
+def test_a_fingerprint_sees_every_file_of_a_template(tmp_path: Path, use_parsing: bool) -> None:
+    face = tmp_path / "face"
+    files = ["full_body_img/0.jpg", "full_body_img/1.jpg", "landmarks/0.lms", "parsing/0.png", "template.mp4"]
+    for name in (*files, "features.npy"):
+        (face / name).parent.mkdir(parents=True, exist_ok=True)
+        (face / name).write_text("one")
+    expected = [name for name in files if use_parsing or "parsing" not in name]
+    # Recorded fingerprints have them in this order.
+    assert template_files(face, use_parsing=use_parsing) == [face / name for name in expected]
+    job = Job(**GOOD | {"template": str(face), "use_parsing": use_parsing})
+    prints = [Fingerprints().of(job)]
+    for name in (*files, "features.npy"):
+        (face / name).write_text("other")
+        prints.append(Fingerprints().of(job))
+    assert len(set(prints)) == 1 + len(expected)
 
 
 def test_a_fingerprint_sees_a_file_that_changes(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ from typing import Any, Literal, TextIO
 from gpupipe.errors import OutputError, output_error
 from gpupipe.farm.jobs import Job
 from gpupipe.files import make_folder, replacing
+from gpupipe.template import template_files
 from gpupipe.versions import __version__
-from gpupipe.video.frames import VIDEO_SUFFIXES
 
 FOLDER = ".gpupipe-farm"
 RESULTS = "results.jsonl"
@@ -237,9 +237,7 @@ class Fingerprints:
     def _content(self, path: Path, job: Job) -> list[list[str]]:
         if not path.is_dir():
             return [["", self._file(path)]]
-        parts = ["full_body_img", "landmarks", *(["parsing"] if job.use_parsing else [])]
-        files = [file for part in parts for file in sorted((path / part).glob("*"))]
-        files += [path / f"template{suffix}" for suffix in VIDEO_SUFFIXES if (path / f"template{suffix}").exists()]
+        files = template_files(path, use_parsing=job.use_parsing)
         return [[str(file.relative_to(path)), self._file(file)] for file in files]
 
     def _file(self, path: Path) -> str:
