@@ -16,7 +16,7 @@ from gpupipe.errors import first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.frame_cache import FrameCache, Tensors
 from gpupipe.graphs import GraphedStep, beside
-from gpupipe.kernels.crop_resize import crop_and_input
+from gpupipe.kernels.crop_resize import CROP_SIZE, crop_and_input
 from gpupipe.kernels.nv12 import PixelFormat, from_nv12, nv12_window, to_nv12
 from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
 from gpupipe.seam import FEATHER
@@ -190,6 +190,15 @@ class Avatar:
             if self.pixel_format == "nv12" and "nv12" not in kept:
                 derived["nv12"] = to_nv12(_rows(kept["frame"], index))
             return derived
+
+
+def bytes_per_frame(width: int, height: int, feature_bytes: int) -> int:
+    """What an :class:`Avatar` for NV12 and its template keep of a template frame: BGR, NV12, the crop and the features.
+
+    Parsing adds a byte a pixel, and of a video the BGR is smaller.
+    """
+    pixels = width * height
+    return 3 * pixels + pixels * 3 // 2 + 3 * CROP_SIZE**2 + feature_bytes
 
 
 @torch.inference_mode()

@@ -68,5 +68,12 @@ def test_one_that_does_not_fit_is_rendered_all_the_same(jobs: list[Job]) -> None
     assert len(avatar.render(torch.tensor([0, 1]).numpy(), torch.zeros(2, 32, 16, 16))) == 2
 
 
+def test_what_an_avatar_takes_is_known_before(jobs: list[Job]) -> None:
+    residents = Residents("cpu", budget=1 << 40)
+    _, avatar = residents.get(jobs[0], "nv12")
+    avatar.look_up(torch.arange(avatar.template.length).numpy())
+    assert residents.used == avatar.template.frames.bytes_used + avatar._derived.bytes_used
+
+
 def test_a_size_is_read_from_little(jobs: list[Job]) -> None:
     assert template_size(jobs[0].template) == (3, 96, 64)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from gpupipe.avatar import Avatar
+from gpupipe.avatar import Avatar, bytes_per_frame
 from gpupipe.device import find_device
 from gpupipe.engines import EngineName, Precision
 from gpupipe.farm.jobs import Job
@@ -58,11 +58,11 @@ class AvatarKey(NamedTuple):
 
 
 class Network:
-    """A checkpoint, ready, and what it keeps of a template frame.
+    """A checkpoint, ready, and what it makes of a template frame.
 
     Attributes:
         model: the network.
-        frame_bytes: what its template half makes of one frame.
+        feature_bytes: of what its template half makes of one frame.
     """
 
     def __init__(self, key: NetworkKey, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class Network:
         engine = self.model.engine
         with torch.inference_mode():
             features = engine.encode(torch.zeros(1, 6, INPUT_SIZE, INPUT_SIZE, device=device, dtype=engine.dtype))
-        self.frame_bytes = sum(value.nbytes for value in features.values())
+        self.feature_bytes = sum(value.nbytes for value in features.values())
 
 
 @dataclass
@@ -129,8 +129,7 @@ class Residents:
         if network is None:
             network = self._networks[key.network] = Network(key.network, self.device)
         size = template_size(key.template)
-        pixels = size.width * size.height * (3 + 1.5)  # BGR beside NV12
-        need = int(size.length * (pixels + 3 * 328 * 328 + network.frame_bytes))
+        need = size.length * bytes_per_frame(size.width, size.height, network.feature_bytes)
         self._make_room(need)
         template = Template.from_directory(
             key.template,
