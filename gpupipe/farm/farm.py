@@ -128,7 +128,7 @@ class Farm:
         self._ready: deque[FeaturesTask | JoinTask] = deque()
         if force:
             for job in jobs:
-                ledger.states[job.output].reset("")
+                ledger.reset(job)
                 ledger.clean(job)
 
     # ── what there is to do ───────────────────────────────────────────────────────────────────────────────────────────
@@ -195,8 +195,8 @@ class Farm:
         state.sound_minus_picture = compare_lengths(path, video.frames / rate, video.sound_seconds, rate)
         state.timings["render"] = round(sum(facts["seconds"] for facts in plan.facts.values()), 3)
         state.timings["join"] = video.seconds
-        for name in ("device", "engine", "codec"):
-            setattr(state, name, plan.facts[0][name])
+        facts = plan.facts[0]
+        state.device, state.engine, state.codec = facts["device"], facts["engine"], facts["codec"]
         self._forget(task.job)
         self.ledger.publish(task.job, task.path, video.checksum)
         self.done += 1
@@ -258,7 +258,7 @@ class Farm:
             return
         if job.output not in self._begun or state.fingerprint != fingerprint:
             self._begun.add(job.output)
-            state.reset(fingerprint)  # of other inputs, or of an earlier run
+            state = self.ledger.reset(job, fingerprint)  # what is known is of other inputs, or of an earlier run
         state.status = "waiting"
         folder = self.ledger.folder(job)
         try:

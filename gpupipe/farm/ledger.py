@@ -74,10 +74,6 @@ class JobState:
     checksum: str | None = None
     finished: str | None = None
 
-    def reset(self, fingerprint: str) -> None:
-        """Forget all but the output: other inputs make another clip, and another run tries anew."""
-        self.__init__(self.output, fingerprint=fingerprint)  # type: ignore[misc]
-
 
 @dataclass(frozen=True)
 class Record:
@@ -160,6 +156,11 @@ class Ledger:
             return output.stat().st_size == state.bytes and file_hash(output) == state.checksum
         except OSError:
             return False
+
+    def reset(self, job: Job, fingerprint: str = "") -> JobState:
+        """Forget what is known of a job: other inputs make another clip, and another run tries anew."""
+        state = self.states[job.output] = JobState(job.output, fingerprint=fingerprint)
+        return state
 
     def save(self, job: Job) -> None:
         """Keep a job's state, and bring the results up to date if they have not just been."""
