@@ -273,7 +273,7 @@ def farm(
             workers=workers,
             address=ray,
             force=force,
-            told=lambda state: console.print(state_line(state), soft_wrap=True),
+            on_job_end=lambda state: console.print(state_line(state), soft_wrap=True),
         )
         console.print(
             f"{output_dir}: {record.jobs} jobs: {record.done} done ({record.frames} frames in {record.seconds:.1f} s),"

@@ -331,7 +331,7 @@ def test_a_bad_job_stops_no_other_and_is_parked(done: Path, inputs: Jobs, tmp_pa
     jobs = [inputs[1] | {"template": str(damaged), "output": "bad.mp4"}, *inputs]
     told: list[str] = []
     out = tmp_path / "out"
-    record = farm(jobs, out, told=lambda state: told.append(f"{state.output} {state.status}"))
+    record = farm(jobs, out, on_job_end=lambda state: told.append(f"{state.output} {state.status}"))
     assert (record.done, record.parked) == (3, 1)
     assert videos(out) == videos(done)
     row = results(out)["bad.mp4"]
@@ -425,7 +425,7 @@ def test_a_job_over_which_workers_die_is_parked_at_last(inputs: Jobs, tmp_path: 
     queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
     for _ in range(MAX_LOSSES):
         task = queue.next_task(frames=1000)
-        assert isinstance(task, RenderTask) and len(task.segments) == 3
+        assert isinstance(task, RenderTask) and len(task.parts) == 3
         assert not queue.finished
         queue.lost(task)
     assert queue.next_task() is None and queue.finished
@@ -442,11 +442,11 @@ def test_a_worker_is_given_more_of_what_it_has_at_hand(inputs: Jobs, tmp_path: P
     queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
     faces = [AvatarKey.of(job) for job in jobs]
     assert queue.upcoming() == faces[:2]
-    first, other = queue.next_task(frames=1), queue.next_task(frames=1000, near=faces[1])
-    assert isinstance(first, RenderTask) and [segment.number for segment in first.segments] == [0]
+    first, other = queue.next_task(frames=1), queue.next_task(frames=1000, last_avatar=faces[1])
+    assert isinstance(first, RenderTask) and [part.number for part in first.parts] == [0]
     # Both faces' jobs are not under way yet: the worker helps with the first face, of both of its jobs.
     assert isinstance(other, RenderTask)
-    assert [segment.job.output for segment in other.segments] == ["0.mp4", "0.mp4", "deep/er/2.mp4"]
+    assert [part.job.output for part in other.parts] == ["0.mp4", "0.mp4", "deep/er/2.mp4"]
 
 
 def test_two_farms_in_one_folder_are_one_too_many(inputs: Jobs, tmp_path: Path) -> None:
@@ -458,7 +458,7 @@ def test_two_farms_in_one_folder_are_one_too_many(inputs: Jobs, tmp_path: Path) 
 def test_any_part_seconds_are_rounded_to_segments(inputs: Jobs, tmp_path: Path, seconds: float) -> None:
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", inputs[:1]))
     task = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=seconds).next_task(frames=1000)
-    assert isinstance(task, RenderTask) and len(task.segments) == (3 if seconds < 1 else 1)
+    assert isinstance(task, RenderTask) and len(task.parts) == (3 if seconds < 1 else 1)
     assert segment_length(25) == 50  # type: ignore[arg-type]
 
 

@@ -17,7 +17,7 @@ import pytest
 from farming import left_over, videos, write_jobs, write_speech
 
 from gpupipe import InputError
-from gpupipe.errors import GpupipeError
+from gpupipe.errors import DiskFullError, GpupipeError
 from gpupipe.farm import cluster, run_farm
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -85,17 +85,16 @@ def test_every_gpu_has_a_worker_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
         def sees(self) -> str:
             return os.environ["CUDA_VISIBLE_DEVICES"]
 
-    monkeypatch.setattr(cluster, "_Hand", Seer)
+    monkeypatch.setattr(cluster, "_RayActor", Seer)
     try:
         ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
         pytest.skip(f"no cluster starts here: {error}")
     try:
-        crew = cluster._Crew(ray, None, None, {"device": "cuda"})  # type: ignore[arg-type]
-        assert crew.workers == 2
-        assert sorted(ray.get([hand.sees.remote() for hand in crew._hands])) == ["0", "1"]
+        workers = cluster._RayWorkers(ray, None, None, {"device": "cuda"}).workers  # type: ignore[arg-type]
+        assert sorted(ray.get([worker.actor.sees.remote() for worker in workers])) == ["0", "1"]
         with pytest.raises(InputError, match="workers is 3; expected 1 to as many as the cluster has: 2 GPUs"):
-            cluster._Crew(ray, None, 3, {"device": "cuda"})  # type: ignore[arg-type]
+            cluster._RayWorkers(ray, None, 3, {"device": "cuda"})  # type: ignore[arg-type]
     finally:
         ray.shutdown()
 
@@ -112,7 +111,7 @@ def test_a_worker_that_cannot_start_is_no_fault_of_the_jobs(
         def do(self, task: Any) -> Any:
             raise AssertionError("nothing has started")
 
-    monkeypatch.setattr(cluster, "_Hand", Broken)
+    monkeypatch.setattr(cluster, "_RayActor", Broken)
     with pytest.raises(GpupipeError) as error:
         run_farm(jobs, tmp_path / "out", workers=1, device="cpu")
     if "cannot be reached" in str(error.value):
@@ -120,6 +119,30 @@ def test_a_worker_that_cannot_start_is_no_fault_of_the_jobs(
     assert str(error.value) == "a worker cannot start (RuntimeError: no driver here)"
     rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert {(row["status"], row["losses"]) for row in rows} == {("waiting", 0)}
+
+
+def test_a_full_disk_ends_the_run(jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(task: Any) -> Any:
+        raise DiskFullError("1.mp4: cannot be written: No space left on device")
+
+    class Full:
+        """Stands in for a worker that has no room."""
+
+        def __init__(self, options: dict[str, Any]) -> None:
+            pass
+
+        def do(self, task: Any) -> Any:
+            return cluster._returned(full, task)
+
+    monkeypatch.setattr(cluster, "_RayActor", Full)
+    with pytest.raises(GpupipeError) as error:
+        run_farm(jobs, tmp_path / "out", workers=1, device="cpu")
+    if "cannot be reached" in str(error.value):
+        pytest.skip(f"no cluster starts here: {error.value}")
+    assert isinstance(error.value, DiskFullError)
+    assert str(error.value).startswith("1.mp4: cannot be written: No space left on device; what is whole is kept")
+    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert {(row["status"], row["attempts"]) for row in rows} == {("waiting", 0)}
 
 
 def test_more_workers_than_cores_are_refused(jobs: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from gpupipe.device import find_device
 from gpupipe.errors import DiskFullError, InputError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.farm.cluster import work_on_ray
-from gpupipe.farm.farm import PART_SECONDS, Farm, Told
+from gpupipe.farm.farm import PART_SECONDS, Farm, OnJobEnd
 from gpupipe.farm.jobs import Job, read_jobs
 from gpupipe.farm.ledger import JobState, Ledger
 from gpupipe.farm.local import work_here
@@ -55,7 +55,7 @@ def run_farm(
     workers: int | None = None,
     address: str | None = None,
     force: bool = False,
-    told: Told = lambda state: None,
+    on_job_end: OnJobEnd = lambda state: None,
 ) -> FarmRecord:
     """Render all jobs of a file that are not done yet.
 
@@ -68,7 +68,7 @@ def run_farm(
         workers: None renders in this process; else so many workers of Ray, each with a GPU or its share of the cores.
         address: of a running Ray cluster, ``"auto"`` for this machine's; None starts one here for this run.
         force: render what is done, too.
-        told: called with the state of each job that comes to its end.
+        on_job_end: called with the state of each job that comes to its end.
 
     Raises:
         InputError: a file of jobs or an option that cannot be used, before anything starts. What is wrong with one
@@ -83,7 +83,7 @@ def run_farm(
     kind = find_device(device, here=not on_ray).type  # a cluster's devices need not be this machine's
     ledger = Ledger(output_dir, jobs)
     with ledger.locked():
-        farm = Farm(jobs, ledger, device=kind, part_seconds=part_seconds, force=force, told=told)
+        farm = Farm(jobs, ledger, device=kind, part_seconds=part_seconds, force=force, on_job_end=on_job_end)
         try:
             if on_ray:
                 options = {"device": kind, "batch_size": batch_size, "memory_budget": memory_budget}

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from gpupipe.errors import DiskFullError, GpupipeError, InputError, one_line
+from gpupipe.errors import DiskFullError, GpupipeError, InputError
+from gpupipe.farm.attempt import attempt
 from gpupipe.farm.farm import Farm, FeaturesTask, JoinTask, RenderTask, Task
 from gpupipe.farm.residents import AvatarKey, Residents
-from gpupipe.farm.worker import Outcome, Worker, join_parts
+from gpupipe.farm.worker import Worker, join_parts
 
 logger = logging.getLogger(__name__)
 
@@ -50,118 +52,106 @@ def work_on_ray(farm: Farm, *, workers: int | None, address: str | None, options
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"Ray at {address!r} cannot be reached ({' '.join(str(error).split())})") from error
     try:
-        return _Crew(ray, farm, workers, options).work()
+        return _RayWorkers(ray, farm, workers, options).work()
     finally:
         ray.shutdown()
 
 
-class _Hand:
-    """What runs in an actor: a worker, and a word about how each task went."""
+class _RayActor:
+    """What runs in an actor: a worker."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         residents = Residents(options["device"], budget=options["memory_budget"], upcoming=lambda: self._upcoming)
         self._worker = Worker(residents, batch_size=options["batch_size"])
         self._upcoming: Sequence[AvatarKey] = ()
 
-    def do(self, task: RenderTask | FeaturesTask) -> tuple[str, Any]:
-        """``done`` and what came of it, ``full`` if there is no room on the disk, or ``failed`` and why."""
-        try:
-            if isinstance(task, RenderTask):
-                self._upcoming = [AvatarKey.of(segment.job) for segment in task.segments]
-                return "done", list(self._worker.render(task.segments))
-            self._worker.features(task.job, task.path, task.inputs)
-            return "done", None
-        except DiskFullError as error:
-            return "full", str(error)
-        except Exception as error:
-            return "failed", one_line(error)
+    def do(self, task: RenderTask | FeaturesTask) -> Any:
+        """What a task comes to: see :func:`_returned`."""
+        if isinstance(task, FeaturesTask):
+            return _returned(self._worker.features, task.job, task.path, task.inputs)
+        self._upcoming = [AvatarKey.of(part.job) for part in task.parts]
+        return _returned(lambda: list(self._worker.render(task.parts)))
 
 
-def _join(task: JoinTask) -> tuple[str, Any]:
+def _join(task: JoinTask) -> Any:
+    return _returned(join_parts, task.job, task.parts, task.path)
+
+
+def _returned(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What :func:`attempt` returns, or its DiskFullError: Ray would wrap one that is raised in an error of its own."""
     try:
-        return "done", join_parts(task.job, task.parts, task.path)
+        return attempt(function, *arguments)
     except DiskFullError as error:
-        return "full", str(error)
-    except Exception as error:
-        return "failed", one_line(error)
+        return error
 
 
-class _Crew:
-    """The actors, and the tasks that each has."""
+@dataclass(eq=False)
+class _RayWorker:
+    """An actor, how many tasks it has, and the avatar of the last one."""
 
-    def __init__(self, ray: Any, farm: Farm, workers: int | None, options: dict[str, Any]) -> None:
-        self._ray, self._farm = ray, farm
+    actor: Any
+    tasks: int = 0
+    last_avatar: AvatarKey | None = None
+
+
+class _RayWorkers:
+    """The workers of a cluster, and the tasks under way."""
+
+    def __init__(self, ray: Any, farm: Farm, count: int | None, options: dict[str, Any]) -> None:
+        self._ray, self._farm, self._options = ray, farm, options
         there = ray.cluster_resources()
         cores, gpus = int(there.get("CPU", 1)), int(there.get("GPU", 0))
         on_gpus = options["device"] == "cuda"
-        self.workers = workers or (gpus if on_gpus else max(1, len(ray.nodes())))
-        if self.workers > (gpus if on_gpus else cores) or self.workers < 1:
+        count = count or (gpus if on_gpus else max(1, len(ray.nodes())))
+        if not 1 <= count <= (gpus if on_gpus else cores):
             have = f"{gpus} GPUs" if on_gpus else f"{cores} cores"
-            raise InputError(f"workers is {self.workers}; expected 1 to as many as the cluster has: {have}")
-        share = max(1, cores // self.workers)
+            raise InputError(f"workers is {count}; expected 1 to as many as the cluster has: {have}")
+        share = max(1, cores // count)
         environment = {"env_vars": {"GPUPIPE_CORES": str(share)}}
-        actor = ray.remote(num_cpus=share, num_gpus=int(on_gpus), runtime_env=environment)(_Hand)
-        self._hire: Callable[[], Any] = lambda: actor.remote(options)
+        self._actor = ray.remote(num_cpus=share, num_gpus=int(on_gpus), runtime_env=environment)(_RayActor)
         self._join = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_join)
-        self._hands = [self._hire() for _ in range(self.workers)]
-        self._near: list[AvatarKey | None] = [None] * self.workers
-        self._flying: dict[Any, tuple[int | None, Any, Task]] = {}
+        self.workers = [self._start_worker() for _ in range(count)]
+        self._running: dict[Any, tuple[Task, _RayWorker | None]] = {}
 
     def work(self) -> int:
-        """Until nothing is left."""
+        """Until nothing is left; returns the number of workers."""
         from ray.exceptions import RayActorError, WorkerCrashedError  # noqa: PLC0415
 
         while True:
-            self._hand_out()
-            if not self._flying:
-                return self.workers
-            (ref,), _ = self._ray.wait(list(self._flying), num_returns=1)
-            place, hand, task = self._flying.pop(ref)
+            self._assign()
+            if not self._running:
+                return len(self.workers)
+            (ref,), _ = self._ray.wait(list(self._running), num_returns=1)
+            task, worker = self._running.pop(ref)
+            if worker is not None:
+                worker.tasks -= 1
             try:
-                how, result = self._ray.get(ref)
+                result = self._ray.get(ref)
             except (RayActorError, WorkerCrashedError) as error:
                 if getattr(error, "actor_init_failed", False):  # the next one would fail as well
                     raise GpupipeError(f"a worker cannot start ({str(error).splitlines()[-1]})") from error
                 logger.warning("a worker died (%s): others take its work", type(error).__name__)
-                if place is not None and self._hands[place] is hand:
-                    self._hands[place], self._near[place] = self._hire(), None
+                if worker in self.workers:
+                    self.workers[self.workers.index(worker)] = self._start_worker()
                 self._farm.lost(task)
                 continue
-            if how == "full":
-                raise DiskFullError(result)
-            self._settle(task, how, result)
+            if isinstance(result, DiskFullError):
+                raise result
+            self._farm.settle(task, result)
 
-    def _hand_out(self) -> None:
-        """Give every worker as much as it is to have."""
-        for _ in range(_QUEUED):
-            for place, hand in enumerate(self._hands):
-                count = sum(other is hand for _, other, _ in self._flying.values())
-                while count < _QUEUED:
-                    task = self._farm.next_task(frames=BUNDLE_FRAMES, near=self._near[place])
-                    if task is None:
-                        return
-                    if isinstance(task, JoinTask):
-                        self._flying[self._join.remote(task)] = (None, None, task)
-                        continue
-                    if isinstance(task, RenderTask):
-                        self._near[place] = AvatarKey.of(task.segments[-1].job)
-                    self._flying[hand.do.remote(task)] = (place, hand, task)
-                    break
+    def _start_worker(self) -> _RayWorker:
+        return _RayWorker(self._actor.remote(self._options))
 
-    def _settle(self, task: Task, how: str, result: Any) -> None:
-        if isinstance(task, RenderTask):
-            if how == "failed":  # outside of any one segment
-                result = [Outcome(segment, error=result) for segment in task.segments]
-            for outcome in result:
-                self._farm.rendered(outcome)
-        elif how == "failed":
-            self._farm.failed(task.job, result)
-        elif isinstance(task, FeaturesTask):
-            self._farm.featured(task)
-        else:
-            try:
-                self._farm.joined(task, result)
-            except DiskFullError:
-                raise
-            except GpupipeError as error:
-                self._farm.failed(task.job, one_line(error))
+    def _assign(self) -> None:
+        """Give every worker as much as it is to have, and videos to be joined to any machine."""
+        while (worker := min(self.workers, key=lambda one: one.tasks)).tasks < _QUEUED:
+            task = self._farm.next_task(frames=BUNDLE_FRAMES, last_avatar=worker.last_avatar)
+            if task is None:
+                return
+            if isinstance(task, JoinTask):
+                self._running[self._join.remote(task)] = task, None
+                continue
+            if isinstance(task, RenderTask):
+                worker.last_avatar = AvatarKey.of(task.parts[-1].job)
+            worker.tasks += 1
+            self._running[worker.actor.do.remote(task)] = task, worker

@@ -1,4 +1,4 @@
-"""Which work there is: jobs → segments → parts → videos, with every state kept on disk.
+"""Which work there is: jobs → parts → videos, with every state kept on disk.
 
 A farm renders nothing itself. Workers ask it for tasks and tell it how they went; the same farm serves the worker of
 this process (:mod:`gpupipe.farm.local`) and those of a cluster (:mod:`gpupipe.farm.cluster`).
@@ -15,11 +15,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from gpupipe.errors import DiskFullError, one_line
+from gpupipe.errors import InputError
+from gpupipe.farm.attempt import Failed, attempt
 from gpupipe.farm.jobs import Job
 from gpupipe.farm.ledger import Fingerprints, JobState, Ledger, read_record, text_hash
 from gpupipe.farm.residents import AvatarKey
-from gpupipe.farm.worker import Joined, Outcome, Segment
+from gpupipe.farm.worker import Joined, Outcome, Part
 from gpupipe.features import SpeechFeatures
 from gpupipe.schedule import frame_rate
 from gpupipe.versions import versions
@@ -37,7 +38,7 @@ MAX_LOSSES = 5
 PART_SECONDS = 20.0
 """Length of a part: what a killed worker loses at most."""
 
-Told = Callable[[JobState], Any]
+OnJobEnd = Callable[[JobState], Any]
 """Called when a job comes to its end, well or not."""
 
 
@@ -52,9 +53,9 @@ class FeaturesTask:
 
 @dataclass(frozen=True)
 class RenderTask:
-    """Render segments, all of one network."""
+    """Render parts, all of one network."""
 
-    segments: list[Segment]
+    parts: list[Part]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class JoinTask:
     """Join a job's parts."""
 
     job: Job
-    parts: list[Path]
+    parts: list[Part]
     path: Path
 
 
@@ -71,12 +72,12 @@ Task = FeaturesTask | RenderTask | JoinTask
 
 @dataclass
 class _Plan:
-    """A job under way."""
+    """A job under way: its parts, those that nobody is at yet, and the facts of those that are recorded."""
 
     job: Job
     frames: int
-    segments: list[Segment]
-    missing: deque[Segment]
+    parts: list[Part]
+    missing: deque[Part] = field(default_factory=deque)
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -95,7 +96,7 @@ class Farm:
         device: the kind of device that renders, ``cpu`` or ``cuda``: parts of one clip come from one kind.
         part_seconds: length of a part, more than 0 and finite, rounded to whole segments of the encoder.
         force: do again what is done.
-        told: see :data:`Told`.
+        on_job_end: see :data:`OnJobEnd`.
 
     Attributes:
         skipped: outputs that were there already.
@@ -111,13 +112,13 @@ class Farm:
         device: str,
         part_seconds: float = PART_SECONDS,
         force: bool = False,
-        told: Told = lambda state: None,
+        on_job_end: OnJobEnd = lambda state: None,
     ) -> None:
         self.ledger = ledger
         self.skipped: list[str] = []
         self.frames = 0
         self.done = 0
-        self._told = told
+        self._on_job_end = on_job_end
         self._part_seconds = part_seconds
         self._runtime = json.dumps([versions(), device], sort_keys=True)
         self._fingerprints = Fingerprints()
@@ -133,17 +134,17 @@ class Farm:
 
     # ── what there is to do ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def next_task(self, *, frames: int = 1, near: AvatarKey | None = None) -> Task | None:
+    def next_task(self, *, frames: int = 1, last_avatar: AvatarKey | None = None) -> Task | None:
         """The next task, or None if there is none now; more may come when those under way are done.
 
         Args:
-            frames: how many a :class:`RenderTask` is to have, rounded up to whole segments.
-            near: the avatar that the worker has at hand.
+            frames: how many a :class:`RenderTask` is to have, rounded up to whole parts.
+            last_avatar: of the worker that asks, which has it at hand.
         """
         while True:
             if self._ready:
                 return self._ready.popleft()
-            plan = self._choose(near)
+            plan = self._choose(last_avatar)
             if plan is not None:
                 return RenderTask(self._bundle(AvatarKey.of(plan.job), frames))
             if not self._queue:
@@ -163,90 +164,78 @@ class Farm:
     # ── how it went ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def rendered(self, outcome: Outcome) -> None:
-        """Take note of a segment that has been rendered, or has failed."""
-        segment = outcome.segment
-        plan = self._plans.get(segment.job.output)
-        if plan is None or plan.segments[segment.number] != segment:
+        """Take note of a part that has been rendered, or has failed."""
+        part, result = outcome.part, outcome.result
+        plan = self._plan_of(part)
+        if plan is None:
             return  # the job has failed meanwhile; the part is on disk if it is whole
-        if outcome.error is not None:
-            self.failed(segment.job, outcome.error)
+        if isinstance(result, Failed):
+            self._failed(part.job, result)
             return
-        assert outcome.facts is not None
-        plan.facts[segment.number] = outcome.facts
-        self.frames += len(segment.frames)
+        plan.facts[part.number] = result
+        self.frames += len(part.frames)
         self._join_if_whole(plan)
 
-    def featured(self, task: FeaturesTask) -> None:
-        """Take note of features that have been made: the job comes next."""
-        self._featuring.discard(task.job.output)
-        self._queue.appendleft(task.job)
+    def settle(self, task: Task, result: Any) -> None:
+        """Take note of a task that is done, or has failed.
 
-    def joined(self, task: JoinTask, video: Joined) -> None:
-        """Take note of a video that is whole: it gets its name."""
-        plan = self._plans.get(task.job.output)
-        if plan is None:
-            return  # parked meanwhile
-        if video.frames != plan.frames:
-            self.failed(task.job, f"{task.path}: has {video.frames} frames; expected {plan.frames}")
+        Args:
+            result: the outcomes of a :class:`RenderTask`, what :func:`~gpupipe.farm.worker.join_parts` returned for a
+                :class:`JoinTask`, None for a :class:`FeaturesTask`; or why the task :class:`Failed`.
+
+        Raises:
+            DiskFullError: there is no room.
+        """
+        if isinstance(task, RenderTask):
+            failed = isinstance(result, Failed)  # outside of any one part
+            for outcome in [Outcome(part, result) for part in task.parts] if failed else result:
+                self.rendered(outcome)
             return
-        state = self.ledger.states[task.job.output]
-        state.frames, state.parts = video.frames, len(plan.segments)
-        path, rate = self.ledger.output(task.job), task.job.frame_rate
-        state.sound_minus_picture = compare_lengths(path, video.frames / rate, video.sound_seconds, rate)
-        state.timings["render"] = round(sum(facts["seconds"] for facts in plan.facts.values()), 3)
-        state.timings["join"] = video.seconds
-        facts = plan.facts[0]
-        state.device, state.engine, state.codec = facts["device"], facts["engine"], facts["codec"]
-        self._forget(task.job)
-        self.ledger.publish(task.job, task.path, video.checksum)
-        self.done += 1
-        self._told(state)
-
-    def failed(self, job: Job, error: str) -> None:
-        """Take note of a job that failed: it is tried again after the others, or parked."""
-        state = self.ledger.states[job.output]
-        state.attempts += 1
-        state.error = error
-        self._give_up(job, parked=state.attempts >= MAX_ATTEMPTS)
+        if isinstance(result, Failed):
+            self._failed(task.job, result)
+        elif isinstance(task, FeaturesTask):
+            self._featuring.discard(task.job.output)
+            self._queue.appendleft(task.job)
+        else:
+            self._joined(task, result)
 
     def lost(self, task: Task) -> None:
         """Take note of a worker that died over a task: others do it."""
-        jobs = [segment.job for segment in task.segments] if isinstance(task, RenderTask) else [task.job]
+        jobs = [part.job for part in task.parts] if isinstance(task, RenderTask) else [task.job]
         for job in {job.output: job for job in jobs}.values():
             state = self.ledger.states[job.output]
             state.losses += 1
             if state.losses >= MAX_LOSSES:
                 state.error = f"{state.losses} workers died over it"
                 self._give_up(job, parked=True)
-        if not isinstance(task, RenderTask):
-            if task.job.output in self._featuring or task.job.output in self._plans:
-                self._ready.append(task)
-            return
-        for segment in reversed(task.segments):
-            plan = self._plans.get(segment.job.output)
-            if plan is not None and segment in plan.segments and segment.number not in plan.facts:
-                plan.missing.appendleft(segment)
+        if isinstance(task, RenderTask):
+            for part in reversed(task.parts):
+                plan = self._plan_of(part)
+                if plan is not None and part.number not in plan.facts:
+                    plan.missing.appendleft(part)
+        elif task.job.output in self._featuring or task.job.output in self._plans:
+            self._ready.append(task)
 
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _choose(self, near: AvatarKey | None) -> _Plan | None:
-        """A job under way that has segments left, with the avatar at hand if there is one."""
+    def _choose(self, avatar: AvatarKey | None) -> _Plan | None:
+        """A job under way that has parts left, for that avatar if there is one."""
         ready = [plan for plan in self._plans.values() if plan.missing]
-        return next((plan for plan in ready if AvatarKey.of(plan.job) == near), ready[0] if ready else None)
+        return next((plan for plan in ready if AvatarKey.of(plan.job) == avatar), ready[0] if ready else None)
 
-    def _bundle(self, key: AvatarKey, frames: int) -> list[Segment]:
-        """Segments for one avatar, of the jobs under way and of those that come next."""
-        segments: list[Segment] = []
+    def _bundle(self, avatar: AvatarKey, frames: int) -> list[Part]:
+        """Parts for one avatar, of the jobs under way and of those that come next."""
+        parts: list[Part] = []
         while frames > 0:
-            plan = self._choose(key)
-            if plan is not None and AvatarKey.of(plan.job) == key:
-                segments.append(plan.missing.popleft())
-                frames -= len(segments[-1].frames)
-            elif self._queue and AvatarKey.of(self._queue[0]) == key and not self._ready:
+            plan = self._choose(avatar)
+            if plan is not None and AvatarKey.of(plan.job) == avatar:
+                parts.append(plan.missing.popleft())
+                frames -= len(parts[-1].frames)
+            elif self._queue and AvatarKey.of(self._queue[0]) == avatar and not self._ready:
                 self._begin(self._queue.popleft())
             else:
                 break
-        return segments
+        return parts
 
     def _begin(self, job: Job) -> None:
         """Look at what there is of a job, and plan the rest."""
@@ -260,34 +249,36 @@ class Farm:
             self._begun.add(job.output)
             state = self.ledger.reset(job, fingerprint)  # what is known is of other inputs, or of an earlier run
         state.status = "waiting"
-        folder = self.ledger.folder(job)
-        try:
-            if job.audio is not None:
-                open_sound(job.audio).close()  # before anything is rendered for it
-            features = Path(job.audio_features or folder / "features.npy")
+        planned = attempt(self._plan, job, fingerprint)
+        if isinstance(planned, Failed):
+            self._failed(job, planned)
+
+    def _plan(self, job: Job, fingerprint: str) -> None:
+        """Cut a job into parts, or have its features made first."""
+        if job.audio is not None:
+            open_sound(job.audio).close()  # before anything is rendered for it
+        features = Path(job.audio_features or self.ledger.folder(job) / "features.npy")
+        if job.encoder is not None:
             inputs = text_hash(json.dumps([fingerprint, self._runtime, "features"]))
-            made = read_record(features, inputs) if job.encoder is not None else None
-            if job.encoder is not None and made is None:
+            made = read_record(features, inputs)
+            if made is None:
                 self._featuring.add(job.output)
                 self._ready.append(FeaturesTask(job, features, inputs))
                 return
-            if made is not None:
-                state.timings["features"] = made.facts["seconds"]
-            self._plan(job, features, fingerprint)
-        except DiskFullError:
-            raise
-        except Exception as error:
-            self.failed(job, one_line(error))
+            self.ledger.states[job.output].timings["features"] = made.facts["seconds"]
+        plan = self._plans[job.output] = self._cut(job, features, fingerprint)
+        self.ledger.save(job)
+        self._join_if_whole(plan)
 
-    def _plan(self, job: Job, features: Path, fingerprint: str) -> None:
-        speech = SpeechFeatures(features, job.mode)
-        frames = speech.timing(job.frame_rate).frames
+    def _cut(self, job: Job, features: Path, fingerprint: str) -> _Plan:
+        """The parts of a job, and what is recorded of them."""
+        frames = SpeechFeatures(features, job.mode).timing(job.frame_rate).frames
         rate = frame_rate(job.frame_rate)
         unit = segment_length(rate)
         length = max(1, round(Fraction(self._part_seconds) * rate / unit)) * unit
         folder, suffix = self.ledger.folder(job), Path(job.output).suffix
-        segments = [
-            Segment(
+        parts = [
+            Part(
                 job,
                 number,
                 range(start, min(start + length, frames)),
@@ -297,22 +288,57 @@ class Farm:
             )
             for number, start in enumerate(range(0, frames, length))
         ]
-        plan = _Plan(job, frames, segments, deque())
-        for segment in segments:
-            record = read_record(segment.path, segment.inputs)
+        plan = _Plan(job, frames, parts)
+        for part in parts:
+            record = read_record(part.path, part.inputs)
             if record is None:
-                plan.missing.append(segment)
+                plan.missing.append(part)
             else:
-                plan.facts[segment.number] = record.facts
-        self._plans[job.output] = plan
-        self.ledger.save(job)
-        self._join_if_whole(plan)
+                plan.facts[part.number] = record.facts
+        return plan
+
+    def _plan_of(self, part: Part) -> _Plan | None:
+        """The plan that a part is of, unless its job has failed meanwhile, or has been cut anew."""
+        plan = self._plans.get(part.job.output)
+        return plan if plan is not None and plan.parts[part.number : part.number + 1] == [part] else None
 
     def _join_if_whole(self, plan: _Plan) -> None:
-        if len(plan.facts) == len(plan.segments):
-            job = plan.job
-            path = self.ledger.folder(job) / f"joined{Path(job.output).suffix}"
-            self._ready.append(JoinTask(job, [segment.path for segment in plan.segments], path))
+        if len(plan.facts) == len(plan.parts):
+            path = self.ledger.folder(plan.job) / f"joined{Path(plan.job.output).suffix}"
+            self._ready.append(JoinTask(plan.job, plan.parts, path))
+
+    def _joined(self, task: JoinTask, video: Joined) -> None:
+        """A video that is whole gets its name."""
+        plan = self._plans.get(task.job.output)
+        if plan is None:
+            return  # parked meanwhile
+        published = attempt(self._publish, plan, task.path, video)
+        if isinstance(published, Failed):
+            self._failed(plan.job, published)
+        else:
+            self.done += 1
+            self._on_job_end(self.ledger.states[plan.job.output])
+
+    def _publish(self, plan: _Plan, path: Path, video: Joined) -> None:
+        job, state = plan.job, self.ledger.states[plan.job.output]
+        if video.frames != plan.frames:
+            raise InputError(f"{path}: has {video.frames} frames; expected {plan.frames}")
+        output, rate = self.ledger.output(job), job.frame_rate
+        state.frames, state.parts = video.frames, len(plan.parts)
+        state.sound_minus_picture = compare_lengths(output, video.frames / rate, video.sound_seconds, rate)
+        state.timings["render"] = round(sum(facts["seconds"] for facts in plan.facts.values()), 3)
+        state.timings["join"] = video.seconds
+        facts = plan.facts[0]
+        state.device, state.engine, state.codec = facts["device"], facts["engine"], facts["codec"]
+        self._forget(job)
+        self.ledger.publish(job, path, video.checksum)
+
+    def _failed(self, job: Job, failed: Failed) -> None:
+        """A job is tried again after the others, or parked."""
+        state = self.ledger.states[job.output]
+        state.attempts += 1
+        state.error = failed.error
+        self._give_up(job, parked=state.attempts >= MAX_ATTEMPTS)
 
     def _give_up(self, job: Job, *, parked: bool) -> None:
         state = self.ledger.states[job.output]
@@ -320,7 +346,7 @@ class Farm:
         self._forget(job)
         self.ledger.save(job)
         if parked:
-            self._told(state)
+            self._on_job_end(state)
         else:
             self._queue.append(job)
         logger.debug("%s: failed (%s)", job.output, state.error)

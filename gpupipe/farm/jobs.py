@@ -118,7 +118,7 @@ def read_jobs(path: str | Path) -> list[Job]:
             seen[job.output] = number
             jobs.append(job)
         except ValidationError as error:
-            wrong.append(f"{path}:{number}: {_told(error)}")
+            wrong.append(f"{path}:{number}: {_first_error(error)}")
         except (ValueError, TypeError, RecursionError) as error:
             wrong.append(f"{path}:{number}: {error}")
     if wrong:
@@ -138,7 +138,7 @@ def _object(line: str) -> dict[str, Any]:
     return value
 
 
-def _told(error: ValidationError) -> str:
+def _first_error(error: ValidationError) -> str:
     """The first thing that is wrong with a job, in one line."""
     first = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"]))
@@ -150,5 +150,5 @@ def _told(error: ValidationError) -> str:
         return f"{key} is no key of a job; expected some of {', '.join(Job.model_fields)}"
     if first["type"] == "missing":
         return f"{key} is missing"
-    told = first["msg"].removeprefix("Value error, ")
-    return f"{key} is {first['input']!r}: {told}" if key else told
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key} is {first['input']!r}: {message}" if key else message

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from gpupipe.errors import DiskFullError, one_line
+from gpupipe.farm.attempt import Failed, attempt
 from gpupipe.farm.farm import Farm, FeaturesTask, JoinTask, RenderTask
-from gpupipe.farm.worker import Joined, Segment, Worker, join_parts
+from gpupipe.farm.worker import Joined, Part, Worker, join_parts
 
 
 def work_here(farm: Farm, worker: Worker) -> None:
@@ -18,42 +18,39 @@ def work_here(farm: Farm, worker: Worker) -> None:
         DiskFullError: there is no room; what is whole is recorded.
     """
     worker.residents.upcoming = farm.upcoming
-    with ThreadPoolExecutor(1, "join") as hand:
-        joins: deque[tuple[JoinTask, Future[Joined]]] = deque()
-
-        def segments() -> Iterator[Segment]:
-            """Segments as there is room for them; what else comes up is done on the way."""
-            while (task := farm.next_task()) is not None:
-                settle(wait=False)
-                if isinstance(task, RenderTask):
-                    yield from task.segments
-                elif isinstance(task, FeaturesTask):
-                    make_features(task)
-                else:
-                    joins.append((task, hand.submit(join_parts, task.job, task.parts, task.path)))
-
-        def make_features(task: FeaturesTask) -> None:
-            try:
-                worker.features(task.job, task.path, task.inputs)
-            except DiskFullError:
-                raise
-            except Exception as error:
-                farm.failed(task.job, one_line(error))
-            else:
-                farm.featured(task)
-
-        def settle(*, wait: bool) -> None:
-            """Take note of joins that are done."""
-            while joins and (wait or joins[0][1].done()):
-                task, future = joins.popleft()
-                try:
-                    farm.joined(task, future.result())
-                except DiskFullError:
-                    raise
-                except Exception as error:
-                    farm.failed(task.job, one_line(error))
-
+    with ThreadPoolExecutor(1, "join") as executor:
+        joins = _Joins(farm, executor)
         while not farm.finished:
-            for outcome in worker.render(segments()):
+            for outcome in worker.render(_parts(farm, worker, joins)):
                 farm.rendered(outcome)
-            settle(wait=True)
+            joins.settle(wait=True)
+
+
+class _Joins:
+    """Videos that are being joined in a thread, in the order in which they will be whole."""
+
+    def __init__(self, farm: Farm, executor: ThreadPoolExecutor) -> None:
+        self._farm, self._executor = farm, executor
+        self._running: deque[tuple[JoinTask, Future[Joined | Failed]]] = deque()
+
+    def start(self, task: JoinTask) -> None:
+        """Join a video as soon as those before it are whole."""
+        self._running.append((task, self._executor.submit(attempt, join_parts, task.job, task.parts, task.path)))
+
+    def settle(self, *, wait: bool) -> None:
+        """Tell the farm of those that are whole by now; with ``wait`` of all."""
+        while self._running and (wait or self._running[0][1].done()):
+            task, future = self._running.popleft()
+            self._farm.settle(task, future.result())
+
+
+def _parts(farm: Farm, worker: Worker, joins: _Joins) -> Iterator[Part]:
+    """Parts to render, as there is room for them; what else comes up is done on the way."""
+    while (task := farm.next_task()) is not None:
+        joins.settle(wait=False)
+        if isinstance(task, RenderTask):
+            yield from task.parts
+        elif isinstance(task, FeaturesTask):
+            farm.settle(task, attempt(worker.features, task.job, task.path, task.inputs))
+        else:
+            joins.start(task)

@@ -1,4 +1,4 @@
-"""What does a farm's work: renders segments of clips to parts, makes features from sound, joins parts to videos.
+"""What does a farm's work: renders parts of clips, makes features from sound, joins parts to videos.
 
 The same worker runs in the process of the command and in each of Ray's actors. It knows nothing of states and retries:
 it takes tasks and tells how they went.
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from gpupipe.engines.base import BATCH_SIZES
-from gpupipe.errors import DiskFullError, one_line
+from gpupipe.errors import one_line
 from gpupipe.fallbacks import note_fallback
+from gpupipe.farm.attempt import Failed, attempt
 from gpupipe.farm.jobs import Job
 from gpupipe.farm.ledger import file_hash, write_record
 from gpupipe.farm.residents import Residents
@@ -39,16 +40,16 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Segment:
+class Part:
     """Frames of a job's clip that are rendered to a video of their own.
 
     Args:
         job: its files are named by absolute paths.
-        number: of the segment, from 0 on.
-        frames: of the clip; all segments but the last have the same number.
+        number: of the part, from 0 on.
+        frames: of the clip; all parts but the last have the same number.
         features: of the whole clip, ``.npy``.
-        path: of the part that it becomes.
-        inputs: hash of all that the part is made of.
+        path: of the video that it becomes.
+        inputs: hash of all that the video is made of.
     """
 
     job: Job
@@ -61,11 +62,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a segment went: ``facts`` of the part that is now recorded, or an ``error``."""
+    """How a part went: the facts of its video, which is now recorded, or why it failed."""
 
-    segment: Segment
-    facts: dict[str, Any] | None = None
-    error: str | None = None
+    part: Part
+    result: dict[str, Any] | Failed
 
 
 class Worker:
@@ -82,24 +82,21 @@ class Worker:
         self.batch_size = batch_size or BATCH_SIZES[self.device.type]
         self._encoder: tuple[str, SpeechEncoder] | None = None
 
-    def render(self, segments: Iterable[Segment]) -> Iterator[Outcome]:
-        """Render segments to parts, in batches that are filled across them.
+    def render(self, parts: Iterable[Part]) -> Iterator[Outcome]:
+        """Render parts, in batches that are filled across them.
 
-        Segments are asked for as there is room, and outcomes come as parts are whole. A segment that fails stops no
+        Parts are asked for as there is room, and outcomes come as their videos are whole. A part that fails stops no
         other one.
 
         Raises:
             DiskFullError: no room for a part; what is whole is recorded.
         """
-        with _Studio(self.residents) as studio:
-            batches = fill_batches(studio.shots(segments), lambda: self.batch_size)
-            for pieces, rendered in map_batches(self._attempt, batches, self.device):
-                if isinstance(rendered, BaseException):
-                    self._again(pieces, rendered, studio)
-                else:
-                    studio.take(pieces, rendered)
-                yield from studio.outcomes()
-            yield from studio.finish()
+        with _OpenParts(self.residents) as open_parts:
+            batches = fill_batches(open_parts.shots(parts), lambda: self.batch_size)
+            for pieces, rendered in map_batches(self._try_batch, batches, self.device):
+                self._write(pieces, rendered, open_parts)
+                yield from open_parts.outcomes()
+            yield from open_parts.outcomes(wait=True)
 
     def features(self, job: Job, path: Path, inputs: str) -> None:
         """Make and record the features of a job's sound."""
@@ -112,126 +109,112 @@ class Worker:
             write_features(self._encoder[1].covering_features(job.audio), temporary)
         write_record(path, inputs, {"seconds": round(time.perf_counter() - start, 3)})
 
-    def _attempt(self, pieces: list[Piece]) -> tuple[list[Piece], list[Tensor] | BaseException]:
+    def _try_batch(self, pieces: list[Piece]) -> tuple[list[Piece], list[Tensor] | Exception]:
         """Render a batch; an error is kept for who knows what to do about it."""
         try:
             return pieces, render_batch(pieces)
         except Exception as error:
             return pieces, error.with_traceback(None)  # which keeps the batch's tensors
 
-    def _again(self, pieces: list[Piece], error: BaseException, studio: _Studio) -> None:
+    def _write(self, pieces: list[Piece], rendered: list[Tensor] | Exception, open_parts: _OpenParts) -> None:
+        if isinstance(rendered, Exception):
+            self._retry(pieces, rendered, open_parts)
+        else:
+            open_parts.write(pieces, rendered)
+
+    def _retry(self, pieces: list[Piece], error: Exception, open_parts: _OpenParts) -> None:
         """Render a failed batch again: in halves if memory ran out, else clip by clip, to find whose fault it is."""
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             rows = sum(len(piece.rows) for piece in pieces)
-            if rows > 1:
-                if self.batch_size > 1:
-                    self.batch_size = min(self.batch_size, max(1, rows // 2))
-                    note_fallback(f"{self.device} is out of memory: batches of {self.batch_size} from here on")
-                halves = [[half] for half in pieces[0].halves()] if len(pieces) == 1 else _split(pieces)
-            else:
-                halves = []
+            if rows > 1 and self.batch_size > 1:
+                self.batch_size = min(self.batch_size, rows // 2)
+                note_fallback(f"{self.device} is out of memory: batches of {self.batch_size} from here on")
+            smaller = _halves(pieces)
         else:
-            halves = [[piece] for piece in pieces] if len(pieces) > 1 else []
-        if not halves:
-            studio.fail(pieces[0].shot, error)
-        for half in halves:
-            if half[0].shot.cancelled:
-                continue
-            some, rendered = self._attempt(half)
-            if isinstance(rendered, BaseException):
-                self._again(some, rendered, studio)
-            else:
-                studio.take(some, rendered)
+            smaller = [[piece] for piece in pieces]
+        if len(smaller) == 1:
+            open_parts.fail(pieces[0].shot, Failed(one_line(error)))
+            return
+        for some in smaller:
+            if not some[0].shot.cancelled:
+                self._write(*self._try_batch(some), open_parts)
 
 
-class _Studio:
-    """The parts that are being written: one that takes frames, and those before it, which come to their end."""
+class _OpenParts:
+    """The parts that are being written: those that take frames, and those that come to their end in a thread."""
 
     def __init__(self, residents: Residents) -> None:
         self._residents = residents
-        self._parts: dict[Shot, _Part] = {}
-        self._done: deque[Outcome] = deque()
-        self._ending: deque[tuple[Future[Outcome], _Part]] = deque()
-        self._hand = ThreadPoolExecutor(1, "finish")
+        self._writers: dict[Shot, _PartWriter] = {}
+        self._ending: deque[tuple[_PartWriter, Future[dict[str, Any] | Failed]]] = deque()
+        self._failed: deque[Outcome] = deque()
+        self._executor = ThreadPoolExecutor(1, "finish")
 
-    def __enter__(self) -> _Studio:
+    def __enter__(self) -> _OpenParts:
         return self
 
     def __exit__(self, *error: object) -> None:
-        unfinished = [part for future, part in self._ending if future.cancel()]
-        self._hand.shutdown()
-        for part in (*unfinished, *self._parts.values()):
-            part.abandon()
+        unfinished = [writer for writer, future in self._ending if future.cancel()]
+        self._executor.shutdown()
+        for writer in (*unfinished, *self._writers.values()):
+            writer.abandon()
 
-    def shots(self, segments: Iterable[Segment]) -> Iterator[Shot]:
-        """Each segment as a shot, as its turn comes."""
-        for segment in segments:
-            try:
-                part = _Part(segment, self._residents)
-            except DiskFullError:
-                raise
-            except Exception as error:
-                self._done.append(Outcome(segment, error=one_line(error)))
-                continue
-            self._parts[part.shot] = part
-            yield part.shot
+    def shots(self, parts: Iterable[Part]) -> Iterator[Shot]:
+        """Each part as a shot, as its turn comes."""
+        for part in parts:
+            writer = attempt(_PartWriter, part, self._residents)
+            if isinstance(writer, Failed):
+                self._failed.append(Outcome(part, writer))
+            else:
+                self._writers[writer.shot] = writer
+                yield writer.shot
 
-    def take(self, pieces: list[Piece], rendered: list[Tensor]) -> None:
+    def write(self, pieces: list[Piece], rendered: list[Tensor]) -> None:
         """Write the frames of a batch."""
         for piece, rows in zip(pieces, rendered, strict=True):
-            part = self._parts.get(piece.shot)
-            if part is None:
+            writer = self._writers.get(piece.shot)
+            if writer is None:
                 continue  # failed meanwhile
-            try:
-                for frames in piece.frames_from_rows(rows, max(1, len(rows))):
-                    part.writer.write(frames)
-            except DiskFullError:
-                raise
-            except Exception as error:
-                self.fail(piece.shot, error)
-                continue
-            if piece.frames.stop == piece.shot.frames.stop:
-                del self._parts[piece.shot]
-                self._ending.append((self._hand.submit(part.finish), part))
+            written = attempt(writer.write, piece, rows)
+            if isinstance(written, Failed):
+                self.fail(piece.shot, written)
+            elif piece.frames.stop == piece.shot.frames.stop:
+                del self._writers[piece.shot]
+                self._ending.append((writer, self._executor.submit(attempt, writer.finish)))
 
-    def fail(self, shot: Shot, error: BaseException) -> None:
+    def fail(self, shot: Shot, failed: Failed) -> None:
         """Give up a shot."""
         shot.cancelled = True
-        part = self._parts.pop(shot, None)
-        if part is not None:
-            part.abandon()
-            self._done.append(Outcome(part.segment, error=one_line(error)))
+        writer = self._writers.pop(shot, None)
+        if writer is not None:
+            writer.abandon()
+            self._failed.append(Outcome(writer.part, failed))
 
-    def outcomes(self) -> Iterator[Outcome]:
-        """What has come to its end by now."""
-        while self._ending and self._ending[0][0].done():
-            self._done.append(self._ending.popleft()[0].result())
-        while self._done:
-            yield self._done.popleft()
-
-    def finish(self) -> Iterator[Outcome]:
-        """Wait for the rest."""
-        while self._ending:
-            self._done.append(self._ending.popleft()[0].result())
-        yield from self.outcomes()
+    def outcomes(self, *, wait: bool = False) -> Iterator[Outcome]:
+        """What has come to its end by now; with ``wait`` all that is on its way there."""
+        while self._failed:
+            yield self._failed.popleft()
+        while self._ending and (wait or self._ending[0][1].done()):
+            writer, future = self._ending.popleft()
+            yield Outcome(writer.part, future.result())
 
 
-class _Part:
-    """A segment on its way into its file."""
+class _PartWriter:
+    """A part on its way into its file."""
 
-    def __init__(self, segment: Segment, residents: Residents) -> None:
-        job = segment.job
-        self.segment = segment
+    def __init__(self, part: Part, residents: Residents) -> None:
+        job = part.job
+        self.part = part
         self._began = time.perf_counter()
-        speech = SpeechFeatures(segment.features, job.mode, check=False)  # whoever cut the clip has checked them
+        speech = SpeechFeatures(part.features, job.mode, check=False)  # whoever cut the clip has checked them
         size = template_size(job.template)
-        make_folder(segment.path.parent)
+        make_folder(part.path.parent)
         self._resources = contextlib.ExitStack()
         with self._resources:
-            self.writer = self._resources.enter_context(
+            self._video = self._resources.enter_context(
                 VideoWriter(
-                    segment.path,
+                    part.path,
                     width=size.width,
                     height=size.height,
                     fps=job.frame_rate,
@@ -242,33 +225,32 @@ class _Part:
                     device=residents.device,
                 )
             )
-            generator, avatar = residents.get(job, self.writer.pixel_format)
+            generator, avatar = residents.get(job, self._video.pixel_format)
             self._engine = generator.unet_model.engine.name
             self.shot = generator.shot(
-                avatar, speech, start_frame=job.start_frame, fps=job.frame_rate, frames=segment.frames
+                avatar, speech, start_frame=job.start_frame, fps=job.frame_rate, frames=part.frames
             )
             self._device = str(residents.device)
             self._resources = self._resources.pop_all()
 
-    def finish(self) -> Outcome:
-        """Bring the file to its end, and record it."""
-        segment = self.segment
-        try:
-            self._resources.close()
-            facts = {
-                "frames": self.writer.frames,
-                "seconds": round(time.perf_counter() - self._began, 3),
-                "worker": f"{socket.gethostname()}:{os.getpid()}",
-                "device": self._device,
-                "engine": self._engine,
-                "codec": self.writer.encoder,
-            }
-            write_record(segment.path, segment.inputs, facts)
-            return Outcome(segment, facts)
-        except DiskFullError:
-            raise
-        except Exception as error:
-            return Outcome(segment, error=one_line(error))
+    def write(self, piece: Piece, rows: Tensor) -> None:
+        """Write the frames of a piece from its rendered rows."""
+        for frames in piece.shown(rows, max(1, len(rows))):
+            self._video.write(frames)
+
+    def finish(self) -> dict[str, Any]:
+        """Bring the file to its end, and record it; its facts."""
+        self._resources.close()
+        facts = {
+            "frames": self._video.frames,
+            "seconds": round(time.perf_counter() - self._began, 3),
+            "worker": f"{socket.gethostname()}:{os.getpid()}",
+            "device": self._device,
+            "engine": self._engine,
+            "codec": self._video.encoder,
+        }
+        write_record(self.part.path, self.part.inputs, facts)
+        return facts
 
     def abandon(self) -> None:
         """Leave nothing of the file."""
@@ -289,13 +271,16 @@ class Joined(NamedTuple):
     seconds: float
 
 
-def join_parts(job: Job, parts: list[Path], path: Path) -> Joined:
+def join_parts(job: Job, parts: list[Part], path: Path) -> Joined:
     """Join a job's parts, with its sound."""
     start = time.perf_counter()
-    video = join_segments(parts, path, sound=job.audio)
+    video = join_segments([part.path for part in parts], path, sound=job.audio)
     return Joined(*video, file_hash(path), round(time.perf_counter() - start, 3))
 
 
-def _split(pieces: list[Piece]) -> list[list[Piece]]:
+def _halves(pieces: list[Piece]) -> list[list[Piece]]:
+    """A batch in two, or as it is if it has one row."""
+    if len(pieces) == 1:
+        return [[half] for half in pieces[0].halves()]
     middle = len(pieces) // 2
     return [pieces[:middle], pieces[middle:]]
