@@ -21,7 +21,7 @@ from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.video import ways
 from gpupipe.video.codecs import PictureFormat, configure
 from gpupipe.video.encode import VideoWriter
-from gpupipe.video.join import join_segments
+from gpupipe.video.join import join_videos
 from gpupipe.video.segments import MAX_WORKERS, POOL_BYTES, DecodeTimes, HostEncoder, SegmentPool, pool_size
 
 WIDTH, HEIGHT = 96, 64
@@ -173,7 +173,7 @@ def test_joined_parts_are_the_clip(codec: str, suffix: str, fps: Any, clip: torc
     ]
     sound = write_silence(tmp_path / "silence.wav", len(clip) / fps)
     joined, whole = tmp_path / f"joined.{suffix}", tmp_path / f"whole.{suffix}"
-    video = join_segments(parts, joined, sound=sound)
+    video = join_videos(parts, joined, sound=sound)
     assert video == (len(clip), pytest.approx(len(clip) / fps, abs=1e-3))
     write(whole, clip, codec=codec, fps=fps, sound=sound)
     times, pictures = luma(joined)
@@ -214,13 +214,13 @@ def test_parts_that_do_not_belong_together(
     other = make(tmp_path, clip)
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match=message):
-        join_segments([first, other], tmp_path / "out" / "joined.mp4")
+        join_videos([first, other], tmp_path / "out" / "joined.mp4")
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_no_parts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"joined\.mp4: there are no parts to join"):
-        join_segments([], tmp_path / "joined.mp4")
+        join_videos([], tmp_path / "joined.mp4")
 
 
 @pytest.mark.parametrize(("first", "delay"), [(0, 0), (-2, 2), (-16, 16), (-55834575973, 1), (7, 1)])

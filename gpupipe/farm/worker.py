@@ -34,7 +34,7 @@ from gpupipe.shots import Piece, Shot, fill_batches, map_batches, render_batch
 from gpupipe.speech import SpeechEncoder, write_features
 from gpupipe.template import template_size
 from gpupipe.video.encode import VideoWriter
-from gpupipe.video.join import join_segments
+from gpupipe.video.join import join_videos
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +274,7 @@ class Joined(NamedTuple):
 def join_parts(job: Job, parts: list[Part], path: Path) -> Joined:
     """Join a job's parts, with its sound."""
     start = time.perf_counter()
-    video = join_segments([part.path for part in parts], path, sound=job.audio)
+    video = join_videos([part.path for part in parts], path, sound=job.audio)
     return Joined(*video, file_hash(path), round(time.perf_counter() - start, 3))
 
 

@@ -25,7 +25,7 @@ class JoinedVideo(NamedTuple):
     sound_seconds: float | None
 
 
-def join_segments(paths: Sequence[str | Path], output: str | Path, *, sound: str | Path | None = None) -> JoinedVideo:
+def join_videos(paths: Sequence[str | Path], output: str | Path, *, sound: str | Path | None = None) -> JoinedVideo:
     """Join videos that :class:`~gpupipe.video.encode.VideoWriter` wrote, silent and with the same options, in order.
 
     Each part begins with a frame that needs no other, so that parts may have been written anywhere and at any time.
