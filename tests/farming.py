@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import wave
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
+
+from gpupipe.farm import FarmRecord, run_farm
+
+Jobs = list[dict[str, Any]]
 
 
 def write_speech(folder: Path, name: str, frames: int, seed: int = 0) -> tuple[str, str]:
@@ -23,10 +29,40 @@ def write_speech(folder: Path, name: str, frames: int, seed: int = 0) -> tuple[s
     return str(features), str(sound)
 
 
-def write_jobs(path: Path, jobs: list[dict[str, Any]]) -> Path:
+def write_jobs(path: Path, jobs: Jobs) -> Path:
     """A file of jobs."""
     path.write_text("".join(json.dumps(job) + "\n" for job in jobs))
     return path
+
+
+def three_jobs(folder: Path, checkpoint: Path, make_template: Callable[..., Path]) -> Jobs:
+    """Three jobs for two faces: one of three parts of two seconds, at few frames a second, and two short ones."""
+    faces = [str(make_template(folder / f"face{n}", frames=4, size=(96, 64), seed=n)) for n in range(2)]
+    jobs = []
+    for number, (frames, face) in enumerate([(120, 0), (11, 1), (7, 0)]):
+        features, sound = write_speech(folder, str(number), frames, number)
+        files = {"checkpoint": str(checkpoint), "template": faces[face], "audio_features": features, "audio": sound}
+        jobs.append(files | {"output": f"{number}.mp4", "engine": "eager"})
+    jobs[0] |= {"fps": 5.0}
+    jobs[2] |= {"output": "deep/er/2.mp4", "crf": 30}
+    return jobs
+
+
+def farm(jobs: Jobs, folder: Path, **options: Any) -> FarmRecord:
+    """A run in parts of two seconds."""
+    return run_farm(write_jobs(folder.with_suffix(".jsonl"), jobs), folder, part_seconds=2, **options)
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    """The lines of an output folder's ``results.jsonl``, by output."""
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return {row["output"]: row for row in rows}
+
+
+def frames_of(path: Path) -> list[bytes]:
+    """The pixels of each frame of a video."""
+    with av.open(str(path)) as video:
+        return [frame.to_ndarray().tobytes() for frame in video.decode(video=0)]
 
 
 def videos(folder: Path) -> dict[str, bytes]:

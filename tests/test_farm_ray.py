@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from farming import left_over, videos, write_jobs, write_speech
+from farming import left_over, results, videos, write_jobs, write_speech
 
 from gpupipe import InputError
 from gpupipe.errors import DiskFullError, GpupipeError
@@ -65,7 +65,7 @@ def test_a_killed_worker_costs_nothing(jobs: Path, tmp_path: Path, monkeypatch: 
     assert (record.done, record.parked, record.workers) == (4, 0, 2)
     assert videos(out) == videos(tmp_path / "alone")
     assert left_over(out) == []
-    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    rows = results(out).values()
     assert sum(row["losses"] for row in rows) >= 1
     assert all(row["attempts"] == 0 for row in rows)
     again = run_farm(jobs, out, part_seconds=2, workers=2, device="cpu")
@@ -117,7 +117,7 @@ def test_a_worker_that_cannot_start_is_no_fault_of_the_jobs(
     if "cannot be reached" in str(error.value):
         pytest.skip(f"no cluster starts here: {error.value}")
     assert str(error.value) == "a worker cannot start (RuntimeError: no driver here)"
-    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    rows = results(tmp_path / "out").values()
     assert {(row["status"], row["losses"]) for row in rows} == {("waiting", 0)}
 
 
@@ -141,7 +141,7 @@ def test_a_full_disk_ends_the_run(jobs: Path, tmp_path: Path, monkeypatch: pytes
         pytest.skip(f"no cluster starts here: {error.value}")
     assert isinstance(error.value, DiskFullError)
     assert str(error.value).startswith("1.mp4: cannot be written: No space left on device; what is whole is kept")
-    rows = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    rows = results(tmp_path / "out").values()
     assert {(row["status"], row["attempts"]) for row in rows} == {("waiting", 0)}
 
 

@@ -1,0 +1,86 @@
+"""Which task a farm gives next, and what it does about those that fail or are lost; nothing is rendered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from farming import Jobs, three_jobs, write_jobs
+
+from gpupipe.farm import farm_status, read_jobs
+from gpupipe.farm.attempt import Failed
+from gpupipe.farm.farm import MAX_ATTEMPTS, MAX_LOSSES, Farm, JoinTask, RenderTask
+from gpupipe.farm.ledger import Ledger
+from gpupipe.farm.residents import AvatarKey
+from gpupipe.farm.worker import Joined, Outcome
+from gpupipe.video.codecs import segment_length
+
+
+@pytest.fixture(scope="module")
+def inputs(
+    tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Jobs:
+    return three_jobs(tmp_path_factory.mktemp("inputs"), tiny_checkpoint(), make_template)
+
+
+def test_a_job_over_which_workers_die_is_parked_at_last(inputs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", inputs[:1]))
+    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    for _ in range(MAX_LOSSES):
+        task = queue.next_task(frames=1000)
+        assert isinstance(task, RenderTask) and len(task.parts) == 3
+        assert not queue.finished
+        queue.lost(task)
+    assert queue.next_task() is None and queue.finished
+    state = farm_status(tmp_path / "jobs.jsonl", tmp_path / "out")[0]
+    assert (state.status, state.error) == ("parked", "5 workers died over it")
+    again = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    for _ in range(MAX_LOSSES - 1):  # what an earlier run lost does not count
+        again.lost(again.next_task(frames=1000) or pytest.fail("parked"))
+    assert not again.finished
+
+
+def test_a_task_that_fails_as_a_whole_is_one_failure_of_each_of_its_jobs(inputs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", [inputs[0], inputs[2]]))
+    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    for attempts in range(1, MAX_ATTEMPTS + 1):
+        task = queue.next_task(frames=1000)
+        assert isinstance(task, RenderTask) and len(task.parts) == 4
+        queue.settle(task, Failed("no driver here"))
+        states = farm_status(tmp_path / "jobs.jsonl", tmp_path / "out")
+        assert [(state.attempts, state.error) for state in states] == [(attempts, "no driver here")] * 2
+    assert queue.finished and {state.status for state in states} == {"parked"}
+
+
+def test_a_video_of_too_few_frames_gets_no_name(inputs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", inputs[2:]))
+    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    rendered = queue.next_task()
+    assert isinstance(rendered, RenderTask)
+    queue.settle(rendered, [Outcome(part, {"seconds": 1.0}) for part in rendered.parts])
+    joined = queue.next_task()
+    assert isinstance(joined, JoinTask)
+    queue.settle(joined, Joined(6, None, "checksum", 1.0))
+    state = queue.ledger.states[jobs[0].output]
+    assert (state.status, state.error) == ("failed", f"{joined.path}: has 6 frames; expected 7")
+
+
+def test_a_worker_is_given_more_of_what_it_has_at_hand(inputs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", inputs))
+    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    faces = [AvatarKey.of(job) for job in jobs]
+    assert queue.upcoming() == faces[:2]
+    first, other = queue.next_task(frames=1), queue.next_task(frames=1000, last_avatar=faces[1])
+    assert isinstance(first, RenderTask) and [part.number for part in first.parts] == [0]
+    # Both faces' jobs are not under way yet: the worker helps with the first face, of both of its jobs.
+    assert isinstance(other, RenderTask)
+    assert [part.job.output for part in other.parts] == ["0.mp4", "0.mp4", "deep/er/2.mp4"]
+
+
+@pytest.mark.parametrize("seconds", [1e-300, 1e308])
+def test_any_part_seconds_are_rounded_to_segments(inputs: Jobs, tmp_path: Path, seconds: float) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", inputs[:1]))
+    task = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=seconds).next_task(frames=1000)
+    assert isinstance(task, RenderTask) and len(task.parts) == (3 if seconds < 1 else 1)
+    assert segment_length(25) == 50  # type: ignore[arg-type]
