@@ -77,7 +77,7 @@ def run_farm(
         GpupipeError: a worker of Ray cannot start; no job is blamed for that.
     """
     start = time.perf_counter()
-    jobs = [_absolute(job) for job in read_jobs(jobs_path)]
+    jobs = [job.absolute() for job in read_jobs(jobs_path)]
     _check_options(batch_size, memory_budget, part_seconds, workers)
     on_ray = workers is not None or address is not None
     kind = find_device(device, here=not on_ray).type  # a cluster's devices need not be this machine's
@@ -121,10 +121,3 @@ def _check_options(batch_size: int | None, memory_budget: int | None, part_secon
         raise InputError(f"part seconds is {part_seconds}; expected more than 0, and a finite number")
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}; expected 1 or more")
-
-
-def _absolute(job: Job) -> Job:
-    """A job that means the same files in whatever folder a worker runs."""
-    names = ("checkpoint", "template", "audio_features", "encoder", "audio")
-    given = {name: getattr(job, name) for name in names}
-    return job.model_copy(update={name: str(Path(path).absolute()) for name, path in given.items() if path})

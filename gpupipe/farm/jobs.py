@@ -23,6 +23,9 @@ from gpupipe.models import Mode
 from gpupipe.seam import FEATHER, Blend
 from gpupipe.video.encode import SUFFIXES
 
+INPUTS = ("checkpoint", "template", "audio_features", "encoder", "audio")
+"""Keys of a job that name files which the clip is made of."""
+
 _OF_THE_FARM = ("device", "batch_size", "memory_budget", "json", "debug")
 _OF_ONE_RENDER = ("save_frames", "frames_dir", "profile")
 
@@ -51,7 +54,7 @@ class Job(BaseModel):
     exact: bool = False
     precision: Precision | None = None
 
-    @field_validator("checkpoint", "template", "output", "audio_features", "encoder", "audio")
+    @field_validator(*INPUTS, "output")
     @classmethod
     def _can_be_a_name(cls, name: str | None) -> str | None:
         """JSON spells what no file system does: a null byte, half of a surrogate pair."""
@@ -89,8 +92,13 @@ class Job(BaseModel):
 
     def inputs(self) -> list[Path]:
         """The files and directories that the clip is made of."""
-        names = (self.checkpoint, self.template, self.audio_features, self.encoder, self.audio)
-        return [Path(name) for name in names if name is not None]
+        paths = (getattr(self, name) for name in INPUTS)
+        return [Path(path) for path in paths if path is not None]
+
+    def absolute(self) -> Job:
+        """A job that means the same files in whatever folder a worker runs."""
+        given = {name: getattr(self, name) for name in INPUTS}
+        return self.model_copy(update={name: str(Path(path).absolute()) for name, path in given.items() if path})
 
 
 def read_jobs(path: str | Path) -> list[Job]:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from gpupipe.errors import OutputError, output_error
-from gpupipe.farm.jobs import Job
+from gpupipe.farm.jobs import INPUTS, Job
 from gpupipe.files import make_folder, replacing
 from gpupipe.template import template_files
 from gpupipe.versions import __version__
@@ -230,7 +230,7 @@ class Fingerprints:
 
     def of(self, job: Job) -> str:
         """The hash of a job: its options, the content of its inputs, and gpupipe's version."""
-        options = job.model_dump(exclude={"checkpoint", "template", "audio_features", "encoder", "audio", "output"})
+        options = job.model_dump(exclude={*INPUTS, "output"})
         suffix = Path(job.output).suffix
         contents = [self._content(path, job) for path in job.inputs()]
         return text_hash(json.dumps([__version__, options, suffix, contents], sort_keys=True))
