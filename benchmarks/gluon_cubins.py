@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from gpupipe.benchmarks.common import RESULTS, Row, commit
 from gpupipe.benchmarks.kernel_bench import rows_of, tell
-from gpupipe.kernels.whole_block import PackedBlock, PackedHead, bytes_moved, pack_block, pack_head, whole_block
+from gpupipe.kernels.whole_block import PackedBlock, PackedHead, bytes_moved, pack_head, pack_whole_block, whole_block
 
 MANIFEST = "manifest.json"
 
@@ -51,9 +51,9 @@ def build(folder: Path, arch: int, blocks: Sequence[str] | None = None) -> list[
     """
     import triton
 
-    from gpupipe.kernels.inverted_residual_gluon import TILE
     from gpupipe.kernels.report import compile_variant, compiled_kernel
     from gpupipe.kernels.report_gluon import BLOCKS, variant_of
+    from gpupipe.kernels.whole_block_gluon import TILE
 
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
@@ -185,7 +185,7 @@ def case_of(entry: dict[str, Any], batch: int, device: torch.device) -> Case:
     low, skip, hidden, out = (shape[name] for name in ("low", "skip", "hidden", "out"))
     torch.manual_seed(0)
     layers = [_layer(low + skip, hidden, 1), _layer(hidden, hidden, 3, shape["stride"], hidden), _layer(hidden, out, 1)]
-    block = pack_block(*layers, low_channels=low, residual=shape["residual"]).to(device)
+    block = pack_whole_block(*layers, low_channels=low, residual=shape["residual"]).to(device)
     head = pack_head(_layer(out, 3, 1)).to(device) if shape["head"] else None
     size = shape["size"]
 

@@ -6,7 +6,7 @@
 
 The expanded map is twice as wide as x, and the largest tensor of the network by far. What becomes of it:
 
-* where few channels come in, the whole block is one kernel that computes the expansion anew for every tap;
+* where few channels come in, the block is one kernel that computes the expansion anew for every tap;
 * elsewhere it is written once and read once, by a kernel that also projects;
 * where many channels come out (the lowest maps, which are small), depthwise sums are written too.
 
@@ -18,7 +18,9 @@ The reference rounds the expanded map and the depthwise sums to the inputs' prec
 of them need not round it.
 
 Here are the public functions and their plain-torch reference; on CUDA, in half precision, they run on
-:mod:`gpupipe.kernels.inverted_residual_triton` and :mod:`gpupipe.kernels.depthwise_triton`.
+:mod:`gpupipe.kernels.inverted_residual_triton` and :mod:`gpupipe.kernels.depthwise_triton`. These take every block of
+the network in either half precision; :mod:`gpupipe.kernels.whole_block` is there beside them because on large maps, in
+float16 and with a Triton whose Gluon lays out shared memory, a block can be one kernel without expanding ninefold.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ def pack_block(layers: Sequence[nn.Conv2d], *, device: torch.device, dtype: torc
 
 
 def inverted_residual(x: Tensor, block: Block, *, stride: int = 1, residual: bool = False) -> Tensor:
-    """A whole block.
+    """An inverted residual.
 
     Args:
         x: (B, H, W, C'), C' ≤ the block's C.
@@ -116,9 +118,9 @@ def inverted_residual(x: Tensor, block: Block, *, stride: int = 1, residual: boo
     """
     _check(x, block, stride, residual)
     if backend(x.device) == "triton" and expansion_is_recomputed(block, stride):
-        from gpupipe.kernels.inverted_residual_triton import whole_block_triton
+        from gpupipe.kernels.inverted_residual_triton import inverted_residual_triton
 
-        return whole_block_triton(x, block, stride=stride, residual=residual)
+        return inverted_residual_triton(x, block, stride=stride, residual=residual)
     hidden = pointwise(x, block.expand, block.expand_bias, relu=True)
     return depthwise_project(hidden, block.projection, stride=stride, residual=x if residual else None)
 
@@ -132,7 +134,7 @@ def inverted_residual_head(
     residual: bool = False,
     dtype: torch.dtype = torch.uint8,
 ) -> Tensor:
-    """A whole block with stride 1, the network's 1×1 head and its sigmoid.
+    """An inverted residual of stride 1, the network's 1×1 head and its sigmoid.
 
     Args:
         x: (B, H, W, C).
@@ -150,9 +152,9 @@ def inverted_residual_head(
     """
     _check(x, block, 1, residual)
     if backend(x.device) == "triton" and expansion_is_recomputed(block, 1):
-        from gpupipe.kernels.inverted_residual_triton import whole_block_triton
+        from gpupipe.kernels.inverted_residual_triton import inverted_residual_triton
 
-        return whole_block_triton(x, block, residual=residual, head=(head, head_bias), dtype=dtype)
+        return inverted_residual_triton(x, block, residual=residual, head=(head, head_bias), dtype=dtype)
     out = inverted_residual(x, block, residual=residual)
     painted = (accumulating(out) @ accumulating(head[:, :3]) + head_bias[:3]).sigmoid().permute(0, 3, 1, 2)
     return (painted * 255).to(dtype) if dtype == torch.uint8 else painted.to(dtype)
@@ -198,7 +200,7 @@ def depthwise_project(
 
 
 def expansion_is_recomputed(block: Block, stride: int) -> bool:
-    """Whether the whole block is one kernel.
+    """Whether the block is one kernel.
 
     Nine taps at every pixel, or at every fourth, are nine or 2¼ times the expansion's arithmetic. With so few channels
     that takes less time than writing and reading the expanded map would, as far as bytes and instructions can tell.

@@ -1,4 +1,4 @@
-"""Triton kernel of :mod:`gpupipe.kernels.inverted_residual`: a whole block, with or without the network's head.
+"""Triton kernel of :mod:`gpupipe.kernels.inverted_residual`: a block at once, with or without the network's head.
 
 The expansion is computed anew for each of the nine taps, on tensor cores, and never written. That is nine times (with
 stride 2, 2¼ times) the arithmetic for a fraction of the bytes, which pays where few channels come in. Elsewhere a block
@@ -61,7 +61,7 @@ def _tap(sample, y, x, inside, row, column, HEIGHT: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit(do_not_specialize=["samples"])
-def _whole_block_kernel(
+def _inverted_residual_kernel(
     x,
     expand,
     expand_bias,
@@ -133,8 +133,8 @@ def _whole_block_kernel(
         tl.store(out + to, painted.to(out.dtype.element_ty), mask=inside[:, None] & (colour < 3)[None, :])
 
 
-def whole_tile(channels: int, hidden: int) -> Tile:
-    """Tile of a whole block."""
+def block_tile(channels: int, hidden: int) -> Tile:
+    """Tile of a block at once."""
     if INTERPRETED:
         return Tile(4096, hidden)
     if channels > 32:
@@ -154,7 +154,7 @@ def _launch_shape(shape: tuple[int, int, int], block: int) -> tuple[int, int]:
 
 
 @on_its_device
-def whole_block_triton(
+def inverted_residual_triton(
     x: Tensor,
     block: Block,
     *,
@@ -168,11 +168,11 @@ def whole_block_triton(
     channels, hidden = block.expand.shape
     outputs = block.projection.project.shape[1]
     shape = (samples, -(-height // stride), -(-width // stride))
-    tile = whole_tile(channels, hidden)
+    tile = block_tile(channels, hidden)
     tiles, columns = _launch_shape(shape, tile.block)
     out = x.new_empty(*shape, outputs) if head is None else x.new_empty(samples, 3, *shape[1:], dtype=dtype)
     if samples:
-        _whole_block_kernel[(tiles,)](
+        _inverted_residual_kernel[(tiles,)](
             x,
             block.expand,
             block.expand_bias,

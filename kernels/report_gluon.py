@@ -62,7 +62,7 @@ def gluon_variants() -> list[Variant]:
 
 def variant_of(name: str, *, wgmma: bool) -> Variant:
     """The kernel that makes the block ``name`` of :data:`BLOCKS`."""
-    from gpupipe.kernels import inverted_residual_gluon
+    from gpupipe.kernels import whole_block_gluon
 
     block = BLOCKS[name]
     halves = ("skip", "low", "expand", "expand_bias", "depthwise", "project", "head")
@@ -74,13 +74,13 @@ def variant_of(name: str, *, wgmma: bool) -> Variant:
     constants |= {"PLANAR": block.planar, "INDEXED": block.indexed, "WGMMA": wgmma}
     given = {"index": block.indexed, "low": block.low > 0, "head": block.head, "head_bias": block.head}
     constants |= {argument: None for argument, is_given in given.items() if not is_given}
-    kernels = {1: inverted_residual_gluon._whole_block_kernel, 2: inverted_residual_gluon._halving_block_kernel}
+    kernels = {1: whole_block_gluon._whole_block_kernel, 2: whole_block_gluon._halving_block_kernel}
     return Variant(
         kernels[block.stride],
         "whole_block",
         f"{name}, {'warpgroup' if wgmma else 'warp'}",
         types,
         constants,
-        num_warps=inverted_residual_gluon.NUM_WARPS,
+        num_warps=whole_block_gluon.NUM_WARPS,
         architectures=WARPGROUP_ARCHITECTURES if wgmma else WARP_ARCHITECTURES.get(name),
     )

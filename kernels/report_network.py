@@ -23,7 +23,7 @@ KERNELS = {
     "upsample_expand": (pointwise_triton, "_upsample_expand_kernel"),
     "depthwise": (depthwise_triton, "_depthwise_kernel"),
     "depthwise_project": (depthwise_triton, "_depthwise_project_kernel"),
-    "inverted_residual": (inverted_residual_triton, "_whole_block_kernel"),
+    "inverted_residual": (inverted_residual_triton, "_inverted_residual_kernel"),
 }
 """By noun: where each kernel is."""
 

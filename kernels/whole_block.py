@@ -7,12 +7,13 @@
                             mouth uint8 (H, W, 3) or (3, H, W) <── truncate ── ×255 ── sigmoid ── 1×1 head ───────────┘
 
 Convention: maps are float16 (B, H, W, C), contiguous (channels last); the upsampling is ``align_corners=True``;
-the depthwise convolution is padded by 1; batch norms are folded. Weights are packed once, by :func:`pack_block` and
-:func:`pack_head`, with every channel count padded to a power of two of at least 16 by zeros: a map has as many channels
-as its weights say, the spare ones 0 (:func:`pad_channels`); what a block writes is padded in the same way.
+the depthwise convolution is padded by 1; batch norms are folded. Weights are packed once, by :func:`pack_whole_block`
+and :func:`pack_head`, with every channel count padded to a power of two of at least 16 by zeros: a map has as many
+channels as its weights say, the spare ones 0 (:func:`pad_channels`); what a block writes is padded in the same way.
 
 Here are the packing and the plain-torch reference, in float32 throughout; the kernel with the same signature is
-:func:`gpupipe.kernels.inverted_residual_gluon.whole_block_gluon`.
+:func:`gpupipe.kernels.whole_block_gluon.whole_block_gluon`. It needs Gluon, a recent Triton and float16, and room for a
+block's sums in registers: :mod:`gpupipe.kernels.inverted_residual` is there beside it because it needs none of these.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def pad_channels(x: Tensor) -> Tensor:
     return F.pad(x, (0, padded(x.shape[-1]) - x.shape[-1]))
 
 
-def pack_block(
+def pack_whole_block(
     expand: nn.Conv2d, depthwise: nn.Conv2d, project: nn.Conv2d, *, low_channels: int = 0, residual: bool = False
 ) -> PackedBlock:
     """Pack the three convolutions of an inverted residual.

@@ -184,7 +184,7 @@ def test_taps_are_summed_once(stride: int) -> None:
     assert not any(opcode.startswith(("fma.rn.f32", "fma.rn.f16.")) for opcode in counts.instructions)
 
 
-# ── whole blocks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── blocks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -198,14 +198,14 @@ def test_taps_are_summed_once(stride: int) -> None:
         ((1, 6, 6, 64), 64, 64, 1),  # more channels than are worth recomputing: two kernels
     ],
 )
-def test_whole_block(shape: tuple[int, ...], channels: int, outputs: int, stride: int, small_tiles: None) -> None:
+def test_block(shape: tuple[int, ...], channels: int, outputs: int, stride: int, small_tiles: None) -> None:
     block = block_of(channels, outputs)
     residual = stride == 1 and shape[3] == outputs
     check(inverted_residual, noise(*shape), block, stride=stride, residual=residual)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, HALF])
-def test_whole_block_with_head(dtype: torch.dtype, small_tiles: None) -> None:
+def test_block_with_head(dtype: torch.dtype, small_tiles: None) -> None:
     block, x = block_of(16, 16), noise(2, 9, 8, 16)
     head, bias = noise(16, 16, seed=1) / 4, noise(16, seed=2).float()
     found, expected = (

@@ -371,12 +371,12 @@ def test_what_is_left_out_of_a_kernel_is_noticed(
     removed: Callable[[str], str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A barrier, a fence, a wait of the whole-block kernel by warpgroup instructions."""
-    kernels = compiled("gpupipe.kernels.gluon_device", "gpupipe.kernels.inverted_residual_gluon")
-    from gpupipe.kernels.whole_block import pack_block
+    kernels = compiled("gpupipe.kernels.whole_block_device", "gpupipe.kernels.whole_block_gluon")
+    from gpupipe.kernels.whole_block import pack_whole_block
 
     torch.manual_seed(0)
     layers = (torch.nn.Conv2d(16, 64, 1), torch.nn.Conv2d(64, 64, 3, padding=1, groups=64), torch.nn.Conv2d(64, 16, 1))
-    block, skip = pack_block(*(layer.requires_grad_(False) for layer in layers)), torch.randn(1, 8, 30, 16).half()
+    block, skip = pack_whole_block(*(layer.requires_grad_(False) for layer in layers)), torch.randn(1, 8, 30, 16).half()
     with machine(90):
         kernels.whole_block_gluon(skip, block, wgmma=True)
     monkeypatch.setattr(launching, "launch", lambda ptx, *given, **options: launch(removed(ptx), *given, **options))

@@ -13,8 +13,8 @@ from gpupipe.kernels.pointwise import padded
 from gpupipe.kernels.whole_block import (
     PackedBlock,
     bytes_moved,
-    pack_block,
     pack_head,
+    pack_whole_block,
     pad_channels,
     whole_block,
 )
@@ -32,7 +32,8 @@ def noise(*shape: int) -> Tensor:
 
 
 def packed(block: Any, low_channels: int = 0) -> PackedBlock:
-    return pack_block(block.conv[0], block.conv[3], block.conv[6], low_channels=low_channels, residual=block.residual)
+    layers = block.conv[0], block.conv[3], block.conv[6]
+    return pack_whole_block(*layers, low_channels=low_channels, residual=block.residual)
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ def test_channels_are_padded_to_powers_of_two() -> None:
 def test_bytes_of_the_largest_block() -> None:
     """up5.0 at width 1: 32 channels at 160², 32 at 320² in, 16 at 320² out."""
     layers = nn.Conv2d(64, 128, 1), nn.Conv2d(128, 128, 3, padding=1, groups=128), nn.Conv2d(128, 16, 1)
-    block = pack_block(*layers, low_channels=32)
+    block = pack_whole_block(*layers, low_channels=32)
     assert bytes_moved(block, (320, 320)) == 160**2 * 64 + 320**2 * 64 + 320**2 * 32
     assert bytes_moved(block, (320, 320), stored=6) == 160**2 * 64 + 320**2 * 12 + 320**2 * 32
     assert bytes_moved(block, (320, 320), head=True) == 160**2 * 64 + 320**2 * 64 + 320**2 * 3
@@ -102,8 +103,8 @@ def test_bytes_of_the_largest_block() -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     layers = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 8, 1)
-    block = pack_block(*layers)
-    for channels, weights in ((24, block), (8, pack_block(*layers, residual=True))):
+    block = pack_whole_block(*layers)
+    for channels, weights in ((24, block), (8, pack_whole_block(*layers, residual=True))):
         told = rf"skip has shape \(1, 4, 4, {channels}\); expected \(1, 4, 4, 16\)"
         with pytest.raises(ValueError, match=told):
             whole_block(torch.zeros(1, 4, 4, channels).half(), weights)
@@ -112,14 +113,14 @@ def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(ValueError, match="low is given; the weights have 0"):
         whole_block(torch.zeros(1, 4, 4, 16).half(), block, low=torch.zeros(1, 2, 2, 16).half())
     with pytest.raises(ValueError, match="low is missing"):
-        whole_block(torch.zeros(1, 4, 4, 16).half(), pack_block(*layers, low_channels=4))
+        whole_block(torch.zeros(1, 4, 4, 16).half(), pack_whole_block(*layers, low_channels=4))
     with pytest.raises(ValueError, match="5×4"):
-        odd = pack_block(*layers, low_channels=4)
+        odd = pack_whole_block(*layers, low_channels=4)
         whole_block(torch.zeros(1, 5, 4, 16).half(), odd, low=torch.zeros(1, 2, 2, 16).half())
     with pytest.raises(ValueError, match="a residual changes neither"):
-        pack_block(layers[0], layers[1], nn.Conv2d(16, 12, 1), residual=True)
+        pack_whole_block(layers[0], layers[1], nn.Conv2d(16, 12, 1), residual=True)
     with pytest.raises(ValueError, match="stride 3"):
-        pack_block(layers[0], nn.Conv2d(16, 16, 3, 3, padding=1, groups=16), layers[2])
+        pack_whole_block(layers[0], nn.Conv2d(16, 16, 3, 3, padding=1, groups=16), layers[2])
     with pytest.raises(ValueError, match="expected \\(3, in, 1, 1\\)"):
         pack_head(nn.Conv2d(8, 4, 1))
     with pytest.raises(ValueError, match="as many channels"):

@@ -1,6 +1,6 @@
 """The `gluon` engine: `fused`, but on large maps each inverted residual is one kernel, upsampling and head included.
 
-    maps of 80² and more, where the bytes are     gpupipe.kernels.inverted_residual_gluon: no wide tensor in memory
+    maps of 80² and more, where the bytes are     gpupipe.kernels.whole_block_gluon: no wide tensor in memory
     the others, and blocks with wider results     as in gpupipe.engines.fused
 
 For half precision in float16 alone, and for a Triton whose Gluon can do it (:func:`gluon_obstacle`).
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gpupipe.engines.base import EngineName
 from gpupipe.engines.fused import Entry, FusedEngine, Step, convolutions
-from gpupipe.kernels.whole_block import PackedBlock, pack_block, pack_head, whole_block
+from gpupipe.kernels.whole_block import PackedBlock, pack_head, pack_whole_block, whole_block
 from gpupipe.models.hoisted import HoistedUp
 from gpupipe.models.unet328 import UNet328
 
@@ -47,7 +47,7 @@ class GluonEngine(FusedEngine):
         self._run: Callable[..., Tensor] = whole_block
         self._widest_entry = WIDEST_ENTRY_BY_WARPS if _after_hopper(device) else None
         if device.type == "cuda":
-            from gpupipe.kernels.inverted_residual_gluon import whole_block_gluon  # noqa: PLC0415 - loads Gluon
+            from gpupipe.kernels.whole_block_gluon import whole_block_gluon  # noqa: PLC0415 - loads Gluon
 
             self._run = whole_block_gluon
         super().__init__(network, device=device, dtype=dtype)
@@ -74,8 +74,7 @@ class GluonEngine(FusedEngine):
         return functools.partial(self._run, block=block, head=packed, mouth_layout="planar")
 
     def _whole(self, layers: Sequence[nn.Conv2d], *, low_channels: int = 0, residual: bool = False) -> PackedBlock:
-        expand, depthwise, project = layers
-        return pack_block(expand, depthwise, project, low_channels=low_channels, residual=residual).to(self.device)
+        return pack_whole_block(*layers, low_channels=low_channels, residual=residual).to(self.device)
 
 
 def _after_hopper(device: torch.device) -> bool:

@@ -96,7 +96,7 @@ def engine_of(name: str, network: UNet328, arch: int) -> FusedEngine:
     if name == "fused":
         return FusedEngine(network, device=cpu)
     from gpupipe.engines import gluon
-    from gpupipe.kernels.inverted_residual_gluon import whole_block_gluon
+    from gpupipe.kernels.whole_block_gluon import whole_block_gluon
 
     with mock.patch.object(gluon, "whole_block", functools.partial(whole_block_gluon, wgmma=arch == 90)):
         return gluon.GluonEngine(network, device=cpu)

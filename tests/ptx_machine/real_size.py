@@ -15,9 +15,9 @@ os.environ["TRITON_INTERPRET"] = "0"  # before triton is first imported
 import torch
 
 from gpupipe.benchmarks.gluon_cubins import case_of, check, grid_of, packed_arguments
-from gpupipe.kernels.inverted_residual_gluon import TILE
 from gpupipe.kernels.report import compiled_kernel
 from gpupipe.kernels.report_gluon import BLOCKS, variant_of
+from gpupipe.kernels.whole_block_gluon import TILE
 from ptx_machine.launch import buffers_of
 from ptx_machine.machine import WARP, launch
 

@@ -10,7 +10,8 @@ A program of four warps makes 6×30 pixels of one sample, all channels (3×15 wi
       └─ project: those registers *are* the left operand of tensor-core steps that add to out[180][C], float32
     then skip, head, and one store.
 
-:mod:`gpupipe.kernels.gluon_device` has the parts, and says which lane holds what and why no two lanes want one bank.
+:mod:`gpupipe.kernels.whole_block_device` has the parts, and says which lane holds what and why no two lanes want one
+bank.
 
 What bounds it is no longer device memory (see :func:`gpupipe.kernels.whole_block.bytes_moved`), but, by instruction
 counts, the issue of instructions, the tensor cores and shared memory, about equally.
@@ -28,7 +29,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from gpupipe.kernels.dispatch import on_its_device
-from gpupipe.kernels.gluon_device import (
+from gpupipe.kernels.whole_block import MouthLayout, PackedBlock, PackedHead, check_maps
+from gpupipe.kernels.whole_block_device import (
     CHUNK,
     HALO,
     LEFT,
@@ -49,7 +51,6 @@ from gpupipe.kernels.gluon_device import (
     stage_skip,
     stage_upsampled,
 )
-from gpupipe.kernels.whole_block import MouthLayout, PackedBlock, PackedHead, check_maps
 
 NUM_WARPS = 4
 TILE = {1: (6, 30), 2: (3, 15)}

@@ -14,7 +14,7 @@ pytest.importorskip("triton", minversion="3.8", reason="the Gluon kernels need T
 from ptx_machine.launch import compiled, machine
 from ptx_machine.machine import Counts
 
-from gpupipe.kernels.whole_block import PackedBlock, PackedHead, pack_block, pack_head, pad_channels, whole_block
+from gpupipe.kernels.whole_block import PackedBlock, PackedHead, pack_head, pack_whole_block, pad_channels, whole_block
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -26,10 +26,10 @@ EXPANDS = [False, True]
 @pytest.fixture(scope="module")
 def kernels() -> Any:
     if CUDA:
-        from gpupipe.kernels import inverted_residual_gluon
+        from gpupipe.kernels import whole_block_gluon
 
-        return inverted_residual_gluon
-    return compiled("gpupipe.kernels.gluon_device", "gpupipe.kernels.inverted_residual_gluon")
+        return whole_block_gluon
+    return compiled("gpupipe.kernels.whole_block_device", "gpupipe.kernels.whole_block_gluon")
 
 
 def layer(inputs: int, outputs: int, kernel: int = 1, *, groups: int = 1, stride: int = 1) -> nn.Conv2d:
@@ -42,7 +42,7 @@ def layer(inputs: int, outputs: int, kernel: int = 1, *, groups: int = 1, stride
 def block_of(low: int, skip: int, hidden: int, out: int, *, stride: int = 1, residual: bool = False) -> PackedBlock:
     torch.manual_seed(low + skip + hidden + out)
     layers = layer(low + skip, hidden), layer(hidden, hidden, 3, groups=hidden, stride=stride), layer(hidden, out)
-    return pack_block(*layers, low_channels=low, residual=residual)
+    return pack_whole_block(*layers, low_channels=low, residual=residual)
 
 
 def noise(*shape: int) -> Tensor:
