@@ -47,9 +47,7 @@ def crop_resize(frames: Tensor, index: Tensor, boxes: Tensor) -> Tensor:
     if backend(frames.device) == "triton":
         from gpupipe.kernels.crop_resize_triton import crop_resize_triton
 
-        crops, _ = crop_resize_triton(frames, index, boxes)
-        assert crops is not None
-        return crops
+        return crop_resize_triton(frames, index, boxes)[0]
     return _crop_resize_torch(frames, index, boxes)
 
 
@@ -74,23 +72,22 @@ def crop_and_input(
         from gpupipe.kernels.crop_resize_triton import crop_resize_triton
 
         crops, image = crop_resize_triton(frames, index, boxes, image=dtype, channels_last=channels_last)
-        assert crops is not None and image is not None
+        assert image is not None
         return crops, image
     crops = _crop_resize_torch(frames, index, boxes)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return crops, network_input(crops, dtype=dtype).contiguous(memory_format=layout)
 
 
-def bytes_moved(box: tuple[int, int], dtype: torch.dtype = torch.float16, *, crops: bool = True) -> int:
+def bytes_moved(box: tuple[int, int], dtype: torch.dtype = torch.float16) -> int:
     """The fewest bytes that :func:`crop_and_input` can move for one frame.
 
-    The box is read once, and crop328 (unless ``crops`` is False) and the six channels are written once.
+    The box is read once, and crop328 and the six channels are written once.
 
     Args:
         box: width and height in pixels.
     """
-    written = 6 * INNER_SIZE**2 * dtype.itemsize + (3 * CROP_SIZE**2 if crops else 0)
-    return 3 * box[0] * box[1] + written
+    return 3 * box[0] * box[1] + 3 * CROP_SIZE**2 + 6 * INNER_SIZE**2 * dtype.itemsize
 
 
 def _crop_resize_torch(frames: Tensor, index: Tensor, boxes: Tensor) -> Tensor:

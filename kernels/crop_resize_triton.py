@@ -16,13 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.cubic_triton import INTERPRETED, clamped, cubic_axis, join4, round_saturate, weight_at
+from gpupipe.kernels.common_triton import INTERPRETED, join4, round_saturate
+from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, MASK_COLUMNS, MASK_ROWS, RING
+from gpupipe.kernels.cubic_triton import clamped, cubic_axis, weight_at
 from gpupipe.kernels.dispatch import on_its_device
 
-_SIZE = tl.constexpr(328)
-_INNER = tl.constexpr(320)
-_RING = tl.constexpr(4)
-_SQUARES = tl.constexpr(328 // 4)  # along an axis
+_SIZE = tl.constexpr(CROP_SIZE)
+_INNER = tl.constexpr(INNER_SIZE)
+_RING = tl.constexpr(RING)
+_TOP, _BOTTOM = tl.constexpr(MASK_ROWS.start), tl.constexpr(MASK_ROWS.stop)
+_LEFT, _RIGHT = tl.constexpr(MASK_COLUMNS.start), tl.constexpr(MASK_COLUMNS.stop)
+_SQUARES = tl.constexpr(CROP_SIZE // 4)  # along an axis
 _UNIT = tl.constexpr(32897 / (1 << 23))
 _UNIT_REST = tl.constexpr(1 / 255 - 32897 / (1 << 23))
 
@@ -39,8 +43,6 @@ def _crop_resize_kernel(
     image,
     frame_stride,
     row_stride,
-    CROPS: tl.constexpr,
-    IMAGE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -95,9 +97,8 @@ def _crop_resize_kernel(
         b2, g2, r2 = _rounded(pixels2[3 * i], pixels2[3 * i + 1], pixels2[3 * i + 2])
         b3, g3, r3 = _rounded(pixels3[3 * i], pixels3[3 * i + 1], pixels3[3 * i + 2])
         blue, green, red = (b0, b1, b2, b3), (g0, g1, g2, g3), (r0, r1, r2, r3)
-        if CROPS:
-            _store_crop(crops, sample, y, column, blue, green, red, active)
-        if IMAGE:
+        _store_crop(crops, sample, y, column, blue, green, red, active)
+        if image is not None:
             _store_image(image, sample, y - _RING, column - _RING, blue, green, red, active, CHANNELS_LAST)
 
 
@@ -117,12 +118,12 @@ def _store_image(image, sample, y, x, blue, green, red, active, CHANNELS_LAST: t
     kind: tl.constexpr = image.dtype.element_ty
     plane: tl.constexpr = _INNER * _INNER
     inner = (active & (y >= 0) & (y < _INNER) & (x >= 0) & (x < _INNER))[:, None]
-    # The hidden rectangle: rows 5 … 309; columns 5 … 314, which begin and end inside a square.
-    seen = (y < 5) | (y > 309)
-    s0 = seen | (x < 5) | (x > 314)
-    s1 = seen | (x < 4) | (x > 313)
-    s2 = seen | (x < 3) | (x > 312)
-    s3 = seen | (x < 2) | (x > 311)
+    # The hidden rectangle's columns begin and end inside a square.
+    seen = (y < _TOP) | (y >= _BOTTOM)
+    s0 = seen | (x < _LEFT) | (x >= _RIGHT)
+    s1 = seen | (x < _LEFT - 1) | (x >= _RIGHT - 1)
+    s2 = seen | (x < _LEFT - 2) | (x >= _RIGHT - 2)
+    s3 = seen | (x < _LEFT - 3) | (x >= _RIGHT - 3)
     b0, b1, b2, b3 = _scaled(blue)
     g0, g1, g2, g3 = _scaled(green)
     r0, r1, r2, r3 = _scaled(red)
@@ -227,47 +228,43 @@ def crop_resize_triton(
     index: Tensor,
     boxes: Tensor,
     *,
-    crops: bool = True,
     image: torch.dtype | None = None,
     channels_last: bool = False,
-) -> tuple[Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """Launch the kernel; nothing is read back and nothing waits.
 
     Args:
         frames: uint8 (L, H, W, 3), each row without gaps.
         index: integers (B,).
         boxes: integers (B, 4), half-open, inside the frame and not empty.
-        crops: write crop328.
         image: type of the network's input to write; None writes none.
         channels_last: layout of the network's input; float16 or bfloat16 only.
 
     Returns:
-        uint8 (B, 3, 328, 328) or None, ``image`` (B, 6, 320, 320) or None.
+        uint8 (B, 3, 328, 328), and ``image`` (B, 6, 320, 320) or None.
     """
     if frames.stride()[2:] != (3, 1):
         raise ValueError(f"frames have strides {frames.stride()}; expected the last two to be 3 and 1")
     if channels_last and image not in (torch.float16, torch.bfloat16):
         raise ValueError(f"image is {image} and channels last; expected float16 or bfloat16 with this layout")
     samples = len(index)
-    size, inner = _SIZE.value, _INNER.value
-    cropped = frames.new_empty(samples, 3, size, size) if crops else None
+    crops = frames.new_empty(samples, 3, CROP_SIZE, CROP_SIZE)
     scaled = None
     if image is not None:
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        scaled = torch.empty(samples, 6, inner, inner, dtype=image, device=frames.device, memory_format=layout)
+        shape = (samples, 6, INNER_SIZE, INNER_SIZE)
+        scaled = torch.empty(shape, dtype=image, device=frames.device, memory_format=layout)
     if samples:
         grid = (triton.cdiv(_SQUARES.value**2, BLOCK), samples)
         _crop_resize_kernel[grid](
             frames,
             index.contiguous(),
             boxes.contiguous(),
-            cropped,
+            crops,
             scaled,
             frames.stride(0),
             frames.stride(1),
-            CROPS=crops,
-            IMAGE=image is not None,
             CHANNELS_LAST=channels_last,
             BLOCK=BLOCK,
         )
-    return cropped, scaled
+    return crops, scaled

@@ -1,21 +1,13 @@
-"""Device functions that the Triton kernels share: cubic taps as in :mod:`gpupipe.kernels.cubic`, and rounding.
-
-Only plain Triton: no libdevice and no inline assembly, so that Triton's interpreter runs the kernels on the CPU.
-"""
+"""Cubic taps as in :mod:`gpupipe.kernels.cubic`, for the Triton kernels that resize."""
 
 from __future__ import annotations
-
-import os
 
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton's interpreter runs the kernels; it was decided when they were defined."""
+from gpupipe.kernels.cubic import CUBIC_A
 
-_A = tl.constexpr(-0.75)
-_INTEGER = tl.constexpr(8388608.0)  # 2²³: float32 has no fractions from here on
-_ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: the same for negative numbers too
+_A = tl.constexpr(CUBIC_A)
 
 
 @triton.jit
@@ -56,26 +48,3 @@ def weight_at(distance, w0, w1, w2, w3):
     """The weight ``distance`` taps after the first; 0 outside the four."""
     outer = tl.where(distance == 0, w0, tl.where(distance == 3, w3, 0.0))
     return tl.where(distance == 1, w1, tl.where(distance == 2, w2, outer))
-
-
-@triton.jit
-def round_saturate(values):
-    """Round half to even and saturate to 0 … 255; still float32. Full rate, where a conversion is a quarter's."""
-    return tl.minimum(tl.maximum((values + _ROUND) - _ROUND, 0.0), 255.0)
-
-
-@triton.jit
-def truncate(b, g, r):
-    """The whole parts of three float32 in [0, 2²³)."""
-    whole_b, whole_g, whole_r = (b + _INTEGER) - _INTEGER, (g + _INTEGER) - _INTEGER, (r + _INTEGER) - _INTEGER
-    return (
-        tl.where(whole_b > b, whole_b - 1.0, whole_b),
-        tl.where(whole_g > g, whole_g - 1.0, whole_g),
-        tl.where(whole_r > r, whole_r - 1.0, whole_r),
-    )
-
-
-@triton.jit
-def join4(a, b, c, d):
-    """Four (N,) → (N, 4), each thread's four side by side: stored with one wide instruction."""
-    return tl.join(tl.join(a, c), tl.join(b, d)).reshape(a.shape[0], 4)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.cubic_triton import INTERPRETED
+from gpupipe.kernels.common_triton import INTERPRETED
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.inverted_residual import Projection
 from gpupipe.kernels.packed_triton import multiply_add, multiply_add_relu, summed_in

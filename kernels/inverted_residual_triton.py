@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.cubic_triton import INTERPRETED
+from gpupipe.kernels.common_triton import INTERPRETED
 from gpupipe.kernels.depthwise_triton import Tile
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.inverted_residual import Block

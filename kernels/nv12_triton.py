@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.cubic_triton import INTERPRETED, join4
+from gpupipe.kernels.common_triton import INTERPRETED, join4
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.nv12 import FRACTION_BITS, INVERSE_BITS, ColorOrder, rgb_weights, yuv_weights
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpupipe.kernels.cubic_triton import INTERPRETED
+from gpupipe.kernels.common_triton import INTERPRETED
 
 _ASSEMBLY = tl.constexpr(not INTERPRETED)
 

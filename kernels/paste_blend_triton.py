@@ -15,21 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.cubic_triton import (
-    INTERPRETED,
-    clamped,
-    cubic_axis,
-    cubic_tap,
-    round_saturate,
-    truncate,
-    weight_at,
-)
+from gpupipe.kernels.common_triton import INTERPRETED, round_saturate, truncate
+from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, RING
+from gpupipe.kernels.cubic_triton import clamped, cubic_axis, cubic_tap, weight_at
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.nv12_triton import chroma_pair, luma
 
-_SIZE = tl.constexpr(328)
-_INNER = tl.constexpr(320)
-_RING = tl.constexpr(4)
+_SIZE = tl.constexpr(CROP_SIZE)
+_INNER = tl.constexpr(INNER_SIZE)
+_RING = tl.constexpr(RING)
 
 TILE = (8, 16)
 """Rows and columns of cells a program."""

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.cubic_triton import INTERPRETED
+from gpupipe.kernels.common_triton import INTERPRETED
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.packed_triton import multiply_add, relu_to, summed_in
 

@@ -1,0 +1,40 @@
+"""What the Triton kernels share: whether they are interpreted, rounding, and stores of four values side by side.
+
+Only plain Triton: no libdevice and no inline assembly, so that Triton's interpreter runs the kernels on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's interpreter runs the kernels; it was decided when they were defined."""
+
+_INTEGER = tl.constexpr(8388608.0)  # 2²³: float32 has no fractions from here on
+_ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: the same for negative numbers too
+
+
+@triton.jit
+def round_saturate(values):
+    """Round half to even and saturate to 0 … 255; still float32. Full rate, where a conversion is a quarter's."""
+    return tl.minimum(tl.maximum((values + _ROUND) - _ROUND, 0.0), 255.0)
+
+
+@triton.jit
+def truncate(b, g, r):
+    """The whole parts of three float32 in [0, 2²³)."""
+    whole_b, whole_g, whole_r = (b + _INTEGER) - _INTEGER, (g + _INTEGER) - _INTEGER, (r + _INTEGER) - _INTEGER
+    return (
+        tl.where(whole_b > b, whole_b - 1.0, whole_b),
+        tl.where(whole_g > g, whole_g - 1.0, whole_g),
+        tl.where(whole_r > r, whole_r - 1.0, whole_r),
+    )
+
+
+@triton.jit
+def join4(a, b, c, d):
+    """Four (N,) → (N, 4), each thread's four side by side: stored with one wide instruction."""
+    return tl.join(tl.join(a, c), tl.join(b, d)).reshape(a.shape[0], 4)
