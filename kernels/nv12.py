@@ -62,35 +62,6 @@ def yuv_weights(order: ColorOrder) -> tuple[tuple[int, int, int], ...]:
     return (y[0], y[1], y[2]), (cb[0], -cb[0] - cb[2], cb[2]), (cr[0], -cr[0] - cr[2], cr[2])
 
 
-def luma_chroma(pixels: Tensor, *, order: ColorOrder = "bgr") -> tuple[Tensor, Tensor]:
-    """Convert a region of whole 2×2 cells.
-
-    Args:
-        pixels: uint8 (B, H, W, 3), H and W even.
-        order: colour order of the last axis.
-
-    Returns:
-        luma uint8 (B, H, W) and chroma uint8 (B, H/2, W/2, 2), Cb then Cr.
-    """
-    b, h, w, _ = pixels.shape
-    luma, chroma = pixels.new_empty(b, h, w), pixels.new_empty(b, h // 2, w // 2, 2)
-    _convert(pixels, luma, chroma, order)
-    return luma, chroma
-
-
-def _convert(pixels: Tensor, luma: Tensor, chroma: Tensor, order: ColorOrder) -> None:
-    """:func:`luma_chroma`, written to ``luma`` and ``chroma``; on a CPU a few rows after the others."""
-    _, h, w, _ = pixels.shape
-    step = max(2, _CHUNK // w // 2 * 2) if pixels.device.type == "cpu" else h
-    for frame, frame_luma, frame_chroma in zip(pixels, luma, chroma, strict=True):
-        for first in range(0, h, step):
-            # Plane by plane: each step then runs over neighbouring numbers.
-            rows = frame[first : first + step].permute(2, 0, 1)
-            planes = rows.to(torch.int32, memory_format=torch.contiguous_format)
-            some_chroma = frame_chroma[first // 2 : (first + step) // 2]
-            write_luma_chroma(planes, frame_luma[first : first + step], some_chroma, order)
-
-
 def write_luma_chroma(planes: Tensor, luma: Tensor, chroma: Tensor, order: ColorOrder) -> None:
     """Convert planes, int32 (3, H, W), into uint8 luma (H, W) and chroma (H/2, W/2, 2); H and W are even."""
     y_weights, *chroma_weights = yuv_weights(order)
@@ -122,7 +93,14 @@ def to_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
 
         return to_nv12_triton(frames, order=order)
     nv12 = frames.new_empty(b, h * 3 // 2, w)
-    _convert(frames, nv12[:, :h], nv12[:, h:].unflatten(2, (w // 2, 2)), order)
+    step = max(2, _CHUNK // w // 2 * 2) if frames.device.type == "cpu" else h
+    for frame, luma, chroma in zip(frames, nv12[:, :h], nv12[:, h:].unflatten(2, (w // 2, 2)), strict=True):
+        for first in range(0, h, step):
+            # Plane by plane: each step then runs over neighbouring numbers.
+            rows = frame[first : first + step].permute(2, 0, 1)
+            planes = rows.to(torch.int32, memory_format=torch.contiguous_format)
+            some_chroma = chroma[first // 2 : (first + step) // 2]
+            write_luma_chroma(planes, luma[first : first + step], some_chroma, order)
     return nv12
 
 
