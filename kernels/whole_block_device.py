@@ -29,6 +29,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
+from gpupipe.kernels.packed_triton import MULTIPLY_ADD, MULTIPLY_ADD_RELU, RELU_TO_HALF
 from gpupipe.kernels.whole_block import HIDDEN_CHUNK
 
 HALO = gl.constexpr(256)  # pixels: 8 rows of 32
@@ -85,31 +86,26 @@ def in_order_layout(channels):
 
 
 # ── arithmetic in assembly ────────────────────────────────────────────────────────────────────────────────────────────
-# Left to itself the compiler takes float16 multiply-adds one by one, and ReLU as an instruction of its own.
+# Left to itself the compiler takes float16 multiply-adds one by one, and ReLU as an instruction of its own. All of it
+# may be called pure, as packed_triton's may not: Gluon computes in the layouts that the source says, and chooses none.
 
 
 @gluon.jit
 def multiply_add(a, b, c):
     """a · b + c, float16."""
-    return gl.inline_asm_elementwise(
-        "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=gl.float16, is_pure=True, pack=2
-    )
+    return gl.inline_asm_elementwise(MULTIPLY_ADD, "=r,r,r,r", [a, b, c], dtype=gl.float16, is_pure=True, pack=2)
 
 
 @gluon.jit
 def multiply_add_relu(a, b, c):
     """ReLU(a · b + c), float16."""
-    return gl.inline_asm_elementwise(
-        "fma.rn.relu.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=gl.float16, is_pure=True, pack=2
-    )
+    return gl.inline_asm_elementwise(MULTIPLY_ADD_RELU, "=r,r,r,r", [a, b, c], dtype=gl.float16, is_pure=True, pack=2)
 
 
 @gluon.jit
 def _relu_to_half(a):
     """ReLU of float32, as float16."""
-    return gl.inline_asm_elementwise(
-        "cvt.rn.relu.f16x2.f32 $0, $2, $1;", "=r,r,r", [a], dtype=gl.float16, is_pure=True, pack=2
-    )
+    return gl.inline_asm_elementwise(RELU_TO_HALF, "=r,r,r", [a], dtype=gl.float16, is_pure=True, pack=2)
 
 
 @gluon.jit
