@@ -148,26 +148,17 @@ class Case:
     skip: Tensor
     low: Tensor | None
     index: Tensor | None
-    planar: bool
 
     def expected(self) -> Tensor:
         """By the plain reference."""
-        return whole_block(
-            self.skip,
-            self.block,
-            low=self.low,
-            index=self.index,
-            head=self.head,
-            mouth_layout="planar" if self.planar else "channels_last",
-        )
+        return whole_block(self.skip, self.block, low=self.low, index=self.index, head=self.head)
 
     def empty(self) -> Tensor:
         """Room for the result."""
         batch, edge = self.skip.shape[0], math.ceil(self.skip.shape[1] / self.block.stride)
         if self.head is None:
             return self.skip.new_empty(batch, edge, edge, self.block.out_channels)
-        shape = (batch, 3, edge, edge) if self.planar else (batch, edge, edge, 3)
-        return self.skip.new_empty(shape, dtype=torch.uint8)
+        return self.skip.new_empty(batch, 3, edge, edge, dtype=torch.uint8)
 
     def tensors(self, out: Tensor) -> dict[str, Tensor]:
         """By the names of the kernels' arguments."""
@@ -193,14 +184,7 @@ def case_of(entry: dict[str, Any], batch: int, device: torch.device) -> Case:
         return torch.randn(batch, edge, edge, channels, dtype=torch.float16, device=device)
 
     index = torch.randperm(batch, device=device) if low else None
-    return Case(
-        block,
-        head,
-        noise(size, shape["stored"] or skip),
-        noise(size // 2, low) if low else None,
-        index,
-        shape["planar"],
-    )
+    return Case(block, head, noise(size, shape["stored"] or skip), noise(size // 2, low) if low else None, index)
 
 
 def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:

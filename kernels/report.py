@@ -1,9 +1,9 @@
 """What the compiler makes of every Triton kernel, for GPUs that need not be there.
 
-``python -m gpupipe.kernels.report [--arch 90 …] [--json FILE]`` compiles each kernel in each configuration that the
-launchers use and prints a row for each: registers, stack frame, spills, shared memory, and how wide its loads and
-stores of global memory are (the width that carries the most). It exits with 1 on a spill, a stack frame or a compile
-error.
+``python -m gpupipe.kernels.report [--arch 90 …] [--json FILE]`` compiles each kernel as the pipeline launches it (see
+:func:`variants`) and prints a row for each configuration: registers, stack frame, spills, shared memory, and how wide
+its loads and stores of global memory are (the width that carries the most). It exits with 1 on a spill, a stack frame
+or a compile error.
 
 Nothing here runs a kernel: it says what was compiled, not how fast it is.
 """
@@ -86,23 +86,22 @@ class Row:
 
 
 def variants() -> list[Variant]:
-    """Every kernel in every configuration that the pipeline launches."""
+    """Every kernel, as the pipeline launches it; half precision is float16, frames are BGR.
+
+    The kernels around the network are given frames of 1280×720 or 1920×1080. Of paste_blend's options each is here,
+    and so is each type of mouth, in the layout that the engines give it, but not every combination of them.
+    """
     found = []
-    crop = {"frames": "*u8", "index": "*i64", "boxes": "*i64", "frame_stride": "i32", "row_stride": "i32"}
-    for config, types, image, channels_last in (
-        ("crop328", {"crops": "*u8"}, False, False),
-        ("crop328 + planar float32", {"crops": "*u8", "image": "*fp32"}, True, False),
-        ("crop328 + planar float16", {"crops": "*u8", "image": "*fp16"}, True, False),
-        ("crop328 + channels-last float16", {"crops": "*u8", "image": "*fp16"}, True, True),
-        ("channels-last float16", {"image": "*fp16"}, True, True),
+    crop = dict.fromkeys(("frames", "crops"), "*u8") | dict.fromkeys(("index", "boxes"), "*i64")
+    crop |= {"frame_stride": "i32", "row_stride": "i32"}
+    for config, types, channels_last in (
+        ("crop328", {}, False),
+        ("crop328 + planar float32", {"image": "*fp32"}, False),
+        ("crop328 + channels-last float16", {"image": "*fp16"}, True),
     ):
-        constants: dict[str, Any] = {
-            "CROPS": "crops" in types,
-            "IMAGE": image,
-            "CHANNELS_LAST": channels_last,
-            "BLOCK": crop_resize_triton.BLOCK,
-        }
-        constants |= {name: None for name in ("crops", "image") if name not in types}
+        constants: dict[str, Any] = {"CHANNELS_LAST": channels_last, "BLOCK": crop_resize_triton.BLOCK}
+        if not types:
+            constants["image"] = None
         kernel = crop_resize_triton._crop_resize_kernel
         found.append(Variant(kernel, "crop_resize", config, crop | types, constants, ("frame_stride", "row_stride")))
 
@@ -112,14 +111,16 @@ def variants() -> list[Variant]:
     others = ["channel_stride", "mouth_column_stride", "tiles"]
     rows, columns = paste_blend_triton.TILE
     for config, mouth, unit_stride, nv12, feather, keep in (
-        ("BGR, planar float32", "*fp32", "mouth_column_stride", False, False, False),
-        ("BGR, planar float32, feather, keep", "*fp32", "mouth_column_stride", False, True, True),
+        ("BGR, channels-last float32", "*fp32", "channel_stride", False, False, False),
+        ("BGR, channels-last float32, feather, keep", "*fp32", "channel_stride", False, True, True),
         ("BGR, channels-last float16, feather", "*fp16", "channel_stride", False, True, False),
         ("BGR, planar uint8", "*u8", "mouth_column_stride", False, False, False),
-        ("NV12, planar float32, feather", "*fp32", "mouth_column_stride", True, True, False),
+        ("NV12, channels-last float32, feather", "*fp32", "channel_stride", True, True, False),
         ("NV12, channels-last float16", "*fp16", "channel_stride", True, False, False),
         ("NV12, channels-last float16, feather", "*fp16", "channel_stride", True, True, False),
         ("NV12, channels-last float16, feather, keep", "*fp16", "channel_stride", True, True, True),
+        ("NV12, planar uint8, feather", "*u8", "mouth_column_stride", True, True, False),
+        ("NV12, planar uint8, feather, keep", "*u8", "mouth_column_stride", True, True, True),
     ):
         types = paste | {"mouth": mouth, "feather": "fp32"} | dict.fromkeys([*strides, *sizes, *others], "i32")
         constants = {unit_stride: 1, "NV12": nv12, "FEATHER": feather, "KEEP": keep}

@@ -1,4 +1,4 @@
-"""The Gluon kernels in every configuration that the network at full width has, for :mod:`gpupipe.kernels.report`."""
+"""The Gluon kernels as the gluon engine launches them at width 1, for :mod:`gpupipe.kernels.report`."""
 
 from __future__ import annotations
 
@@ -29,27 +29,18 @@ class BlockShape:
     stride: int = 1
     residual: bool = False
     head: bool = False
-    planar: bool = False
     stored: int = 0
-
-    @property
-    def indexed(self) -> bool:
-        """Whether the skip is a template's, kept, and taken by index."""
-        return self.low > 0
 
 
 BLOCKS = {
-    "up5.0": BlockShape(320, 32, 32, 128, 16),
-    "up5.0, skip 16": BlockShape(320, 32, 16, 128, 16),  # the first block's hidden tensor in place of x1
+    "up5.0": BlockShape(320, 32, 16, 128, 16),  # the skip is the first block's hidden tensor, as down1.0's is
     "up5.1, head": BlockShape(320, 0, 16, 32, 16, residual=True, head=True),
-    "up5.1, head, planar": BlockShape(320, 0, 16, 32, 16, residual=True, head=True, planar=True),
     "up4.0": BlockShape(160, 32, 32, 128, 32),
     "up4.1, down1.1": BlockShape(160, 0, 32, 64, 32, residual=True),
     "up3.0": BlockShape(80, 64, 64, 256, 32),
     "up3.1": BlockShape(80, 0, 32, 64, 32, residual=True),
     "inc": BlockShape(320, 0, 16, 32, 16, stored=6),
-    "down1.0": BlockShape(320, 0, 32, 64, 32, stride=2),
-    "down1.0, skip 16": BlockShape(320, 0, 16, 64, 32, stride=2),
+    "down1.0": BlockShape(320, 0, 16, 64, 32, stride=2),
     "down2.0": BlockShape(160, 0, 32, 64, 64, stride=2),
 }
 """The blocks on maps of 80² and more, but for down2.1 (64 channels out at 80²), whose sums do not fit in registers."""
@@ -71,8 +62,8 @@ def variant_of(name: str, *, wgmma: bool) -> Variant:
     constants: dict[str, Any] = {"H": block.size, "W": block.size, "LOW": block.low, "SKIP": block.skip}
     constants |= {"STORED": block.stored or block.skip}
     constants |= {"HIDDEN": block.hidden, "OUT": block.out, "RESIDUAL": block.residual, "HEAD": block.head}
-    constants |= {"PLANAR": block.planar, "INDEXED": block.indexed, "WGMMA": wgmma}
-    given = {"index": block.indexed, "low": block.low > 0, "head": block.head, "head_bias": block.head}
+    constants |= {"WGMMA": wgmma}
+    given = {"index": block.low > 0, "low": block.low > 0, "head": block.head, "head_bias": block.head}
     constants |= {argument: None for argument, is_given in given.items() if not is_given}
     kernels = {1: whole_block_gluon._whole_block_kernel, 2: whole_block_gluon._halving_block_kernel}
     return Variant(

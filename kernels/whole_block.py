@@ -4,7 +4,7 @@
     skip (H, W, S) ───────────────────┴ concatenate ─ expand 1×1 ─ ReLU ─ depthwise 3×3 ─ ReLU ─ project 1×1 ─(+ skip)─┐
                                                                                                                       │
                             out (H/stride, W/stride, C) <─────────────────────────────────────────────────────────────┤
-                            mouth uint8 (H, W, 3) or (3, H, W) <── truncate ── ×255 ── sigmoid ── 1×1 head ───────────┘
+                            mouth uint8 (3, H, W) <── truncate ── ×255 ── sigmoid ── 1×1 head ────────────────────────┘
 
 Convention: maps are float16 (B, H, W, C), contiguous (channels last); the upsampling is ``align_corners=True``;
 the depthwise convolution is padded by 1; batch norms are folded. Weights are packed once, by :func:`pack_whole_block`
@@ -20,15 +20,13 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpupipe.kernels.pointwise import padded
-
-MouthLayout = Literal["channels_last", "planar"]
 
 OLDEST_TRITON = (3, 8)
 """The first whose Gluon reads shared memory by index (``shared_memory_descriptor.gather``)."""
@@ -174,21 +172,19 @@ def whole_block(
     low: Tensor | None = None,
     index: Tensor | None = None,
     head: PackedHead | None = None,
-    mouth_layout: MouthLayout = "channels_last",
 ) -> Tensor:
     """The plain reference, float32 inside.
 
     Args:
-        skip: float16 (B, H, W, S), contiguous; (L, H, W, S) with ``index``. With neither low nor residual it may have
-            fewer channels than the weights: the others count as 0.
+        skip: float16 (B, H, W, S), contiguous; with ``low`` and ``index`` (L, H, W, S). With neither low nor residual
+            it may have fewer channels than the weights: the others count as 0.
         block: the weights.
         low: float16 (B, H/2, W/2, block.low_channels), contiguous: upsampled and put before the skip.
-        index: integers (B,), which of ``skip`` each sample takes; None takes the b-th for sample b.
+        index: integers (B,), which of ``skip`` each sample takes; given with ``low``, and not without.
         head: with it the result is the mouth: 1×1 convolution, sigmoid, × 255, truncated.
-        mouth_layout: of a mouth.
 
     Returns:
-        float16 (B, ⌈H/stride⌉, ⌈W/stride⌉, block.out_channels); or uint8 (B, H, W, 3) or, planar, (B, 3, H, W).
+        float16 (B, ⌈H/stride⌉, ⌈W/stride⌉, block.out_channels); with a head uint8 (B, 3, H, W).
 
     Raises:
         ValueError: types, shapes or strides that do not fit.
@@ -210,17 +206,14 @@ def whole_block(
     if head is None:
         return y.permute(0, 2, 3, 1).half().contiguous()
     mouth = F.conv2d(y, head.weight[:3].float()[:, :, None, None], head.bias[:3])
-    mouth = (torch.sigmoid(mouth) * 255).to(torch.uint8)
-    return (mouth.permute(0, 2, 3, 1) if mouth_layout == "channels_last" else mouth).contiguous()
+    return (torch.sigmoid(mouth) * 255).to(torch.uint8).contiguous()
 
 
 def check_maps(
     skip: Tensor, block: PackedBlock, low: Tensor | None, index: Tensor | None, head: PackedHead | None
 ) -> None:
     """Raise ``ValueError`` for maps that do not fit the weights; see :func:`whole_block`."""
-    batch, height, width, _ = skip.shape if skip.ndim == 4 else (-1, -1, -1, -1)
-    if index is not None:
-        batch = len(index)
+    _, height, width, _ = skip.shape if skip.ndim == 4 else (-1, -1, -1, -1)
     channels = block.skip_channels
     if low is None and not block.residual:
         channels = min(channels, skip.shape[-1])
@@ -229,8 +222,10 @@ def check_maps(
         raise ValueError(
             f"low is {'missing' if low is None else 'given'}; the weights have {block.low_channels} for it"
         )
-    if low is not None:
-        expected["low"] = (batch, height // 2, width // 2, block.low_channels)
+    if (low is None) != (index is None):
+        raise ValueError(f"{'index' if low is None else 'low'} is given alone; expected low and index together")
+    if low is not None and index is not None:
+        expected["low"] = (len(index), height // 2, width // 2, block.low_channels)
         if height % 2 or width % 2:
             raise ValueError(f"skip is {height}×{width}; an upsampled map has even sizes")
     for name, tensor in (("skip", skip), ("low", low)):

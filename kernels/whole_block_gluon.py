@@ -29,7 +29,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from gpupipe.kernels.dispatch import on_its_device
-from gpupipe.kernels.whole_block import MouthLayout, PackedBlock, PackedHead, check_maps
+from gpupipe.kernels.whole_block import PackedBlock, PackedHead, check_maps
 from gpupipe.kernels.whole_block_device import (
     CHUNK,
     HALO,
@@ -131,7 +131,6 @@ def _finish(
     STRIDE: gl.constexpr,
     RESIDUAL: gl.constexpr,
     HEAD: gl.constexpr,
-    PLANAR: gl.constexpr,
 ):
     """Skip, head and store of 64 pixels; H, W are the output's."""
     layout: gl.constexpr = in_order_layout(OUT)
@@ -146,10 +145,7 @@ def _finish(
         mouth = 255.0 * sigmoid(mma_v2(gl.convert_layout(half, LEFT, assert_trivial=True), weights, sums))
         channel = gl.arange(0, _MOUTH, layout=gl.SliceLayout(0, MMA))
         pixel, inside = _pixel_of(gl.arange(0, TILE_PIXELS, layout=gl.SliceLayout(1, MMA)), y0, x0, pair, H, W, STRIDE)
-        if PLANAR:
-            places = pixel[:, None] + channel[None, :] * (H * W)
-        else:
-            places = (pixel * 3)[:, None] + channel[None, :]
+        places = pixel[:, None] + channel[None, :] * (H * W)
         gl.store(out + places, mouth.to(gl.uint8), mask=inside[:, None] & (channel < 3)[None, :])
     else:
         ordered = gl.convert_layout(in_order(half, TILE_PIXELS, OUT), layout, assert_trivial=True)
@@ -189,8 +185,6 @@ def _whole_block_kernel(
     OUT: gl.constexpr,
     RESIDUAL: gl.constexpr,
     HEAD: gl.constexpr,
-    PLANAR: gl.constexpr,
-    INDEXED: gl.constexpr,
     WGMMA: gl.constexpr,
 ):
     """Stride 1. Program (tile, sample). The skip has STORED channels, which zeros fill up to SKIP."""
@@ -199,7 +193,7 @@ def _whole_block_kernel(
     x0 = gl.program_id(0) % TILES * 30
     sample = gl.program_id(1).to(gl.int64)
     source = sample
-    if INDEXED:
+    if LOW:
         source = gl.load(index + sample).to(gl.int64)
     skip += source * (H * W * STORED)
     if HEAD:
@@ -266,15 +260,14 @@ def _whole_block_kernel(
     ends = None
     if HEAD:
         ends = _load_head(head, head_bias, OUT)
-    _finish(first, y0, x0, 0, skip, ends, out, H, W, OUT, 1, RESIDUAL, HEAD, PLANAR)
-    _finish(second, y0, x0, 1, skip, ends, out, H, W, OUT, 1, RESIDUAL, HEAD, PLANAR)
-    _finish(third, y0, x0, 2, skip, ends, out, H, W, OUT, 1, RESIDUAL, HEAD, PLANAR)
+    _finish(first, y0, x0, 0, skip, ends, out, H, W, OUT, 1, RESIDUAL, HEAD)
+    _finish(second, y0, x0, 1, skip, ends, out, H, W, OUT, 1, RESIDUAL, HEAD)
+    _finish(third, y0, x0, 2, skip, ends, out, H, W, OUT, 1, RESIDUAL, HEAD)
 
 
 @gluon.jit
 def _halving_block_kernel(
     skip,
-    index,
     expand,
     expand_bias,
     depthwise,
@@ -287,7 +280,6 @@ def _halving_block_kernel(
     STORED: gl.constexpr,
     HIDDEN: gl.constexpr,
     OUT: gl.constexpr,
-    INDEXED: gl.constexpr,
     WGMMA: gl.constexpr,
 ):
     """Stride 2. Program (tile, sample); H, W are the input's. Nine reads straight into project's left operand."""
@@ -297,10 +289,7 @@ def _halving_block_kernel(
     y0 = gl.program_id(0) // TILES * 3
     x0 = gl.program_id(0) % TILES * 15
     sample = gl.program_id(1).to(gl.int64)
-    source = sample
-    if INDEXED:
-        source = gl.load(index + sample).to(gl.int64)
-    skip += source * (H * W * STORED)
+    skip += sample * (H * W * STORED)
     out += sample * (OUT_H * OUT_W * OUT)
 
     skip_tile = stage_skip(skip, y0, x0, H, W, SKIP, STORED, 2)
@@ -327,7 +316,7 @@ def _halving_block_kernel(
             else:
                 value = multiply_add_relu(read, weight, value)
         sums = mma_v2(value, _load_projection(project, start, HIDDEN, OUT), sums)
-    _finish(sums, y0, x0, 0, skip, None, out, OUT_H, OUT_W, OUT, 2, False, False, False)
+    _finish(sums, y0, x0, 0, skip, None, out, OUT_H, OUT_W, OUT, 2, False, False)
 
 
 # ── launcher ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -341,7 +330,6 @@ def whole_block_gluon(
     low: Tensor | None = None,
     index: Tensor | None = None,
     head: PackedHead | None = None,
-    mouth_layout: MouthLayout = "channels_last",
     wgmma: bool | None = None,
 ) -> Tensor:
     """:func:`gpupipe.kernels.whole_block.whole_block` in one launch; nothing is read back and nothing waits.
@@ -349,7 +337,7 @@ def whole_block_gluon(
     Depthwise sums are float16 (pairs at a time), products float32; the hidden tensor is float16.
 
     Args:
-        skip, block, low, index, head, mouth_layout: as for the reference.
+        skip, block, low, index, head: as for the reference.
         wgmma: expand by warpgroup instructions; None does so where the device has them (compute capability 9.0).
 
     Returns:
@@ -364,25 +352,22 @@ def whole_block_gluon(
     out_height, out_width = -(-height // block.stride), -(-width // block.stride)
     if head is None:
         out = skip.new_empty(samples, out_height, out_width, block.out_channels)
-    elif mouth_layout == "planar":
-        out = skip.new_empty(samples, 3, height, width, dtype=torch.uint8)
     else:
-        out = skip.new_empty(samples, height, width, 3, dtype=torch.uint8)
+        out = skip.new_empty(samples, 3, height, width, dtype=torch.uint8)
     if not out.numel():
         return out
     if wgmma is None:
         wgmma = skip.is_cuda and torch.cuda.get_device_capability(skip.device) == (9, 0)
     rows, columns = TILE[block.stride]
     grid = (-(-out_height // rows) * -(-out_width // columns), samples)
-    if index is not None:
-        index = index.contiguous()
     weights = (block.expand, block.expand_bias, block.depthwise, block.project, block.project_bias)
     facts = {"H": height, "W": width, "SKIP": block.skip_channels, "STORED": stored, "HIDDEN": block.hidden_channels}
-    facts |= {"OUT": block.out_channels, "INDEXED": index is not None, "WGMMA": wgmma, "num_warps": NUM_WARPS}
+    facts |= {"OUT": block.out_channels, "WGMMA": wgmma, "num_warps": NUM_WARPS}
     if block.stride == 2:
-        _halving_block_kernel[grid](skip, index, *weights, out, **facts)
+        _halving_block_kernel[grid](skip, *weights, out, **facts)
     else:
         facts |= {"LOW": block.low_channels, "RESIDUAL": block.residual, "HEAD": head is not None}
         ends = (None, None) if head is None else (head.weight, head.bias)
-        _whole_block_kernel[grid](skip, index, low, *weights, *ends, out, PLANAR=mouth_layout == "planar", **facts)
+        index = None if index is None else index.contiguous()
+        _whole_block_kernel[grid](skip, index, low, *weights, *ends, out, **facts)
     return out

@@ -62,24 +62,25 @@ def test_blocks_of_both_strides_are_the_network_s(network: Any) -> None:
 def test_upsampling_concatenation_and_head_are_the_network_s(network: Any) -> None:
     low, skip = noise(2, 4, 5, 7), noise(2, 4, 10, 14)
     first, second = network.up5.conv.double_conv
-    half = whole_block(channels_last(skip), packed(first, low_channels=4), low=channels_last(low))
+    block, below = packed(first, low_channels=4), {"low": channels_last(low), "index": torch.arange(2)}
+    half = whole_block(channels_last(skip), block, **below)
     expected = first(torch.cat([network.up5.up(low), skip], dim=1))
     assert difference(half, expected) < 0.01
     swapped = first(torch.cat([skip, network.up5.up(low)], dim=1))
     assert difference(half, swapped) > 0.1
     mouth = (torch.sigmoid(network.outc(second(expected))) * 255).to(torch.uint8)
-    found = whole_block(half, packed(second), head=pack_head(network.outc.conv), mouth_layout="planar")
+    found = whole_block(half, packed(second), head=pack_head(network.outc.conv))
     steps = (found.int() - mouth.int()).abs()
     assert steps.max() <= 1 and (steps == 0).float().mean() > 0.95
-    last = whole_block(half, packed(second), head=pack_head(network.outc.conv))
-    assert torch.equal(last.permute(0, 3, 1, 2), found)
 
 
 @torch.inference_mode()
 def test_a_skip_is_taken_by_index(network: Any) -> None:
-    (block, _) = network.down1.maxpool_conv[0].double_conv
-    bank, index = channels_last(noise(3, 4, 8, 8)), torch.tensor([2, 0])
-    assert torch.equal(whole_block(bank, packed(block), index=index), whole_block(bank[index], packed(block)))
+    block = packed(network.up5.conv.double_conv[0], low_channels=4)
+    low, bank, index = channels_last(noise(2, 4, 4, 4)), channels_last(noise(3, 4, 8, 8)), torch.tensor([2, 0])
+    found = whole_block(bank, block, low=low, index=index)
+    assert torch.equal(found, whole_block(bank[index], block, low=low, index=torch.arange(2)))
+    assert not torch.equal(found, whole_block(bank, block, low=low, index=torch.arange(2)))
 
 
 def test_a_map_that_is_not_padded_is_the_padded_one(network: Any) -> None:
@@ -116,7 +117,11 @@ def test_what_does_not_fit_is_said() -> None:
         whole_block(torch.zeros(1, 4, 4, 16).half(), pack_whole_block(*layers, low_channels=4))
     with pytest.raises(ValueError, match="5×4"):
         odd = pack_whole_block(*layers, low_channels=4)
-        whole_block(torch.zeros(1, 5, 4, 16).half(), odd, low=torch.zeros(1, 2, 2, 16).half())
+        whole_block(torch.zeros(1, 5, 4, 16).half(), odd, low=torch.zeros(1, 2, 2, 16).half(), index=torch.tensor([0]))
+    with pytest.raises(ValueError, match="index is given alone"):
+        whole_block(torch.zeros(1, 4, 4, 16).half(), block, index=torch.tensor([0]))
+    with pytest.raises(ValueError, match="low is given alone"):
+        whole_block(torch.zeros(1, 4, 4, 16).half(), odd, low=torch.zeros(1, 2, 2, 16).half())
     with pytest.raises(ValueError, match="a residual changes neither"):
         pack_whole_block(layers[0], layers[1], nn.Conv2d(16, 12, 1), residual=True)
     with pytest.raises(ValueError, match="stride 3"):

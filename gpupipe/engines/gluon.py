@@ -71,7 +71,7 @@ class GluonEngine(FusedEngine):
 
     def _mouth_block(self, layers: Sequence[nn.Conv2d], head: nn.Conv2d) -> Step:
         block, packed = self._whole(layers, residual=True), pack_head(head).to(self.device)
-        return functools.partial(self._run, block=block, head=packed, mouth_layout="planar")
+        return functools.partial(self._run, block=block, head=packed)
 
     def _whole(self, layers: Sequence[nn.Conv2d], *, low_channels: int = 0, residual: bool = False) -> PackedBlock:
         return pack_whole_block(*layers, low_channels=low_channels, residual=residual).to(self.device)
