@@ -18,9 +18,10 @@ The reference rounds the expanded map and the depthwise sums to the inputs' prec
 of them need not round it.
 
 Here are the public functions and their plain-torch reference; on CUDA, in half precision, they run on
-:mod:`gpupipe.kernels.inverted_residual_triton` and :mod:`gpupipe.kernels.depthwise_triton`. These take every block of
-the network in either half precision; :mod:`gpupipe.kernels.whole_block` is there beside them because on large maps, in
-float16 and with a Triton whose Gluon lays out shared memory, a block can be one kernel without expanding ninefold.
+:mod:`gpupipe.kernels.inverted_residual_triton` and :mod:`gpupipe.kernels.depthwise_triton`.
+
+There are two families of block kernels: this one, in plain Triton, runs every block in either half precision;
+:mod:`gpupipe.kernels.whole_block`, in Gluon and float16 alone, keeps the expanded map of large ones on chip instead.
 """
 
 from __future__ import annotations

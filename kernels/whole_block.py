@@ -12,8 +12,10 @@ and :func:`pack_head`, with every channel count padded to a power of two of at l
 channels as its weights say, the spare ones 0 (:func:`pad_channels`); what a block writes is padded in the same way.
 
 Here are the packing and the plain-torch reference, in float32 throughout; the kernel with the same signature is
-:func:`gpupipe.kernels.whole_block_gluon.whole_block_gluon`. It needs Gluon, a recent Triton and float16, and room for a
-block's sums in registers: :mod:`gpupipe.kernels.inverted_residual` is there beside it because it needs none of these.
+:func:`gpupipe.kernels.whole_block_gluon.whole_block_gluon`.
+
+There are two families of block kernels: this one, in Gluon and float16 alone, is for the large maps, whose bytes it
+saves; :mod:`gpupipe.kernels.inverted_residual`, in plain Triton, runs every block in either half precision.
 """
 
 from __future__ import annotations
