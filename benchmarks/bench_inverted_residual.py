@@ -10,6 +10,7 @@ On a CPU a few small blocks run on the plain reference, which shows that the scr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.fused import FusedEngine
 from gpupipe.kernels.dispatch import backend
 from gpupipe.kernels.inverted_residual import (
+    Block,
     bytes_moved,
     depthwise_project,
     expansion_is_recomputed,
@@ -76,14 +78,8 @@ def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
     for name, side, channels, outputs, stride, residual in BLOCKS if cuda else BLOCKS[-2:]:
         layers = _layers(channels, 2 * channels, outputs, stride)
         block, x = pack_block(_convolutions(layers), device=device, dtype=dtype), noise(side, side, channels)
-        plain, planes = _on(layers, device, dtype), x.permute(0, 3, 1, 2)
-
-        def fused(x: Tensor = x, block=block, stride: int = stride, residual: bool = residual) -> Tensor:  # type: ignore[no-untyped-def]
-            return inverted_residual(x, block, stride=stride, residual=residual)
-
-        def layered(planes: Tensor = planes, plain: nn.Module = plain, residual: bool = residual) -> Tensor:
-            return planes + plain(planes) if residual else plain(planes)
-
+        fused = partial(inverted_residual, x, block, stride=stride, residual=residual)
+        layered = partial(_layered, _on(layers, device, dtype), x.permute(0, 3, 1, 2), residual=residual)
         how = "whole" if expansion_is_recomputed(block, stride) else "in two"
         moved = bytes_moved(side, block, stride=stride, residual=residual)
         yield from measured(f"{name}, {how}", {backend(device): fused, "layers": layered}, moved)
@@ -91,21 +87,12 @@ def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
     index = torch.arange(batch, device=device)
     for name, side, low_channels, skip_channels, hidden, outputs in UPS if cuda else UPS[:1]:
         layers = _layers(low_channels + skip_channels, hidden, outputs, 1)
-        expand, depthwise, project = _convolutions(layers)
-        block = pack_block((expand, depthwise, project), device=device, dtype=dtype)
-        first, second = (matrix.to(device, dtype).contiguous() for matrix in _split(expand, low_channels))
+        convolutions = _convolutions(layers)
+        block = pack_block(convolutions, device=device, dtype=dtype)
+        matrices = [matrix.to(device, dtype).contiguous() for matrix in _split(convolutions[0], low_channels)]
         low, skip = noise(side // 2, side // 2, low_channels), noise(side, side, skip_channels)
-        plain = _on(layers, device, dtype)
-
-        def up(low: Tensor = low, skip: Tensor = skip, first=first, second=second, block=block) -> Tensor:  # type: ignore[no-untyped-def]
-            wide = upsample_expand(low, skip, index, first, second, block.expand_bias)
-            return depthwise_project(wide, block.projection)
-
-        def up_layered(low: Tensor = low, skip: Tensor = skip, plain: nn.Module = plain) -> Tensor:
-            small, large = low.permute(0, 3, 1, 2), skip.permute(0, 3, 1, 2)
-            upsampled = nn.functional.interpolate(small, scale_factor=2, mode="bilinear", align_corners=True)
-            return plain(torch.cat([upsampled, large], dim=1))
-
+        up = partial(_up, block, low, skip, index, *matrices)
+        up_layered = partial(_up_layered, _on(layers, device, dtype), low.permute(0, 3, 1, 2), skip.permute(0, 3, 1, 2))
         area = side * side
         moved = dtype.itemsize * area * (low_channels // 4 + skip_channels + 2 * hidden + outputs)
         yield from measured(f"{name}, upsampled and concatenated", {backend(device): up, "layers": up_layered}, moved)
@@ -129,6 +116,20 @@ def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
         yield from measured(
             "speech half", {"fused": lambda: engine.decode(features, index, audio)}, kept + 3 * INPUT_SIZE**2
         )
+
+
+def _layered(plain: nn.Module, planes: Tensor, *, residual: bool) -> Tensor:
+    return planes + plain(planes) if residual else plain(planes)
+
+
+def _up(block: Block, low: Tensor, skip: Tensor, index: Tensor, low_matrix: Tensor, skip_matrix: Tensor) -> Tensor:
+    wide = upsample_expand(low, skip, index, low_matrix, skip_matrix, block.expand_bias)
+    return depthwise_project(wide, block.projection)
+
+
+def _up_layered(plain: nn.Module, low: Tensor, skip: Tensor) -> Tensor:
+    upsampled = nn.functional.interpolate(low, scale_factor=2, mode="bilinear", align_corners=True)
+    return plain(torch.cat([upsampled, skip], dim=1))
 
 
 def _layers(channels: int, hidden: int, outputs: int, stride: int) -> nn.Sequential:
