@@ -10,6 +10,8 @@ memory, go one 2×2 cell a thread, byte by byte.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -32,17 +34,33 @@ BLOCK = 256 if INTERPRETED else 128
 
 
 @triton.jit
-def luma(b, g, r):
+def _luma(b, g, r):
     """int32 0 … 255 → int32 16 … 235."""
     return (b * _LUMA[0] + g * _LUMA[1] + r * _LUMA[2] + _LUMA_OFFSET) >> _SHIFT
 
 
 @triton.jit
-def chroma_pair(b, g, r):
+def _chroma_pair(b, g, r):
     """Sums over the four pixels of a cell, int32 → Cb and Cr, int32 16 … 240."""
     cb = b * _CB[0] + g * _CB[1] + r * _CB[2] + _CHROMA_OFFSET
     cr = b * _CR[0] + g * _CR[1] + r * _CR[2] + _CHROMA_OFFSET
     return cb >> _SHIFT, cr >> _SHIFT
+
+
+@triton.jit
+def store_cell(to, height, width, y, x, upper_left, upper_right, lower_left, lower_right, active):
+    """Write cells of the NV12 frame at ``to`` from their four pixels, each blue, green, red, int32 0 … 255."""
+    b0, g0, r0 = upper_left
+    b1, g1, r1 = upper_right
+    b2, g2, r2 = lower_left
+    b3, g3, r3 = lower_right
+    two = tl.arange(0, 2)[None, :]
+    mask = active[:, None]
+    line = to + (y * width + x)[:, None] + two
+    tl.store(line, tl.join(_luma(b0, g0, r0), _luma(b1, g1, r1)).to(tl.uint8), mask=mask)
+    tl.store(line + width, tl.join(_luma(b2, g2, r2), _luma(b3, g3, r3)).to(tl.uint8), mask=mask)
+    cb, cr = _chroma_pair(b0 + b1 + b2 + b3, g0 + g1 + g2 + g3, r0 + r1 + r2 + r3)
+    tl.store(to + ((height + y // 2) * width + x)[:, None] + two, tl.join(cb, cr).to(tl.uint8), mask=mask)
 
 
 @triton.jit
@@ -86,10 +104,10 @@ def _word(a, b, c, d):
 def _luma_word(words, P: tl.constexpr, BLUE: tl.constexpr):
     """Luma of pixels P … P+3 of a row of 16."""
     return _word(
-        luma(_byte(words, 3 * P + BLUE), _byte(words, 3 * P + 1), _byte(words, 3 * P + 2 - BLUE)),
-        luma(_byte(words, 3 * P + 3 + BLUE), _byte(words, 3 * P + 4), _byte(words, 3 * P + 5 - BLUE)),
-        luma(_byte(words, 3 * P + 6 + BLUE), _byte(words, 3 * P + 7), _byte(words, 3 * P + 8 - BLUE)),
-        luma(_byte(words, 3 * P + 9 + BLUE), _byte(words, 3 * P + 10), _byte(words, 3 * P + 11 - BLUE)),
+        _luma(_byte(words, 3 * P + BLUE), _byte(words, 3 * P + 1), _byte(words, 3 * P + 2 - BLUE)),
+        _luma(_byte(words, 3 * P + 3 + BLUE), _byte(words, 3 * P + 4), _byte(words, 3 * P + 5 - BLUE)),
+        _luma(_byte(words, 3 * P + 6 + BLUE), _byte(words, 3 * P + 7), _byte(words, 3 * P + 8 - BLUE)),
+        _luma(_byte(words, 3 * P + 9 + BLUE), _byte(words, 3 * P + 10), _byte(words, 3 * P + 11 - BLUE)),
     )
 
 
@@ -102,12 +120,12 @@ def _cell_sum(upper, lower, N: tl.constexpr):
 @triton.jit
 def _chroma_word(upper, lower, P: tl.constexpr, BLUE: tl.constexpr):
     """Cb, Cr, Cb, Cr of the cells at pixels P and P + 2."""
-    cb0, cr0 = chroma_pair(
+    cb0, cr0 = _chroma_pair(
         _cell_sum(upper, lower, 3 * P + BLUE),
         _cell_sum(upper, lower, 3 * P + 1),
         _cell_sum(upper, lower, 3 * P + 2 - BLUE),
     )
-    cb1, cr1 = chroma_pair(
+    cb1, cr1 = _chroma_pair(
         _cell_sum(upper, lower, 3 * P + 6 + BLUE),
         _cell_sum(upper, lower, 3 * P + 7),
         _cell_sum(upper, lower, 3 * P + 8 - BLUE),
@@ -116,15 +134,20 @@ def _chroma_word(upper, lower, P: tl.constexpr, BLUE: tl.constexpr):
 
 
 @triton.jit
+def _piece(height, across, BLOCK: tl.constexpr):
+    """A thread's pair of rows, its 16 columns, and whether there are any; where not, it reads the last ones again."""
+    wanted = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    active = wanted < height // 2 * across
+    piece = tl.minimum(wanted, height // 2 * across - 1)
+    return piece // across, piece % across, active
+
+
+@triton.jit
 def _to_nv12_wide_kernel(frames, out, height, width, BLUE: tl.constexpr, BLOCK: tl.constexpr):
     """``frames`` and ``out`` are words; BLUE is the byte of a pixel that holds blue, 0 or 2."""
     frame = tl.program_id(1).to(tl.int64)
     across = width // 16
-    wanted = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    active = wanted < height // 2 * across
-    piece = tl.minimum(wanted, height // 2 * across - 1)
-    row = piece // across
-    column = piece % across
+    row, column, active = _piece(height, across, BLOCK)
     pixels = frames + frame * (height * across * 12)
     above = pixels + (row * 2 * across + column) * 12
     below = above + across * 12
@@ -181,11 +204,7 @@ def _from_nv12_wide_kernel(frames, out, height, width, BLUE: tl.constexpr, BLOCK
     """As :func:`_to_nv12_wide_kernel`, the other way."""
     frame = tl.program_id(1).to(tl.int64)
     across = width // 16
-    wanted = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    active = wanted < height // 2 * across
-    piece = tl.minimum(wanted, height // 2 * across - 1)
-    row = piece // across
-    column = piece % across
+    row, column, active = _piece(height, across, BLOCK)
     planes = frames + frame * (height * across * 6)
     pairs = _load4(planes + ((height + row) * across + column) * 4)
     for i in tl.static_range(2):
@@ -206,6 +225,14 @@ def _from_nv12_wide_kernel(frames, out, height, width, BLUE: tl.constexpr, BLOCK
 
 
 @triton.jit
+def _cell(height, width, BLOCK: tl.constexpr):
+    """The upper left pixel of a thread's cell, and whether there is one."""
+    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    active = cell < height // 2 * (width // 2)
+    return cell // (width // 2) * 2, cell % (width // 2) * 2, active
+
+
+@triton.jit
 def _load_pixel(p, mask, BLUE: tl.constexpr):
     b = tl.load(p + BLUE, mask=mask, other=0).to(tl.int32)
     g = tl.load(p + 1, mask=mask, other=0).to(tl.int32)
@@ -216,23 +243,14 @@ def _load_pixel(p, mask, BLUE: tl.constexpr):
 @triton.jit
 def _to_nv12_cell_kernel(frames, out, frame_stride, row_stride, height, width, BLUE: tl.constexpr, BLOCK: tl.constexpr):
     frame = tl.program_id(1).to(tl.int64)
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    active = cell < height // 2 * (width // 2)
-    y = cell // (width // 2) * 2
-    x = cell % (width // 2) * 2
+    y, x, active = _cell(height, width, BLOCK)
     p = frames + frame * frame_stride + y * row_stride + x * 3
-    b0, g0, r0 = _load_pixel(p, active, BLUE)
-    b1, g1, r1 = _load_pixel(p + 3, active, BLUE)
-    b2, g2, r2 = _load_pixel(p + row_stride, active, BLUE)
-    b3, g3, r3 = _load_pixel(p + row_stride + 3, active, BLUE)
+    upper_left = _load_pixel(p, active, BLUE)
+    upper_right = _load_pixel(p + 3, active, BLUE)
+    lower_left = _load_pixel(p + row_stride, active, BLUE)
+    lower_right = _load_pixel(p + row_stride + 3, active, BLUE)
     to = out + frame * (height // 2 * 3 * width)
-    two = tl.arange(0, 2)[None, :]
-    mask = active[:, None]
-    line = to + (y * width + x)[:, None] + two
-    tl.store(line, tl.join(luma(b0, g0, r0), luma(b1, g1, r1)).to(tl.uint8), mask=mask)
-    tl.store(line + width, tl.join(luma(b2, g2, r2), luma(b3, g3, r3)).to(tl.uint8), mask=mask)
-    cb, cr = chroma_pair(b0 + b1 + b2 + b3, g0 + g1 + g2 + g3, r0 + r1 + r2 + r3)
-    tl.store(to + ((height + y // 2) * width + x)[:, None] + two, tl.join(cb, cr).to(tl.uint8), mask=mask)
+    store_cell(to, height, width, y, x, upper_left, upper_right, lower_left, lower_right, active)
 
 
 @triton.jit
@@ -240,10 +258,7 @@ def _from_nv12_cell_kernel(
     frames, out, frame_stride, row_stride, height, width, BLUE: tl.constexpr, BLOCK: tl.constexpr
 ):
     frame = tl.program_id(1).to(tl.int64)
-    cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    active = cell < height // 2 * (width // 2)
-    y = cell // (width // 2) * 2
-    x = cell % (width // 2) * 2
+    y, x, active = _cell(height, width, BLOCK)
     planes = frames + frame * frame_stride
     pair = planes + (height + y // 2) * row_stride + x
     cb = tl.load(pair, mask=active, other=0).to(tl.int32)
@@ -266,17 +281,7 @@ def to_nv12_triton(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
     """As :func:`gpupipe.kernels.nv12.to_nv12`, by a kernel; nothing is read back and nothing waits."""
     samples, height, width, _ = frames.shape
     out = frames.new_empty(samples, height // 2 * 3, width)
-    if not out.numel():
-        return out
-    blue = 0 if order == "bgr" else 2
-    if wide(frames, width):
-        grid = (triton.cdiv(height // 2 * (width // 16), BLOCK), samples)
-        _to_nv12_wide_kernel[grid](_as_words(frames), _as_words(out), height, width, BLUE=blue, BLOCK=BLOCK)
-        return out
-    if frames.stride()[2:] != (3, 1):
-        frames = frames.contiguous()
-    grid = (triton.cdiv(height // 2 * (width // 2), BLOCK), samples)
-    _to_nv12_cell_kernel[grid](frames, out, frames.stride(0), frames.stride(1), height, width, BLUE=blue, BLOCK=BLOCK)
+    _launch(_to_nv12_wide_kernel, _to_nv12_cell_kernel, frames, out, height, order)
     return out
 
 
@@ -286,23 +291,29 @@ def from_nv12_triton(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
     samples, rows, width = frames.shape
     height = rows // 3 * 2
     out = frames.new_empty(samples, height, width, 3)
-    if not out.numel():
-        return out
-    blue = 0 if order == "bgr" else 2
-    if wide(frames, width):
-        grid = (triton.cdiv(height // 2 * (width // 16), BLOCK), samples)
-        _from_nv12_wide_kernel[grid](_as_words(frames), _as_words(out), height, width, BLUE=blue, BLOCK=BLOCK)
-        return out
-    if frames.stride(2) != 1:
-        frames = frames.contiguous()
-    grid = (triton.cdiv(height // 2 * (width // 2), BLOCK), samples)
-    _from_nv12_cell_kernel[grid](frames, out, frames.stride(0), frames.stride(1), height, width, BLUE=blue, BLOCK=BLOCK)
+    _launch(_from_nv12_wide_kernel, _from_nv12_cell_kernel, frames, out, height, order)
     return out
 
 
-def wide(frames: Tensor, width: int) -> bool:
+def _launch(wide_kernel: Any, cell_kernel: Any, frames: Tensor, out: Tensor, height: int, order: ColorOrder) -> None:
+    """Convert by ``wide_kernel`` where frames can be read 16 bytes at a time, else by ``cell_kernel``."""
+    if not out.numel():
+        return
+    samples, _, width = frames.shape[:3]
+    constants = {"BLUE": 0 if order == "bgr" else 2, "BLOCK": BLOCK}
+    if wide(frames):
+        grid = (triton.cdiv(height // 2 * (width // 16), BLOCK), samples)
+        wide_kernel[grid](_as_words(frames), _as_words(out), height, width, **constants)
+        return
+    if not frames[0, 0].is_contiguous():
+        frames = frames.contiguous()
+    grid = (triton.cdiv(height // 2 * (width // 2), BLOCK), samples)
+    cell_kernel[grid](frames, out, frames.stride(0), frames.stride(1), height, width, **constants)
+
+
+def wide(frames: Tensor) -> bool:
     """Whether frames can be read 16 bytes at a time."""
-    return width % 16 == 0 and frames.is_contiguous() and frames.data_ptr() % 16 == 0
+    return frames.shape[2] % 16 == 0 and frames.is_contiguous() and frames.data_ptr() % 16 == 0
 
 
 def _as_words(bytes_: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from gpupipe.kernels.common_triton import INTERPRETED, round_saturate, truncate
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, RING
 from gpupipe.kernels.cubic_triton import clamped, cubic_axis, cubic_tap, weight_at
 from gpupipe.kernels.dispatch import on_its_device
-from gpupipe.kernels.nv12_triton import chroma_pair, luma
+from gpupipe.kernels.nv12_triton import store_cell
 
 _SIZE = tl.constexpr(CROP_SIZE)
 _INNER = tl.constexpr(INNER_SIZE)
@@ -108,31 +108,22 @@ def _paste_blend_kernel(
     box = (xmin, ymin, xmax, ymax)
     steps = (row_stride, keep_row_stride)
     p = pixels
-    b0, g0, r0 = _finish((p[0], p[1], p[2]), frame, kept, box, y, x, active, steps, feather, NV12, FEATHER, KEEP)
-    b1, g1, r1 = _finish((p[3], p[4], p[5]), frame, kept, box, y, x + 1, active, steps, feather, NV12, FEATHER, KEEP)
-    b2, g2, r2 = _finish((p[6], p[7], p[8]), frame, kept, box, y + 1, x, active, steps, feather, NV12, FEATHER, KEEP)
-    b3, g3, r3 = _finish(
-        (p[9], p[10], p[11]), frame, kept, box, y + 1, x + 1, active, steps, feather, NV12, FEATHER, KEEP
-    )
+    p0 = _finish((p[0], p[1], p[2]), frame, kept, box, y, x, active, steps, feather, NV12, FEATHER, KEEP)
+    p1 = _finish((p[3], p[4], p[5]), frame, kept, box, y, x + 1, active, steps, feather, NV12, FEATHER, KEEP)
+    p2 = _finish((p[6], p[7], p[8]), frame, kept, box, y + 1, x, active, steps, feather, NV12, FEATHER, KEEP)
+    p3 = _finish((p[9], p[10], p[11]), frame, kept, box, y + 1, x + 1, active, steps, feather, NV12, FEATHER, KEEP)
     to = out + sample.to(tl.int64) * out_stride
     if NV12:
-        two = tl.arange(0, 2)[None, :]
-        mask = active[:, None]
-        upper = to + (y * frame_width + x)[:, None] + two
-        tl.store(upper, tl.join(luma(b0, g0, r0), luma(b1, g1, r1)).to(tl.uint8), mask=mask)
-        tl.store(upper + frame_width, tl.join(luma(b2, g2, r2), luma(b3, g3, r3)).to(tl.uint8), mask=mask)
-        cb, cr = chroma_pair(b0 + b1 + b2 + b3, g0 + g1 + g2 + g3, r0 + r1 + r2 + r3)
-        pair = to + ((frame_height + y // 2) * frame_width + x)[:, None] + two
-        tl.store(pair, tl.join(cb, cr).to(tl.uint8), mask=mask)
+        store_cell(to, frame_height, frame_width, y, x, p0, p1, p2, p3, active)
     else:
         right = active & (x + 1 < xmax)
         below = y + 1 < ymax
         to += (y * frame_width + x) * 3
-        _store_pixel(to, b0, g0, r0, active)
-        _store_pixel(to + 3, b1, g1, r1, right)
+        _store_pixel(to, p0, active)
+        _store_pixel(to + 3, p1, right)
         to += frame_width * 3
-        _store_pixel(to, b2, g2, r2, active & below)
-        _store_pixel(to + 3, b3, g3, r3, right & below)
+        _store_pixel(to, p2, active & below)
+        _store_pixel(to + 3, p3, right & below)
 
 
 @triton.jit
@@ -260,10 +251,10 @@ def _finish(
 
 
 @triton.jit
-def _store_pixel(to, b, g, r, mask):
-    tl.store(to, b.to(tl.uint8), mask=mask)
-    tl.store(to + 1, g.to(tl.uint8), mask=mask)
-    tl.store(to + 2, r.to(tl.uint8), mask=mask)
+def _store_pixel(to, pixel, mask):
+    tl.store(to, pixel[0].to(tl.uint8), mask=mask)
+    tl.store(to + 1, pixel[1].to(tl.uint8), mask=mask)
+    tl.store(to + 2, pixel[2].to(tl.uint8), mask=mask)
 
 
 @on_its_device

@@ -42,7 +42,7 @@ def planes(count: int, height: int, width: int) -> Tensor:
 @pytest.mark.parametrize(("size", "order"), CASES)
 def test_to_nv12_is_the_reference_s_to_the_bit(size: tuple[int, int, int], order: ColorOrder) -> None:
     frames = noise(*size)
-    assert wide(frames, size[2]) == (size[2] % 16 == 0)
+    assert wide(frames) == (size[2] % 16 == 0)
     assert torch.equal(to_nv12_triton(frames.to(DEVICE), order=order).cpu(), to_nv12(frames, order=order))
 
 
@@ -69,12 +69,12 @@ def test_frames_that_lie_askew_in_memory(offset: int) -> None:
     """A window of larger frames, and a batch that begins at an odd byte."""
     large = noise(2, 12, 40).to(DEVICE)
     window = large[:, 2:10, offset : offset + 16]
-    assert not wide(window, 16)
+    assert not wide(window)
     assert torch.equal(to_nv12_triton(window).cpu(), to_nv12(window.cpu().contiguous()))
     count = 2 * 3 * 4 * 16
     shifted = torch.zeros(count + 16, dtype=torch.uint8, device=DEVICE)[offset : offset + count].view(2, 12, 16)
     shifted.copy_(planes(2, 8, 16))
-    assert wide(shifted, 16) == (offset == 0)
+    assert wide(shifted) == (offset == 0)
     assert torch.equal(from_nv12_triton(shifted).cpu(), from_nv12(shifted.cpu()))
 
 
