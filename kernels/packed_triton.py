@@ -4,9 +4,9 @@ A GPU multiplies and adds two float16 in one instruction, where float32 takes tw
 itself the compiler takes float16 one by one, so that pairs are said in assembly. bfloat16 has too few bits for sums.
 Triton's interpreter knows no assembly and takes the plain operations, which round once more.
 
-Assembly that is said to have effects (``is_pure=False``) is computed where it stands, in the layout that its operands
-have. What a product on tensor cores takes from registers, the compiler else makes in the product's layout from the
-first load on: as many times over as lanes hold a copy of it.
+Assembly that is said to have effects (``is_pure=False``, as of ReLU, the last step before a product) is computed where
+it stands, in the layout that its operands have. What a product on tensor cores takes from registers, the compiler else
+makes in the product's layout from the first load on: as many times over as lanes hold a copy of it.
 """
 
 from __future__ import annotations

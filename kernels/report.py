@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel, for GPUs that need not be there.
 
-``python -m gpupipe.kernels.report [--arch 90 …] [--json FILE]`` compiles each kernel as the pipeline launches it (see
+``python -m gpupipe.kernels.report [--arch 90 …] [--json FILE]`` compiles each kernel as it is launched (see
 :func:`variants`) and prints a row for each configuration: registers, stack frame, spills, shared memory, and how wide
 its loads and stores of global memory are (the width that carries the most). It exits with 1 on a spill, a stack frame
 or a compile error.
@@ -86,7 +86,7 @@ class Row:
 
 
 def variants() -> list[Variant]:
-    """Every kernel, as the pipeline launches it; half precision is float16, frames are BGR.
+    """Every kernel, as the pipeline and the benchmarks launch it; half precision is float16, frames are BGR.
 
     The kernels around the network are given frames of 1280×720 or 1920×1080. Of paste_blend's options each is here,
     and so is each type of mouth, in the layout that the engines give it, but not every combination of them.

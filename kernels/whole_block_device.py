@@ -86,8 +86,8 @@ def in_order_layout(channels):
 
 
 # ── arithmetic in assembly ────────────────────────────────────────────────────────────────────────────────────────────
-# Left to itself the compiler takes float16 multiply-adds one by one, and ReLU as an instruction of its own. All of it
-# may be called pure, as packed_triton's may not: Gluon computes in the layouts that the source says, and chooses none.
+# Left to itself the compiler takes float16 multiply-adds one by one, and ReLU as an instruction of its own. It is pure,
+# where packed_triton's ReLU is said not to be: Gluon computes in the layouts that the source says, and chooses none.
 
 
 @gluon.jit
