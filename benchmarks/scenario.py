@@ -23,10 +23,10 @@ from torchvision.io import write_jpeg
 
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.demo import BUNDLE
-from gpupipe.features import FRAME_RATES, SpeechFeatures
+from gpupipe.features import FRAME_RATES, SpeechFeatures, save_features
 from gpupipe.landmarks import read_landmarks
 from gpupipe.models import Mode, load_unet
-from gpupipe.speech import SpeechEncoder, save_features
+from gpupipe.speech import SpeechEncoder
 from gpupipe.template import Template, numbered_files
 from gpupipe.video.decode import read_image
 

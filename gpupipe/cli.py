@@ -29,12 +29,12 @@ from gpupipe.demo import render_demo
 from gpupipe.doctor import examine, measure_engines
 from gpupipe.engines import EngineName, Precision
 from gpupipe.errors import InputError
-from gpupipe.features import FRAME_RATES
+from gpupipe.features import FRAME_RATES, save_features, write_features
 from gpupipe.models import Mode, load_unet
 from gpupipe.onnx_export import export_unet
 from gpupipe.pipeline import FrameGenerationPipeline
 from gpupipe.seam import FEATHER, Blend
-from gpupipe.speech import SpeechEncoder, save_features, write_features
+from gpupipe.speech import SpeechEncoder
 from gpupipe.video.encode import check_suffix
 from gpupipe.video.images import ImageFormat
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from gpupipe.errors import InputError
 from gpupipe.files import input_file, replacing
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
+from gpupipe.models.audio_encoder import FEATURES
 from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, window_rows
 from gpupipe.transfer import as_array, to_device
 
@@ -150,6 +152,59 @@ def audio_windows(features: ArrayLike | Tensor, mode: Mode = "ave") -> Tensor:
     """
     speech = SpeechFeatures(features, mode)
     return speech.windows(0, len(speech))
+
+
+def save_features(features: np.ndarray | Tensor, path: str | Path, *, bin: bool = False) -> list[Path]:
+    """Write features as ``.npy``; with ``bin`` also as the pair for programs in other languages.
+
+    The pair is ``NAME.bin`` and ``NAME.bin.json`` beside ``NAME.npy``: see :func:`save_features_bin`.
+    Each file appears under its name only when it is whole.
+
+    Args:
+        features: ``(N, …)``, written as float32.
+        path: of the ``.npy`` (the suffix is added if it is not there); its folder must exist.
+        bin: write the pair too.
+
+    Returns:
+        The paths written, the ``.npy`` first.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    array = np.ascontiguousarray(as_array(features), dtype="<f4")
+    path = Path(path)
+    if path.suffix != ".npy":
+        path = path.with_name(path.name + ".npy")
+    with replacing(path) as temporary:
+        np.save(temporary, array)
+    if not bin:
+        return [path]
+    raw = save_features_bin(array, path.with_suffix(".bin"))
+    return [path, raw, raw.with_name(raw.name + ".json")]
+
+
+def write_features(pieces: Iterable[Tensor], path: str | Path) -> int:
+    """Write features to a ``.npy`` as they come, without holding the whole; returns how many rows there were.
+
+    Args:
+        pieces: (n, 512) each.
+        path: an existing temporary file, or one to be made.
+    """
+    count = 0
+
+    def header() -> int:
+        facts = {"descr": "<f4", "fortran_order": False, "shape": (count, FEATURES)}
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, facts)  # has room for any count
+        return file.tell()
+
+    with Path(path).open("wb") as file:
+        begin = header()
+        for piece in pieces:
+            count += len(piece)
+            file.write(np.ascontiguousarray(piece.cpu().numpy(), dtype="<f4").tobytes())
+        assert header() == begin
+    return count
 
 
 def save_features_bin(features: ArrayLike | Tensor, path: str | Path) -> Path:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from gpupipe.errors import CheckpointError
+from gpupipe.mel import window_count, window_starts
 from gpupipe.models.audio_encoder import FEATURES, AudioEncoder, load_audio_encoder
-from gpupipe.speech import window_count, window_starts
 
 RELATIVE = 1e-3  # of the largest golden feature
 

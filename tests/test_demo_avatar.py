@@ -22,7 +22,8 @@ from gpupipe.demo.train import read_template
 from gpupipe.errors import InputError
 from gpupipe.models.checkpoint import load_state_dict
 from gpupipe.schedule import template_indices
-from gpupipe.speech import SpeechEncoder, load_audio
+from gpupipe.speech import SpeechEncoder
+from gpupipe.video.sound import load_audio
 
 FRAMES = 75  # of the sample, 3 s
 SHIFT = 5

@@ -24,8 +24,8 @@ from gpupipe.demo.train_unet import (
     unfolded_state,
 )
 from gpupipe.errors import GpupipeError
+from gpupipe.mel import mel_spectrogram, mel_windows
 from gpupipe.models.unet328 import UNet328
-from gpupipe.speech import mel_spectrogram, mel_windows
 
 WIDTH = 1 / 8
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import gpupipe.features
-from gpupipe import InputError, SpeechFeatures, audio_windows
+from gpupipe import InputError, OutputError, SpeechFeatures, audio_windows
 from gpupipe.benchmarks.reference_loop import audio_window
-from gpupipe.features import FRAME_RATES, save_features_bin
+from gpupipe.features import FRAME_RATES, save_features, save_features_bin
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
 
 Array = np.ndarray
@@ -299,7 +299,7 @@ def test_array_of_wrong_dtype(dtype: object) -> None:
         audio_windows(np.zeros((3, 512), dtype))
 
 
-# ── for programs in other languages ───────────────────────────────────────────────────────────────────────────────────
+# ── what is written ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("shape", [(7, 512), (5, 2, 1024), (2, 32, 16, 16)])
@@ -313,3 +313,32 @@ def test_bin_is_little_endian_float32_in_c_order(
     facts = json.loads((tmp_path / "audio_features.bin.json").read_text())
     assert facts == {"num_frames": shape[0], "feature_size": math.prod(shape[1:]), "shape": list(shape)}
     assert {file.name for file in tmp_path.iterdir()} == {"audio_features.bin", "audio_features.bin.json"}
+
+
+def test_save_features(tmp_path: Path) -> None:
+    features = np.random.default_rng(0).random((7, 512), dtype=np.float32)
+    paths = save_features(torch.from_numpy(features), tmp_path / "out.npy", bin=True)
+    assert [path.name for path in paths] == ["out.npy", "out.bin", "out.bin.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
+    np.testing.assert_array_equal(np.load(paths[0]), features)
+    np.testing.assert_array_equal(np.fromfile(paths[1], dtype="<f4").reshape(7, 512), features)
+    assert json.loads(paths[2].read_text()) == {"num_frames": 7, "feature_size": 512, "shape": [7, 512]}
+
+
+def test_save_features_takes_half_precision(tmp_path: Path) -> None:
+    features = torch.rand(7, 512).bfloat16().requires_grad_()
+    [path] = save_features(features, tmp_path / "out.npy")
+    np.testing.assert_array_equal(np.load(path), features.detach().float().numpy())
+
+
+def test_save_features_adds_the_suffix_and_leaves_the_pair_out(tmp_path: Path) -> None:
+    assert save_features(np.zeros((2, 512)), tmp_path / "out") == [tmp_path / "out.npy"]
+    assert np.load(tmp_path / "out.npy").dtype == np.float32
+    assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "no" / "out.npy"
+    with pytest.raises(OutputError) as raised:
+        save_features(np.zeros((2, 512)), path)
+    assert str(path) in str(raised.value)

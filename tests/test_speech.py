@@ -1,8 +1,7 @@
-"""Sound to features: the golden mel and features, pieces that join to the whole, files of every kind."""
+"""Sound to features: the golden features, pieces that join to the whole, files of every kind."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -15,13 +14,12 @@ import pytest
 import torch
 from fuzz_media import wav
 
-from gpupipe import speech
-from gpupipe.errors import CheckpointError, DeviceError, InputError, OutputError
+from gpupipe.errors import CheckpointError, DeviceError, InputError
+from gpupipe.mel import mel_pieces, mel_spectrogram
 from gpupipe.models.audio_encoder import AudioEncoder
-from gpupipe.speech import SpeechEncoder, audio_chunks, load_audio, mel_spectrogram, save_features
-from gpupipe.video.sound import SoundTrack
+from gpupipe.speech import SpeechEncoder
+from gpupipe.video.sound import SoundTrack, audio_chunks, load_audio
 
-MEL_ERROR = 1e-3
 FEATURE_ERROR = 1e-3  # of the largest golden feature
 
 
@@ -55,34 +53,6 @@ def rows(encoder: SpeechEncoder, chunks: list[np.ndarray]) -> np.ndarray:
 # ── against the golden files ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def mel_error(mel: torch.Tensor, shared: Path) -> float:
-    golden = np.load(shared / "golden" / "ave-encoder.npz")["mel"]
-    return float(np.abs(mel.numpy() - golden).max()) if mel.shape == golden.shape else np.inf
-
-
-def test_golden_mel(shared: Path, golden_weights: ModuleType) -> None:
-    mel = mel_spectrogram(golden_weights.wave(0))
-    assert mel.dtype == torch.float32
-    assert mel_error(mel, shared) <= MEL_ERROR
-
-
-@pytest.mark.parametrize("wrong", ["pre-emphasis", "window", "highest band", "gain"])
-def test_the_mel_bound_catches(
-    wrong: str, shared: Path, golden_weights: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wave = golden_weights.wave(0)
-    if wrong == "pre-emphasis":
-        monkeypatch.setattr(speech, "PRE_EMPHASIS", 0.95)
-    elif wrong == "window":
-        monkeypatch.setattr(speech, "_hann", lambda device: torch.hann_window(800, periodic=False, device=device))
-    elif wrong == "highest band":
-        monkeypatch.setattr(speech, "MEL_RANGE_HZ", (55.0, 8000.0))
-        monkeypatch.setattr(speech, "mel_filters", speech.mel_filters.__wrapped__)
-    else:
-        wave = wave * 1.01
-    assert mel_error(mel_spectrogram(wave), shared) > MEL_ERROR
-
-
 def test_golden_features(shared: Path, golden_weights: ModuleType, tmp_path: Path) -> None:
     state = {name: torch.from_numpy(value) for name, value in golden_weights.state_dict("ave-encoder").items()}
     torch.save(state, tmp_path / "encoder.pth")
@@ -108,10 +78,10 @@ def test_pieces_join_to_the_whole(
     wave = babble(4.1)[:samples]
     mel = mel_spectrogram(wave)
     whole = rows(encoder, [wave])
-    monkeypatch.setattr(speech, "_PIECE_COLUMNS", 37)
-    monkeypatch.setattr(speech, "_BATCH_WINDOWS", 11)
+    monkeypatch.setattr("gpupipe.mel._PIECE_COLUMNS", 37)
+    monkeypatch.setattr("gpupipe.mel._BATCH_WINDOWS", 11)
     chunks = [wave[at : at + chunk] for at in range(0, len(wave), chunk)]
-    pieces = list(speech.mel_pieces(chunks))
+    pieces = list(mel_pieces(chunks))
     assert max(piece.shape[1] for piece in pieces) <= 37
     torch.testing.assert_close(torch.cat(pieces, dim=1), mel, atol=1e-5, rtol=0)
     np.testing.assert_allclose(rows(encoder, chunks), whole, atol=1e-5)
@@ -119,7 +89,7 @@ def test_pieces_join_to_the_whole(
 
 
 def test_rows_come_out_while_sound_goes_in(encoder: SpeechEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speech, "_PIECE_COLUMNS", 80)
+    monkeypatch.setattr("gpupipe.mel._PIECE_COLUMNS", 80)
     taken, most = 0, 0
 
     def sound() -> Iterator[np.ndarray]:
@@ -134,15 +104,6 @@ def test_rows_come_out_while_sound_goes_in(encoder: SpeechEncoder, monkeypatch: 
         most = max(most, taken * 12.5 - seen)
     assert taken == 40
     assert most < 75, f"{most:.0f} rows' worth of sound was held; expected less than three seconds' worth"
-
-
-def test_windows_follow_the_formula() -> None:
-    columns = 400
-    mel = torch.arange(columns, dtype=torch.float32).expand(80, columns)
-    windows = torch.cat(list(speech.mel_windows([mel[:, :100], mel[:, 100:101], mel[:, 101:]])))
-    expected = [min(int(80.0 * i / 25), columns - 16) for i in range(int((columns - 16) / 80 * 25) + 2)]
-    assert windows[:, 0, 0, 0].tolist() == expected
-    assert torch.equal(windows[:, 0, 5, 15] - windows[:, 0, 5, 0], torch.full((len(windows),), 15.0))
 
 
 # ── sounds of every kind ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -214,7 +175,6 @@ def test_features_of_a_file_are_those_of_its_samples(tmp_path: Path, encoder: Sp
     features = encoder.features(path)
     assert features.dtype == np.float32
     np.testing.assert_allclose(features, rows(encoder, [load_audio(path)]), atol=1e-6)
-    np.testing.assert_array_equal(np.concatenate([p.numpy() for p in encoder.iter_features(path)]), features)
 
 
 @pytest.mark.parametrize("seconds", [0.05, 0.5, 1.0, 1.619, 3.2])
@@ -363,43 +323,6 @@ def test_loud_sound_is_taken(tmp_path: Path) -> None:
     sound = np.full(1600, 1.5, np.float32)
     (tmp_path / "it.wav").write_bytes(wav(sound.tobytes(), tag=3, bits=32))
     assert np.array_equal(load_audio(tmp_path / "it.wav"), sound)
-
-
-def test_more_than_one_channel_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected one channel"):
-        mel_spectrogram(np.zeros((2, 16000), np.float32))
-
-
-# ── features to files ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_save_features(tmp_path: Path) -> None:
-    features = np.random.default_rng(0).random((7, 512), dtype=np.float32)
-    paths = save_features(torch.from_numpy(features), tmp_path / "out.npy", bin=True)
-    assert [path.name for path in paths] == ["out.npy", "out.bin", "out.bin.json"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)
-    np.testing.assert_array_equal(np.load(paths[0]), features)
-    np.testing.assert_array_equal(np.fromfile(paths[1], dtype="<f4").reshape(7, 512), features)
-    assert json.loads(paths[2].read_text()) == {"num_frames": 7, "feature_size": 512, "shape": [7, 512]}
-
-
-def test_save_features_takes_half_precision(tmp_path: Path) -> None:
-    features = torch.rand(7, 512).bfloat16().requires_grad_()
-    [path] = save_features(features, tmp_path / "out.npy")
-    np.testing.assert_array_equal(np.load(path), features.detach().float().numpy())
-
-
-def test_save_features_adds_the_suffix_and_leaves_the_pair_out(tmp_path: Path) -> None:
-    assert save_features(np.zeros((2, 512)), tmp_path / "out") == [tmp_path / "out.npy"]
-    assert np.load(tmp_path / "out.npy").dtype == np.float32
-    assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
-
-
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "no" / "out.npy"
-    with pytest.raises(OutputError) as raised:
-        save_features(np.zeros((2, 512)), path)
-    assert str(path) in str(raised.value)
 
 
 @pytest.mark.cuda

@@ -17,8 +17,9 @@ import torch
 
 from gpupipe.demo.sheet import write_contact_sheet
 from gpupipe.errors import InputError
+from gpupipe.features import save_features
 from gpupipe.pipeline import FrameGenerationPipeline, Progress, RenderRecord
-from gpupipe.speech import SpeechEncoder, save_features
+from gpupipe.speech import SpeechEncoder
 from gpupipe.video.encode import check_suffix
 from gpupipe.video.sound import open_sound
 

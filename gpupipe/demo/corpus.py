@@ -15,7 +15,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from gpupipe.errors import GpupipeError
-from gpupipe.speech import SAMPLE_RATE, load_audio
+from gpupipe.mel import SAMPLE_RATE
+from gpupipe.video.sound import load_audio
 
 LANGUAGES = ("en-us", "en-gb", "en-gb-scotland", "de", "fr-fr", "es", "it", "nl", "sv", "pl", "pt-br")
 VARIANTS = ("", "+m1", "+m2", "+m3", "+m4", "+m5", "+m6", "+m7", "+f1", "+f2", "+f3", "+f4", "+croak")

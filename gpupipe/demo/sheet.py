@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from gpupipe.speech import SAMPLE_RATE, audio_chunks
+from gpupipe.mel import SAMPLE_RATE
 from gpupipe.video.images import save_image
+from gpupipe.video.sound import audio_chunks
 
 TILES = 8
 TILE = 180  # pixels, width and height

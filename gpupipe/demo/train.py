@@ -34,7 +34,8 @@ from gpupipe.demo.train_unet import Pictures, join, paste, train_joined, train_p
 from gpupipe.image_processor import ImageProcessor
 from gpupipe.models.checkpoint import load_unet
 from gpupipe.models.unet328 import UNet328
-from gpupipe.speech import SpeechEncoder, load_audio
+from gpupipe.speech import SpeechEncoder
+from gpupipe.video.sound import load_audio
 
 logger = logging.getLogger("gpupipe.demo.train")
 

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 
 from gpupipe.demo.corpus import utterances
 from gpupipe.demo.mouth import PARAMETERS, mouth_track
+from gpupipe.mel import mel_spectrogram, window_count, window_starts
 from gpupipe.models.audio_encoder import FEATURES, MEL_COLUMNS, AudioEncoder
 from gpupipe.models.unet328 import CHANNELS, AudioBranch
-from gpupipe.speech import mel_spectrogram, window_count, window_starts
 
 logger = logging.getLogger("gpupipe.demo.train")
 

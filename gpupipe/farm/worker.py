@@ -28,10 +28,10 @@ from gpupipe.farm.attempt import Failed, attempt
 from gpupipe.farm.jobs import Job
 from gpupipe.farm.ledger import file_hash, write_record
 from gpupipe.farm.residents import Residents
-from gpupipe.features import SpeechFeatures
+from gpupipe.features import SpeechFeatures, write_features
 from gpupipe.files import make_folder, replacing
 from gpupipe.shots import Piece, Shot, fill_batches, map_batches, render_batch
-from gpupipe.speech import SpeechEncoder, write_features
+from gpupipe.speech import SpeechEncoder
 from gpupipe.template import template_size
 from gpupipe.video.encode import VideoWriter
 from gpupipe.video.join import join_videos

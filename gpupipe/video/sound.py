@@ -1,4 +1,4 @@
-"""A sound file as the AAC track of a video, encoded piece by piece beside the picture."""
+"""Sound files, decoded piece by piece: to samples for speech, or to the AAC track of a video beside its picture."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from gpupipe.errors import InputError
 from gpupipe.files import input_file
+from gpupipe.mel import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,40 @@ def _then_none(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame | None
     """All frames, then the None that drains the resampler."""
     yield from frames
     yield None
+
+
+def audio_chunks(path: str | Path, *, samples: int = 1 << 18) -> Iterator[np.ndarray]:
+    """Decode the first sound track of any file that FFmpeg reads, piece by piece.
+
+    Args:
+        path: a sound file, or a video file with sound.
+        samples: about how long a piece is (the last is shorter).
+
+    Yields:
+        float32 ``(n,)`` in [−1, 1], 16 kHz, mono (channels are averaged).
+
+    Raises:
+        InputError: the file is missing, unreadable, has no sound track, or a sound track without a sample.
+    """
+    path = Path(path)
+    held, pending = 0, []
+    with open_sound(path) as container:
+        # Channels are averaged here: FFmpeg's own mix to mono is 3 dB louder for a voice that is in both. They come
+        # interleaved: where each has a plane of its own, PyAV looks past the last of 8 or more, and may crash.
+        for piece in decode_sound(path, container, av.AudioResampler(format="flt", rate=SAMPLE_RATE)):
+            channels = piece.to_ndarray().reshape(-1, piece.layout.nb_channels)
+            pending.append(channels.mean(axis=1, dtype=np.float32))
+            held += len(pending[-1])
+            if held >= samples:
+                yield np.concatenate(pending)
+                held, pending = 0, []
+    if held:
+        yield np.concatenate(pending)
+
+
+def load_audio(path: str | Path) -> np.ndarray:
+    """The whole sound track as one array: float32 ``(n,)`` in [−1, 1], 16 kHz, mono. Errors: :func:`audio_chunks`."""
+    return np.concatenate(list(audio_chunks(path)))
 
 
 def compare_lengths(path: str | Path, picture: float, sound: float | None, fps: float) -> float | None:

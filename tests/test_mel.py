@@ -1,0 +1,57 @@
+"""Sound to mel spectrogram: the golden one, and the windows that the encoder sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from gpupipe import mel
+from gpupipe.mel import mel_spectrogram, mel_windows
+
+ERROR = 1e-3
+
+
+def mel_error(found: torch.Tensor, shared: Path) -> float:
+    golden = np.load(shared / "golden" / "ave-encoder.npz")["mel"]
+    return float(np.abs(found.numpy() - golden).max()) if found.shape == golden.shape else np.inf
+
+
+def test_golden_mel(shared: Path, golden_weights: ModuleType) -> None:
+    found = mel_spectrogram(golden_weights.wave(0))
+    assert found.dtype == torch.float32
+    assert mel_error(found, shared) <= ERROR
+
+
+@pytest.mark.parametrize("wrong", ["pre-emphasis", "window", "highest band", "gain"])
+def test_the_bound_catches(
+    wrong: str, shared: Path, golden_weights: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wave = golden_weights.wave(0)
+    if wrong == "pre-emphasis":
+        monkeypatch.setattr(mel, "PRE_EMPHASIS", 0.95)
+    elif wrong == "window":
+        monkeypatch.setattr(mel, "_hann", lambda device: torch.hann_window(800, periodic=False, device=device))
+    elif wrong == "highest band":
+        monkeypatch.setattr(mel, "MEL_RANGE_HZ", (55.0, 8000.0))
+        monkeypatch.setattr(mel, "mel_filters", mel.mel_filters.__wrapped__)
+    else:
+        wave = wave * 1.01
+    assert mel_error(mel_spectrogram(wave), shared) > ERROR
+
+
+def test_windows_follow_the_formula() -> None:
+    columns = 400
+    numbered = torch.arange(columns, dtype=torch.float32).expand(80, columns)
+    windows = torch.cat(list(mel_windows([numbered[:, :100], numbered[:, 100:101], numbered[:, 101:]])))
+    expected = [min(int(80.0 * i / 25), columns - 16) for i in range(int((columns - 16) / 80 * 25) + 2)]
+    assert windows[:, 0, 0, 0].tolist() == expected
+    assert torch.equal(windows[:, 0, 5, 15] - windows[:, 0, 5, 0], torch.full((len(windows),), 15.0))
+
+
+def test_more_than_one_channel_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected one channel"):
+        mel_spectrogram(np.zeros((2, 16000), np.float32))
