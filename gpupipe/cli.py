@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from gpupipe import __version__
+from gpupipe import __version__, options
 from gpupipe.console import (
     console,
     print_record,
@@ -27,88 +27,66 @@ from gpupipe.console import (
 )
 from gpupipe.demo import render_demo
 from gpupipe.doctor import examine, measure_engines
-from gpupipe.engines import EngineName, Precision
 from gpupipe.errors import InputError
-from gpupipe.features import FRAME_RATES, save_features, write_features
-from gpupipe.models import Mode, load_unet
+from gpupipe.features import save_features, video_rate, write_features
+from gpupipe.models import load_unet
 from gpupipe.onnx_export import export_unet
 from gpupipe.pipeline import FrameGenerationPipeline
-from gpupipe.seam import FEATHER, Blend
+from gpupipe.seam import FEATHER
 from gpupipe.speech import SpeechEncoder
 from gpupipe.video.encode import check_suffix
 from gpupipe.video.images import ImageFormat
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-Checkpoint = Annotated[Path, typer.Option(help="U-Net checkpoint, .pth or .safetensors.")]
-Template = Annotated[
-    Path, typer.Option(help="Template directory: full_body_img/ or template.mp4, landmarks/, optional parsing/.")
-]
-FeaturesOption = Annotated[Path, typer.Option(help="Speech features, .npy, one row a video frame.")]
-SomeFeatures = Annotated[Path | None, typer.Option(help="Speech features, .npy, one row a frame.")]
-Encoder = Annotated[Path | None, typer.Option(help="AVE encoder checkpoint: makes the features from --audio.")]
-Fps = Annotated[float | None, typer.Option(help="Frames a second; by default the features' rate, 25 and 20 for wenet.")]
-ModeOption = Annotated[Mode, typer.Option(help="Kind of speech features.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; a GPU if there is one.")]
-StartFrame = Annotated[int, typer.Option(help="First template frame of the walk there and back.")]
-UseParsing = Annotated[bool, typer.Option("--use-parsing", help="Keep the template where parsing/ says so.")]
-EngineOption = Annotated[EngineName, typer.Option(help="How the network is run; auto takes the fastest here.")]
-PrecisionOption = Annotated[
-    Precision | None,
-    typer.Option(help="Of the network; half precision on CUDA by default, bfloat16 on CPUs that multiply it."),
-]
-Exact = Annotated[bool, typer.Option("--exact", help="float32, TF32 off, JPEGs decoded on the CPU.")]
-BlendOption = Annotated[Blend, typer.Option(help="How the mouth's seam is pasted; none for the reference's hard edge.")]
-Feather = Annotated[float, typer.Option(help="Width of the feathered seam, in pixels of the frame.")]
-BatchSize = Annotated[int | None, typer.Option(help="Frames rendered at once; the device's default.")]
-Budget = Annotated[int | None, typer.Option(help="MB for what is kept per template frame; the device decides.")]
-Crf = Annotated[int, typer.Option(help="Quality, 0 (best) to 51.")]
-Codec = Annotated[str, typer.Option(help="auto, h264, hevc, av1, mjpeg, ffv1 (lossless) or an FFmpeg encoder.")]
 Sweep = Literal["batch", "resolution", "length"]
-Preset = Annotated[
-    str | None, typer.Option(help="Of the encoder: p1 (fastest) to p7 for NVENC, ultrafast … for libx264.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one machine-readable record as the last line.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Log every batch; show tracebacks.")]
-OutputDir = Annotated[Path, typer.Option(help="Folder that the files are written to.")]
 
 
 @app.command()
 def render(
-    checkpoint: Checkpoint,
-    template: Template,
+    checkpoint: options.Checkpoint,
+    template: options.TemplateFolder,
     output: Annotated[Path, typer.Option(help="The video: .mp4, .mkv or .mov.")],
-    audio_features: SomeFeatures = None,
-    encoder: Encoder = None,
+    audio_features: options.OptionalFeatures = None,
+    encoder: options.Encoder = None,
     audio: Annotated[Path | None, typer.Option(help="Sound: any file that FFmpeg reads.")] = None,
-    mode: ModeOption = "ave",
-    device: Device = None,
-    start_frame: StartFrame = 0,
-    fps: Fps = None,
-    crf: Crf = 20,
-    codec: Codec = "auto",
-    preset: Preset = None,
-    blend: BlendOption = "feather",
-    feather: Feather = FEATHER,
-    use_parsing: UseParsing = False,
-    batch_size: BatchSize = None,
-    memory_budget: Budget = None,
-    engine: EngineOption = "auto",
-    exact: Exact = False,
-    precision: PrecisionOption = None,
+    mode: options.Mode = "ave",
+    device: options.Device = None,
+    start_frame: options.StartFrame = 0,
+    fps: options.Fps = None,
+    crf: options.Crf = 20,
+    codec: options.Codec = "auto",
+    preset: options.Preset = None,
+    blend: options.Blend = "feather",
+    feather: options.Feather = FEATHER,
+    use_parsing: options.UseParsing = False,
+    batch_size: options.BatchSize = None,
+    memory_budget: options.MemoryBudget = None,
+    engine: options.Engine = "auto",
+    exact: options.Exact = False,
+    precision: options.Precision = None,
     save_frames: Annotated[bool, typer.Option("--save-frames", help="Keep the frames as JPEGs too.")] = False,
     frames_dir: Annotated[
         Path | None, typer.Option(help="Keep the frames, here; else they go to <output>_frames beside the video.")
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="Trace of every stage, .json; prints where time went.")] = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Render a clip: checkpoint, template and speech to a video with sound."""
     with reporting(debug):
         _check_source(audio_features, encoder, audio)
         check_suffix(output)
-        pipeline = _pipeline(
-            checkpoint, mode, device, engine, exact, precision, blend, feather, batch_size, memory_budget
+        pipeline = FrameGenerationPipeline(
+            checkpoint,
+            mode,
+            device,
+            engine=engine,
+            exact=exact or None,  # the device decides
+            precision=precision,
+            blend=blend,
+            feather=feather,
+            batch_size=batch_size,
+            memory_budget=_bytes(memory_budget),
         )
         with _features(audio_features, encoder, audio, pipeline) as features, progress_bar() as progress:
             pipeline.generate_video(
@@ -117,7 +95,7 @@ def render(
                 audio,
                 output,
                 start_frame,
-                fps if fps is not None else FRAME_RATES[mode],
+                video_rate(mode, fps),
                 use_parsing,
                 crf,
                 save_frames or frames_dir is not None,
@@ -134,33 +112,42 @@ def render(
 
 @app.command()
 def frames(
-    checkpoint: Checkpoint,
-    template: Template,
-    output_dir: OutputDir,
-    audio_features: SomeFeatures = None,
-    encoder: Encoder = None,
+    checkpoint: options.Checkpoint,
+    template: options.TemplateFolder,
+    output_dir: options.OutputFolder,
+    audio_features: options.OptionalFeatures = None,
+    encoder: options.Encoder = None,
     audio: Annotated[Path | None, typer.Option(help="Sound for --encoder; images have none.")] = None,
-    mode: ModeOption = "ave",
-    device: Device = None,
-    start_frame: StartFrame = 0,
-    fps: Fps = None,
-    blend: BlendOption = "feather",
-    feather: Feather = FEATHER,
-    use_parsing: UseParsing = False,
-    batch_size: BatchSize = None,
-    memory_budget: Budget = None,
-    engine: EngineOption = "auto",
-    exact: Exact = False,
-    precision: PrecisionOption = None,
+    mode: options.Mode = "ave",
+    device: options.Device = None,
+    start_frame: options.StartFrame = 0,
+    fps: options.Fps = None,
+    blend: options.Blend = "feather",
+    feather: options.Feather = FEATHER,
+    use_parsing: options.UseParsing = False,
+    batch_size: options.BatchSize = None,
+    memory_budget: options.MemoryBudget = None,
+    engine: options.Engine = "auto",
+    exact: options.Exact = False,
+    precision: options.Precision = None,
     image_format: Annotated[ImageFormat, typer.Option("--format", help="Of the images; png is lossless.")] = "jpeg",
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Render a clip to numbered images, one for each frame of the video that render would make."""
     with reporting(debug):
         _check_source(audio_features, encoder, audio)
-        pipeline = _pipeline(
-            checkpoint, mode, device, engine, exact, precision, blend, feather, batch_size, memory_budget
+        pipeline = FrameGenerationPipeline(
+            checkpoint,
+            mode,
+            device,
+            engine=engine,
+            exact=exact or None,  # the device decides
+            precision=precision,
+            blend=blend,
+            feather=feather,
+            batch_size=batch_size,
+            memory_budget=_bytes(memory_budget),
         )
         with _features(audio_features, encoder, audio, pipeline) as features, progress_bar() as progress:
             pipeline.generate_frames_only(
@@ -168,7 +155,7 @@ def frames(
                 template,
                 output_dir,
                 start_frame,
-                fps if fps is not None else FRAME_RATES[mode],
+                video_rate(mode, fps),
                 use_parsing,
                 image_format=image_format,
                 resample=True,
@@ -183,8 +170,8 @@ def features(
     encoder: Annotated[Path, typer.Option(help="AVE encoder checkpoint.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The features, .npy.")],
     bin_pair: Annotated[bool, typer.Option("--bin", help="Write the .bin and .bin.json pair too.")] = False,
-    device: Device = None,
-    debug: Debug = False,
+    device: options.Device = None,
+    debug: options.Debug = False,
 ) -> None:
     """Make speech features from sound."""
     with reporting(debug):
@@ -195,10 +182,10 @@ def features(
 
 @app.command()
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     output: Annotated[Path, typer.Option(help="The ONNX file.")],
-    mode: ModeOption = "ave",
-    debug: Debug = False,
+    mode: options.Mode = "ave",
+    debug: options.Debug = False,
 ) -> None:
     """Write the network as ONNX, checked against PyTorch."""
     with reporting(debug):
@@ -208,19 +195,19 @@ def export(
 
 @app.command()
 def reference(
-    checkpoint: Checkpoint,
-    template: Template,
-    audio_features: FeaturesOption,
-    output_dir: OutputDir,
+    checkpoint: options.Checkpoint,
+    template: options.TemplateFolder,
+    audio_features: options.Features,
+    output_dir: options.OutputFolder,
     num_sample_frames: Annotated[int, typer.Option(help="How many frames, spread over the clip.")] = 5,
-    mode: ModeOption = "ave",
-    device: Device = None,
-    engine: EngineOption = "auto",
-    debug: Debug = False,
+    mode: options.Mode = "ave",
+    device: options.Device = None,
+    engine: options.Engine = "auto",
+    debug: options.Debug = False,
 ) -> None:
     """Write sample frames, features and facts for programs in other languages to compare with."""
     with reporting(debug):
-        pipeline = _pipeline(checkpoint, mode, device, engine, True, None, "none", 0.0, None, None)
+        pipeline = FrameGenerationPipeline(checkpoint, mode, device, engine=engine, exact=True)
         facts = pipeline.generate_reference_outputs(audio_features, template, output_dir, num_sample_frames)
         console.print(f"{output_dir}: {len(facts['sample_indices'])} frames and metadata.json", soft_wrap=True)
 
@@ -230,9 +217,9 @@ def demo(
     audio: Annotated[Path | None, typer.Option(help="Your own sound; the bundled sample by default.")] = None,
     output: Annotated[Path, typer.Option(help="The video.")] = Path("demo.mp4"),
     seconds: Annotated[float | None, typer.Option(help="Stop after so much of the sound.")] = None,
-    device: Device = None,
-    as_json: Json = False,
-    debug: Debug = False,
+    device: options.Device = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Render the bundled avatar, speaking."""
     with reporting(debug), progress_bar() as progress:
@@ -244,17 +231,17 @@ def demo(
 @app.command()
 def farm(
     jobs: Annotated[Path, typer.Argument(help="Jobs, one JSON object a line with render's options as keys.")],
-    output_dir: OutputDir,
-    device: Device = None,
-    batch_size: BatchSize = None,
-    memory_budget: Budget = None,
+    output_dir: options.OutputFolder,
+    device: options.Device = None,
+    batch_size: options.BatchSize = None,
+    memory_budget: options.MemoryBudget = None,
     part_seconds: Annotated[float, typer.Option(help="Clips are rendered in parts so long.")] = 20.0,
     workers: Annotated[int | None, typer.Option(help="So many workers of Ray; by default this process.")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, auto for this machine's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Render what is done, too.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Only tell how far it is.")] = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Render many clips; what is done already is skipped, and a run that was stopped goes on."""
     from gpupipe import farm as many  # noqa: PLC0415 - the other commands do not wait for it
@@ -268,7 +255,7 @@ def farm(
             output_dir,
             device=device,
             batch_size=batch_size,
-            memory_budget=None if memory_budget is None else memory_budget * 1_000_000,
+            memory_budget=_bytes(memory_budget),
             part_seconds=part_seconds,
             workers=workers,
             address=ray,
@@ -292,13 +279,13 @@ def bench(
     audio_features: Annotated[Path | None, typer.Option(help="Speech features, .npy, with --template.")] = None,
     audio: Annotated[Path | None, typer.Option(help="Sound, with --template.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="U-Net; by default random weights, as costly.")] = None,
-    mode: ModeOption = "ave",
+    mode: options.Mode = "ave",
     width: Annotated[float, typer.Option(help="Of the network of random weights.")] = 1.0,
-    device: Device = None,
-    engine: EngineOption = "auto",
+    device: options.Device = None,
+    engine: options.Engine = "auto",
     frames: Annotated[int, typer.Option(help="Length of the clip.")] = 100,
     rounds: Annotated[int, typer.Option(help="Turns of each contestant.")] = 3,
-    crf: Crf = 20,
+    crf: options.Crf = 20,
     sweep: Annotated[Sweep | None, typer.Option(help="Vary this in place of the comparison.")] = None,
     values: Annotated[str, typer.Option(help="Of the sweep, as 1,8,64: batches, heights or seconds.")] = "",
     record: Annotated[bool, typer.Option("--record", help="Append the rows to the results.")] = False,
@@ -306,14 +293,14 @@ def bench(
     compare: Annotated[bool, typer.Option("--compare", help="Fail if slower than an earlier commit's rows.")] = False,
     profile: Annotated[Path | None, typer.Option(help="Only write a profiler's trace of a few steps here.")] = None,
     ncu_friendly: Annotated[bool, typer.Option("--ncu-friendly", help="Only run one step, for ncu or nsys.")] = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Measure this machine: end to end and stage by stage, beside the reference loop and the physical limits."""
     from gpupipe.benchmarks import bench as benchmark  # noqa: PLC0415 - the other commands do not wait for it
 
     with reporting(debug):
-        options = benchmark.Options(
+        asked = benchmark.Options(
             template=template,
             audio_features=audio_features,
             audio=audio,
@@ -333,7 +320,7 @@ def bench(
             profile=profile,
             ncu_friendly=ncu_friendly,
         )
-        report = benchmark.run(options, lambda line: console.print(line, soft_wrap=True))
+        report = benchmark.run(asked, lambda line: console.print(line, soft_wrap=True))
         benchmark.show(report, standard_output())
         if as_json:
             print(json.dumps([row.as_dict() for row in report.rows]))
@@ -343,10 +330,10 @@ def bench(
 
 @app.command()
 def doctor(
-    device: Device = None,
+    device: options.Device = None,
     engines: Annotated[bool, typer.Option("--engines", help="Measure every engine first (minutes on a GPU).")] = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
 ) -> None:
     """Tell what this machine can do, and which way a render would take here."""
     with reporting(debug):
@@ -379,30 +366,11 @@ def main() -> None:
         sys.exit(app(standalone_mode=False))
 
 
-def _pipeline(
-    checkpoint: Path,
-    mode: Mode,
-    device: str | None,
-    engine: EngineName,
-    exact: bool,
-    precision: Precision | None,
-    blend: Blend,
-    feather: float,
-    batch_size: int | None,
-    memory_budget: int | None,
-) -> FrameGenerationPipeline:
-    return FrameGenerationPipeline(
-        checkpoint,
-        mode,
-        device,
-        engine=engine,
-        exact=True if exact else None,
-        precision=precision,
-        blend=blend,
-        feather=feather,
-        batch_size=batch_size,
-        memory_budget=None if memory_budget is None else memory_budget * 1_000_000,
-    )
+def _bytes(megabytes: int | None) -> int | None:
+    """Of ``--memory-budget``."""
+    if megabytes is not None and megabytes < 0:
+        raise InputError(f"memory budget is {megabytes} MB; expected 0 or more")
+    return None if megabytes is None else megabytes * 1_000_000
 
 
 def _check_source(audio_features: Path | None, encoder: Path | None, audio: Path | None) -> None:

@@ -34,6 +34,11 @@ FRAME_RATES: dict[Mode, int] = {"ave": 25, "hubert": 25, "wenet": 20}
 _CHECK_BYTES = 1 << 24
 
 
+def video_rate(mode: Mode, fps: float | None = None) -> float:
+    """Frames a second of a video: what is asked for, by default the rate of its features."""
+    return FRAME_RATES[mode] if fps is None else fps
+
+
 class SpeechFeatures:
     """The windows of speech features of a clip.
 

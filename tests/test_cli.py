@@ -268,7 +268,7 @@ def test_wrong_input_is_one_line_and_exit_2(
         (("--crf", 99), "crf is 99"),
         (("--batch-size", 0), "batch size is 0"),
         (("--feather", -1), "feather is -1"),
-        (("--memory-budget", -5), "memory budget is -5000000; expected 0 or more bytes"),
+        (("--memory-budget", -5), "memory budget is -5 MB; expected 0 or more"),
         (
             ("--codec", "libx264", "--preset", "foo"),
             "libx264 does not open with preset 'foo'; expected one of ultrafast,",
@@ -292,6 +292,32 @@ def test_wrong_options_exit_2(
     assert message in result.stderr and "Traceback" not in result.stderr and "{" not in result.stderr
     assert capfd.readouterr().err == "", "said by a library"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "told"),
+    [
+        ("frames", ("--memory-budget", -5), "memory budget is -5 MB; expected 0 or more"),
+        ("frames", ("--batch-size", 0), "batch size is 0; expected 1 or more"),
+        ("frames", ("--feather", -1), "feather is -1.0; expected a width in pixels, 0 or more"),
+        ("farm", ("--memory-budget", -5), "memory budget is -5 MB; expected 0 or more"),
+        ("farm", ("--batch-size", 0), "batch size is 0; expected 1 or more"),
+        ("farm", ("--part-seconds", 0), "part seconds is 0.0; expected more than 0, and a finite number"),
+        ("farm", ("--workers", 0), "workers is 0; expected 1 or more"),
+    ],
+)
+def test_wrong_numbers_are_told_as_they_were_given(
+    command: str, words: tuple[object, ...], told: str, clip: dict[str, Path], tmp_path: Path
+) -> None:
+    jobs = tmp_path / "jobs.jsonl"
+    job = {"checkpoint": clip["checkpoint"], "template": clip["template"], "audio_features": clip["features"]}
+    jobs.write_text(json.dumps({name: str(path) for name, path in job.items()} | {"output": "a.mp4"}))
+    source = ("--checkpoint", clip["checkpoint"], "--template", clip["template"], "--audio-features", clip["features"])
+    work = (jobs,) if command == "farm" else (*source, *QUICK)
+    result = run(command, *work, "--output-dir", tmp_path / "o", *words)
+    assert result.exit_code == 2
+    assert result.stderr == f"gpupipe: {told}\n"
+    assert not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("name", ["out.yuv", "out.h264", "out.ogg", "out"])
@@ -402,9 +428,9 @@ def test_a_render_on_a_cpu_loads_no_more_than_it_uses(clip: dict[str, Path], tmp
     assert found.stdout.strip() == "[]"
 
 
-def test_the_installed_command(tmp_path: Path) -> None:
-    command = Path(sys.executable).with_name("gpupipe")
-    done = subprocess.run([command, "--version"], capture_output=True, text=True, cwd=tmp_path, check=True)
+@pytest.mark.parametrize("command", [[Path(sys.executable).with_name("gpupipe")], [sys.executable, "-m", "gpupipe"]])
+def test_the_installed_command(command: list[Path | str], tmp_path: Path) -> None:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.strip() == __version__
-    failed = subprocess.run([command, "export"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    failed = subprocess.run([*command, "export"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert failed.returncode == 2

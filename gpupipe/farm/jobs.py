@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from gpupipe.engines import EngineName, Precision
 from gpupipe.errors import InputError
-from gpupipe.features import FRAME_RATES
+from gpupipe.features import video_rate
 from gpupipe.files import input_file
 from gpupipe.models import Mode
 from gpupipe.seam import FEATHER, Blend
@@ -83,7 +83,7 @@ class Job(BaseModel):
     @property
     def frame_rate(self) -> float:
         """Frames a second of the video."""
-        return FRAME_RATES[self.mode] if self.fps is None else self.fps
+        return video_rate(self.mode, self.fps)
 
     @property
     def id(self) -> str:
