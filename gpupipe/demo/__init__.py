@@ -1,7 +1,8 @@
 """The bundled avatar: a drawn character, its networks and a spoken sample, ready to render.
 
-from gpupipe.demo import render_demo
-render_demo("speech.wav", "speech.mp4")
+    from gpupipe.demo import render_demo
+
+    render_demo("speech.wav", "speech.mp4")
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ import torch
 
 from gpupipe.demo.sheet import write_contact_sheet
 from gpupipe.errors import InputError
-from gpupipe.features import save_features
+from gpupipe.mel import FEATURE_FPS
 from gpupipe.pipeline import FrameGenerationPipeline, Progress, RenderRecord
 from gpupipe.speech import SpeechEncoder
 from gpupipe.video.encode import check_suffix
 from gpupipe.video.sound import open_sound
 
-logger = logging.getLogger("gpupipe.demo")
+logger = logging.getLogger(__name__)
 
 BUNDLE = Path(__file__).parent / "bundle"
 """``unet.safetensors``, ``encoder.safetensors``, ``template/``, ``sample.flac``, ``training.json``, ``README.md``."""
-
 
 LONGEST = 86_400
 """Seconds that may be asked for: a day."""
@@ -75,9 +75,8 @@ def render_demo(
         encoder = SpeechEncoder(BUNDLE / "encoder.safetensors", pipeline.unet_model.device)
         features = torch.cat(list(encoder.covering_features(sound)))
         if seconds is not None:  # of a very short sound the encoder makes more rows than it lasts
-            features = features[: max(1, round(seconds * 25))]
-        [rows] = save_features(features, Path(folder) / "features.npy")
-        pipeline.generate_video(rows, BUNDLE / "template", sound, output, progress=progress)
+            features = features[: max(1, round(seconds * FEATURE_FPS))]
+        pipeline.generate_video(features, BUNDLE / "template", sound, output, progress=progress)
         record = pipeline.last_render
         assert record is not None
         sheet = write_contact_sheet(output, sound, output.with_suffix(".png"))
@@ -116,6 +115,3 @@ def cut_sound(source: str | Path, target: str | Path, seconds: float) -> Path:
     except av.error.FFmpegError as error:
         raise InputError(f"{source}: sound cannot be decoded ({error})") from error
     return target
-
-
-__all__ = ["BUNDLE", "Demo", "render_demo"]
