@@ -26,6 +26,12 @@ HELD_OUT_VOICE = "en-gb-x-rp+f5"
 
 HELD_OUT_TEXT = "Good morning! I have never heard this sound before, and yet my lips move with every word of it."
 
+
+def _listed(text: str) -> list[str]:
+    """Words between upright strokes, on one line or several."""
+    return [words for line in text.strip().splitlines() for words in line.strip().split("|")]
+
+
 _WHO = """
     the old gardener|my cousin|a tired pilot|our neighbour's daughter|the orchestra|nobody|every second student
     the baker from Oslo|a small grey owl|the committee|one brave sailor|the clockmaker|you|a choir of frogs
@@ -46,47 +52,10 @@ _WHERE = """
     for the third time this week|while it rains|on the way to school|over and over|beyond the hills|as if it were gold
     behind the theatre|with both hands|just in time|far too loudly|on a Thursday in June|by the fire
 """
-_PARTS = [
-    [words for line in part.split("\n") for words in line.strip().split("|") if words]
-    for part in (_WHO, _DOES, _WHAT, _WHERE)
-]
-_ASIDES = (
-    "Oh!",
-    "Ah, well.",
-    "Hmm.",
-    "Wow, look at that.",
-    "Yes, yes.",
-    "No.",
-    "Please.",
-    "Good.",
-    "Who knows?",
-    "Aha!",
-)
-_ONSETS = (
-    "",
-    "b",
-    "d",
-    "f",
-    "g",
-    "h",
-    "k",
-    "l",
-    "m",
-    "n",
-    "p",
-    "r",
-    "s",
-    "sh",
-    "t",
-    "tr",
-    "v",
-    "w",
-    "z",
-    "bl",
-    "st",
-    "ch",
-)
-_VOWELS = ("a", "ee", "i", "o", "oo", "u", "ai", "ow", "ay", "er", "aw", "e")
+_PARTS = [_listed(part) for part in (_WHO, _DOES, _WHAT, _WHERE)]
+_ASIDES = _listed("Oh!|Ah, well.|Hmm.|Wow, look at that.|Yes, yes.|No.|Please.|Good.|Who knows?|Aha!")
+_ONSETS = _listed("|b|d|f|g|h|k|l|m|n|p|r|s|sh|t|tr|v|w|z|bl|st|ch")
+_VOWELS = _listed("a|ee|i|o|oo|u|ai|ow|ay|er|aw|e")
 
 
 def sentences(rng: np.random.Generator, count: int) -> str:
