@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 
 from gpupipe import FrameGenerator, UNetModel
-from gpupipe.demo import BUNDLE, cut_sound, render_demo, rig
-from gpupipe.demo.evaluate import Agreement, agreement
+from gpupipe.demo import BUNDLE, cut_sound, drawing, render_demo, rig
+from gpupipe.demo.evaluate import Agreement, agreement, measure_gap
 from gpupipe.demo.mouth import mouth_track
 from gpupipe.demo.sheet import GAP, TILE, TILES, WAVE, write_contact_sheet
 from gpupipe.demo.train import read_template
 from gpupipe.errors import InputError
+from gpupipe.landmarks import face_box
 from gpupipe.models.checkpoint import load_state_dict
 from gpupipe.schedule import template_indices
 from gpupipe.speech import SpeechEncoder
@@ -85,7 +86,7 @@ def test_the_check_fails_for_a_mouth_at_rest(rendered: Rendered) -> None:
 def test_nothing_but_the_box_changes(rendered: Rendered) -> None:
     landmarks = read_template(BUNDLE / "template")[1]
     for frame, index in zip(rendered.frames[::15], rendered.indices[::15], strict=True):
-        xmin, ymin, xmax, ymax = rig.crop_box(landmarks[index])
+        xmin, ymin, xmax, ymax = face_box(landmarks[index])
         changed = (frame != rendered.template[index]).any(axis=2)
         assert changed[ymin:ymax, xmin:xmax].any()
         changed[ymin:ymax, xmin:xmax] = False
@@ -109,7 +110,7 @@ def test_the_bundled_template_is_what_the_rig_draws() -> None:
     frames, landmarks = read_template(BUNDLE / "template")
     assert frames.shape == (rig.FRAMES, rig.HEIGHT, rig.WIDTH, 3)
     for index in (0, 20, 71):
-        drawn = rig.draw_frame(index)
+        drawn = drawing.draw_frame(index)
         assert np.abs(frames[index].astype(int) - drawn).mean() < 1.2  # the JPEG's doing
         assert np.abs(frames[(index + 5) % rig.FRAMES].astype(int) - drawn).mean() > 1.2
         np.testing.assert_allclose(landmarks[index], rig.landmarks(index), atol=0.006)
@@ -120,7 +121,7 @@ def test_the_bundled_template_is_what_the_rig_draws() -> None:
 
 def test_boxes_are_inside_the_frame_and_hold_every_mouth() -> None:
     for index in range(rig.FRAMES):
-        xmin, ymin, xmax, ymax = rig.crop_box(rig.landmarks(index))
+        xmin, ymin, xmax, ymax = face_box(rig.landmarks(index))
         assert 0 <= xmin < xmax <= rig.WIDTH
         assert 0 <= ymin < ymax <= rig.HEIGHT
         y0, y1, x0, x1 = rig.mouth_patch(index)
@@ -129,7 +130,7 @@ def test_boxes_are_inside_the_frame_and_hold_every_mouth() -> None:
 
 
 def test_a_mouth_changes_its_patch_only() -> None:
-    shut, wide = (rig.draw_frame(7, mouth) for mouth in ((0.0, 0.35, 0.0), (1.0, 0.8, 0.0)))
+    shut, wide = (drawing.draw_frame(7, mouth) for mouth in ((0.0, 0.35, 0.0), (1.0, 0.8, 0.0)))
     y0, y1, x0, x1 = rig.mouth_patch(7)
     differs = (shut != wide).any(axis=2)
     assert differs[y0:y1, x0:x1].mean() > 0.2
@@ -144,7 +145,7 @@ def test_a_mouth_changes_its_patch_only() -> None:
 )
 def test_the_measured_gap_is_the_drawn_one(mouth: tuple[float, float, float]) -> None:
     for index in (0, 30, 64):
-        measured = rig.measure_gap(rig.draw_frame(index, mouth), index)
+        measured = measure_gap(drawing.draw_frame(index, mouth), index)
         assert abs(measured - rig.lip_gap(mouth[0])) < 3
         assert abs(measured - rig.lip_gap(mouth[0] + 0.2)) > 3
 

@@ -11,18 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpupipe.demo import corpus
+from gpupipe.demo.fitting import fit
+from gpupipe.demo.norms import fold_norms, norm_pairs, unfolded_state
 from gpupipe.demo.train_encoder import Listener, Sounds, row_windows
-from gpupipe.demo.train_unet import (
-    CODE,
-    as_code,
-    fit,
-    fold_norms,
-    fresh_painter,
-    join,
-    norm_pairs,
-    paint,
-    unfolded_state,
-)
+from gpupipe.demo.train_unet import CODE, as_code, fresh_painter, join, paint
 from gpupipe.errors import GpupipeError
 from gpupipe.mel import mel_spectrogram, mel_windows
 from gpupipe.models.unet328 import UNet328

@@ -1,8 +1,8 @@
 """The bundled avatar: a drawn character, its networks and a spoken sample, ready to render.
 
-    from gpupipe.demo import render_demo
+from gpupipe.demo import render_demo
 
-    render_demo("speech.wav", "speech.mp4")
+render_demo("speech.wav", "speech.mp4")
 """
 
 from __future__ import annotations

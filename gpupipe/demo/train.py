@@ -26,11 +26,13 @@ import torch
 from torch import Tensor
 from torchvision.io import encode_jpeg
 
-from gpupipe.demo import corpus, rig
+from gpupipe.demo import corpus, drawing, rig
 from gpupipe.demo.evaluate import agreement
+from gpupipe.demo.fitting import save
 from gpupipe.demo.mouth import mouth_track
+from gpupipe.demo.pictures import Pictures, paste
 from gpupipe.demo.train_encoder import Listener, make_sounds, rows_of, train_branch, train_encoder
-from gpupipe.demo.train_unet import Pictures, join, paste, train_joined, train_painter
+from gpupipe.demo.train_unet import join, train_joined, train_painter
 from gpupipe.image_processor import ImageProcessor
 from gpupipe.models.checkpoint import load_unet
 from gpupipe.models.unet328 import UNet328
@@ -53,7 +55,7 @@ def write_template(folder: Path) -> None:
     for name in ("full_body_img", "landmarks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for index in range(rig.FRAMES):
-        rgb = torch.from_numpy(rig.draw_frame(index)[:, :, ::-1].copy()).permute(2, 0, 1)
+        rgb = torch.from_numpy(drawing.draw_frame(index)[:, :, ::-1].copy()).permute(2, 0, 1)
         jpeg = encode_jpeg(rgb, quality=JPEG_QUALITY)
         (folder / "full_body_img" / f"{index}.jpg").write_bytes(jpeg.numpy().tobytes())
         lines = "".join(f"{x:.2f} {y:.2f}\n" for x, y in rig.landmarks(index))
@@ -158,8 +160,7 @@ def train(
             "known": rows_of(listener.encoder, sounds, chosen),
             "unknown": rows_of(listener.encoder, held_out, np.arange(10)),
         }
-        torch.save(rows, kept.with_suffix(".part"))
-        kept.with_suffix(".part").replace(kept)
+        save(rows, kept)
     known, unknown = torch.load(kept, weights_only=True).values()
     read = train_branch(out, listener, known, unknown, steps=branch_steps)
     pairs = join(network, pairs, listener)

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpupipe.demo.corpus import utterances
-from gpupipe.demo.mouth import PARAMETERS, mouth_track
+from gpupipe.demo.fitting import descend, save
+from gpupipe.demo.mouth import MOUTH_FPS, PARAMETERS, mouth_track
+from gpupipe.files import replacing
 from gpupipe.mel import mel_spectrogram, window_count, window_starts
 from gpupipe.models.audio_encoder import FEATURES, MEL_COLUMNS, AudioEncoder
 from gpupipe.models.unet328 import CHANNELS, AudioBranch
 
-logger = logging.getLogger("gpupipe.demo.train")
+logger = logging.getLogger(__name__)
 
 ROWS = 48  # rows of features to a training clip
 BEFORE = AFTER = 8  # rows the U-Net sees before a frame, and from it on
@@ -49,7 +51,7 @@ class Sounds:
     @property
     def hours(self) -> float:
         """Length of the sound."""
-        return len(self.mouth) / 25 / 3600
+        return len(self.mouth) / MOUTH_FPS / 3600
 
     def mel_of(self, utterance: int) -> Tensor:
         """Float32 (T, 80)."""
@@ -67,15 +69,14 @@ def make_sounds(path: Path, count: int, *, seed: int) -> Sounds:
             mouths.append(mouth_track(wave, frames=window_count(mel.shape[1]) + 2))
             if (k + 1) % 50 == 0:
                 logger.info("sound: %d of %d utterances, %.0f s", k + 1, count, time.monotonic() - began)
-        part = path.with_suffix(".part.npz")
-        np.savez(
-            part,
-            mel=np.concatenate(mels),
-            mouth=np.concatenate(mouths),
-            mel_at=np.cumsum([0, *map(len, mels)]),
-            row_at=np.cumsum([0, *map(len, mouths)]),
-        )
-        part.replace(path)
+        with replacing(path) as temporary:
+            np.savez(
+                temporary,
+                mel=np.concatenate(mels),
+                mouth=np.concatenate(mouths),
+                mel_at=np.cumsum([0, *map(len, mels)]),
+                row_at=np.cumsum([0, *map(len, mouths)]),
+            )
     with np.load(path) as file:
         return Sounds(**{name: file[name] for name in ("mel", "mouth", "mel_at", "row_at")})
 
@@ -160,16 +161,6 @@ def evaluate(listener: Listener, sounds: Sounds, *, device: torch.device, batche
     return result
 
 
-def rate_share(done: float) -> float:
-    """The learning rate's share of its peak: up over 4 %, level to 55 %, then down as a half cosine.
-
-    It depends on nothing but how far the training is, so that one that is stopped may go on with another length.
-    """
-    if done < 0.04:
-        return (done + 0.001) / 0.041
-    return 0.5 + 0.5 * float(np.cos(np.pi * max(0.0, done - 0.55) / 0.45))
-
-
 def train_encoder(
     out: Path, *, utterance_count: int, steps: int, width: float, device: torch.device, clips_per_step: int = 2
 ) -> dict[str, Any]:
@@ -184,49 +175,39 @@ def train_encoder(
     torch.manual_seed(0)
     listener = Listener(width).to(device).to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(listener.parameters(), weight_decay=0.01)
-    step, history = 0, []
+    first, history = 0, []
     if path.is_file():
         state = torch.load(path, map_location=device, weights_only=True)
-        step, history = state["step"], state["record"]["history"]
+        first, history = state["step"], state["record"]["history"]
         listener.load_state_dict(state["listener"])
-        if step >= steps:
+        if first >= steps:
             return state
         optimiser.load_state_dict(state["optimiser"])
-    began, average = time.monotonic(), 0.0
-    while step < steps:
-        for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * rate_share(step / steps)
-        rng = np.random.default_rng((3, step))
-        batch = tuple(t.to(device) for t in clips(sounds, rng, clips_per_step))
-        loss, _, _ = losses(listener, batch)  # type: ignore[arg-type]
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(listener.parameters(), 1.0)
-        optimiser.step()
-        step += 1
-        value = loss.item()
-        average += 0.05 * (value - average) if average else value
-        if step % 10 == 0:
-            logger.info("encoder: step %d of %d, loss %.5f, %.0f s", step, steps, average, time.monotonic() - began)
-        if step % 50 == 0 or step == steps:
-            entry = {"step": step, "train_loss": average, **evaluate(listener, held_out, device=device)}
-            history.append(entry)
-            logger.info("encoder held out: %s", json.dumps({k: round(v, 4) for k, v in entry.items()}))
-            record = {
-                "hours_of_sound": round(sounds.hours, 2),
-                "utterances": utterance_count,
-                "steps": step,
-                "windows_per_step": clips_per_step * ROWS,
-                "history": history,
-            }
-            state = {
-                "step": step,
-                "listener": listener.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "record": record,
-            }
-            torch.save(state, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
+
+    def loss_of(step: int) -> Tensor:
+        mel, inside, mouth = clips(sounds, np.random.default_rng((3, step)), clips_per_step)
+        return losses(listener, (mel.to(device), inside.to(device), mouth.to(device)))[0]
+
+    for step, loss in descend(optimiser, loss_of, name="encoder", first=first, steps=steps, rate=2e-3, clip=1.0):
+        if step % 50 and step != steps:
+            continue
+        entry = {"step": step, "train_loss": loss, **evaluate(listener, held_out, device=device)}
+        history.append(entry)
+        logger.info("encoder held out: %s", json.dumps({k: round(v, 4) for k, v in entry.items()}))
+        record = {
+            "hours_of_sound": round(sounds.hours, 2),
+            "utterances": utterance_count,
+            "steps": step,
+            "windows_per_step": clips_per_step * ROWS,
+            "history": history,
+        }
+        state = {
+            "step": step,
+            "listener": listener.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "record": record,
+        }
+        save(state, path)
     return state
 
 
@@ -277,38 +258,35 @@ def train_branch(
     spread = torch.cat([features for features, _ in known]).std(0).reshape(1, 2, 16, 16).repeat(1, 16, 1, 1).to(device)
     parameters = [*listener.branch.parameters(), *listener.map_head.parameters()]
     optimiser = torch.optim.AdamW(parameters, weight_decay=0.02)
-    history, average = [], 0.0
     listener.eval()
-    for step in range(steps):
-        for group in optimiser.param_groups:
-            group["lr"] = 2e-3 * rate_share(step / steps)
+
+    def read(windows: Tensor) -> Tensor:
+        return listener.map_head(listener.branch(windows))[:, :, MOUTH_CELLS[0], MOUTH_CELLS[1]]
+
+    def loss_of(step: int) -> Tensor:
         listener.branch.train()
         windows, mouths = draw_windows(np.random.default_rng((11, step)), known, batch)
         heard = windows.to(device)
-        heard = heard + 0.15 * spread * torch.randn_like(heard)
-        maps = listener.map_head(listener.branch(heard))[:, :, MOUTH_CELLS[0], MOUTH_CELLS[1]]
-        truth = mouths.to(device)[:, :, None, None].expand_as(maps)
-        loss = F.smooth_l1_loss(maps, truth, beta=0.05)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        value = loss.item()
-        average += 0.05 * (value - average) if average else value
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            listener.branch.eval()
-            with torch.no_grad():
-                windows, mouths = draw_windows(np.random.default_rng(12), unknown, 512)
-                read = listener.map_head(listener.branch(windows.to(device)))
-                read = read[:, :, MOUTH_CELLS[0], MOUTH_CELLS[1]].mean((2, 3)).cpu()
-            entry: dict[str, float] = {"step": step + 1, "train_loss": round(average, 5)}
-            for k, name in enumerate(PARAMETERS):
-                entry[name] = round(float(torch.corrcoef(torch.stack([read[:, k], mouths[:, k]]))[0, 1]), 4)
-                entry[f"{name}_error"] = round(float((read[:, k] - mouths[:, k]).abs().mean()), 4)
-            history.append(entry)
-            logger.info("branch held out: %s", entry)
+        maps = read(heard + 0.15 * spread * torch.randn_like(heard))
+        return F.smooth_l1_loss(maps, mouths.to(device)[:, :, None, None].expand_as(maps), beta=0.05)
+
+    @torch.no_grad()
+    def measure() -> dict[str, float]:
+        listener.branch.eval()
+        windows, mouths = draw_windows(np.random.default_rng(12), unknown, 512)
+        found = read(windows.to(device)).mean((2, 3)).cpu()
+        figures: dict[str, float] = {}
+        for k, name in enumerate(PARAMETERS):
+            figures[name] = round(float(torch.corrcoef(torch.stack([found[:, k], mouths[:, k]]))[0, 1]), 4)
+            figures[f"{name}_error"] = round(float((found[:, k] - mouths[:, k]).abs().mean()), 4)
+        return figures
+
+    history = []
+    for step, loss in descend(optimiser, loss_of, name="branch", steps=steps, rate=2e-3, clip=1.0):
+        if step % 50 == 0 or step == steps:
+            history.append({"step": step, "train_loss": round(loss, 5)} | measure())
+            logger.info("branch held out: %s", history[-1])
     listener.eval()
     state = {"step": steps, "listener": listener.state_dict(), "history": history}
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    save(state, path)
     return state
