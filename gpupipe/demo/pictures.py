@@ -64,23 +64,6 @@ class Pictures:
         return out.to(self.device)
 
 
-def paste(frame: np.ndarray, box: tuple[int, int, int, int], painted: Tensor) -> np.ndarray:
-    """The painted picture (3, 320, 320) in [0, 1] put back into its frame as the pipeline's reference does it.
-
-    Args:
-        frame: uint8 (H, W, 3), BGR; left as it is.
-        box: ``(xmin, ymin, xmax, ymax)``, inside the frame.
-    """
-    xmin, ymin, xmax, ymax = box
-    crop = torch.from_numpy(frame[ymin:ymax, xmin:xmax].transpose(2, 0, 1).astype(np.float32))[None]
-    canvas = F.interpolate(crop, (328, 328), mode="bicubic", align_corners=False).round().clamp(0, 255)
-    canvas[0, :, 4:324, 4:324] = (painted.float().cpu() * 255).floor()
-    small = F.interpolate(canvas, (ymax - ymin, xmax - xmin), mode="bicubic", align_corners=False)
-    out = frame.copy()
-    out[ymin:ymax, xmin:xmax] = small.round().clamp(0, 255)[0].permute(1, 2, 0).to(torch.uint8).numpy()
-    return out
-
-
 def weighted_l1(painted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
     """Mean absolute difference of (B, 3, H, W) under (B, 1, H, W)."""
     return ((painted - truth).abs() * weight).sum() / weight.sum() / 3

@@ -30,10 +30,12 @@ from gpupipe.demo import corpus, drawing, rig
 from gpupipe.demo.evaluate import agreement
 from gpupipe.demo.fitting import save
 from gpupipe.demo.mouth import mouth_track
-from gpupipe.demo.pictures import Pictures, paste
+from gpupipe.demo.pictures import Pictures
 from gpupipe.demo.train_encoder import Listener, make_sounds, rows_of, train_branch, train_encoder
 from gpupipe.demo.train_unet import join, train_joined, train_painter
 from gpupipe.image_processor import ImageProcessor
+from gpupipe.kernels.crop_resize import crop_resize
+from gpupipe.kernels.paste_blend import paste_blend
 from gpupipe.models.checkpoint import load_unet
 from gpupipe.models.unet328 import UNet328
 from gpupipe.speech import SpeechEncoder
@@ -106,6 +108,7 @@ def held_out_check(bundle: Path, *, frames: int = 125) -> dict[str, Any]:
     """Render the bundled sample, which trained nothing, and compare: as it is, and with the truth shifted 5 frames."""
     template, points = read_template(bundle / "template")
     pictures = Pictures(template, points)
+    decoded, boxes = torch.from_numpy(template), torch.tensor(pictures.boxes)
     features = SpeechEncoder(bundle / "encoder.safetensors", "cpu").features(bundle / "sample.flac")
     count = min(frames, len(features))
     padded = torch.from_numpy(np.pad(features, ((8, 8), (0, 0))))
@@ -115,9 +118,9 @@ def held_out_check(bundle: Path, *, frames: int = 125) -> dict[str, Any]:
     for part in np.array_split(np.arange(count), -(-count // 8)):
         audio = torch.stack([padded[i : i + 16] for i in part]).reshape(-1, 32, 16, 16)
         painted = network(pictures.image(indices[part]), audio)
-        rendered += [
-            paste(template[indices[i]], pictures.boxes[indices[i]], p) for i, p in zip(part, painted, strict=True)
-        ]
+        shown = torch.from_numpy(indices[part])
+        crops = crop_resize(decoded, shown, boxes[shown])
+        rendered += list(paste_blend(painted, crops, decoded, shown, boxes[shown]).numpy())
     mouths = mouth_track(load_audio(bundle / "sample.flac"), frames=count + 5)
     return {
         "sound": f"sample.flac: voice {corpus.HELD_OUT_VOICE}, not used in training",
