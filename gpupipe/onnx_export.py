@@ -63,17 +63,16 @@ def export_halves(network: UNet328) -> tuple[bytes, bytes]:
     Inputs are ``image``, and the names of :data:`~gpupipe.models.hoisted.TEMPLATE_FEATURES` with ``audio``; outputs
     those names, and ``mouth``; all float32.
     """
+    network = fold_batch_norms(network)
     template, speech = BlockedTemplateHalf(network).eval(), BlockedSpeechHalf(network).eval()
-    image, audio, names = (
-        torch.zeros(1, 6, INPUT_SIZE, INPUT_SIZE),
-        torch.zeros(1, *network.audio_shape),
-        list(TEMPLATE_FEATURES),
-    )
-    features = template(image)
-    graphs = io.BytesIO(), io.BytesIO()
-    export_onnx(template, (image,), graphs[0], inputs=["image"], outputs=names, dynamic_batch=False)
-    export_onnx(speech, (*features, audio), graphs[1], inputs=[*names, "audio"], outputs=["mouth"], dynamic_batch=False)
-    return graphs[0].getvalue(), graphs[1].getvalue()
+    image, audio = torch.zeros(1, 6, INPUT_SIZE, INPUT_SIZE), torch.zeros(1, *network.audio_shape)
+    names = list(TEMPLATE_FEATURES)
+    first, second = io.BytesIO(), io.BytesIO()
+    export_onnx(template, (image,), first, inputs=["image"], outputs=names, dynamic_batch=False)
+    # Only the features' shapes count: they need not be computed again.
+    features = [torch.zeros_like(one, device="cpu") for one in template.to("meta")(image.to("meta"))]
+    export_onnx(speech, (*features, audio), second, inputs=[*names, "audio"], outputs=["mouth"], dynamic_batch=False)
+    return first.getvalue(), second.getvalue()
 
 
 def export_unet(network: UNet328, path: str | Path, *, opset_version: int = OPSET_VERSION) -> Path:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from gpupipe.models.unet328 import UNet328
 
@@ -16,17 +17,31 @@ def fold_batch_norms(network: UNet328) -> UNet328:
 
     Args:
         network: in ``eval`` mode; it is left as it is.
+
+    Raises:
+        ValueError: it is in training mode.
     """
     if network.training:
         raise ValueError("the network is in training mode; expected eval mode, whose statistics are fixed")
     network = copy.deepcopy(network)
-    for module in network.modules():
-        if isinstance(module, nn.Sequential):
-            for i in range(len(module) - 1):
-                conv, norm = module[i], module[i + 1]
-                if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                    module[i], module[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    for sequence in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
+        for i, (conv, norm) in enumerate(itertools.pairwise(sequence), start=1):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                sequence[i] = _fold(conv, norm)
     audio: Any = network.audio_model
-    audio.conv3, audio.bn3 = fuse_conv_bn_eval(audio.conv3, audio.bn3), nn.Identity()
-    audio.conv5, audio.bn5 = fuse_conv_bn_eval(audio.conv5, audio.bn5), nn.Identity()
+    audio.bn3, audio.bn5 = _fold(audio.conv3, audio.bn3), _fold(audio.conv5, audio.bn5)
     return network.requires_grad_(False)
+
+
+def folded(network: UNet328) -> UNet328:
+    """``network`` itself if its batch norms are folded already, else :func:`fold_batch_norms` of it."""
+    has_norms = any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+    return fold_batch_norms(network) if has_norms else network
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Identity:
+    """Fold ``norm`` into ``conv``; returns what stands in its place."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    statistics = norm.running_mean, norm.running_var, norm.eps
+    conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics, norm.weight, norm.bias)
+    return nn.Identity()

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpupipe.models.fold import fold_batch_norms
+from gpupipe.models.fold import folded
 from gpupipe.models.unet328 import UNet328, Up
 
 TEMPLATE_FEATURES = ("hidden", "x2", "x3", "x4", "x5", "bottleneck")
@@ -34,11 +34,16 @@ TemplateFeatures = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class TemplateHalf(nn.Module):
-    """image (B, 6, 320, 320) in [0, 1] → the tensors of :data:`TEMPLATE_FEATURES`."""
+    """image (B, 6, 320, 320) in [0, 1] → the tensors of :data:`TEMPLATE_FEATURES`.
+
+    Args:
+        network: in ``eval`` mode. One whose batch norms are folded is taken apart, of another a copy; no layer goes
+            into both halves.
+    """
 
     def __init__(self, network: UNet328) -> None:
         super().__init__()
-        network = fold_batch_norms(network)
+        network = folded(network)
         inc = _layers(network.inc.inconv[0])
         self.hidden = nn.Sequential(*inc[:6])
         (down,) = network.down1.maxpool_conv
@@ -62,11 +67,15 @@ class TemplateHalf(nn.Module):
 
 
 class SpeechHalf(nn.Module):
-    """The template's features and a window of speech features → mouth (B, 3, 320, 320) in (0, 1)."""
+    """The template's features and a window of speech features → mouth (B, 3, 320, 320) in (0, 1).
+
+    Args:
+        network: as of :class:`TemplateHalf`.
+    """
 
     def __init__(self, network: UNet328) -> None:
         super().__init__()
-        network = fold_batch_norms(network)
+        network = folded(network)
         self.audio_model = network.audio_model
         first, second = _blocks(network.fuse_conv[0])
         expand, _, *rest = _layers(first)

@@ -31,6 +31,7 @@ from gpupipe.kernels.inverted_residual import (
     pack_projection,
 )
 from gpupipe.kernels.pointwise import padded, pointwise, upsample_expand
+from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.hoisted import HoistedUp, SpeechHalf, TemplateHalf
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
 
@@ -78,6 +79,7 @@ class FusedEngine:
         self.device = device
         self.dtype = dtype
         self._mouth = mouth
+        network = fold_batch_norms(network)
         template, speech = TemplateHalf(network), SpeechHalf(network)
 
         expand, depthwise = convolutions(template.hidden)
