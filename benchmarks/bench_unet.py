@@ -40,7 +40,8 @@ from gpupipe.benchmarks.floors import operations_of
 from gpupipe.benchmarks.kernel_bench import copy_bandwidth
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines import Engine, EngineName, Precision, make_engine, openvino_cpu
-from gpupipe.engines.choice import CANDIDATES, candidates, find_dtype
+from gpupipe.engines.choice import find_dtype
+from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.engines.openvino_cpu import OpenVinoEngine
 from gpupipe.errors import DeviceError, first_line
@@ -127,9 +128,8 @@ def on_cuda(
 ) -> list[Contestant]:
     """Those of ``engines`` that know a precision, at one batch size; one that cannot be built raises when it is run."""
     made = []
-    for name in candidates(device, find_dtype(device, exact=False, precision=precision)):
-        if name not in engines:
-            continue
+    names = [one.name for one in candidates(device, find_dtype(device, exact=False, precision=precision))]
+    for name in (name for name in names if name in engines):
         image, audio = _inputs(network, batch, device)
         index = torch.arange(batch, device=device)
         told = {"precision": precision}
@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, nargs="*", default=BATCHES, help="on CUDA")
     parser.add_argument("--precision", nargs="*", choices=PRECISIONS, default=PRECISIONS, help="on CUDA")
-    engines = (*CANDIDATES["cuda"], "onnxruntime")
+    engines = (*(name for name, one in DECLARED.items() if "cuda" in one.devices), "onnxruntime")
     parser.add_argument("--engine", nargs="*", choices=engines, default=engines, help="on CUDA")
     parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
     parser.add_argument("--results", type=Path, help="another folder for the rows")

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
 from gpupipe.demo import BUNDLE
 from gpupipe.engines import EngineName, Precision, make_engine, openvino_cpu
-from gpupipe.engines.choice import candidates, find_dtype
+from gpupipe.engines.choice import find_dtype
+from gpupipe.engines.declared import candidates
 from gpupipe.errors import GpupipeError, first_line
 from gpupipe.features import SpeechFeatures
 from gpupipe.kernels.crop_resize import crop_and_input
@@ -111,7 +112,7 @@ def contestants(network: UNet328, device: torch.device) -> list[tuple[str, str, 
         return [*made, *runs]
     precisions: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
     return [
-        (engine, precision, _by_engine(network, device, engine, precision))
+        (engine.name, precision, _by_engine(network, device, engine.name, precision))
         for precision in precisions
         for engine in candidates(device, find_dtype(device, exact=False, precision=precision))
     ]

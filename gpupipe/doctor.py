@@ -14,7 +14,10 @@ import torch
 from gpupipe.device import find_device
 from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import BATCH_SIZES
-from gpupipe.engines.choice import SLOW_TO_BUILD, Figures, candidates, find_dtype, measure, measured, remember
+from gpupipe.engines.choice import find_dtype
+from gpupipe.engines.declared import candidates
+from gpupipe.engines.measure import Figures, fastest, measure
+from gpupipe.engines.remembered import recall, remember
 from gpupipe.errors import first_line
 from gpupipe.fallbacks import fallbacks
 from gpupipe.frame_cache import default_budget
@@ -89,14 +92,15 @@ def _codec(way: Way) -> str:
 def _engine(device: torch.device, *, exact: bool) -> str:
     """The engine that auto takes for a full-width network, where that has been measured."""
     dtype = find_dtype(device, exact=exact, precision=None)
-    figures = measured(UNet328("ave"), device, dtype)
+    figures = recall(UNet328("ave"), device, dtype)
     if figures is None:
-        names = candidates(device, dtype)
-        quick, slow = ([n for n in names if (n in SLOW_TO_BUILD) == wanted] for wanted in (False, True))
-        more = f"; --engines measures {', '.join(slow)} too" if slow else ""
-        return f"auto: the fastest of {', '.join(quick)}, measured at the first render{more}"
+        engines = candidates(device, dtype)
+        quick = ", ".join(one.name for one in engines if not one.slow_to_build)
+        slow = ", ".join(one.name for one in engines if one.slow_to_build)
+        more = f"; --engines measures {slow} too" if slow else ""
+        return f"auto: the fastest of {quick}, measured at the first render{more}"
     told = ", ".join("fails: " + name if math.isinf(ms) else f"{name} {ms:.1f}" for name, ms in figures.items())
-    return f"{min(figures, key=lambda name: figures[name])} (ms a frame, mode ave, full width: {told})"
+    return f"{fastest(figures)} (ms a frame, mode ave, full width: {told})"
 
 
 def measure_engines(device: str | torch.device | None = None) -> Figures:

@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 from gpupipe import __version__
 from gpupipe.cli import app, main
 from gpupipe.console import progress_bar, reporting
-from gpupipe.engines import choice
+from gpupipe.engines import remembered
 from gpupipe.models import UNet328
 from gpupipe.models.audio_encoder import AudioEncoder
 
@@ -226,7 +226,7 @@ def test_doctor_tells_what_would_be_measured(tmp_path: Path, monkeypatch: pytest
 
 def test_doctor_names_the_way_a_render_takes(clip: dict[str, Path], tmp_path: Path) -> None:
     network, cpu = UNet328("ave"), torch.device("cpu")
-    choice.remember(network, cpu, torch.float32, {"onnxruntime": 100.0, "eager": 400.0, "compile": math.inf})
+    remembered.remember(network, cpu, torch.float32, {"onnxruntime": 100.0, "eager": 400.0, "compile": math.inf})
     result = run("doctor", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout.splitlines()[-1])
@@ -421,7 +421,7 @@ def test_progress_counts_from_the_first_frames_on(
 def test_a_render_on_a_cpu_loads_no_more_than_it_uses(clip: dict[str, Path], tmp_path: Path) -> None:
     """What starts in a second and what starts in three are two different tools; torchvision is for CUDA alone."""
     words = [str(word) for word in render_words(clip, tmp_path / "out.mp4", "--engine", "onnxruntime")]
-    heavy = ["cv2", "matplotlib", "openvino", "ray", "torchvision", "torch._dynamo"]
+    heavy = ["cv2", "matplotlib", "openvino", "ray", "torchvision", "torch._dynamo", "triton"]
     code = f"import sys; from gpupipe.cli import app; app({words}, standalone_mode=False)"
     code += f"; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import gpupipe.engines
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.engines import ENGINES, Engine, EngineName, choice, compiled, make_engine, openvino_cpu
+from gpupipe.engines import ENGINES, Engine, EngineName, compiled, make_engine, measure, openvino_cpu, remembered
+from gpupipe.engines.base import Declaration
+from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.errors import DeviceError, InputError
@@ -101,6 +106,11 @@ def test_inputs_may_be_strided_or_of_another_precision(engine: Engine) -> None:
     assert (found - expected).abs().max() <= BOUND
 
 
+def test_engines_that_are_declared_are_those_that_can_be_asked_for_and_are_told_of() -> None:
+    assert {*DECLARED, "auto", "torch"} == set(get_args(EngineName))
+    assert set(re.findall(r"^\| `(\w+)`", gpupipe.engines.__doc__ or "", re.MULTILINE)) == set(DECLARED)
+
+
 def test_engines_by_name() -> None:
     network = seeded_network(width=1 / 8)
     assert isinstance(make_engine(network, device=CPU, engine="onnxruntime"), OnnxRuntimeEngine)
@@ -158,12 +168,12 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
             raise RuntimeError(f"{engine.name} is out of order\nand says more")
         return seconds[engine.name]
 
-    def build(name: str, network: object, device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
-        return SimpleNamespace(name=name, device=device, dtype=dtype)
+    def build(one: Declaration, network: object, device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
+        return SimpleNamespace(name=one.name, device=device, dtype=dtype)
 
-    monkeypatch.setattr(choice, "_seconds", take)
-    monkeypatch.setattr(choice, "_levels", lambda engine, network: torch.zeros(2))
-    monkeypatch.setattr(choice, "_build", build)
+    monkeypatch.setattr(measure, "_seconds", take)
+    monkeypatch.setattr(measure, "_levels", lambda engine, network: torch.zeros(2))
+    monkeypatch.setattr(Declaration, "build", build)
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "cache"))
     return seconds
 
@@ -196,11 +206,11 @@ def test_auto_remembers_for_the_same_kind_of_network(timed: dict[str, float]) ->
 def test_auto_measures_again_what_it_cannot_read(timed: dict[str, float]) -> None:
     network = seeded_network(width=1 / 8)
     timed.update(onnxruntime=0.1, eager=0.2)
-    for damage in ("", "[]", '{"x": ', json.dumps({choice._key(network, CPU, torch.float32): {"eager": "fast"}})):
-        choice.cache_file().parent.mkdir(exist_ok=True)
-        choice.cache_file().write_text(damage)
+    for damage in ("", "[]", '{"x": ', json.dumps({remembered._key(network, CPU, torch.float32): {"eager": "fast"}})):
+        remembered.cache_file().parent.mkdir(exist_ok=True)
+        remembered.cache_file().write_text(damage)
         assert make_engine(network, device=CPU).name == "onnxruntime"
-        assert choice.measured(network, CPU, torch.float32) == {"onnxruntime": 100.0, "eager": 200.0}
+        assert remembered.recall(network, CPU, torch.float32) == {"onnxruntime": 100.0, "eager": 200.0}
 
 
 def test_auto_works_where_nothing_can_be_remembered(timed: dict[str, float], tmp_path: Path) -> None:
@@ -244,8 +254,8 @@ def test_an_engine_that_paints_something_else_is_not_taken(
         "eager": EagerEngine(network, device=CPU, dtype=torch.float32),
     }
     made["onnxruntime"].name = "onnxruntime"
-    monkeypatch.setattr(choice, "_build", lambda name, *_: made[name])
-    monkeypatch.setattr(choice, "_seconds", lambda engine, _: {"onnxruntime": 0.1, "eager": 0.2}[engine.name])
+    monkeypatch.setattr(Declaration, "build", lambda one, *_: made[one.name])
+    monkeypatch.setattr(measure, "_seconds", lambda engine, _: {"onnxruntime": 0.1, "eager": 0.2}[engine.name])
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "cache"))
     wrong = alter is without_aligned_corners
     assert make_engine(network, device=CPU).name == ("eager" if wrong else "onnxruntime")
@@ -257,13 +267,13 @@ def test_compile_is_taken_only_where_a_measurement_found_it_fastest(timed: dict[
     network = seeded_network(width=1 / 8)
     timed.update(onnxruntime=0.2, eager=0.1, compile=0.01)
     assert make_engine(network, device=CPU).name == "eager", "compiling takes minutes: not measured unasked"
-    choice.remember(network, CPU, torch.float32, {"onnxruntime": 200.0, "eager": 100.0, "compile": 10.0})
+    remembered.remember(network, CPU, torch.float32, {"onnxruntime": 200.0, "eager": 100.0, "compile": 10.0})
     assert make_engine(network, device=CPU).name == "compile"
 
 
 def test_the_measurement_runs_the_engine() -> None:
     engine = make_engine(seeded_network(width=1 / 8), device=CPU, engine="onnxruntime")
-    assert 0 < choice._seconds(engine, seeded_network(width=1 / 8)) < 10
+    assert 0 < measure._seconds(engine, seeded_network(width=1 / 8)) < 10
 
 
 @pytest.mark.slow
@@ -282,8 +292,11 @@ def test_compiled_engine_is_the_network() -> None:
 
 def test_engines_of_cuda() -> None:
     cuda = torch.device("cuda")
-    assert choice.candidates(cuda, torch.float16) == ["gluon", "fused", "compile", "eager"]
-    assert choice.candidates(cuda, torch.bfloat16) == ["fused", "compile", "eager"], "Gluon: float16 alone"
-    assert choice.candidates(cuda, torch.float32) == ["compile", "eager"], "the fused kernels are for half precision"
+    in_half, in_bfloat16, in_single = (
+        [one.name for one in candidates(cuda, dtype)] for dtype in (torch.float16, torch.bfloat16, torch.float32)
+    )
+    assert in_half == ["gluon", "fused", "compile", "eager"]
+    assert in_bfloat16 == ["fused", "compile", "eager"], "Gluon: float16 alone"
+    assert in_single == ["compile", "eager"], "the fused kernels are for half precision"
     with pytest.raises(DeviceError, match=r"^engine is 'fused' and precision 'float32'; expected float16 or bfloat16"):
         make_engine(seeded_network(width=1 / 8), device=cuda, engine="fused", exact=True)

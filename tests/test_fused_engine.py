@@ -56,11 +56,6 @@ def test_batch_reads_features_where_they_lie() -> None:
     assert torch.equal(levels, (mouth * 255).to(torch.uint8)), "truncated"
 
 
-def test_single_precision_on_a_gpu_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"precision torch.float32; expected float16 or bfloat16"):
-        FusedEngine(seeded_network(width=1 / 8), device=torch.device("cuda"), dtype=torch.float32)
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_report_has_what_the_engine_launches(mode: Mode) -> None:
     """Every launch at full width is among those that are compiled ahead of time. Nothing is run."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.engines import choice, gluon
+from gpupipe.engines import gluon, make_engine
 from gpupipe.engines.gluon import GluonEngine
 from gpupipe.errors import DeviceError
 from gpupipe.kernels.whole_block import PackedBlock, PackedHead, gluon_obstacle, whole_block
@@ -105,16 +105,11 @@ def test_blocks_at_full_width_are_those_of_the_report(
     assert ran == set(COMPILED) - left_out
 
 
-def test_other_precisions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^engine is 'gluon' and precision torch.bfloat16; expected float16"):
-        GluonEngine(seeded_network(width=1 / 8), device=CPU, dtype=torch.bfloat16)
-
-
 def test_an_older_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     told = "triton is 3.6.0; the Gluon kernels need 3.8"
-    monkeypatch.setattr(choice, "gluon_obstacle", lambda: told)
+    monkeypatch.setattr(gluon, "gluon_obstacle", lambda: told)
     with pytest.raises(DeviceError, match=f"^engine is 'gluon': {told}"):
-        choice.make_engine(seeded_network(width=1 / 8), device=torch.device("cuda"), engine="gluon", exact=False)
+        make_engine(seeded_network(width=1 / 8), device=torch.device("cuda"), engine="gluon", exact=False)
 
 
 @pytest.mark.cuda

@@ -13,7 +13,8 @@ from gpupipe import FrameGenerator, UNetModel
 from gpupipe.benchmarks.precision import compare, sample, steps
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.demo import BUNDLE
-from gpupipe.engines import choice, make_engine, openvino_cpu
+from gpupipe.engines import make_engine, openvino_cpu
+from gpupipe.engines.declared import candidates
 from gpupipe.engines.openvino_cpu import OpenVinoEngine
 from gpupipe.errors import DeviceError
 from gpupipe.landmarks import crop_box, read_landmarks
@@ -110,8 +111,8 @@ def test_frames_of_the_bundled_avatar() -> None:
 
 def test_auto_takes_it_for_bfloat16_and_only_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path))
-    assert choice.candidates(CPU, torch.float32)[0] == "onnxruntime"
-    assert choice.candidates(CPU, torch.bfloat16)[0] == "openvino"
+    assert candidates(CPU, torch.float32)[0].name == "onnxruntime"
+    assert candidates(CPU, torch.bfloat16)[0].name == "openvino"
     model = UNetModel(BUNDLE / "unet.safetensors", device="cpu", precision="bfloat16")
     assert (model.engine.name, model.exact) == ("openvino", False)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+
+from gpupipe.errors import DeviceError
+from gpupipe.models.unet328 import UNet328
 
 EngineName = Literal["auto", "eager", "compile", "fused", "gluon", "onnxruntime", "openvino", "torch"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
@@ -44,6 +48,43 @@ class Engine(Protocol):
             mouth (B, 3, 320, 320): floating in (0, 1); or uint8, already scaled by 255 and truncated.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What an engine's file tells of it before it is built.
+
+    Attributes:
+        make: builds it, given the network, ``device=`` and ``dtype=``.
+        devices: kinds of device that it runs on.
+        dtypes: that it runs at.
+        slow_to_build: not built only to be measured: ``auto`` takes it if an earlier measurement found it the fastest.
+        obstacle: why it does not run on a device here, or None.
+    """
+
+    name: EngineName
+    make: Callable[..., Engine]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    slow_to_build: bool = False
+    obstacle: Callable[[torch.device], str | None] = lambda device: None
+
+    def build(self, network: UNet328, device: torch.device, dtype: torch.dtype) -> Engine:
+        """Build the engine.
+
+        Raises:
+            DeviceError: it does not run on ``device``, at ``dtype``, or here.
+        """
+        told = f"engine is {self.name!r}"
+        if device.type not in self.devices:
+            wanted = " or ".join(map(repr, self.devices))
+            raise DeviceError(f"{told} and device {str(device)!r}; expected device {wanted} with this engine")
+        if dtype not in self.dtypes:
+            met, *others = (str(one).removeprefix("torch.") for one in (dtype, *self.dtypes))
+            raise DeviceError(f"{told} and precision {met!r}; expected {' or '.join(others)} with this engine")
+        if reason := self.obstacle(device):
+            raise DeviceError(f"{told}: {reason}")
+        return self.make(network, device=device, dtype=dtype)
 
 
 def joined(samples: Sequence[Tensor]) -> Tensor:

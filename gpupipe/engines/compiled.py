@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gpupipe.engines.base import EngineName, Features
+from gpupipe.engines.base import Declaration, EngineName, Features
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.unet328 import UNet328
 from gpupipe.tf32 import without_tf32
@@ -79,3 +79,6 @@ def obstacle(device: torch.device) -> str | None:
     if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "torch.compile needs a C++ compiler on a CPU, and none is installed"
     return None
+
+
+DECLARATION = Declaration("compile", CompiledEngine, slow_to_build=True, obstacle=obstacle)

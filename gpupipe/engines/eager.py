@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpupipe.engines.base import EngineName, Features
+from gpupipe.engines.base import Declaration, EngineName, Features
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.unet328 import UNet328
 from gpupipe.tf32 import without_tf32
@@ -40,3 +40,6 @@ class EagerEngine:
         audio = audio.to(self.device, self.dtype)
         with without_tf32(self.device):
             return self._network.decode((x1, x2, x3, x4, x5, x6), audio)
+
+
+DECLARATION = Declaration("eager", EagerEngine)

@@ -7,7 +7,8 @@ It runs what :mod:`gpupipe.models.hoisted` says, channels last in half precision
     last block            with head, sigmoid and the scaling to uint8
     audio's 3×3 layers    cuDNN
 
-But for the hoisting of the decoder's upsampled halves: upsampling while loading moves fewer bytes, see there.
+One thing is not hoisted: the decoder's expansions upsample their low maps while they load them, which moves fewer bytes
+(see gpupipe.kernels.pointwise_triton).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
-from gpupipe.engines.base import EngineName, Features
+from gpupipe.engines.base import Declaration, EngineName, Features
 from gpupipe.kernels.inverted_residual import (
     Projection,
     depthwise_project,
@@ -57,11 +58,8 @@ class FusedEngine:
     Features are (L, H, W, channels), contiguous, and are read where they lie: a batch is not gathered.
 
     Args:
-        dtype: of weights and activations. The kernels are for half precision; sums are accumulated in float32.
+        dtype: of weights and activations: half precision on CUDA. Sums are accumulated in float32.
         mouth: type of what :meth:`decode` returns.
-
-    Raises:
-        ValueError: ``dtype`` is no half precision, on CUDA.
     """
 
     name: EngineName = "fused"
@@ -74,8 +72,6 @@ class FusedEngine:
         dtype: torch.dtype = torch.float16,
         mouth: torch.dtype = torch.uint8,
     ) -> None:
-        if device.type == "cuda" and dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"engine is 'fused' and precision {dtype}; expected float16 or bfloat16 with this engine")
         self.device = device
         self.dtype = dtype
         self._mouth = mouth
@@ -150,7 +146,7 @@ class FusedEngine:
     # ── what runs a block ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _block(self, layers: Sequence[nn.Conv2d], size: int, *, stride: int = 1, residual: bool = False) -> Step:
-        """An inverted residual on maps of ``size`` pixels a side; 0 for small ones."""
+        """An inverted residual on maps of ``size`` pixels a side, 0 for small ones; only the `gluon` engine asks."""
         block = pack_block(layers, device=self.device, dtype=self.dtype)
         return functools.partial(inverted_residual, block=block, stride=stride, residual=residual)
 
@@ -199,7 +195,10 @@ def convolutions(module: nn.Module) -> list[nn.Conv2d]:
 
 
 def _identity(channels: int) -> nn.Conv2d:
-    """The projection that changes nothing: what the first block's readers fold in, it need not do."""
+    """A projection that changes nothing, for the first block: its own is folded into its readers."""
     layer = nn.Conv2d(channels, channels, 1, bias=False)
     nn.init.dirac_(layer.weight)
     return layer
+
+
+DECLARATION = Declaration("fused", FusedEngine, devices=("cuda",), dtypes=(torch.float16, torch.bfloat16))

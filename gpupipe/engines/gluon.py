@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from gpupipe.engines.base import EngineName
+from gpupipe.engines.base import Declaration, EngineName
 from gpupipe.engines.fused import Entry, FusedEngine, Step, convolutions
-from gpupipe.kernels.whole_block import PackedBlock, pack_head, pack_whole_block, whole_block
+from gpupipe.kernels.whole_block import PackedBlock, gluon_obstacle, pack_head, pack_whole_block, whole_block
 from gpupipe.models.hoisted import HoistedUp
 from gpupipe.models.unet328 import UNet328
 
@@ -33,24 +33,19 @@ WIDEST_ENTRY_BY_WARPS = 64
 class GluonEngine(FusedEngine):
     """Gluon kernels on CUDA for the large maps; elsewhere their plain-torch reference, to be compared with.
 
-    Mouths are uint8.
-
-    Raises:
-        ValueError: ``dtype`` is not float16.
+    It runs in float16; mouths are uint8.
     """
 
     name: EngineName = "gluon"
 
-    def __init__(self, network: UNet328, *, device: torch.device, dtype: torch.dtype = torch.float16) -> None:
-        if dtype != torch.float16:
-            raise ValueError(f"engine is 'gluon' and precision {dtype}; expected float16 with this engine")
+    def __init__(self, network: UNet328, *, device: torch.device) -> None:
         self._run: Callable[..., Tensor] = whole_block
         self._widest_entry = WIDEST_ENTRY_BY_WARPS if _after_hopper(device) else None
         if device.type == "cuda":
             from gpupipe.kernels.whole_block_gluon import whole_block_gluon  # noqa: PLC0415 - loads Gluon
 
             self._run = whole_block_gluon
-        super().__init__(network, device=device, dtype=dtype)
+        super().__init__(network, device=device, dtype=torch.float16)
 
     def _block(self, layers: Sequence[nn.Conv2d], size: int, *, stride: int = 1, residual: bool = False) -> Step:
         if not _fits(layers, size, stride):
@@ -85,3 +80,12 @@ def _after_hopper(device: torch.device) -> bool:
 def _fits(layers: Sequence[nn.Conv2d], size: int, stride: int) -> bool:
     """Whether a block is worth, and can be, one kernel."""
     return size >= SMALLEST_MAP and layers[-1].out_channels <= WIDEST_RESULT[stride]
+
+
+DECLARATION = Declaration(
+    "gluon",
+    lambda network, device, dtype: GluonEngine(network, device=device),
+    devices=("cuda",),
+    dtypes=(torch.float16,),
+    obstacle=lambda device: gluon_obstacle(),
+)

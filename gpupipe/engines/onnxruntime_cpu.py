@@ -7,7 +7,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from gpupipe.engines.base import EngineName, Features, joined
+from gpupipe.engines.base import Declaration, EngineName, Features, joined
 from gpupipe.lanes import cpu_lanes
 from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import UNet328
@@ -58,3 +58,8 @@ def _session(graph: bytes, threads: int | None) -> onnxruntime.InferenceSession:
 def _samples(batch: Tensor) -> list[np.ndarray]:
     """The samples of a batch as float32 batches of one."""
     return [sample[None] for sample in batch.to("cpu", torch.float32).contiguous().numpy()]
+
+
+DECLARATION = Declaration(
+    "onnxruntime", lambda network, **_: OnnxRuntimeEngine(network), devices=("cpu",), dtypes=(torch.float32,)
+)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpupipe.engines.base import EngineName, Features, joined
+from gpupipe.engines.base import Declaration, EngineName, Features, joined
 from gpupipe.lanes import Lanes, cpu_lanes
 from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import UNet328
@@ -137,3 +137,12 @@ def obstacle() -> str | None:
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return "this processor does not multiply bfloat16"
     return None
+
+
+DECLARATION = Declaration(
+    "openvino",
+    lambda network, **_: OpenVinoEngine(network),
+    devices=("cpu",),
+    dtypes=(torch.bfloat16,),
+    obstacle=lambda device: obstacle(),
+)

@@ -5,6 +5,7 @@ With ``PTX_MACHINE=90`` Triton's kernels are compiled for compute capability 9.0
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -26,10 +27,12 @@ def pytest_collection_finish() -> None:
 
     Clips are short: what is to be recorded is at once."""
     from gpupipe import avatar
-    from gpupipe.engines import base, choice
+    from gpupipe.engines import base
+    from gpupipe.engines.declared import DECLARED
 
     avatar.RECORD_AFTER = 0
-    choice.SLOW_TO_BUILD = frozenset({"compile", "fused", "gluon"})
+    for name in ("fused", "gluon"):
+        DECLARED[name] = dataclasses.replace(DECLARED[name], slow_to_build=True)
     base.BATCH_SIZES["cuda"] = 4
 
 

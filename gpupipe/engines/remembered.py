@@ -1,0 +1,70 @@
+"""What measurements found, kept in the user's cache folder from one process to the next."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from gpupipe.engines.base import BATCH_SIZES
+from gpupipe.engines.declared import candidates
+from gpupipe.engines.measure import Figures
+from gpupipe.errors import OutputError
+from gpupipe.files import replacing
+from gpupipe.lanes import cpu_lanes
+from gpupipe.models.unet328 import UNet328
+from gpupipe.versions import device_name, versions
+
+logger = logging.getLogger(__name__)
+
+
+def cache_file() -> Path:
+    """Where measurements are kept: ``$GPUPIPE_CACHE``, or ``gpupipe`` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpupipe"
+    return Path(os.environ.get("GPUPIPE_CACHE") or default) / "engines.json"
+
+
+def recall(network: UNet328, device: torch.device, dtype: torch.dtype) -> Figures | None:
+    """What an earlier measurement of the same kind found, or None."""
+    figures = _read().get(_key(network, device, dtype))
+    if not isinstance(figures, dict):
+        return None
+    names = {one.name for one in candidates(device, dtype)}
+    known = {name: math.inf if ms is None else ms for name, ms in figures.items() if name in names}
+    return known if known and all(isinstance(ms, int | float) for ms in known.values()) else None
+
+
+def remember(network: UNet328, device: torch.device, dtype: torch.dtype, figures: Figures) -> None:
+    """Add to the file; a folder that cannot be written only means measuring again."""
+    path = cache_file()
+    kept = _read()
+    kept[_key(network, device, dtype)] = {
+        name: None if math.isinf(ms) else round(ms, 4) for name, ms in figures.items()
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(kept, indent=1) + "\n")
+    except (OSError, OutputError) as error:
+        logger.debug("%s: not written: %s", path, error)
+
+
+def _read() -> dict[str, object]:
+    try:
+        kept = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _key(network: UNet328, device: torch.device, dtype: torch.dtype) -> str:
+    """All that a measurement depends on."""
+    packages = versions()
+    lanes = f", {cpu_lanes().threads} threads" if device.type == "cpu" else f", batch {BATCH_SIZES['cuda']}"
+    names = ("gpupipe", "torch", "onnxruntime", "openvino") if device.type == "cpu" else ("gpupipe", "torch", "triton")
+    parts = [device_name(device) + lanes, f"{network.mode}, width {network.width:g}", str(dtype).removeprefix("torch.")]
+    return " | ".join(parts + [f"{name} {packages[name]}" for name in names])
