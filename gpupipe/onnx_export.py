@@ -69,8 +69,7 @@ def export_halves(network: UNet328) -> tuple[bytes, bytes]:
     names = list(TEMPLATE_FEATURES)
     first, second = io.BytesIO(), io.BytesIO()
     export_onnx(template, (image,), first, inputs=["image"], outputs=names, dynamic_batch=False)
-    # Only the features' shapes count: they need not be computed again.
-    features = [torch.zeros_like(one, device="cpu") for one in template.to("meta")(image.to("meta"))]
+    features = template(image)
     export_onnx(speech, (*features, audio), second, inputs=[*names, "audio"], outputs=["mouth"], dynamic_batch=False)
     return first.getvalue(), second.getvalue()
 
