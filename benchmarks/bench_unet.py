@@ -46,9 +46,9 @@ from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.engines.openvino_cpu import OpenVinoEngine
 from gpupipe.errors import DeviceError, first_line
 from gpupipe.lanes import Lanes, available_cores, cpu_lanes, map_in_lanes
-from gpupipe.models import AUDIO_SHAPES, MODES, UNet328
+from gpupipe.models import MODES, UNet328
 from gpupipe.models.fold import fold_batch_norms
-from gpupipe.models.unet328 import INPUT_SIZE
+from gpupipe.models.unet328 import INPUT_SIZE, random_inputs
 from gpupipe.onnx_export import export_onnx, export_unet
 
 WARMUP = 2
@@ -218,9 +218,8 @@ def _raising(error: Exception) -> Callable[[], object]:
 
 
 def _inputs(network: UNet328, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(batch, 6, INPUT_SIZE, INPUT_SIZE, generator=generator)
-    return image.to(device), torch.rand(batch, *AUDIO_SHAPES[network.mode], generator=generator).to(device)
+    image, audio = random_inputs(network, batch)
+    return image.to(device), audio.to(device)
 
 
 def _session(graph: bytes, threads: int) -> onnxruntime.InferenceSession:

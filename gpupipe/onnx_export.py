@@ -17,7 +17,7 @@ from gpupipe.files import replacing
 from gpupipe.models.blocked import BlockedSpeechHalf, BlockedTemplateHalf
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.hoisted import TEMPLATE_FEATURES
-from gpupipe.models.unet328 import INPUT_SIZE, UNet328
+from gpupipe.models.unet328 import UNet328, random_inputs
 
 OPSET_VERSION = 17
 """Default ONNX operator set."""
@@ -65,7 +65,7 @@ def export_halves(network: UNet328) -> tuple[bytes, bytes]:
     """
     network = fold_batch_norms(network)
     template, speech = BlockedTemplateHalf(network).eval(), BlockedSpeechHalf(network).eval()
-    image, audio = torch.zeros(1, 6, INPUT_SIZE, INPUT_SIZE), torch.zeros(1, *network.audio_shape)
+    image, audio = random_inputs(network, 1)
     names = list(TEMPLATE_FEATURES)
     first, second = io.BytesIO(), io.BytesIO()
     export_onnx(template, (image,), first, inputs=["image"], outputs=names, dynamic_batch=False)
@@ -82,20 +82,14 @@ def export_unet(network: UNet328, path: str | Path, *, opset_version: int = OPSE
 
     Raises:
         OutputError: ``path`` cannot be written.
-        GpupipeError: ONNX Runtime and PyTorch differ by more than 1e-4 on random inputs of batch 1 and 3.
+        GpupipeError: ONNX Runtime and PyTorch differ by more than :data:`TOLERANCE` on random inputs of batch 1 and 3.
     """
     path = Path(path)
     network = fold_batch_norms(network).float().cpu()
-    generator = torch.Generator().manual_seed(0)
-
-    def random_inputs(batch: int) -> tuple[Tensor, Tensor]:
-        image = torch.rand(batch, 6, INPUT_SIZE, INPUT_SIZE, generator=generator)
-        return image, torch.rand(batch, *network.audio_shape, generator=generator)
-
     with replacing(path) as temporary:
         export_onnx(
             network,
-            random_inputs(1),
+            random_inputs(network, 1),
             temporary,
             inputs=["image", "audio"],
             outputs=["output"],
@@ -103,7 +97,7 @@ def export_unet(network: UNet328, path: str | Path, *, opset_version: int = OPSE
         )
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         for batch in (1, 3):
-            image, audio = random_inputs(batch)
+            image, audio = random_inputs(network, batch)
             (found,) = session.run(None, {"image": image.numpy(), "audio": audio.numpy()})
             difference = float(np.abs(found - network(image, audio).numpy()).max())
             if not difference <= TOLERANCE:

@@ -221,3 +221,10 @@ class UNet328(nn.Module):
     def forward(self, image: Tensor, audio: Tensor) -> Tensor:
         """image (B, 6, 320, 320) in [0, 1], BGR; audio (B, *AUDIO_SHAPES[mode]) → mouth (B, 3, 320, 320) in (0, 1)."""
         return self.decode(self.encode(image), audio)
+
+
+def random_inputs(network: UNet328, batch: int) -> tuple[Tensor, Tensor]:
+    """The same random image (B, 6, 320, 320) in [0, 1] and audio (B, *audio_shape) whenever asked, on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(batch, 6, INPUT_SIZE, INPUT_SIZE, generator=generator)
+    return image, torch.rand(batch, *network.audio_shape, generator=generator)

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpupipe.engines.base import BATCH_SIZES, Declaration, Engine
 from gpupipe.errors import DeviceError, first_line
 from gpupipe.fallbacks import note_fallback
-from gpupipe.models.unet328 import INPUT_SIZE, UNet328
+from gpupipe.models.unet328 import UNet328, random_inputs
 
 _RUNS = 3
 _SECONDS = 0.5
@@ -107,10 +107,9 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 
 def _batch(engine: Engine, network: UNet328) -> tuple[Tensor, Tensor, Tensor]:
     """Image, index and audio of a batch of the device's size."""
-    batch, generator = BATCH_SIZES[engine.device.type], torch.Generator().manual_seed(0)
-    image = torch.rand(batch, 6, INPUT_SIZE, INPUT_SIZE, generator=generator).to(engine.device, engine.dtype)
-    audio = torch.rand(batch, *network.audio_shape, generator=generator).to(engine.device, engine.dtype)
-    return image, torch.arange(batch, device=engine.device), audio
+    batch, place = BATCH_SIZES[engine.device.type], (engine.device, engine.dtype)
+    image, audio = random_inputs(network, batch)
+    return image.to(*place), torch.arange(batch, device=engine.device), audio.to(*place)
 
 
 def _best(once: Callable[[], float]) -> float:
