@@ -229,7 +229,7 @@ def test_jpegs_become_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_each_jpeg_stands_alone() -> None:
     encoder = JpegEncoder(PICTURE)
-    (packet,) = encoder.encode(7, torch.full((64, 96, 3), 77, dtype=torch.uint8))
+    (packet,) = encoder.encode(7, torch.full((3, 64, 96), 77, dtype=torch.uint8))
     assert (packet.pts, packet.dts, packet.is_keyframe) == (7, 7, True)
     assert bytes(packet)[:2] == b"\xff\xd8"
     assert encoder.finish() == []

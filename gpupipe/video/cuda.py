@@ -99,7 +99,9 @@ class NvencEncoder:
 
 
 class JpegEncoder:
-    """Encodes BGR tensors uint8 (H, W, 3) on a CUDA device as JPEGs, 4:4:4, by nvJPEG; only those reach the host.
+    """Encodes RGB tensors uint8 (3, H, W) on a CUDA device as JPEGs, 4:4:4, by nvJPEG; only those reach the host.
+
+    The caller has waited until a frame is computed.
 
     Args:
         picture: what all frames share.
@@ -110,8 +112,7 @@ class JpegEncoder:
 
     def encode(self, number: int, picture: Tensor) -> list[av.Packet]:
         """See :class:`~gpupipe.video.segments.Encoder`."""
-        rgb = picture.flip(-1).permute(2, 0, 1).contiguous()
-        packet = av.Packet(_jpeg(rgb, jpeg_quality(self._picture.crf)).cpu().numpy().tobytes())
+        packet = av.Packet(_jpeg(picture, jpeg_quality(self._picture.crf)))
         packet.pts = packet.dts = number
         packet.time_base = 1 / self._picture.rate
         packet.duration = 1
@@ -178,11 +179,27 @@ def nvenc_sessions(encoder: str, picture: PictureFormat, device: torch.device) -
     return wanted, ""
 
 
-def _jpeg(rgb: Tensor, quality: int) -> Tensor:
-    """uint8 (3, H, W) → a JPEG's bytes, uint8 (n,), on the device of ``rgb``."""
+def rgb_planes(frames: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) BGR → (B, 3, H, W) RGB, as :class:`JpegEncoder` takes each."""
+    return frames.flip(-1).permute(0, 3, 1, 2).contiguous()
+
+
+def _jpeg(rgb: Tensor, quality: int) -> bytes:
+    """A JPEG of uint8 (3, H, W) that is computed already.
+
+    torchvision waits for the stream that was current when it first encoded: on that of rendering each frame would wait
+    for all that is queued there.
+    """
     from torchvision.io import encode_jpeg  # noqa: PLC0415 - a second: only where it is used
 
-    return encode_jpeg(rgb, quality=quality)
+    with torch.cuda.stream(_jpeg_stream(rgb.device) if rgb.is_cuda else None):
+        jpeg: Tensor = encode_jpeg(rgb, quality=quality).cpu()
+    return jpeg.numpy().tobytes()
+
+
+@functools.cache
+def _jpeg_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def can_encode_jpeg(device: torch.device) -> bool:

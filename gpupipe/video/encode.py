@@ -27,7 +27,7 @@ from gpupipe.kernels.nv12 import PixelFormat, to_nv12
 from gpupipe.schedule import frame_rate
 from gpupipe.stages import ENCODE_THREAD, UNTIMED, Stages
 from gpupipe.video.codecs import PictureFormat, configure, has_presets, preset_names, why
-from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc
+from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc, rgb_planes
 from gpupipe.video.segments import DecodeTimes, Encoder, HostEncoder, SegmentPool, put_unless_failed
 from gpupipe.video.sound import SoundTrack
 from gpupipe.video.ways import choose_way
@@ -155,8 +155,7 @@ class VideoWriter:
         """
         if frames.dim() == 4:
             frames = pad_to_even(frames)
-            if self._way.where != "nvjpeg":
-                frames = to_nv12(frames)
+            frames = rgb_planes(frames) if self._way.where == "nvjpeg" else to_nv12(frames)
         batch = self._to_host(frames) if self._way.where == "host" else _Batch(frames, _mark(frames))
         put_unless_failed(self._batches, batch, lambda: self._error)
 
