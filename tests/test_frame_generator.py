@@ -14,6 +14,7 @@ from clips import features, rendered
 
 from gpupipe import FrameGenerator, InputError, OutputError, SpeechFeatures, UNetModel, audio_windows
 from gpupipe.benchmarks import reference_loop as reference
+from gpupipe.lanes import Lanes
 from gpupipe.models import MODES, Mode
 
 MakeModel = Callable[..., UNetModel]
@@ -56,6 +57,8 @@ def test_half_the_memory_changes_nothing(tiny_model: MakeModel, template: Path) 
 def test_template_s_half_runs_once_a_template_frame(
     tiny_model: MakeModel, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On one lane: two that come to a frame at the same time both compute it, which is no fault but a waste."""
+    monkeypatch.setattr("gpupipe.shots.cpu_lanes", lambda: Lanes(1, 1))
     engine = tiny_model().engine
     encode, seen = engine.encode, []
 
