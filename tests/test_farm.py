@@ -258,7 +258,7 @@ def test_the_command_tells_each_job_and_the_sum(done: Path, inputs: Jobs, tmp_pa
         ("--workers 0", "workers is 0; expected 1 or more"),
         ("--workers=-1", "workers is -1"),
         ("--batch-size 0", "batch size is 0; expected 1 or more"),
-        ("--memory-budget=-1", "memory budget is -1000000; expected 0 or more bytes"),
+        ("--memory-budget=-1", "memory budget is -1 MB; expected 0 or more"),
         ("--workers 1 --device foo", "device is 'foo'; expected cpu, cuda or cuda:N"),
     ],
 )
