@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -50,6 +49,7 @@ from gpupipe.models import MODES, UNet328
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.unet328 import INPUT_SIZE, random_inputs
 from gpupipe.onnx_export import export_onnx, export_unet
+from gpupipe.quiet_onnxruntime import onnxruntime
 
 WARMUP = 2
 BATCHES = (1, 8, 32, 64, 128)

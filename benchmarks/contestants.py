@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from gpupipe.benchmarks.scenario import Scenario
 from gpupipe.engines import Engine, EngineName, Precision, openvino_cpu
 from gpupipe.models import Mode, load_unet
 from gpupipe.onnx_export import export_unet
+from gpupipe.quiet_onnxruntime import onnxruntime
 
 if TYPE_CHECKING:  # it needs OpenCV, which is an extra
     from gpupipe.benchmarks.reference_loop import Network

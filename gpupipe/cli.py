@@ -215,7 +215,9 @@ def reference(
 @app.command()
 def demo(
     audio: Annotated[Path | None, typer.Option(help="Your own sound; the bundled sample by default.")] = None,
-    output: Annotated[Path, typer.Option(help="The video.")] = Path("demo.mp4"),
+    output: Annotated[Path, typer.Option(help="The video; a sheet of its frames goes beside it, as .png.")] = Path(
+        "demo.mp4"
+    ),
     seconds: Annotated[float | None, typer.Option(help="Stop after so much of the sound.")] = None,
     device: options.Device = None,
     as_json: options.Json = False,

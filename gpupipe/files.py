@@ -46,6 +46,11 @@ def input_folder(path: str | Path, what: str) -> Path:
     return Path(path)
 
 
+def media_url(path: str | Path) -> str:
+    """A file's name for FFmpeg, which takes what stands before a colon for a protocol."""
+    return f"file:{path}"
+
+
 def _mode(path: Path, what: str, error: type[InputError]) -> int:
     try:
         return path.stat().st_mode

@@ -8,19 +8,23 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from gpupipe.errors import GpupipeError
+from gpupipe.errors import GpupipeError, InputError
 from gpupipe.files import replacing
 from gpupipe.models.blocked import BlockedSpeechHalf, BlockedTemplateHalf
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import UNet328, random_inputs
+from gpupipe.quiet_onnxruntime import onnxruntime
 
 OPSET_VERSION = 17
 """Default ONNX operator set."""
+
+_OPSETS = range(11, 21)
+"""In which the network can be said: from 11 on images are resized with their corners aligned, and the tracing exporter
+ends with 20."""
 
 TOLERANCE = 1e-4
 """How far the exported network may be from PyTorch's, on outputs in (0, 1)."""
@@ -84,6 +88,8 @@ def export_unet(network: UNet328, path: str | Path, *, opset_version: int = OPSE
         OutputError: ``path`` cannot be written.
         GpupipeError: ONNX Runtime and PyTorch differ by more than :data:`TOLERANCE` on random inputs of batch 1 and 3.
     """
+    if opset_version not in _OPSETS:
+        raise InputError(f"opset version is {opset_version!r}; expected {_OPSETS[0]} to {_OPSETS[-1]}")
     path = Path(path)
     network = fold_batch_norms(network).float().cpu()
     with replacing(path) as temporary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from gpupipe.errors import CheckpointError, first_line
+from gpupipe.errors import CheckpointError, one_line
 from gpupipe.files import input_file
 from gpupipe.models.pickles import nests_too_deep
 from gpupipe.models.unet328 import AUDIO_SHAPES, CHANNELS, MODES, Mode, UNet328
@@ -31,22 +32,14 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         CheckpointError: the file is missing, unreadable, or holds anything but named tensors.
     """
     path = input_file(path, "checkpoint file", CheckpointError)
-    state: Any
     try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
-        else:
-            if nests_too_deep(path):
-                raise pickle.UnpicklingError
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of tensors that are refused below
-                state = torch.load(path, map_location="cpu", weights_only=True)
+        state = _read(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds something other than tensors, or is not a checkpoint; expected a state dict of tensors"
         ) from error
     except Exception as error:  # a damaged file makes the readers raise nearly anything
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({first_line(error)[:200]})") from error
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({one_line(error)[:200]})") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -61,6 +54,32 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     return dict(state)
+
+
+def _read(path: Path) -> Any:
+    """What a checkpoint file holds."""
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    if nests_too_deep(path):
+        raise pickle.UnpicklingError
+    if zipfile.is_zipfile(path):
+        _check_sums(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that are refused later
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile where a tensor's bytes are not those that were saved, which torch does not look at.
+
+    Only of members that are stored as they are: others may be far larger than the file.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type == zipfile.ZIP_STORED and member.CRC:  # 0: torch left it out
+                with archive.open(member) as content:
+                    while content.read(1 << 20):
+                        pass
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:

@@ -208,6 +208,27 @@ def test_file_that_is_something_else(name: str, content: bytes, tmp_path: Path) 
     refusal(tmp_path / name)
 
 
+def test_damage_that_torch_does_not_see(state: State, tmp_path: Path) -> None:
+    """Weights with other bytes than were saved; a file without checksums is read as it is."""
+    path = tmp_path / "unet.pth"
+    for summed in (True, False):
+        torch.serialization.set_crc32_options(summed)
+        try:
+            torch.save(state, path)
+        finally:
+            torch.serialization.set_crc32_options(True)
+        assert load_state_dict(path).keys() == state.keys()
+        content = bytearray(path.read_bytes())
+        middle = len(content) // 2
+        content[middle] ^= 1
+        path.write_bytes(content)
+        if summed:
+            with pytest.raises(CheckpointError, match=r"unet\.pth: cannot be read as a checkpoint .*CRC"):
+                load_state_dict(path)
+        else:
+            load_state_dict(path)
+
+
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     assert "no such checkpoint file" in refusal(tmp_path / "absent.pth")
     refusal(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,19 @@ def test_render_writes_a_video_with_sound_and_a_record(clip: dict[str, Path], tm
     assert record["versions"]["gpupipe"] == __version__
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == FRAMES
+        assert len(container.streams.audio) == 1
+
+
+def test_paths_that_look_like_protocols_are_files(
+    clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands before a colon, FFmpeg takes for the protocol by which the rest is fetched."""
+    monkeypatch.chdir(tmp_path)
+    Path("a:b").mkdir()
+    sound = Path(shutil.copy(clip["sound"], "a:b/tone:1.wav"))
+    result = run(*render_words({**clip, "sound": sound}, Path("a:b/12:30.mp4"), *QUICK))
+    assert result.exit_code == 0, result.output
+    with av.open("file:a:b/12:30.mp4") as container:
         assert len(container.streams.audio) == 1
 
 
@@ -421,11 +435,14 @@ def test_progress_counts_from_the_first_frames_on(
 def test_a_render_on_a_cpu_loads_no_more_than_it_uses(clip: dict[str, Path], tmp_path: Path) -> None:
     """What starts in a second and what starts in three are two different tools; torchvision is for CUDA alone."""
     words = [str(word) for word in render_words(clip, tmp_path / "out.mp4", "--engine", "onnxruntime")]
+    home = tmp_path / "home"
     heavy = ["cv2", "matplotlib", "openvino", "ray", "torchvision", "torch._dynamo", "triton"]
     code = f"import sys; from gpupipe.cli import app; app({words}, standalone_mode=False)"
     code += f"; print([name for name in {heavy} if name in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = os.environ | {"HOME": str(home)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+    assert not home.exists(), "ONNX Runtime keeps an identifier there, for what it reports"
 
 
 @pytest.mark.parametrize("command", [[Path(sys.executable).with_name("gpupipe")], [sys.executable, "-m", "gpupipe"]])

@@ -229,6 +229,16 @@ def test_saved_frames(tiny_model: MakeModel, tmp_path: Path) -> None:
         generator.save_frames(frames, tmp_path / "file")
 
 
+@pytest.mark.parametrize(
+    "frame", [np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 4), np.uint8), np.zeros((3, 8, 8), np.uint8)]
+)
+def test_what_is_no_frame_is_not_saved(frame: np.ndarray, tiny_model: MakeModel, tmp_path: Path) -> None:
+    """Its bytes in another order would be a picture, too."""
+    with pytest.raises(InputError, match=r"frame_00000\.jpg: frame is .*expected uint8 \(H, W, 3\)"):
+        FrameGenerator(tiny_model()).save_frames([frame], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_saved_frames_may_be_tensors(tiny_model: MakeModel, tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(256, size=(2, 32, 48, 3), dtype=np.uint8)
     generator = FrameGenerator(tiny_model())

@@ -180,6 +180,13 @@ def test_operator_set_can_be_chosen(opset: int, tiny_model: MakeModel, tmp_path:
     assert onnx.load(tmp_path / "unet.onnx").opset_import[0].version == opset
 
 
+@pytest.mark.parametrize("opset", [0, 10, 21, "17"])
+def test_operator_set_that_there_is_none_of(opset: Any, tiny_model: MakeModel, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"opset version is .*; expected 11 to 20"):
+        tiny_model().export_to_onnx(str(tmp_path / "unet.onnx"), opset_version=opset)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_file_that_differs_is_not_left(tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, fold = tiny_model(), gpupipe.onnx_export.fold_batch_norms
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,10 +123,25 @@ def test_jpeg_quality_follows_crf(tmp_path: Path) -> None:
     assert sizes[0] > 1.3 * sizes[1] > 1.3**2 * sizes[2]
 
 
-def test_container_that_cannot_hold_the_codec(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"clip\.mov: \.mov cannot hold ffv1; expected \.mkv"):
-        VideoWriter(tmp_path / "clip.mov", width=64, height=48, codec="ffv1")
+@pytest.mark.parametrize(
+    ("codec", "suffix", "told"),
+    [
+        ("ffv1", ".mov", "ffv1; expected .mkv"),
+        ("libsvtav1", ".mov", "libsvtav1; expected .mkv"),  # which only writing the header tells
+        ("png", ".mkv", "png; expected another codec"),
+    ],
+)
+def test_container_that_cannot_hold_the_codec(codec: str, suffix: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=re.escape(f"clip{suffix}: {suffix} cannot hold {told}")):
+        VideoWriter(tmp_path / f"clip{suffix}", width=64, height=48, codec=codec)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("suffix", "tag"), [(".mp4", "hvc1"), (".mov", "hvc1")])
+def test_hevc_is_named_as_every_player_knows_it(suffix: str, tag: str, tmp_path: Path) -> None:
+    write(tmp_path / f"clip{suffix}", moving_picture(64, 48, count=2), codec="libx265")
+    with av.open(str(tmp_path / f"clip{suffix}")) as container:
+        assert container.streams.video[0].codec_context.codec_tag == tag
 
 
 @pytest.mark.parametrize("size", [(720, 1280), (3840, 2160)])

@@ -18,6 +18,7 @@ import torch
 
 from gpupipe.demo.sheet import write_contact_sheet
 from gpupipe.errors import InputError
+from gpupipe.files import media_url
 from gpupipe.mel import FEATURE_FPS
 from gpupipe.pipeline import FrameGenerationPipeline, Progress, RenderRecord
 from gpupipe.speech import SpeechEncoder
@@ -92,7 +93,7 @@ def cut_sound(source: str | Path, target: str | Path, seconds: float) -> Path:
     """
     target = Path(target)
     try:
-        with open_sound(source) as sound, av.open(str(target), "w") as out:
+        with open_sound(source) as sound, av.open(media_url(target), "w") as out:
             track = sound.streams.audio[0]
             layout = "mono" if track.channels == 1 else "stereo"
             stream = out.add_stream("pcm_s16le", rate=track.rate, layout=layout)

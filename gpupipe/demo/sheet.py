@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from gpupipe.files import media_url
 from gpupipe.mel import SAMPLE_RATE
 from gpupipe.video.images import save_image
 from gpupipe.video.sound import audio_chunks
@@ -37,7 +38,7 @@ def write_contact_sheet(video: str | Path, sound: str | Path, path: str | Path, 
     width = TILES * TILE + (TILES - 1) * GAP
     sheet = np.empty((TILE + GAP + WAVE, width, 3), dtype=np.uint8)
     sheet[:] = _PAPER
-    with av.open(str(video)) as container:
+    with av.open(media_url(video)) as container:
         seconds = _seconds(container)
         for k in range(TILES):
             left = k * (TILE + GAP)

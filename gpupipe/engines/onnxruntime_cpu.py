@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 
@@ -12,6 +11,7 @@ from gpupipe.lanes import cpu_lanes
 from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import UNet328
 from gpupipe.onnx_export import export_halves
+from gpupipe.quiet_onnxruntime import onnxruntime
 
 
 class OnnxRuntimeEngine:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gpupipe.errors import InputError, OutputError, output_error
-from gpupipe.files import replacing
+from gpupipe.files import media_url, replacing
 from gpupipe.kernels.nv12 import PixelFormat, to_nv12
 from gpupipe.schedule import frame_rate
 from gpupipe.stages import ENCODE_THREAD, UNTIMED, Stages
@@ -140,6 +140,7 @@ class VideoWriter:
                 self._resources.callback(self._sound.close)
             self._pool = self._start_encoders()
             self._resources.callback(self._pool.close)
+            self._write_header()
             self._resources = self._resources.pop_all()
         self._thread = threading.Thread(target=self._run, name=f"{ENCODE_THREAD} {self.path.name}", daemon=True)
         self._thread.start()
@@ -193,13 +194,28 @@ class VideoWriter:
         try:
             stream = self._output.add_stream(self._way.encoder, rate=self.picture.rate)
         except ValueError as error:
-            raise InputError(f"{self.path}: {self.path.suffix} cannot hold {self.encoder}; expected .mkv") from error
+            raise self._cannot_hold() from error
         assert isinstance(stream, av.VideoStream)
+        if self._way.encoder in {"libx265", "hevc_nvenc"} and self.path.suffix.lower() != ".mkv":
+            stream.codec_context.codec_tag = "hvc1"  # Apple's players know no other
         if self._way.where == "nvenc":
             configure_nvenc(stream.codec_context, self.picture)
         else:
             configure(stream.codec_context, self.picture)
         return stream
+
+    def _write_header(self) -> None:
+        """Now, so that what the container cannot hold is told before a frame is rendered; NVENC opens with a frame."""
+        if self._way.where == "nvenc":
+            return
+        try:
+            self._output.start_encoding()
+        except (av.error.FFmpegError, ValueError) as error:
+            raise self._cannot_hold() from error
+
+    def _cannot_hold(self) -> InputError:
+        wanted = "another codec" if self.path.suffix.lower() == ".mkv" else ".mkv"
+        return InputError(f"{self.path}: {self.path.suffix} cannot hold {self.encoder}; expected {wanted}")
 
     def _start_encoders(self) -> SegmentPool[Any]:
         """The first encoder is the stream's own, from which the container takes its header."""
@@ -303,7 +319,7 @@ def open_output(path: Path, temporary: Path) -> Iterator[av.container.OutputCont
     options = {"fflags": "+bitexact"}  # nothing in the file by chance, by the clock or by FFmpeg's version
     if check_suffix(path) in {".mp4", ".mov"}:
         options["movflags"] = "+faststart"
-    output = av.open(str(temporary), "w", options=options)
+    output = av.open(media_url(temporary), "w", options=options)
     try:
         yield output
     finally:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gpupipe.errors import InputError, first_line
 from gpupipe.fallbacks import note_fallback
-from gpupipe.files import input_file
+from gpupipe.files import input_file, media_url
 from gpupipe.kernels.nv12 import ycbcr_matrix
 from gpupipe.video.cuda import current_context
 
@@ -117,7 +117,7 @@ class VideoFrames:
 
     def _scan(self) -> tuple[list[int], list[int]]:
         """The times of all frames, in order, and those of the keyframes, without decoding any."""
-        with self._reporting(), av.open(str(self.path)) as container:
+        with self._reporting(), av.open(media_url(self.path)) as container:
             if not container.streams.video:
                 raise InputError(f"{self.path}: has no picture; expected a video file")
             packets = [
@@ -141,7 +141,7 @@ class VideoFrames:
                     self.decoder = "nvdec"
                     return container, container.decode(video=0)
                 note_fallback(f"NVDEC does not take {self.path.name} ({reason}): the CPU decodes it")
-            container = av.open(str(self.path))
+            container = av.open(media_url(self.path))
             container.streams.video[0].thread_type = "AUTO"
             return container, container.decode(video=0)
 
@@ -156,7 +156,7 @@ class VideoFrames:
             }  # of the contexts that FFmpeg may take
             wanted = HWAccel("cuda", device=index, allow_software_fallback=False, options=current, is_hw_owned=True)
             with current_context(self.device):
-                container = av.open(str(self.path), hwaccel=wanted)
+                container = av.open(media_url(self.path), hwaccel=wanted)
             surface = next(container.decode(video=0)).sw_format
             if surface is None or surface.name != "nv12":
                 raise ValueError(f"gives {surface.name if surface else 'frames of the host'}, not nv12")

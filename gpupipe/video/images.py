@@ -76,9 +76,12 @@ def save_image(frame: NDArray[np.uint8] | Tensor, path: Path) -> Path:
     """Write one uint8 (H, W, 3) BGR frame as JPEG or, for ``.png``, without loss; return ``path``.
 
     Raises:
+        InputError: a frame of another kind.
         OutputError: ``path`` cannot be written.
     """
     pixels = np.ascontiguousarray(as_array(frame))
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+        raise InputError(f"{path.name}: frame is {pixels.dtype} {pixels.shape}; expected uint8 (H, W, 3), BGR")
     image = Image.frombuffer("RGB", pixels.shape[1::-1], pixels, "raw", "BGR", 0, 1)
     with replacing(path) as temporary:
         image.save(temporary, "PNG" if path.suffix == ".png" else "JPEG", quality=JPEG_QUALITY)

@@ -12,7 +12,7 @@ import av
 import av.error
 
 from gpupipe.errors import InputError
-from gpupipe.files import replacing
+from gpupipe.files import media_url, replacing
 from gpupipe.video.encode import check_suffix, open_output
 from gpupipe.video.segments import DecodeTimes
 from gpupipe.video.sound import SoundTrack
@@ -56,6 +56,7 @@ def join_videos(paths: Sequence[str | Path], output: str | Path, *, sound: str |
             if not rate:
                 raise InputError(f"{paths[0]}: has no frame rate; expected a part of the clip")
             stream = target.add_stream_from_template(first.streams.video[0], opaque=True)
+            stream.codec_context.codec_tag = first.streams.video[0].codec_context.codec_tag
         track = SoundTrack(sound, target) if sound is not None else None
         if track is not None:
             stack.callback(track.close)
@@ -91,7 +92,7 @@ def _open(path: Path) -> Iterator[av.container.InputContainer]:
     if not path.is_file():
         raise InputError(f"{path}: no such video; expected a part of the clip")
     try:
-        container = av.open(str(path))
+        container = av.open(media_url(path))
     except (av.error.FFmpegError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as a video ({error})") from error
     with container:

@@ -12,7 +12,7 @@ import av.error
 import numpy as np
 
 from gpupipe.errors import InputError
-from gpupipe.files import input_file
+from gpupipe.files import input_file, media_url
 from gpupipe.mel import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def open_sound(path: str | Path) -> av.container.InputContainer:
     """
     path = input_file(path, "sound file")
     try:
-        container = av.open(str(path))
+        container = av.open(media_url(path))
     except (av.error.FFmpegError, ValueError) as error:
         raise InputError(f"{path}: not a media file that FFmpeg reads ({error})") from error
     if problem := _problem(container):
