@@ -22,6 +22,7 @@ from gpupipe.engines import Engine, EngineName, Precision, openvino_cpu
 from gpupipe.models import Mode, load_unet
 from gpupipe.onnx_export import export_unet
 from gpupipe.quiet_onnxruntime import onnxruntime
+from gpupipe.video.codecs import X264_PRESET
 
 if TYPE_CHECKING:  # it needs OpenCV, which is an extra
     from gpupipe.benchmarks.reference_loop import Network
@@ -73,6 +74,8 @@ def reference_loop(scenario: Scenario, *, device: str, crf: int) -> Contestant:
 def reference_loop_onnxruntime(scenario: Scenario, folder: Path, *, device: str, crf: int) -> Contestant:
     """The same loop with the whole network in ONNX Runtime on all cores, or on CUDA where ONNX Runtime can.
 
+    It encodes at gpupipe's preset: this is the loop as somebody might have it who cares for speed.
+
     Raises:
         ImportError: OpenCV is not installed.
     """
@@ -82,8 +85,9 @@ def reference_loop_onnxruntime(scenario: Scenario, folder: Path, *, device: str,
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()] + ["CPUExecutionProvider"]
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=providers)
     network = _OnnxNetwork(session, scenario.mode)
-    made = _loop("reference_loop_onnxruntime", scenario, network, time.perf_counter() - start, crf)
-    made.facts["onnxruntime_provider"] = session.get_providers()[0]
+    took = time.perf_counter() - start
+    made = _loop("reference_loop_onnxruntime", scenario, network, took, crf, preset=X264_PRESET)
+    made.facts |= {"onnxruntime_provider": session.get_providers()[0], "preset": X264_PRESET}
     return made
 
 
@@ -104,12 +108,14 @@ class _OnnxNetwork:
         return torch.from_numpy(mouth)
 
 
-def _loop(name: str, scenario: Scenario, network: Network, load_seconds: float, crf: int) -> Contestant:
+def _loop(
+    name: str, scenario: Scenario, network: Network, load_seconds: float, crf: int, *, preset: str = "medium"
+) -> Contestant:
     from gpupipe.benchmarks import reference_loop as loop  # noqa: PLC0415 - needs OpenCV
 
     def render(features: Path, sound: Path, output: Path) -> dict[str, float]:
         rows = np.load(features)
-        times = loop.render(scenario.template, rows, network, sound, output, fps=scenario.fps, crf=crf)
+        times = loop.render(scenario.template, rows, network, sound, output, fps=scenario.fps, crf=crf, preset=preset)
         return times.seconds
 
     return Contestant(name, load_seconds, render)

@@ -249,8 +249,12 @@ def render(
     fps: int = 25,
     use_parsing: bool = False,
     crf: int = 20,
+    preset: str = "medium",
 ) -> StageTimes:
-    """Write the clip as an .mp4 with sound, by way of a temporary MJPEG file, and say where the time went."""
+    """Write the clip as an .mp4 with sound, by way of a temporary MJPEG file, and say where the time went.
+
+    ``preset`` is the second encode's; the ffmpeg command's by default.
+    """
     times = StageTimes()
     frames = reference_frames(
         template, features, network, start_frame=start_frame, use_parsing=use_parsing, times=times
@@ -269,7 +273,7 @@ def render(
         with times.stage("mjpeg"):
             writer.release()
         with times.stage("encode"):
-            _encode_again(silent, audio_path, output_path, fps=fps, crf=crf)
+            _encode_again(silent, audio_path, output_path, fps=fps, crf=crf, preset=preset)
     return times
 
 
@@ -277,12 +281,12 @@ def _resize(image: Image, width: int, height: int) -> Image:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.uint8, copy=False)
 
 
-def _encode_again(silent: Path, audio_path: Path, output_path: Path, *, fps: int, crf: int) -> None:
+def _encode_again(silent: Path, audio_path: Path, output_path: Path, *, fps: int, crf: int, preset: str) -> None:
     """MJPEG + sound → H.264 + AAC, as ``ffmpeg -i silent -i audio -c:v libx264 -crf N -c:a aac output`` does."""
     with av.open(str(silent)) as pictures, av.open(str(audio_path)) as sounds, av.open(str(output_path), "w") as output:
         source = pictures.streams.video[0]
         source.thread_type = "AUTO"
-        video = output.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf), "preset": "medium"})
+        video = output.add_stream("libx264", rate=Fraction(fps), options={"crf": str(crf), "preset": preset})
         video.width, video.height, video.pix_fmt = source.width, source.height, "yuv420p"
         # PyAV's default asks x264 for sliced threads, which the ffmpeg command does not.
         video.thread_type = "AUTO"

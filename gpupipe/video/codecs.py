@@ -34,9 +34,12 @@ CODECS: dict[str, tuple[str, ...]] = {
 ``mjpeg`` keeps every frame by itself, for editing; ``ffv1`` keeps the NV12 that it is given without loss, for parity.
 """
 
+X264_PRESET = "veryfast"
+"""libx264's, where no other is asked for."""
+
 _NVENC = {"preset": "p4", "rc": "vbr", "cq": "{crf}", "b": "0"}
 _OPTIONS: dict[str, dict[str, str]] = {
-    "libx264": {"preset": "veryfast", "crf": "{crf}", "x264-params": "chromaloc=1"},
+    "libx264": {"preset": X264_PRESET, "crf": "{crf}", "x264-params": "chromaloc=1"},
     "libx265": {
         "preset": "fast",
         "crf": "{crf}",
