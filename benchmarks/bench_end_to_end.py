@@ -11,8 +11,8 @@ The loop runs twice: as it is, on eager PyTorch, and with the network in ONNX Ru
 bfloat16 gpupipe does, too: with ``--precision bfloat16``.
 
 All use the same checkpoint, float32 on the CPU but for that one, and libx264 at the same CRF: the loop at "medium", the
-preset of the ffmpeg command, the others at gpupipe's; each has its own default paste-back. A clip no longer than the template
-shows gpupipe no frame twice: what it caches for each template frame pays off in longer ones (``--frames``).
+preset of the ffmpeg command, the others at gpupipe's; each has its own default paste-back. A clip no longer than the
+template shows gpupipe no frame twice: what it caches for each template frame pays off in longer ones (``--frames``).
 """
 
 from __future__ import annotations
