@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -22,7 +22,10 @@ from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.errors import DeviceError, InputError
+from gpupipe.fallbacks import fallbacks
+from gpupipe.lanes import Lanes
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode, UNet328
+from gpupipe.versions import versions
 
 CPU = torch.device("cpu")
 BOUND = 2e-5
@@ -201,6 +204,38 @@ def test_auto_remembers_for_the_same_kind_of_network(timed: dict[str, float]) ->
     assert make_engine(network, device=CPU).name == "eager", "by the remembered figures"
     assert make_engine(seeded_network(width=1 / 4), device=CPU).name == "onnxruntime", "another shape is measured"
     assert make_engine(seeded_network("wenet", width=1 / 8), device=CPU).name == "onnxruntime"
+    assert make_engine(network, device=CPU).name == "eager", "nor was it forgotten for the others"
+
+
+@pytest.mark.usefixtures("timed")
+def test_figures_are_of_one_precision() -> None:
+    network = seeded_network(width=1 / 8)
+    remembered.remember(network, CPU, torch.float32, {"eager": 100.0})
+    remembered.remember(network, CPU, torch.bfloat16, {"eager": 50.0, "openvino": 10.0})
+    assert remembered.recall(network, CPU, torch.float32) == {"eager": 100.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("cpu_lanes", lambda: Lanes(number=1, threads=977)),
+        ("device_name", lambda device: "another CPU"),
+        ("versions", lambda: versions() | {"gpupipe": "0"}),
+        ("versions", lambda: versions() | {"torch": "0"}),
+        ("versions", lambda: versions() | {"onnxruntime": "0"}),
+        ("versions", lambda: versions() | {"openvino": "0"}),
+    ],
+    ids=["threads", "device", "gpupipe", "torch", "onnxruntime", "openvino"],
+)
+def test_auto_measures_again_on_another_machine(
+    name: str, other: Callable[..., object], timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = seeded_network(width=1 / 8)
+    timed.update(onnxruntime=0.2, eager=0.1)
+    make_engine(network, device=CPU)
+    timed.update(onnxruntime=0.05)
+    monkeypatch.setattr(remembered, name, other)
+    assert make_engine(network, device=CPU).name == "onnxruntime"
 
 
 def test_auto_measures_again_what_it_cannot_read(timed: dict[str, float]) -> None:
@@ -213,8 +248,12 @@ def test_auto_measures_again_what_it_cannot_read(timed: dict[str, float]) -> Non
         assert remembered.recall(network, CPU, torch.float32) == {"onnxruntime": 100.0, "eager": 200.0}
 
 
-def test_auto_works_where_nothing_can_be_remembered(timed: dict[str, float], tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file where a folder should be")
+@pytest.mark.parametrize("in_the_way", ["a file for the folder", "a folder for the file"])
+def test_auto_works_where_nothing_can_be_remembered(in_the_way: str, timed: dict[str, float], tmp_path: Path) -> None:
+    if in_the_way == "a file for the folder":
+        (tmp_path / "cache").write_text("")
+    else:
+        remembered.cache_file().mkdir(parents=True)
     timed.update(onnxruntime=0.1, eager=0.2)
     assert make_engine(seeded_network(width=1 / 8), device=CPU).name == "onnxruntime"
 
@@ -225,6 +264,7 @@ def test_an_engine_that_fails_is_said_and_not_taken(timed: dict[str, float], cap
     assert make_engine(network, device=CPU).name == "eager"
     assert "engine onnxruntime: onnxruntime is out of order: eager runs instead" in caplog.text
     assert make_engine(network, device=CPU).name == "eager", "and so it is remembered"
+    assert "engine onnxruntime failed when it was measured: eager runs instead" in fallbacks(), "and said again"
 
 
 def test_no_engine_works(timed: dict[str, float]) -> None:
@@ -269,6 +309,51 @@ def test_compile_is_taken_only_where_a_measurement_found_it_fastest(timed: dict[
     assert make_engine(network, device=CPU).name == "eager", "compiling takes minutes: not measured unasked"
     remembered.remember(network, CPU, torch.float32, {"onnxruntime": 200.0, "eager": 100.0, "compile": 10.0})
     assert make_engine(network, device=CPU).name == "compile"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [([0.9, 0.3, 0.1, 0.2], 0.1), ([0.01, 0.3, 0.2, 0.25], 0.2)],
+    ids=["of the best run", "not of the first, which allocates and tunes"],
+)
+def test_a_measurement_is(seconds: list[float], best: float) -> None:
+    assert measure._best(iter(seconds).__next__) == best
+
+
+@pytest.fixture
+def small_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image, index and audio that no engine looks at."""
+    monkeypatch.setattr(measure, "_batch", lambda *_: (torch.zeros(1), torch.zeros(2), torch.zeros(1)))
+
+
+@pytest.mark.usefixtures("small_batch")
+def test_each_run_on_a_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("waited"))
+    monkeypatch.setattr(measure, "_SECONDS", 0)
+    engine: Any = SimpleNamespace(
+        device=torch.device("cuda"), encode=lambda image: {}, decode=lambda *_: said.append("launched")
+    )
+    measure._seconds(engine, seeded_network(width=1 / 8))
+    assert said == ["launched", "waited"] * (1 + measure._RUNS)
+
+
+@pytest.mark.usefixtures("small_batch")
+def test_mouths_are_compared_in_steps_of_255_whatever_their_type() -> None:
+    network = seeded_network(width=1 / 8)
+    in_steps, of_one = (
+        measure._levels(cast(Engine, SimpleNamespace(encode=lambda image: {}, decode=lambda *_, m=mouth: m)), network)
+        for mouth in (torch.tensor([51, 102], dtype=torch.uint8), torch.tensor([0.2, 0.4]))
+    )
+    assert torch.equal(in_steps, of_one.round())
+
+
+def test_an_error_of_bfloat16_s_size_still_agrees() -> None:
+    """A tenth of the picture's standard deviation; a fifth is another picture."""
+    generator = torch.Generator().manual_seed(0)
+    picture, error = (50 * torch.randn(10_000, generator=generator) for _ in range(2))
+    assert measure._agree(picture + 0.1 * error, picture)
+    assert not measure._agree(picture + 0.2 * error, picture)
 
 
 def test_the_measurement_runs_the_engine() -> None:

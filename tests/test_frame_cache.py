@@ -7,6 +7,8 @@ import functools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpupipe import frame_cache
 from gpupipe.frame_cache import FrameCache, default_budget
 from gpupipe.schedule import template_indices
 
@@ -148,9 +151,25 @@ def test_failed_computation_leaves_the_cache_as_it_was() -> None:
     assert_right(frames, [1, 0])
 
 
+@pytest.mark.parametrize(("left", "budget"), [(None, 1000 * 1024), (400, 100), (1 << 40, 1000 * 1024)])
+def test_default_budget_of_a_host_is_a_quarter_of_what_is_available(
+    left: int | None, budget: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or of what is left of a container's limit."""
+    told = "MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable: 4000 kB\n"
+    monkeypatch.setattr(frame_cache, "Path", {"/proc/meminfo": SimpleNamespace(read_text=lambda **_: told)}.__getitem__)
+    monkeypatch.setattr(frame_cache, "memory_left", lambda: left)
+    assert default_budget(CPU) == budget
+
+
+def test_default_budget_of_a_gpu_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 8000))
+    assert default_budget(torch.device("cuda")) == 500
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="memory is read from /proc")
 def test_default_budget_is_a_part_of_the_memory_there_is() -> None:
-    budget = default_budget(CPU)
-    assert 1 << 20 < budget < 1 << 44
+    assert 1 << 20 < default_budget(CPU) < 1 << 44
 
 
 @pytest.mark.parametrize("batch", [1, 4, 20])
@@ -196,6 +215,22 @@ def test_threads_may_ask_at_once(budget: int) -> None:
         list(threads.map(functools.partial(assert_right, shared), orders))
     slots = shared._slot[shared._slot >= 0]
     assert len(set(slots)) == len(slots) == min(LENGTH, budget // FRAME_BYTES)
+
+
+def test_threads_may_ask_first_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The room is made once: what one has kept must not be lost when the other makes its own."""
+    make_room, meet = frame_cache._empty, threading.Barrier(2, timeout=10)
+
+    def slow(length: int, like: Tensor) -> Tensor:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meet.wait(0.05)
+        return make_room(length, like)
+
+    monkeypatch.setattr(frame_cache, "_empty", slow)
+    shared, _ = cache(10**9)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(shared.lookup, [[0], [1]]))
+    assert_right(shared, [0, 1])
 
 
 def test_nobody_waits_while_another_keeps_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
