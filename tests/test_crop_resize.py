@@ -14,7 +14,7 @@ from parity import EXACT_RESIZE, THIN_CROP, resize_bound
 from torch import Tensor
 
 from gpupipe.benchmarks import reference_loop as reference
-from gpupipe.kernels.crop_resize import crop_resize, inner_region, mask_mouth, network_input
+from gpupipe.kernels.crop_resize import bytes_moved, crop_resize, inner_region, mask_mouth, network_input
 from gpupipe.kernels.cubic import cubic_resize, cubic_taps
 
 Box = tuple[int, int, int, int]
@@ -235,3 +235,8 @@ def test_network_input_in_half_precision(crops: Tensor) -> None:
     half = network_input(crops, dtype=torch.float16)
     assert half.dtype == torch.float16
     assert torch.equal(half, network_input(crops).half())
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.float16, 2)])
+def test_bytes(dtype: torch.dtype, size: int) -> None:
+    assert bytes_moved((20, 10), dtype) == 20 * 10 * 3 + 328**2 * 3 + 320**2 * 6 * size

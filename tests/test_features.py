@@ -15,7 +15,7 @@ import torch
 import gpupipe.features
 from gpupipe import InputError, OutputError, SpeechFeatures, audio_windows
 from gpupipe.benchmarks.reference_loop import audio_window
-from gpupipe.features import FRAME_RATES, save_features, save_features_bin
+from gpupipe.features import FRAME_RATES, save_features, save_features_bin, write_features
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
 
 Array = np.ndarray
@@ -331,10 +331,18 @@ def test_save_features_takes_half_precision(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(path), features.detach().float().numpy())
 
 
-def test_save_features_adds_the_suffix_and_leaves_the_pair_out(tmp_path: Path) -> None:
-    assert save_features(np.zeros((2, 512)), tmp_path / "out") == [tmp_path / "out.npy"]
-    assert np.load(tmp_path / "out.npy").dtype == np.float32
-    assert [path.name for path in tmp_path.iterdir()] == ["out.npy"]
+@pytest.mark.parametrize("name", ["out", "take.2"])
+def test_save_features_adds_the_suffix_and_leaves_the_pair_out(name: str, tmp_path: Path) -> None:
+    path = tmp_path / f"{name}.npy"
+    assert save_features(np.zeros((2, 512)), tmp_path / name) == [path]
+    assert np.load(path).dtype == np.float32
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_features_are_written_as_they_come(tmp_path: Path) -> None:
+    features = torch.from_numpy(random_rows(7, 512))
+    assert write_features(iter(features.split([1, 4, 2])), tmp_path / "out.npy") == 7
+    assert np.array_equal(np.load(tmp_path / "out.npy"), features.numpy())
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ import pytest
 import torch
 from clips import features, rendered
 
-from gpupipe import FrameGenerator, InputError, OutputError, SpeechFeatures, UNetModel, audio_windows
+from gpupipe import FrameGenerator, InputError, OutputError, SpeechFeatures, Template, UNetModel, audio_windows
+from gpupipe.avatar import Avatar
 from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.lanes import Lanes
 from gpupipe.models import MODES, Mode
+from gpupipe.video.decode import read_images
 
 MakeModel = Callable[..., UNetModel]
 MakeTemplate = Callable[..., Path]
@@ -54,6 +56,21 @@ def test_half_the_memory_changes_nothing(tiny_model: MakeModel, template: Path) 
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("fit", [1, 3, 5])
+def test_template_frames_and_what_is_made_of_them_share_the_budget(
+    fit: int, tiny_model: MakeModel, template: Path
+) -> None:
+    def used(budget: int | None) -> tuple[int, int]:
+        opened = Template.from_directory(template, memory_budget=budget)
+        avatar = Avatar(opened, tiny_model().engine)
+        avatar.render(np.arange(5), torch.zeros(5, 32, 16, 16))
+        return opened.frames.bytes_used, avatar._derived.bytes_used
+
+    frames, derived = used(None)
+    assert used(frames + derived // 5 * fit) == (frames, derived // 5 * fit)
+    assert used(frames + derived // 5 * fit - 1) == (frames, derived // 5 * (fit - 1))
+
+
 def test_template_s_half_runs_once_a_template_frame(
     tiny_model: MakeModel, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,6 +89,21 @@ def test_template_s_half_runs_once_a_template_frame(
     seen.clear()
     rendered(FrameGenerator(tiny_model(), memory_budget=0, batch_size=4), template, features(20))
     assert sum(seen) > 5
+
+
+def test_only_what_is_shown_from_the_start_frame_on_is_decoded(
+    tiny_model: MakeModel, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frame 2 is where the walk stands before its first step."""
+    decoded: set[int] = set()
+
+    def remembered(paths: list[Path], **options: Any) -> torch.Tensor:
+        decoded.update(int(path.stem) for path in paths)
+        return read_images(paths, **options)
+
+    monkeypatch.setattr("gpupipe.template.read_images", remembered)
+    rendered(FrameGenerator(tiny_model()), template, features(2), start_frame=2)
+    assert decoded == {3, 4}
 
 
 @pytest.mark.parametrize(("rows", "kept"), [(4, 0), (6, 2), (20, 5)])
@@ -266,6 +298,8 @@ def test_start_outside_the_template_before_a_frame_is_rendered(
     opened = generator.open_template(template / "full_body_img", template / "landmarks")
     with pytest.raises(InputError, match=f"^start frame is {start_frame}; expected 0 to 4"):
         generator.stream(opened, SpeechFeatures(features(3)), start_frame=start_frame)
+    with pytest.raises(InputError, match=f"^start frame is {start_frame}; expected 0 to 4"):
+        generator.shot(generator.avatar(opened), SpeechFeatures(features(3)), start_frame=start_frame)
 
 
 @pytest.mark.parametrize(

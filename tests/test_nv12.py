@@ -13,7 +13,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from parity import Bound
 
 from gpupipe.benchmarks.reference_loop import read_image
-from gpupipe.kernels.nv12 import from_nv12, nv12_window, to_nv12
+from gpupipe.kernels.nv12 import bytes_moved, from_nv12, nv12_window, to_nv12
 
 Image = np.ndarray
 
@@ -154,6 +154,10 @@ def test_frames_of_a_batch_do_not_see_each_other() -> None:
 def test_odd_sizes_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"^frames are {shape[1]}×{shape[0]}; NV12 needs an even width and height"):
         to_nv12(torch.zeros(1, *shape, 3, dtype=torch.uint8))
+
+
+def test_bytes() -> None:
+    assert bytes_moved((4, 2)) == 4 * 2 * 3 + 4 * 2 * 3 // 2
 
 
 # ── and back ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -17,7 +17,7 @@ from torch import Tensor
 from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.kernels.crop_resize import crop_resize
 from gpupipe.kernels.nv12 import to_nv12
-from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
+from gpupipe.kernels.paste_blend import bytes_moved, paste_blend, paste_blend_nv12
 from gpupipe.seam import keep_mask
 
 Box = tuple[int, int, int, int]
@@ -309,3 +309,12 @@ def test_nv12_is_written_into_the_background() -> None:
     found = paste_blend_nv12(mouths(1), crops, frames, index, boxes, background)
     assert found.data_ptr() == background.data_ptr()
     assert torch.equal(found, background)
+
+
+@pytest.mark.parametrize(
+    ("nv12", "frame_and_box"), [(False, 2 * 20 * 10 * 3), (True, 2 * 20 * 10 * 3 // 2 + 6 * 4 * 3)]
+)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.float16, 2)])
+def test_bytes(dtype: torch.dtype, size: int, nv12: bool, frame_and_box: int) -> None:
+    ring = 3 * (328**2 - 320**2)
+    assert bytes_moved((20, 10), (6, 4), dtype, nv12=nv12) == frame_and_box + 3 * 320**2 * size + ring

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fuzz_media import wav
+from torch import Tensor
 
 from gpupipe.errors import CheckpointError, DeviceError, InputError
 from gpupipe.mel import mel_pieces, mel_spectrogram
@@ -267,6 +268,21 @@ def test_encoder_that_gives_no_numbers_is_named(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "encoder.pth")
     with pytest.raises(CheckpointError, match=r"encoder\.pth: gives NaN or infinite features"):
         list(SpeechEncoder(tmp_path / "encoder.pth", "cpu").feature_rows([babble(0.2)]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_value_that_is_not_finite_is_enough(value: float, tmp_path: Path) -> None:
+    torch.save(AudioEncoder().state_dict(), tmp_path / "encoder.pth")
+    encoder = SpeechEncoder(tmp_path / "encoder.pth", "cpu")
+
+    def overflow(windows: Tensor) -> Tensor:
+        rows = torch.zeros(len(windows), 512)
+        rows[-1, 3] = value
+        return rows
+
+    encoder.encoder = overflow  # type: ignore[assignment]
+    with pytest.raises(CheckpointError, match=r"encoder\.pth: gives NaN or infinite features"):
+        list(encoder.feature_rows([babble(0.5)]))
 
 
 @pytest.mark.parametrize("make", [missing, silent_video, text, empty, no_samples])

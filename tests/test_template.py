@@ -377,6 +377,13 @@ def test_bad_parsing(template: Path) -> None:
     assert Template.from_directory(template).length == 5, "who does not use parsing does not need it"
 
 
+def test_parsing_images_that_agree_only_with_each_other(template: Path) -> None:
+    for i in range(5):
+        cv2.imwrite(str(template / "parsing" / f"{i}.png"), np.zeros((HEIGHT // 2, WIDTH // 2, 3), np.uint8))
+    with pytest.raises(InputError, match=r"0\.png: is 96×64; expected 192×128"):
+        Template.from_directory(template, use_parsing=True)
+
+
 def test_missing_parsing_directory(template: Path) -> None:
     (template / "parsing").rename(template / "masks")
     assert "no such" in refusal(template, template / "parsing" / "0.png", use_parsing=True)
