@@ -220,12 +220,24 @@ def take_turn(
 
 
 def check_clip(output: Path, frames: int, name: str) -> None:
-    """Raise RuntimeError unless the file holds so many frames and one sound track."""
+    """Raise RuntimeError unless the file holds so many frames and one sound track that lasts about as long.
+
+    AAC rounds it up to whole blocks of 1024 samples, and puts one before the first.
+    """
     with av.open(str(output)) as container:
-        written = sum(1 for packet in container.demux(video=0) if packet.size)
-        if written != frames or len(container.streams.audio) != 1:
+        written, sound = 0, 0.0
+        for packet in container.demux():
+            if packet.stream.type == "video":
+                written += packet.size > 0
+            elif packet.duration and packet.time_base:
+                sound += float(packet.duration * packet.time_base)
+        tracks = container.streams.audio
+        frame = 1 / float(container.streams.video[0].average_rate or 25)
+        allowed = frame + 2 * 1024 / tracks[0].rate if tracks else 0.0
+        if written != frames or len(tracks) != 1 or abs(sound - frames * frame) > allowed:
             raise RuntimeError(
-                f"{name} wrote {written} frames, {len(container.streams.audio)} sound tracks; expected {frames} and 1"
+                f"{name} wrote {written} frames, {len(tracks)} sound tracks of {sound:.2f} s; "
+                f"expected {frames} and 1 of {frames * frame:.2f} s"
             )
 
 

@@ -14,8 +14,8 @@ import torch
 from conftest import MakeCheckpoint, MakeTemplate
 from typer.testing import CliRunner
 
-from gpupipe.benchmarks import bench, bench_stages, contestants, floors, sweeps, tracing
-from gpupipe.benchmarks.common import Row, read_rows
+from gpupipe.benchmarks import bench, bench_stages, contestants, floors, kernel_bench, sweeps, tracing
+from gpupipe.benchmarks.common import Row, Spread, read_rows
 from gpupipe.benchmarks.meters import PeakMemory, resident_bytes
 from gpupipe.benchmarks.scenario import Scenario, given, resized_template
 from gpupipe.cli import app
@@ -114,13 +114,23 @@ def test_ratios_are_taken_within_a_turn() -> None:
     assert (ratio.p20, ratio.p50, ratio.p80) == pytest.approx((2.4, 3, 3.6))  # of 2 and 4
 
 
-def test_a_file_with_fewer_frames_is_no_result(scenario: Scenario, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("features", "sound", "told"),
+    [
+        (3, 10, r"3 frames, 1 sound tracks of 0\.\d\d s; expected 10 and 1 of 0\.40 s"),
+        (10, 1, r"10 frames, 1 sound tracks of 0\.1\d s; expected 10 and 1 of 0\.40 s"),
+    ],
+    ids=["frames", "sound"],
+)
+def test_a_file_that_lacks_frames_or_sound_is_no_result(
+    features: int, sound: int, told: str, scenario: Scenario, tmp_path: Path
+) -> None:
     one = contestants.gpupipe(scenario, device="cpu", crf=30, engine="eager")
     honest = one.render
-    short = scenario.clip(3, tmp_path)
+    short = scenario.clip(features, tmp_path)[0], scenario.clip(sound, tmp_path)[1]
     one.render = lambda features, sound, output: honest(*short, output)
-    with pytest.raises(RuntimeError, match=r"gpupipe wrote 3 frames.*expected 5"):
-        contestants.take_turns([one], scenario, tmp_path, frames=5, rounds=1, device="cpu", say=print)
+    with pytest.raises(RuntimeError, match=f"^gpupipe wrote {told}"):
+        contestants.take_turns([one], scenario, tmp_path, frames=10, rounds=1, device="cpu", say=print)
 
 
 def test_features_and_sound_come_round_again(scenario: Scenario, tmp_path: Path) -> None:
@@ -194,8 +204,36 @@ def test_peak_memory_sees_what_is_gone_at_the_end() -> None:
         block = np.ones(200_000_000, dtype=np.uint8)
         time.sleep(0.1)
         del block
+        time.sleep(0.1)
     assert memory.bytes is not None
     assert memory.bytes - before > 150_000_000
+
+
+@pytest.mark.skipif(resident_bytes() is None, reason="resident memory is read from /proc")
+def test_resident_memory_is_linux_s() -> None:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    [told] = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:")]
+    assert resident_bytes() == pytest.approx(told, rel=0.05)
+
+
+@pytest.fixture
+def a_second_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is run."""
+    for module in (floors, kernel_bench):
+        monkeypatch.setattr(module, "seconds_of", lambda *_, **__: Spread.of([1.0]))
+
+
+@pytest.mark.usefixtures("a_second_each")
+def test_rates_are_bytes_read_and_written_and_twice_the_multiply_adds() -> None:
+    assert kernel_bench.copy_bandwidth.__wrapped__(CPU) == 2 * 2**27
+    assert floors.matrix_rate.__wrapped__(CPU, torch.float32) == 2 * 1024**3
+
+
+def test_the_machine_s_rows_are_told_in_thousands_of_millions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(floors, "copy_bandwidth", lambda device: 2e9)
+    monkeypatch.setattr(floors, "matrix_rate", lambda device, dtype: 3e9)
+    rows = floors.machine_rows(CPU, torch.float32)
+    assert [(row.p50, row.unit) for row in rows] == [(2, "GB/s"), (3, "Gop/s")]
 
 
 # ── sweeps and traces ─────────────────────────────────────────────────────────────────────────────────────────────────
