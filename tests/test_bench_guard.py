@@ -34,9 +34,10 @@ def test_a_quiet_figure_may_be_five_percent_worse(factor: float, worse: bool) ->
     assert verdict.worse == worse
 
 
-def test_of_times_less_is_better() -> None:
-    [slower] = verdicts(made(scaled(QUIET, 1.1), "time"), made(QUIET, "time"))
-    [faster] = verdicts(made(scaled(QUIET, 0.9), "time"), made(QUIET, "time"))
+@pytest.mark.parametrize("metric", ["time", "latency"])
+def test_of_times_less_is_better(metric: str) -> None:
+    [slower] = verdicts(made(scaled(QUIET, 1.1), metric), made(QUIET, metric))
+    [faster] = verdicts(made(scaled(QUIET, 0.9), metric), made(QUIET, metric))
     assert slower.worse and not faster.worse
 
 
@@ -49,7 +50,11 @@ def test_the_bound_grows_with_the_noise_of_both() -> None:
     assert verdict.worse
 
 
-@pytest.mark.parametrize("then", [Spread(90, 100, 110, 5), Spread(100, 100, 100, 1)], ids=["noisy", "once"])
+@pytest.mark.parametrize(
+    "then",
+    [Spread(90, 100, 110, 5), Spread(100, 100, 100, 1), Spread(99, 100, 101, 2)],
+    ids=["noisy", "once", "twice"],
+)
 def test_on_a_noisy_machine_only_ratios_are_compared(then: Spread) -> None:
     assert verdicts(made(scaled(QUIET, 0.1)), made(then)) == []
     [verdict] = verdicts(made(scaled(QUIET, 0.1), "ratio"), made(then, "ratio"))
@@ -61,9 +66,22 @@ def test_only_the_same_thing_at_an_earlier_ancestor_is_compared() -> None:
     assert verdicts(slow, made(QUIET))[0].worse
     assert verdicts(slow, made(QUIET, rounds=3))  # found out by a run, not chosen
     assert verdicts(slow, made(QUIET, width=0.25)) == []
-    assert verdicts(slow, replace(made(QUIET), device="another")) == []
+    for other in ({"device": "x"}, {"provider": "x"}, {"unit": "y"}, {"axis": "size"}, {"value": 200}, {"what": "z"}):
+        assert verdicts(slow, replace(made(QUIET), **other)) == [], other  # type: ignore[arg-type]
     assert verdicts(slow, made(QUIET), ancestor=False) == []
     assert verdicts(slow, made(QUIET), time="2999-01-01T00:00:00+00:00") == []
+
+
+@pytest.mark.skipif(guard.commit().startswith(("gpupipe ", "unknown")), reason="needs the repository")
+def test_a_commit_is_an_ancestor_of_itself_but_its_changed_tree_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_ancestor = guard.is_ancestor.__wrapped__
+    here = guard.commit().removesuffix("-dirty")
+    assert is_ancestor(here) and not is_ancestor("0" * 12)
+    assert is_ancestor(f"{here}-dirty") == (guard.commit() == here)
+    monkeypatch.setattr(guard, "commit", lambda: f"{here}-dirty")
+    assert is_ancestor(here) and not is_ancestor(f"{here}-dirty")
+    monkeypatch.setattr(guard, "IN_REPOSITORY", False)
+    assert is_ancestor("0" * 12)
 
 
 def test_the_newest_row_counts() -> None:
