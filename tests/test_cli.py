@@ -375,7 +375,12 @@ def test_signals_leave_nothing_half_written(number: int, clip: dict[str, Path], 
     (tmp_path / "out").mkdir()
     words = render_words({**clip, "features": tmp_path / "long.npy"}, tmp_path / "out" / "clip.mp4", *QUICK)
     command = [Path(sys.executable).with_name("gpupipe"), *words, "--save-frames"]
-    with subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True) as running:
+    before = signal.signal(number, signal.SIG_DFL)  # who starts these tests in the background has it ignored
+    try:
+        running = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(number, before)
+    with running:
         kept = tmp_path / "out" / "clip_frames"
         deadline = time.monotonic() + 60
         while not (kept.is_dir() and any(kept.glob("frame_*.jpg"))) and time.monotonic() < deadline:

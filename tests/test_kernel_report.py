@@ -62,10 +62,10 @@ def test_kernels_compile_for_the_oldest_and_the_newest(tmp_path: Path) -> None:
     check_around(tmp_path / "rows.json", 80, 100)
 
 
-def test_a_spill_fails_the_report() -> None:
+def test_a_spill_fails_the_report(tmp_path: Path) -> None:
     """The same command on a kernel that needs more registers than there are."""
     script = """
-import sys, pathlib, tempfile, importlib.util
+import sys, pathlib
 source = '''
 import triton, triton.language as tl
 @triton.jit
@@ -77,7 +77,7 @@ def greedy(p, N: tl.constexpr):
         tl.debug_barrier()
     tl.store(p + i, q)
 '''
-folder = pathlib.Path(tempfile.mkdtemp())
+folder = pathlib.Path(sys.argv[2])
 (folder / "greedy.py").write_text(source)
 sys.path.insert(0, str(folder))
 import greedy
@@ -89,7 +89,7 @@ sys.exit(report.main(["--arch", "80"]))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     for name, told in (("greedy", "greedy"), ("broken", "CompilationError")):
-        command = [sys.executable, "-c", script, name]
+        command = [sys.executable, "-c", script, name, str(tmp_path)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 1, done.stdout + done.stderr
         assert told in done.stdout
