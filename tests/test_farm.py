@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 
 from gpupipe import FrameGenerationPipeline, InputError
 from gpupipe.cli import app
-from gpupipe.errors import DeviceError, OutputError
+from gpupipe.errors import DeviceError, DiskFullError, OutputError
 from gpupipe.farm import farm_status, ledger, worker
 from gpupipe.farm.ledger import Ledger
 from gpupipe.models.audio_encoder import AudioEncoder
+from gpupipe.video.encode import VideoWriter
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +69,26 @@ def test_every_job_becomes_a_whole_video(done: Path, inputs: Jobs) -> None:
 
 
 def test_pictures_are_those_of_single_renders(inputs: Jobs, tmp_path: Path) -> None:
-    jobs = [job | {"codec": "ffv1", "output": f"{n}.mkv"} for n, job in enumerate(inputs[:2])]
+    """At fewer frames a second, the network's own number, and more, of which some are shown twice."""
+    options: Jobs = [{}, {}, {"start_frame": 2}, {"fps": 50.0}]
+    jobs = [job | more for job, more in zip([*inputs[:2], inputs[2], inputs[2]], options, strict=True)]
+    jobs = [job | {"codec": "ffv1", "output": f"{n}.mkv"} for n, job in enumerate(jobs)]
     farm(jobs, tmp_path / "out")
-    for job in jobs:
+    for job, count in zip(jobs, (24, 11, 7, 14), strict=True):
         pipeline = FrameGenerationPipeline(job["checkpoint"], engine="eager")
         alone = tmp_path / f"alone-{job['output']}"
-        fps = job.get("fps", 25)
-        pipeline.generate_video(job["audio_features"], job["template"], job["audio"], alone, fps=fps, codec="ffv1")
-        assert [*frames_of(tmp_path / "out" / job["output"])] == [*frames_of(alone)]
+        how = {"fps": job.get("fps", 25), "start_frame": job.get("start_frame", 0)}
+        pipeline.generate_video(job["audio_features"], job["template"], job["audio"], alone, codec="ffv1", **how)
+        pictures = frames_of(tmp_path / "out" / job["output"])
+        assert len(pictures) == count and pictures == frames_of(alone)
+
+
+def test_each_job_is_encoded_as_it_asks(inputs: Jobs, tmp_path: Path) -> None:
+    options: Jobs = [{"crf": 5}, {"crf": 40}, {"preset": "ultrafast"}, {"preset": "slow"}]
+    jobs = [inputs[2] | {"codec": "libx264", "output": f"{n}.mp4"} | more for n, more in enumerate(options)]
+    farm(jobs, tmp_path / "out")
+    fine, coarse, fast, slow = map(len, videos(tmp_path / "out").values())
+    assert fine > 1.3 * coarse and fast > 1.1 * slow
 
 
 def test_bytes_do_not_depend_on_the_run(done: Path, inputs: Jobs, tmp_path: Path) -> None:
@@ -94,6 +107,16 @@ def test_features_are_made_from_sound(done: Path, inputs: Jobs, encoder_checkpoi
     ran = CliRunner().invoke(app, ["render", *arguments, "--audio", job["audio"], "--output", str(alone)])
     assert ran.exit_code == 0, ran.output
     assert len(frames_of(alone)) == results(tmp_path / "out")["1.mp4"]["frames"]
+
+
+def test_each_job_has_the_features_of_its_encoder(inputs: Jobs, encoder_checkpoint: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    torch.save(AudioEncoder().state_dict(), tmp_path / "other.pth")
+    heard = {key: value for key, value in inputs[2].items() if key != "audio_features"}
+    encoders = (encoder_checkpoint, tmp_path / "other.pth")
+    farm([heard | {"encoder": str(path), "output": f"{n}.mp4"} for n, path in enumerate(encoders)], tmp_path / "out")
+    first, second = (frames_of(tmp_path / "out" / f"{n}.mp4") for n in range(2))
+    assert len(first) == len(second) and first != second
 
 
 def test_lengths_that_differ_are_said_aloud(inputs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -186,6 +209,7 @@ def test_a_job_that_fails_while_it_is_rendered_is_the_only_one(
     assert results(out)["1.mp4"]["error"] == "RuntimeError: the second face cannot be looked up"
     expected = {name: content for name, content in videos(done).items() if name != "1.mp4"}
     assert videos(out).keys() == expected.keys()
+    assert not [name for name in left_over(out) if ".part" in name]
 
 
 def test_memory_that_runs_out_halves_the_batch(inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +239,17 @@ def test_memory_that_is_never_enough_fails_the_job(
 
     monkeypatch.setattr(worker, "render_batch", never)
     assert farm(inputs[1:2], tmp_path / "out", batch_size=4).parked == 1
+
+
+def test_a_disk_that_fills_up_while_frames_are_written_stops_the_farm(
+    inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: VideoWriter, frames: torch.Tensor) -> None:
+        raise DiskFullError("no space left")
+
+    monkeypatch.setattr(VideoWriter, "write", full)
+    with pytest.raises(DiskFullError):
+        farm(inputs[1:2], tmp_path / "out")
 
 
 def test_two_farms_in_one_folder_are_one_too_many(inputs: Jobs, tmp_path: Path) -> None:

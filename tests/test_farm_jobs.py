@@ -14,6 +14,7 @@ from gpupipe.farm.ledger import Fingerprints
 from gpupipe.template import template_files
 
 GOOD: dict[str, Any] = {"checkpoint": "a.pth", "template": "face", "audio_features": "a.npy", "output": "a.mp4"}
+HEARD = GOOD | {"audio_features": None, "encoder": "e.pth", "audio": "a.wav"}
 
 
 def write(folder: Path, *lines: str | dict[str, Any]) -> Path:
@@ -58,11 +59,13 @@ def test_every_option_of_render_is_known(tmp_path: Path) -> None:
         (GOOD | {"output": "a\0.mp4"}, "expected the name of a file"),
         (GOOD | {"output": "/a.mp4"}, "expected a file inside the output folder"),
         (GOOD | {"output": "../a.mp4"}, "expected a file inside the output folder"),
+        (GOOD | {"output": "a/../../b.mp4"}, "expected a file inside the output folder"),
         (GOOD | {"output": "a.avi"}, "expected a file inside the output folder"),
         (GOOD | {"output": ".gpupipe-farm/a.mp4"}, "the farm's own"),
         (GOOD | {"encoder": "e.pth"}, "either audio_features or encoder"),
         ({key: value for key, value in GOOD.items() if key != "audio_features"}, "either audio_features or encoder"),
-        (GOOD | {"audio_features": None, "encoder": "e.pth"}, "expected audio with it"),
+        (HEARD | {"audio": None}, "expected audio with it"),
+        (HEARD | {"mode": "hubert"}, "and mode ave"),
     ],
 )
 def test_a_wrong_line_is_told_by_its_number(tmp_path: Path, line: str | dict[str, Any], told: str) -> None:
@@ -124,10 +127,11 @@ def test_a_fingerprint_sees_every_file_of_a_template(tmp_path: Path, use_parsing
     assert len(set(prints)) == 1 + len(expected)
 
 
-def test_a_fingerprint_sees_a_file_that_changes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["checkpoint", "encoder", "audio"])
+def test_a_fingerprint_sees_a_file_that_changes(tmp_path: Path, key: str) -> None:
     prints = Fingerprints()
-    (tmp_path / "a.pth").write_text("one")
-    job = Job(**GOOD | {"checkpoint": str(tmp_path / "a.pth")})
+    (tmp_path / key).write_text("one")
+    job = Job(**HEARD | {key: str(tmp_path / key)})
     first = prints.of(job)
-    (tmp_path / "a.pth").write_text("other")
+    (tmp_path / key).write_text("other")
     assert prints.of(job) != first
