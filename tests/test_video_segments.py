@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 import time
 import wave
+from collections import deque
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
+import av.error
 import cv2
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.video import ways
 from gpupipe.video.codecs import PictureFormat, configure
 from gpupipe.video.encode import VideoWriter
-from gpupipe.video.join import join_videos
+from gpupipe.video.join import _packets, join_videos
 from gpupipe.video.segments import MAX_WORKERS, POOL_BYTES, DecodeTimes, HostEncoder, SegmentPool, pool_size
 
 WIDTH, HEIGHT = 96, 64
@@ -158,6 +161,7 @@ def test_clips_that_end_anywhere(codec: str, count: int, clip: torch.Tensor, tmp
         ("h264", "mp4", 25),
         ("h264", "mkv", 25),
         ("h264", "mp4", Fraction(30000, 1001)),
+        ("h264", "mkv", Fraction(30000, 1001)),
         ("hevc", "mp4", 25),
         ("av1", "mp4", 25),
         ("mjpeg", "mp4", 25),
@@ -188,6 +192,8 @@ def test_joined_parts_are_the_clip(codec: str, suffix: str, fps: Any, clip: torc
         for name in ("codec_tag", "colorspace", "color_range", "color_primaries", "color_trc", "pix_fmt"):
             found, expected = (getattr(c.streams.video[0].codec_context, name) for c in (container, other))
             assert found == expected, name
+        order = sorted((packet.pos, packet.stream.type) for packet in container.demux() if packet.size)
+        assert "audio" in [kind for _, kind in order[: len(order) // 2]], "sound beside the picture"
 
 
 def other_size(folder: Path, clip: torch.Tensor) -> Path:
@@ -221,6 +227,16 @@ def test_parts_that_do_not_belong_together(
 def test_no_parts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"joined\.mp4: there are no parts to join"):
         join_videos([], tmp_path / "joined.mp4")
+
+
+def test_a_part_that_ends_in_an_error() -> None:
+    def demux(stream: Any) -> Iterator[av.Packet]:
+        yield av.Packet(b"x")
+        raise av.error.InvalidDataError(1, "damaged")
+
+    part: Any = SimpleNamespace(streams=SimpleNamespace(video=[None]), demux=demux)
+    with pytest.raises(InputError, match=r"part\.mp4: cannot be read to its end"):
+        list(_packets(Path("part.mp4"), part))
 
 
 @pytest.mark.parametrize(("first", "delay"), [(0, 0), (-2, 2), (-16, 16), (-55834575973, 1), (7, 1)])
@@ -282,17 +298,44 @@ def test_packets_come_in_order(count: int, workers: int, length: int | None) -> 
     ], "each segment by one worker"
 
 
+class LateSegment:
+    """Its last packet comes, and its end with it, while somebody looks for packets and sees none."""
+
+    def __init__(self) -> None:
+        self._packets: deque[av.Packet] = deque()
+        self.done = False
+
+    @property
+    def packets(self) -> deque[av.Packet]:
+        if self.done:
+            return self._packets
+        self.done = True
+        self._packets.append(av.Packet(b"x"))
+        return deque()
+
+
 @pytest.mark.usefixtures("no_thread_left")
-def test_memory_of_the_pool_is_bounded() -> None:
-    """Nobody is fed more than a segment ahead of what was encoded."""
+def test_no_packet_is_lost_at_the_end_of_a_segment() -> None:
+    pool: SegmentPool[str] = SegmentPool(lambda k: Recorder(k, []), workers=1, length=4)
+    late: Any = LateSegment()
+    pool._segments.append(late)
+    packets = pool._ready() + pool._ready()
+    pool.close()
+    assert len(packets) == 1
+
+
+@pytest.mark.parametrize(("workers", "length", "least", "most"), [(2, 4, 2 * 4, 2 * (4 + 2)), (1, None, 2, 4)])
+@pytest.mark.usefixtures("no_thread_left")
+def test_memory_of_the_pool_is_bounded(workers: int, length: int | None, least: int, most: int) -> None:
+    """Nobody is fed more than a segment ahead of what was encoded, or two frames where there are no segments."""
     seen: list[tuple[int, int]] = []
-    pool = SegmentPool(lambda k: Recorder(k, seen, 0.002), workers=2, length=4)
+    pool = SegmentPool(lambda k: Recorder(k, seen, 0.002), workers=workers, length=length)
     waiting = []
     for i in range(40):
         pool.encode(f"frame {i}")
         waiting.append(i + 1 - len(seen))
     pool.finish()
-    assert 2 * 4 <= max(waiting) <= 2 * (4 + 2), "two segments wait, so that two work, and no more"
+    assert least <= max(waiting) <= most, "two segments wait, so that two work, and no more"
 
 
 @pytest.mark.parametrize("frame", [0, 5, 11])

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import av
+import av.logging
 import cv2
 import numpy as np
 import pytest
 import torch
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import ColorRange, Colorspace
 
 from gpupipe import FrameGenerationPipeline, InputError
@@ -86,6 +88,26 @@ def test_codec_in_container(codec: str, suffix: str, name: str, bound: float, tm
     assert max(cv2.PSNR(p, f.numpy()) for p, f in zip(pictures(path), wrong, strict=True)) < bound
 
 
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+def test_chroma_is_said_to_be_in_the_middle_of_its_pixels(codec: str, tmp_path: Path) -> None:
+    """By the parameter sets alone, which only FFmpeg's log shows: a container keeps no such tag."""
+    with VideoWriter(tmp_path / "clip.mp4", width=64, height=48, codec=codec) as writer:
+        writer.write(torch.zeros(3, 72, 64, dtype=torch.uint8))
+    level = av.logging.get_level()
+    av.logging.set_level(av.logging.INFO)
+    try:
+        with av.open(str(tmp_path / "clip.mp4")) as container, av.logging.Capture() as log:
+            stream = container.streams.video[0]
+            trace = BitStreamFilterContext("trace_headers", stream)
+            for packet in container.demux(stream):
+                if packet.size:
+                    trace.filter(packet)
+    finally:
+        av.logging.set_level(level)
+    told = {text.split("= ")[1].strip() for _, _, text in log if "chroma_sample_loc_type_" in text}
+    assert told == {"1"}
+
+
 @pytest.mark.parametrize("format", ["nv12", "yuv420p"])
 @pytest.mark.parametrize("height", [2, 62, 64])
 def test_frames_are_fed_as_they_are(height: int, format: str) -> None:
@@ -113,12 +135,13 @@ def test_jpeg_quantiser_doubles_every_six_steps(crf: int, scale: int) -> None:
     assert jpeg_quantiser(crf) == scale
 
 
-def test_jpeg_quality_follows_crf(tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", ["mjpeg", "hevc", "av1"])
+def test_quality_follows_crf(codec: str, tmp_path: Path) -> None:
     frames = moving_picture(192, 128)
     frames = (frames + torch.randint(0, 40, frames.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
     sizes = []
     for crf in (5, 20, 40):
-        write(tmp_path / "clip.mp4", frames.to(torch.uint8), codec="mjpeg", crf=crf)
+        write(tmp_path / "clip.mp4", frames.to(torch.uint8), codec=codec, crf=crf)
         sizes.append((tmp_path / "clip.mp4").stat().st_size)
     assert sizes[0] > 1.3 * sizes[1] > 1.3**2 * sizes[2]
 
