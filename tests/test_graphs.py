@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend_nv12
 
 CUDA = torch.device("cuda")
+FRAMES_ONLY = 4 * 192 * 128 * 3
+"""Memory for a template's four frames, and for nothing that is derived from them."""
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +178,39 @@ def replayed(one: Avatar, frames: np.ndarray, audio: Tensor) -> Tensor:
     assert one._derived.owns(sources.derived)
     assert one.template.frames.owns(sources.kept)
     return one._replay(sources, torch.from_numpy(frames), audio)
+
+
+@pytest.mark.parametrize(
+    ("options", "frames", "way"),
+    [
+        ({}, [0, 1], "replayed"),
+        ({"memory_budget": FRAMES_ONLY}, [0, 1], "painted"),
+        ({"memory_budget": 0}, [0, 1], "painted"),
+        ({"clip": (0, 2)}, [1, 2], "replayed"),
+        ({"clip": (0, 2)}, [1, 3], "painted"),
+    ],
+)
+def test_only_what_both_caches_keep_is_replayed(
+    options: dict[str, Any],
+    frames: list[int],
+    way: str,
+    tiny_checkpoint: Callable[..., Path],
+    make_template: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A recording reads the caches where they lie."""
+    ways: list[str] = []
+    monkeypatch.setattr(Avatar, "_replay", lambda *given: ways.append("replayed"))
+    monkeypatch.setattr(Avatar, "_paint", lambda *given: ways.append("painted"))
+    monkeypatch.setattr(avatar_module, "to_device", lambda values, device: values)
+    one = avatar(Template.from_directory(make_template(tmp_path / "template", 4), **options), tiny_checkpoint())
+    one.look_up(np.arange(4))  # on the CPU: only then is the template said to be on a GPU
+    sources = one.look_up(np.array(frames))
+    monkeypatch.setattr(one, "look_up", lambda frames: sources)
+    monkeypatch.setattr(one.template, "device", CUDA)
+    one.render(np.array(frames), torch.zeros(len(frames), 32, 16, 16))
+    assert ways == [way]
 
 
 # ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -231,6 +231,24 @@ def test_rendered_frames(
         assert outside[:HEIGHT].any(), "negative control: through BGR and back is not bit for bit"
 
 
+@pytest.mark.parametrize("kind", ["video", "images"])
+def test_a_frame_by_itself_is_painted_into_no_cache(
+    kind: str, folder: Path, make_template: Callable[..., Path], tmp_path: Path
+) -> None:
+    if kind == "images":
+        folder = make_template(tmp_path / "images", 4)
+    template = Template.from_directory(folder)
+    one, frame, audio = Avatar(template, Painter(), pixel_format="nv12"), np.array([2]), torch.rand(1, 32, 16, 16)
+    first = one.render(frame, audio).clone()
+    assert not torch.equal(one.render(frame, audio * 0), first)
+    assert torch.equal(one.render(frame, audio), first)
+    kept, fresh = template.frames.gather(frame), Template.from_directory(folder).frames.gather(frame)
+    assert all(torch.equal(kept[name], fresh[name]) for name in fresh)
+    again = one.render(frame, audio)
+    one.render(frame, audio * 0)
+    assert torch.equal(again, first), "nor into what was given away"
+
+
 def test_video_of_a_video(folder: Path, video: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """To a file without loss and back: outside the boxes it is the source; saving frames beside it changes nothing."""
     pipeline = FrameGenerationPipeline(tiny_checkpoint(), "ave", "cpu", engine="eager", batch_size=3)
