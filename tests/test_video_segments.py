@@ -164,7 +164,7 @@ def test_clips_that_end_anywhere(codec: str, count: int, clip: torch.Tensor, tmp
         ("h264", "mkv", Fraction(30000, 1001)),
         ("hevc", "mp4", 25),
         ("av1", "mp4", 25),
-        ("mjpeg", "mp4", 25),
+        ("mjpeg", "mp4", 5),  # so long that FFmpeg does not wait for the sound
         ("ffv1", "mkv", 25),
     ],
 )
@@ -193,7 +193,7 @@ def test_joined_parts_are_the_clip(codec: str, suffix: str, fps: Any, clip: torc
             found, expected = (getattr(c.streams.video[0].codec_context, name) for c in (container, other))
             assert found == expected, name
         order = sorted((packet.pos, packet.stream.type) for packet in container.demux() if packet.size)
-        assert "audio" in [kind for _, kind in order[: len(order) // 2]], "sound beside the picture"
+        assert "audio" in [kind for _, kind in order[:10]], "sound beside the picture"
 
 
 def other_size(folder: Path, clip: torch.Tensor) -> Path:
