@@ -192,8 +192,9 @@ def test_joined_parts_are_the_clip(codec: str, suffix: str, fps: Any, clip: torc
         for name in ("codec_tag", "colorspace", "color_range", "color_primaries", "color_trc", "pix_fmt"):
             found, expected = (getattr(c.streams.video[0].codec_context, name) for c in (container, other))
             assert found == expected, name
-        order = sorted((packet.pos, packet.stream.type) for packet in container.demux() if packet.size)
+        order, control = (sorted((p.pos, p.stream.type) for p in c.demux() if p.size) for c in (container, other))
         assert "audio" in [kind for _, kind in order[:10]], "sound beside the picture"
+        assert sorted(kind for _, kind in order) == sorted(kind for _, kind in control), "to its end"
 
 
 def other_size(folder: Path, clip: torch.Tensor) -> Path:
