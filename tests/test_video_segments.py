@@ -325,7 +325,7 @@ def test_no_packet_is_lost_at_the_end_of_a_segment() -> None:
     assert len(packets) == 1
 
 
-@pytest.mark.parametrize(("workers", "length", "least", "most"), [(2, 4, 2 * 4, 2 * (4 + 2)), (1, None, 2, 4)])
+@pytest.mark.parametrize(("workers", "length", "least", "most"), [(2, 4, 2 * 4, 2 * (4 + 2)), (1, None, 2, 3)])
 @pytest.mark.usefixtures("no_thread_left")
 def test_memory_of_the_pool_is_bounded(workers: int, length: int | None, least: int, most: int) -> None:
     """Nobody is fed more than a segment ahead of what was encoded, or two frames where there are no segments."""
