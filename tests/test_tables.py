@@ -59,6 +59,10 @@ def test_the_headline_s_bfloat16_is_of_its_own_run_and_template() -> None:
     assert "**8.0×** with `--precision bfloat16`" in TABLES["headline"](run)
     for other in ({"template": "ben"}, {"n": 5}, {"commit": "d"}, {"device": "another"}):
         assert "bfloat16" not in TABLES["headline"]([run[0], ratio("gpupipe_bfloat16", 9, **other)]), other
+    assert "**4.0×" in TABLES["headline"]([*run, ratio("gpupipe", 6, template="ben", time="2027")]), (
+        "the less flattering"
+    )
+    assert "**6.0×" in TABLES["headline"]([*run, ratio("gpupipe", 6, commit="d", time="2027")]), "the newer"
     speeds = [ratio("gpupipe", 12, metric="throughput"), ratio("reference_loop_onnxruntime", 8, metric="throughput")]
     assert "and 1.5× those of the same loop on ONNX Runtime, to a" in TABLES["headline"](run + speeds)
     assert "ONNX" not in TABLES["headline"]([*run, speeds[0], speeds[1] | {"commit": "d"}])
