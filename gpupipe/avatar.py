@@ -25,7 +25,8 @@ from gpupipe.template import Template
 from gpupipe.transfer import to_device
 
 RECORD_AFTER = 8
-"""Batches that are launched piece by piece before the step is recorded: recording takes as long as a few of them."""
+"""Batches that are launched piece by piece before the step is recorded: short clips are spared what recording takes,
+which is another run of the step, a wait for the device and memory that is given back."""
 
 _NOT_FEATURES = frozenset({"crop", "nv12"})
 """What is derived from a template frame besides what the network makes of it."""

@@ -28,8 +28,7 @@ def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     with torch.cuda.stream(side):
         step()  # in which Triton compiles, and libraries make what they need for a stream
     torch.cuda.synchronize()
-    # As torch.cuda.graph does, which would give pinned memory back too, for the next copies to ask for it again: half a
-    # second for a gigabyte.
+    # As torch.cuda.graph does, which would give pinned memory back too, for the next copies to ask for it again.
     torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(side):
