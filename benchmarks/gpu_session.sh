@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu_session.sh OUT [WHEELS [CUBINS]]
 #
-# OUT     folder for the rows (<device>.jsonl), summary.txt, a trace and logs.tar.gz: few files, wherever they go from there
+# OUT     folder for the rows (<device>.jsonl), summary.txt, and logs.tar.gz with a trace: few files, wherever they go then
 # WHEELS  folder of wheels that the machine lacks (av, kornia, kornia_rs; pydantic, pydantic_core, annotated_types and
 #         typing_inspection for farms), installed beside the project
 # CUBINS  what "python -m gpupipe.benchmarks.gluon_cubins build CUBINS" made elsewhere, where Triton here is too old for it
@@ -85,7 +85,7 @@ if [ -n "$cubins" ]; then
     part bench_gluon 60 "$python" -m gpupipe.benchmarks.gluon_cubins run "$cubins" --record --results "$out"
 fi
 part bench_batches 90 "${bench[@]}" --sweep batch --values 64,16,128 --frames 1200 --rounds 2 --record
-part trace 45 "${bench[@]}" --profile "$out/trace.json"
+part trace 45 "${bench[@]}" --profile "$logs/trace.json"
 part bench_peers 60 "${unet[@]}" --batch 64 --precision float16 --engine fused onnxruntime
 part bench_small 60 "${unet[@]}" --batch 1 --engine gluon fused eager
 part bench_compile 300 "${unet[@]}" --batch 64 --precision float16 --engine fused compile  # tunes itself for minutes
