@@ -8,6 +8,9 @@ painted mouths scaled to 0 … 255, before anything is rounded: the PSNR over al
 On CUDA each engine runs as it is, and on a CPU the one that there is for bfloat16, where it runs. Else a format is
 *simulated* on a CPU: weights, and what every layer writes, are rounded to it, and sums are float32: what tensor cores
 with float32 accumulators do when each layer writes its output to memory. That tells nothing of speed.
+
+For int8, weights and what convolutions read are rounded, to 256 steps for each channel, from its least to its greatest
+value in the very frames that are compared: better than what ranges of other frames can give.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ def measure(frames: int, device: torch.device) -> list[Row]:
     image, audio = sample(frames)
     exact = steps(network, image, audio)
     rows = []
-    for provider, name, paint in contestants(network, device):
+    for provider, name, paint in contestants(network, image, audio, device):
         what: dict[str, Any] = {
             "what": "precision",
             "provider": provider,
@@ -102,10 +105,15 @@ def sample(frames: int) -> tuple[Tensor, Tensor]:
     return image, torch.cat([speech.windows(i, i + 1) for i in numbers])
 
 
-def contestants(network: UNet328, device: torch.device) -> list[tuple[str, str, Paint]]:
-    """(provider, format, what paints in it): on CUDA all engines, on a CPU simulations, and the engine for bfloat16."""
+def contestants(network: UNet328, image: Tensor, audio: Tensor, device: torch.device) -> list[tuple[str, str, Paint]]:
+    """(provider, format, what paints in it): on CUDA all engines, on a CPU simulations, and the engine for bfloat16.
+
+    Args:
+        image, audio: of the frames that are to be painted.
+    """
     if device.type == "cpu":
         made = [("simulated", name, simulated(network, dtype)) for name, dtype in FORMATS.items()]
+        made.append(("simulated", "int8", simulated_int8(network, image, audio)))
         runs: list[tuple[str, str, Paint]] = []
         if openvino_cpu.obstacle() is None:
             runs = [("openvino", "bfloat16", _by_engine(network, device, "openvino", "bfloat16"))]
@@ -139,6 +147,41 @@ def simulated(network: UNet328, dtype: torch.dtype) -> UNet328:
     for module in rounded.modules():
         if not list(module.children()) and not isinstance(module, nn.Identity):
             module.register_forward_hook(lambda module, inputs, output: round_to(output))
+    return rounded
+
+
+def simulated_int8(network: UNet328, image: Tensor, audio: Tensor) -> UNet328:
+    """``network``, batch norms folded, whose convolutions read int8 and have weights of int8; sums are float32.
+
+    Each input channel has a scale and a zero of its own, which the layer before and this one's weights could take in;
+    each output channel's weights have a scale.
+
+    Args:
+        image, audio: of the frames that channels' ranges are taken from.
+    """
+    rounded = fold_batch_norms(copy.deepcopy(network))
+    convolutions = [module for module in rounded.modules() if isinstance(module, nn.Conv2d)]
+    ranges: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def widen(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        least, greatest = torch.aminmax(inputs[0].transpose(0, 1).flatten(1), dim=1)
+        before = ranges.get(module, (torch.zeros_like(least), torch.zeros_like(greatest)))
+        ranges[module] = torch.minimum(before[0], least), torch.maximum(before[1], greatest)
+
+    watches = [module.register_forward_pre_hook(widen) for module in convolutions]
+    steps(rounded, image, audio)
+    for watch in watches:
+        watch.remove()
+
+    def round_inputs(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        least, greatest = (bound[:, None, None] for bound in ranges[module])
+        scale = ((greatest - least) / 255).clamp_min(torch.finfo(torch.float32).tiny)
+        return ((inputs[0] - least) / scale).round_().mul_(scale).add_(least)
+
+    for module in convolutions:
+        scale = module.weight.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        module.weight.copy_((module.weight / scale).round() * scale)
+        module.register_forward_pre_hook(round_inputs)
     return rounded
 
 

@@ -260,7 +260,9 @@ def precision(rows: Rows) -> str:
     lines = ["| format | by | PSNR | largest difference | frames | commit |", "| --- | --- | --- | --- | --- | --- |"]
     for (device, provider, name), found in sorted(newest.items(), key=lambda item: -item[1]["psnr"]["p50"]):
         psnr, largest = found["psnr"], found["largest_difference"]
-        by = "simulated: layers' outputs rounded" if provider == "simulated" else f"{provider} on {device}"
+        by = f"{provider} on {device}"
+        if provider == "simulated":
+            by = "simulated: convolutions' inputs rounded" if name == "int8" else "simulated: layers' outputs rounded"
         lines.append(
             f"| {name} | {by} | {psnr['p50']:.1f} dB | {largest['p50']:.1f} steps of 255 |"
             f" {psnr['config']['frames']} | `{psnr['commit']}` |"

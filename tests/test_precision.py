@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from gpupipe.benchmarks.precision import compare, simulated, steps
+from gpupipe.benchmarks.precision import compare, simulated, simulated_int8, steps
 from gpupipe.benchmarks.seeded import seeded_network
 
 
@@ -34,4 +34,24 @@ def test_formats_stand_in_order() -> None:
     assert psnr[0] > 100, "rounding to float32 changes nothing but the folding's last digits"
     # float16 has 3 more digits of mantissa than bfloat16, 6 dB each.
     assert psnr[1] - psnr[2] == pytest.approx(18, abs=5)
+    assert torch.equal(steps(network, image, audio), exact), "the network itself is left as it is"
+
+
+@torch.inference_mode()
+def test_int8_has_256_steps_a_channel() -> None:
+    network = seeded_network(width=1 / 8)
+    generator = torch.Generator().manual_seed(1)
+    image, audio = torch.rand(1, 6, 320, 320, generator=generator), torch.rand(1, 32, 16, 16, generator=generator)
+    rounded = simulated_int8(network, image, audio)
+    seen = []
+    for module in rounded.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            for weights in module.weight:
+                assert len(torch.unique((weights / weights.abs().max() * 127).round())) == len(torch.unique(weights))
+            module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))  # what is read, rounded
+    found = steps(rounded, image, audio)
+    assert max(len(torch.unique(channel)) for read in seen for channel in read[0]) <= 256
+    exact = steps(network, image, audio)
+    coarse, fine = compare(found, exact)[0], compare(steps(simulated(network, torch.float16), image, audio), exact)[0]
+    assert 20 < coarse < fine, "coarser than float16, and still the same picture"
     assert torch.equal(steps(network, image, audio), exact), "the network itself is left as it is"
