@@ -249,13 +249,17 @@ def test_auto_measures_again_what_it_cannot_read(timed: dict[str, float]) -> Non
 
 
 @pytest.mark.parametrize("in_the_way", ["a file for the folder", "a folder for the file"])
-def test_auto_works_where_nothing_can_be_remembered(in_the_way: str, timed: dict[str, float], tmp_path: Path) -> None:
+def test_auto_works_where_nothing_can_be_remembered(
+    in_the_way: str, timed: dict[str, float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     if in_the_way == "a file for the folder":
         (tmp_path / "cache").write_text("")
     else:
         remembered.cache_file().mkdir(parents=True)
     timed.update(onnxruntime=0.1, eager=0.2)
     assert make_engine(seeded_network(width=1 / 8), device=CPU).name == "onnxruntime"
+    assert f"{tmp_path / 'cache'}" in caplog.text
+    assert "; engines are measured again next time" in caplog.text
 
 
 def test_an_engine_that_fails_is_said_and_not_taken(timed: dict[str, float], caplog: pytest.LogCaptureFixture) -> None:
@@ -264,7 +268,8 @@ def test_an_engine_that_fails_is_said_and_not_taken(timed: dict[str, float], cap
     assert make_engine(network, device=CPU).name == "eager"
     assert "engine onnxruntime: onnxruntime is out of order: eager runs instead" in caplog.text
     assert make_engine(network, device=CPU).name == "eager", "and so it is remembered"
-    assert "engine onnxruntime failed when it was measured: eager runs instead" in fallbacks(), "and said again"
+    told = f"engine onnxruntime failed when it was measured ({remembered.cache_file()} tells): eager runs instead"
+    assert told in fallbacks(), "and said again"
 
 
 def test_no_engine_works(timed: dict[str, float]) -> None:

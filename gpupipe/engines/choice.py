@@ -11,7 +11,7 @@ from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import ENGINES, Engine, EngineName, Precision
 from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.engines.measure import fastest, measure
-from gpupipe.engines.remembered import recall, remember
+from gpupipe.engines.remembered import cache_file, recall, remember
 from gpupipe.errors import DeviceError
 from gpupipe.fallbacks import note_fallback
 from gpupipe.models.unet328 import UNet328
@@ -57,7 +57,7 @@ def make_engine(
     name = fastest(figures)
     if not built:
         for failed in (failed for failed, ms in figures.items() if math.isinf(ms)):
-            note_fallback(f"engine {failed} failed when it was measured: {name} runs instead")
+            note_fallback(f"engine {failed} failed when it was measured ({cache_file()} tells): {name} runs instead")
     chosen = built.get(name) or DECLARED[name].build(network, device, dtype)
     told = ", ".join(f"{name} {ms:.1f}" for name, ms in figures.items())
     logger.debug("engine %s on %s, %s: fastest of %s ms a frame", chosen.name, device, dtype, told)

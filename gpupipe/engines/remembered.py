@@ -14,7 +14,7 @@ from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.engines.declared import candidates
 from gpupipe.engines.measure import Figures
 from gpupipe.errors import OutputError
-from gpupipe.files import replacing
+from gpupipe.files import make_folder, replacing
 from gpupipe.lanes import cpu_lanes
 from gpupipe.models.unet328 import UNet328
 from gpupipe.versions import device_name, versions
@@ -39,18 +39,18 @@ def recall(network: UNet328, device: torch.device, dtype: torch.dtype) -> Figure
 
 
 def remember(network: UNet328, device: torch.device, dtype: torch.dtype, figures: Figures) -> None:
-    """Add to the file; a folder that cannot be written only means measuring again."""
+    """Add to the file; one that cannot be written is said aloud, and only means measuring again."""
     path = cache_file()
     kept = _read()
     kept[_key(network, device, dtype)] = {
         name: None if math.isinf(ms) else round(ms, 4) for name, ms in figures.items()
     }
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(kept, indent=1) + "\n")
-    except (OSError, OutputError) as error:
-        logger.debug("%s: not written: %s", path, error)
+    except OutputError as error:
+        logger.warning("%s; engines are measured again next time", error)
 
 
 def _read() -> dict[str, object]:
