@@ -306,6 +306,14 @@ def test_bad_landmark(line: str, met: str, template: Path) -> None:
     assert met in refusal(template, landmark_file(template, 4))
 
 
+def test_landmarks_without_a_frame_are_said(template: Path, caplog: pytest.LogCaptureFixture) -> None:
+    length = Template.from_directory(template).length
+    assert not caplog.text
+    landmark_file(template, length).write_text(landmark_file(template, 0).read_text())
+    assert Template.from_directory(template).length == length
+    assert f"{landmark_file(template, length)}: has no frame; " in caplog.text
+
+
 def test_short_landmarks(template: Path) -> None:
     landmark_file(template, 4).write_text("1 2\n" * 52)
     assert "has 52 points; expected at least 53" in refusal(template, landmark_file(template, 4))
