@@ -4,7 +4,8 @@
 (no GPU needed) and writes each as a ``.cubin``, with what a launch must know in ``manifest.json``.
 ``python -m gpupipe.benchmarks.gluon_cubins run FOLDER [--batch 64] [--record]`` loads them through the CUDA driver
 (cuda-bindings), compares each with the plain reference on maps of the network's own size, and times it beside the same
-three convolutions in eager PyTorch, half precision, channels last.
+three convolutions in eager PyTorch, half precision, channels last. At the end come the two halves of the network by the
+`gluon` engine on these kernels, whose mouths are held to the plain network's.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -27,7 +29,10 @@ from torch.nn import functional as F
 
 from gpupipe.benchmarks.common import RESULTS, Row, commit
 from gpupipe.benchmarks.kernel_bench import rows_of, tell
+from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.engines.gluon import GluonEngine
 from gpupipe.kernels.whole_block import PackedBlock, PackedHead, bytes_moved, pack_head, pack_whole_block, whole_block
+from gpupipe.models.unet328 import random_inputs
 
 MANIFEST = "manifest.json"
 
@@ -38,6 +43,9 @@ CHECKED_SAMPLES = 3
 
 EQUAL_VALUES = 0.97
 """Share of a mouth's values that must equal the reference's; the others are a step away at most."""
+
+MOUTH_ERROR = 1.5
+"""Root mean square, in steps of 255, of the whole network's mouths: half precision and truncation, seeded weights."""
 
 
 # ── build ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -141,7 +149,7 @@ class Cubin:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Random weights and maps for an entry of the manifest."""
+    """What a block is given: weights and maps."""
 
     block: PackedBlock
     head: PackedHead | None
@@ -155,7 +163,8 @@ class Case:
 
     def empty(self) -> Tensor:
         """Room for the result."""
-        batch, edge = self.skip.shape[0], math.ceil(self.skip.shape[1] / self.block.stride)
+        batch = len(self.skip if self.index is None else self.index)
+        edge = math.ceil(self.skip.shape[1] / self.block.stride)
         if self.head is None:
             return self.skip.new_empty(batch, edge, edge, self.block.out_channels)
         return self.skip.new_empty(batch, 3, edge, edge, dtype=torch.uint8)
@@ -170,8 +179,41 @@ class Case:
         return {name: value for name, value in given.items() if value is not None}
 
 
+class Cubins:
+    """:func:`~gpupipe.kernels.whole_block.whole_block` by a folder's kernels.
+
+    Of a block's two the later one counts, that of warpgroup instructions.
+    """
+
+    def __init__(self, folder: Path, entries: Sequence[dict[str, Any]]) -> None:
+        self._kernels = {_kind(entry["block"]): (entry, Cubin(folder, entry)) for entry in entries}
+
+    def __call__(
+        self,
+        skip: Tensor,
+        block: PackedBlock,
+        *,
+        low: Tensor | None = None,
+        index: Tensor | None = None,
+        head: PackedHead | None = None,
+    ) -> Tensor:
+        case = Case(block, head, skip, low, index)
+        shape = {"size": skip.shape[1], "low": block.low_channels, "skip": block.skip_channels}
+        shape |= {"stored": skip.shape[3], "hidden": block.hidden_channels, "out": block.out_channels}
+        shape |= {"stride": block.stride, "residual": block.residual, "head": head is not None}
+        entry, kernel = self._kernels[_kind(shape)]
+        out = case.empty()
+        kernel.launch(grid_of(entry, len(out)), case.tensors(out))
+        return out
+
+
+def _kind(shape: dict[str, Any]) -> frozenset[tuple[str, Any]]:
+    """What tells a block from others, however its shape is told."""
+    return frozenset((shape | {"stored": shape["stored"] or shape["skip"]}).items())
+
+
 def case_of(entry: dict[str, Any], batch: int, device: torch.device) -> Case:
-    """Weights that keep values near 1, the same every time, and normal noise."""
+    """Random weights that keep values near 1, the same every time, and normal noise, for an entry of the manifest."""
     shape = entry["block"]
     low, skip, hidden, out = (shape[name] for name in ("low", "skip", "hidden", "out"))
     torch.manual_seed(0)
@@ -286,6 +328,55 @@ def run(folder: Path, device: torch.device, batch: int, rounds: int) -> Iterator
             )
 
 
+def check_mouths(found: Tensor, expected: Tensor) -> None:
+    """Raise ``AssertionError`` unless mouths, uint8 (B, 3, 320, 320), are the network's, (0, 1), sample by sample."""
+
+    def off(expected: Tensor) -> float:
+        return float((found.float() + 0.5 - 255 * expected).square().mean().sqrt())
+
+    if not off(expected) <= MOUTH_ERROR:
+        raise AssertionError(f"mouths are {off(expected):.3g} steps of 255 off; expected {MOUTH_ERROR} at most")
+    if not off(expected.roll(1, 0)) > MOUTH_ERROR:
+        raise AssertionError("mouths are as near to those of other samples: the check tells nothing")
+
+
+def run_halves(folder: Path, device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
+    """Time the halves of the network of full width on the kernels of ``folder``, once its mouths are the network's.
+
+    Bytes are the least that a half can move: image, features, mouth.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    network = seeded_network(width=1)
+    image, audio = (value.to(device, torch.float16) for value in random_inputs(network, batch))
+    image, index = image.contiguous(memory_format=torch.channels_last), torch.arange(batch, device=device)
+    facts = {"triton": manifest["triton"], "compiled_at": manifest["commit"]}
+    halves: dict[str, tuple[Callable[[], object], int]]
+    try:
+        engine = GluonEngine(network, device=device, run=Cubins(folder, manifest["kernels"]))
+        features = engine.encode(image)
+        few = slice(CHECKED_SAMPLES)
+        found = engine.decode(features, index[few], audio[few])
+        check_mouths(found, network.to(device)(image[few].float(), audio[few].float()))
+        kept = sum(value[0].nbytes for value in features.values())
+        halves = {
+            "template half": (lambda: engine.encode(image), image[0].nbytes + kept),
+            "speech half": (lambda: engine.decode(features, index, audio), kept + found[0].nbytes),
+        }
+    except (AssertionError, KeyError, RuntimeError) as error:
+        halves = {"both halves": (partial(_raise, error), 0)}
+    for name, (function, moved) in halves.items():
+        yield rows_of(
+            "whole_block",
+            "gluon",
+            function,
+            frames=batch,
+            bytes_a_frame=moved,
+            config=facts | {"case": name},
+            device=device,
+            rounds=rounds,
+        )
+
+
 def _launcher(
     folder: Path, entry: dict[str, Any], device: torch.device, grid: tuple[int, int], tensors: dict[str, Tensor]
 ) -> Callable[[], object]:
@@ -323,7 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         return 0
     with torch.inference_mode():
-        made = run(options.folder, torch.device("cuda"), options.batch, options.rounds)
+        wanted = (options.folder, torch.device("cuda"), options.batch, options.rounds)
+        made = itertools.chain(run(*wanted), run_halves(*wanted))
         return int(tell(made, options.results if options.record else None))
 
 

@@ -82,7 +82,7 @@ for name in "${kernels[@]}"; do
     part "bench_$name" 75 "$python" -m "gpupipe.benchmarks.bench_$name" --device cuda --record --results "$out"
 done
 if [ -n "$cubins" ]; then
-    part bench_gluon 60 "$python" -m gpupipe.benchmarks.gluon_cubins run "$cubins" --record --results "$out"
+    part bench_gluon 75 "$python" -m gpupipe.benchmarks.gluon_cubins run "$cubins" --record --results "$out"
 fi
 part bench_batches 90 "${bench[@]}" --sweep batch --values 64,16,128 --frames 1200 --rounds 2 --record
 part trace 45 "${bench[@]}" --profile "$logs/trace.json"

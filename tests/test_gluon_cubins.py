@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import subprocess
@@ -15,7 +16,11 @@ import torch
 pytest.importorskip("triton", minversion="3.8", reason="the Gluon kernels need Triton 3.8 (shared-memory gather)")
 
 from gpupipe.benchmarks import gluon_cubins
+from gpupipe.benchmarks.common import Row
 from gpupipe.benchmarks.gluon_cubins import case_of, check, eager, grid_of, packed_arguments
+from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.kernels.report_gluon import BLOCKS
+from gpupipe.kernels.whole_block import whole_block
 
 TESTS = str(Path(__file__).resolve().parent)
 
@@ -91,3 +96,45 @@ def test_the_check_and_the_baseline_are_the_reference_s() -> None:
     check(mouth, mouth)
     with pytest.raises(AssertionError, match="97% equal"):
         check((mouth.int() + 2).to(torch.uint8), mouth)
+
+
+def halves(folder: Path) -> list[Row]:
+    """What the network's halves give, three samples at once, on the CPU."""
+    kernels = [
+        {"config": f"{name}, {how}", "tile": [6, 30], "block": dataclasses.asdict(block)}
+        for name, block in BLOCKS.items()
+        for how in ("warp", "warpgroup")
+    ]
+    manifest = {"triton": "3.8.0", "commit": "0" * 12, "kernels": kernels}
+    (folder / gluon_cubins.MANIFEST).write_text(json.dumps(manifest))
+    with torch.inference_mode():
+        return [row for rows in gluon_cubins.run_halves(folder, torch.device("cpu"), 3, 1) for row in rows]
+
+
+def test_the_engine_finds_a_kernel_for_each_of_its_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+
+    class Blank:
+        def __init__(self, folder: Path, entry: dict) -> None:
+            self.entry = entry
+
+        def launch(self, grid: tuple[int, int], tensors: dict[str, torch.Tensor]) -> None:
+            launched.append(self.entry["config"])
+            assert grid[1] == len(tensors["out"]) == 3
+            tensors["out"].zero_()
+
+    monkeypatch.setattr(gluon_cubins, "Cubin", Blank)
+    (row,) = halves(tmp_path)
+    assert set(launched) == {f"{name}, warpgroup" for name in BLOCKS}
+    assert row.error is not None and "steps of 255 off; expected 1.5" in row.error, "as nothing was painted"
+
+
+def test_the_network_s_halves_are_checked_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon_cubins, "Cubins", lambda folder, entries: whole_block)
+    monkeypatch.setattr(gluon_cubins, "seeded_network", lambda width: seeded_network(width=width / 8))
+    rows = halves(tmp_path)
+    assert [row.error for row in rows] == [None] * 6
+    assert {(row.config["case"], row.metric) for row in rows if row.unit == "µs/frame"} == {
+        ("template half", "latency"),
+        ("speech half", "latency"),
+    }

@@ -34,14 +34,18 @@ class GluonEngine(FusedEngine):
     """Gluon kernels on CUDA for the large maps; elsewhere their plain-torch reference, to be compared with.
 
     It runs in float16; mouths are uint8.
+
+    Args:
+        run: :func:`~gpupipe.kernels.whole_block.whole_block`, as it is to be computed; None takes the Gluon kernels on
+            CUDA.
     """
 
     name: EngineName = "gluon"
 
-    def __init__(self, network: UNet328, *, device: torch.device) -> None:
-        self._run: Callable[..., Tensor] = whole_block
+    def __init__(self, network: UNet328, *, device: torch.device, run: Callable[..., Tensor] | None = None) -> None:
         self._widest_entry = WIDEST_ENTRY_BY_WARPS if _after_hopper(device) else None
-        if device.type == "cuda":
+        self._run = run or whole_block
+        if run is None and device.type == "cuda":
             from gpupipe.kernels.whole_block_gluon import whole_block_gluon  # noqa: PLC0415 - loads Gluon
 
             self._run = whole_block_gluon
