@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -128,7 +127,7 @@ class FrameCache:
             size = sum(value[0].nbytes for value in computed.values())
             self.capacity = min(int(self._cacheable.sum()), max(0, self.budget) // max(1, size))
             self.bytes_used = self.capacity * size
-            self._bank = {name: _empty(self.capacity, value) for name, value in computed.items()}
+            self._bank = {name: value.new_empty(self.capacity, *value.shape[1:]) for name, value in computed.items()}
         first = self._taken
         rows = np.flatnonzero((self._slot[frames] == _ABSENT) & self._cacheable[frames])[: self.capacity - first]
         self._slot[frames[rows]] = _BEING_WRITTEN
@@ -137,17 +136,6 @@ class FrameCache:
 
     def _index(self, values: NDArray[np.int64]) -> Tensor:
         return to_device(torch.from_numpy(values), self.device)
-
-
-def _empty(length: int, like: Tensor) -> Tensor:
-    """Room for so many rows. On a CPU it is NumPy's, which asks Linux for huge pages: memory that is written for the
-    first time 4 KB at a time costs several times what the writing does."""
-    shape = (length, *like.shape[1:])
-    if like.device.type != "cpu":
-        return like.new_empty(shape)
-    values = math.prod(shape)
-    memory = torch.from_numpy(np.empty(max(1, values) * like.itemsize, dtype=np.uint8))
-    return memory.view(like.dtype)[:values].view(shape)
 
 
 def default_budget(device: torch.device) -> int:

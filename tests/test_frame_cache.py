@@ -219,14 +219,14 @@ def test_threads_may_ask_at_once(budget: int) -> None:
 
 def test_threads_may_ask_first_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The room is made once: what one has kept must not be lost when the other makes its own."""
-    make_room, meet = frame_cache._empty, threading.Barrier(2, timeout=10)
+    make_room, meet = Tensor.new_empty, threading.Barrier(2, timeout=10)
 
-    def slow(length: int, like: Tensor) -> Tensor:
+    def slow(like: Tensor, *shape: int) -> Tensor:
         with contextlib.suppress(threading.BrokenBarrierError):
             meet.wait(0.05)
-        return make_room(length, like)
+        return make_room(like, *shape)
 
-    monkeypatch.setattr(frame_cache, "_empty", slow)
+    monkeypatch.setattr(Tensor, "new_empty", slow)
     shared, _ = cache(10**9)
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(shared.lookup, [[0], [1]]))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from gpupipe.engines.base import Declaration, EngineName, Features, joined
+from gpupipe.engines.base import Declaration, EngineName, Features
 from gpupipe.lanes import cpu_lanes
 from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import UNet328
@@ -33,18 +35,16 @@ class OnnxRuntimeEngine:
 
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`."""
-        rows = [self._template.run(None, {"image": sample}) for sample in _samples(image)]
-        columns = (joined([torch.from_numpy(value) for value in column]) for column in zip(*rows, strict=True))
-        return dict(zip(TEMPLATE_FEATURES, columns, strict=True))
+        return _run(self._template, [{"image": sample} for sample in _samples(image)])
 
     def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
         """As :meth:`Engine.decode`."""
         arrays = {name: features[name].numpy() for name in TEMPLATE_FEATURES}
-        mouths = [
-            self._speech.run(None, {"audio": window, **{name: value[i : i + 1] for name, value in arrays.items()}})[0]
+        inputs = [
+            {"audio": window} | {name: value[i : i + 1] for name, value in arrays.items()}
             for i, window in zip(index.tolist(), _samples(audio), strict=True)
         ]
-        return joined([torch.from_numpy(mouth) for mouth in mouths])
+        return _run(self._speech, inputs)["mouth"]
 
 
 def _session(graph: bytes, threads: int | None) -> onnxruntime.InferenceSession:
@@ -53,6 +53,23 @@ def _session(graph: bytes, threads: int | None) -> onnxruntime.InferenceSession:
     # Idle workers would spin on the cores that decode and encode video beside the network.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: onnxruntime.InferenceSession, samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
+    """The outputs of all samples by name, written where they are to stay: what ONNX Runtime hands out are copies, in
+    NumPy's memory, whose pages of 2 MB a virtual machine may have to ask its host for."""
+    outputs = {
+        one.name: torch.empty(len(samples), *one.shape[1:], dtype=torch.float32, device="cpu")
+        for one in session.get_outputs()
+    }
+    for row, inputs in enumerate(samples):
+        binding = session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, value)
+        for name, values in outputs.items():
+            binding.bind_output(name, "cpu", 0, np.float32, (1, *values.shape[1:]), values[row].data_ptr())
+        session.run_with_iobinding(binding)
+    return outputs
 
 
 def _samples(batch: Tensor) -> list[np.ndarray]:
