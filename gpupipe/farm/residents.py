@@ -21,7 +21,7 @@ from gpupipe.kernels.nv12 import PixelFormat
 from gpupipe.models import Mode
 from gpupipe.models.unet328 import INPUT_SIZE
 from gpupipe.seam import Blend
-from gpupipe.template import Template, template_size
+from gpupipe.template import template_size
 from gpupipe.unet_model import UNetModel
 
 logger = logging.getLogger(__name__)
@@ -66,9 +66,8 @@ class Network:
     """
 
     def __init__(self, key: NetworkKey, device: torch.device) -> None:
-        exact = True if key.exact else None
         self.model = UNetModel(
-            key.checkpoint, key.mode, device, engine=key.engine, exact=exact, precision=key.precision
+            key.checkpoint, key.mode, device, engine=key.engine, exact=key.exact or None, precision=key.precision
         )
         engine = self.model.engine
         with torch.inference_mode():
@@ -131,14 +130,11 @@ class Residents:
         size = template_size(key.template)
         need = size.length * bytes_per_frame(size.width, size.height, network.feature_bytes)
         self._make_room(need)
-        template = Template.from_directory(
-            key.template,
-            use_parsing=key.use_parsing,
-            device=self.device,
-            exact=network.model.exact,
-            memory_budget=max(0, self.budget - self.used),
+        room = max(0, self.budget - self.used)
+        generator = FrameGenerator(
+            network.model, key.network.mode, blend=key.blend, feather=key.feather, memory_budget=room
         )
-        generator = FrameGenerator(network.model, key.network.mode, blend=key.blend, feather=key.feather)
+        template = generator.open_template_directory(key.template, use_parsing=key.use_parsing)
         return _Resident(network, generator, generator.avatar(template, pixel_format), min(need, self.budget))
 
     def _make_room(self, need: int) -> None:
