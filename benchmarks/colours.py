@@ -55,7 +55,8 @@ def main() -> None:
         pipeline.generate_video(rows, scenario.template, None, video, crf=options.crf)
         decoded, wrong = _decode(video, options.frame)
     [number] = template_indices(options.frame, options.frame + 1, template.length)
-    source = template.frames.gather([number])["frame"][0].cpu().numpy()
+    kept, index = template.frames.lookup([number])
+    source = kept["frame"][index][0].cpu().numpy()
     print(f"frame {options.frame} of {template.width}×{template.height}, H.264 at CRF {options.crf}")
     for told, picture in (("by its tags", decoded), ("as BT.601", wrong)):
         print(f"decoded {told}: {_psnr(picture, rendered):.1f} dB, mean difference {_means(picture, rendered)}")

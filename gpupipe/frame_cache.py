@@ -100,11 +100,6 @@ class FrameCache:
         """Whether :meth:`lookup` gave the whole bank, whose tensors stay where they are."""
         return tensors is self._bank
 
-    def gather(self, frames: Sequence[int] | NDArray[np.int64]) -> Tensors:
-        """As :meth:`lookup`, each tensor with one row for each of ``frames``."""
-        tensors, index = self.lookup(frames)
-        return {name: value.index_select(0, index) for name, value in tensors.items()}
-
     def _computed(self, frames: NDArray[np.int64]) -> Tensors:
         compute = self._compute()
         assert compute is not None, "the cache's owner is gone"

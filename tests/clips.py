@@ -1,14 +1,17 @@
-"""What clips of tests are made of, and frames that are rendered without a file."""
+"""What clips of tests are made of, frames that are rendered without a file, and what is cached of a template's."""
 
 from __future__ import annotations
 
 import wave
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpupipe import FrameGenerator
+from gpupipe.frame_cache import FrameCache, Tensors
 from gpupipe.models import Mode
 
 Image = np.ndarray
@@ -34,6 +37,12 @@ def rendered(
     if parsing:
         options["parsing_dir"] = template / "parsing"
     return generator.generate_frames_from_template_sequence(*directories, sound, **options)
+
+
+def cached(cache: FrameCache, frames: Sequence[int] | NDArray[np.int64]) -> Tensors:
+    """What a cache gives for frames, each tensor with one row for each of them."""
+    tensors, index = cache.lookup(frames)
+    return {name: value.index_select(0, index) for name, value in tensors.items()}
 
 
 def write_sound(path: Path, seconds: float, click: float = 0.2) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clips import cached
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def cache(budget: int) -> tuple[FrameCache, Recorder]:
 
 def assert_right(cache: FrameCache, frames: Sequence[int] | NDArray[np.int64]) -> None:
     expected = Recorder()
-    found = cache.gather(frames)
+    found = cached(cache, frames)
     assert found.keys() == {"features", "keep"}
     for row, frame in enumerate(frames):
         for name, value in expected(np.array([frame])).items():

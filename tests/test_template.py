@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from clips import cached
 from torchvision.io import decode_image, encode_jpeg
 
 from gpupipe import InputError, Template
@@ -67,7 +68,7 @@ def test_frames_boxes_and_masks(make_template: MakeTemplate, tmp_path: Path) -> 
         [0, 0, 192, 128],
         [40, 0, 139, 69],
     ]
-    found = template.frames.gather(range(5))
+    found = cached(template.frames, range(5))
     for i in range(5):
         assert np.array_equal(found["frame"][i].numpy(), cv2.imread(str(frame_file(folder, i))))
         parsing = cv2.imread(str(folder / "parsing" / f"{i}.png"))
@@ -77,7 +78,7 @@ def test_frames_boxes_and_masks(make_template: MakeTemplate, tmp_path: Path) -> 
 
 
 def test_without_parsing_there_is_no_mask(template: Path) -> None:
-    assert Template.from_directory(template).frames.gather([0]).keys() == {"frame"}
+    assert cached(Template.from_directory(template).frames, [0]).keys() == {"frame"}
 
 
 @pytest.mark.parametrize(("clip", "shown"), [((0, 2), [1, 2]), ((2, 1), [3]), ((0, 9), [0, 1, 2, 3, 4])])
@@ -96,7 +97,7 @@ def test_for_a_clip_only_what_it_shows_is_decoded(
     assert decoded == shown
     assert opened.frames.capacity == len(shown)
     assert torch.equal(opened.boxes, whole.boxes) and opened.max_box == whole.max_box
-    found, expected = opened.frames.gather(range(5)), whole.frames.gather(range(5))
+    found, expected = cached(opened.frames, range(5)), cached(whole.frames, range(5))
     assert all(torch.equal(found[name], expected[name]) for name in expected), "the others are there when asked for"
 
 
@@ -117,7 +118,7 @@ def test_more_frames_than_one_loading_batch_in_order(make_template: MakeTemplate
     template = Template.from_directory(folder)
     assert template.length == 37
     for i in (0, 9, 10, 15, 16, 36):
-        assert np.array_equal(template.frames.gather([i])["frame"][0].numpy(), cv2.imread(str(frame_file(folder, i))))
+        assert np.array_equal(cached(template.frames, [i])["frame"][0].numpy(), cv2.imread(str(frame_file(folder, i))))
 
 
 @pytest.mark.parametrize("fit", [0, 1, 3, 5])
@@ -128,7 +129,7 @@ def test_a_template_larger_than_the_budget_gives_the_same_frames(fit: int, templ
     assert tight.frames.capacity == fit
     assert tight.memory_left == 10
     order = [1, 2, 3, 4, 3, 2, 1, 0, 1]
-    assert torch.equal(tight.frames.gather(order)["frame"], whole.frames.gather(order)["frame"])
+    assert torch.equal(cached(tight.frames, order)["frame"], cached(whole.frames, order)["frame"])
 
 
 def test_real_template(speaker: Path) -> None:

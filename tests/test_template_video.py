@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from clips import cached
 from conftest import write_landmarks
 from torch import Tensor
 
@@ -159,7 +160,7 @@ def test_template_keeps_what_fits(budget: int | None, folder: Path, video: Path)
     assert (xmin, ymin, xmax, ymax) == (40, 30, 110, 98)
     for start in range(0, 60, 4):
         numbers = template_indices(start, start + 4, FRAMES)
-        found = template.frames.gather(numbers)
+        found = cached(template.frames, numbers)
         assert torch.equal(found["nv12"], expected[numbers])
         assert torch.equal(found["frame"], from_nv12(expected[numbers])[:, ymin:ymax, xmin:xmax])
     assert torch.equal(
@@ -242,7 +243,7 @@ def test_a_frame_by_itself_is_painted_into_no_cache(
     first = one.render(frame, audio).clone()
     assert not torch.equal(one.render(frame, audio * 0), first)
     assert torch.equal(one.render(frame, audio), first)
-    kept, fresh = template.frames.gather(frame), Template.from_directory(folder).frames.gather(frame)
+    kept, fresh = cached(template.frames, frame), cached(Template.from_directory(folder).frames, frame)
     assert all(torch.equal(kept[name], fresh[name]) for name in fresh)
     again = one.render(frame, audio)
     one.render(frame, audio * 0)
