@@ -159,7 +159,7 @@ def gpupipe(
         record = pipeline.last_render
         assert record is not None
         made.facts.update(engine=record.engine, codec=record.codec, kernels=record.kernels)
-        return record.stages
+        return record.phases
 
     made.render = render
     return made

@@ -44,15 +44,15 @@ Progress = Callable[[int, int], Any]
 class RenderRecord:
     """Facts of the last finished render.
 
-    ``stages`` holds the seconds of its phases, one after the other: ``open`` (template and features), ``render``
-    (compute, and waiting for the encoder), ``finish`` (the encoder's last frames and the muxer). ``busy`` holds the
-    seconds in which each of :data:`gpupipe.stages.STAGES` was at work: those overlap, so that they may add up to more
-    than ``seconds``. ``bound`` says in words what bounded the run.
+    ``phases`` holds the seconds of what follows each other: ``open`` (template and features), ``render`` (compute, and
+    waiting for the encoder), ``finish`` (the encoder's last frames and the muxer). ``busy`` holds the seconds in which
+    each of :data:`gpupipe.stages.STAGES` was at work: those overlap, so that they may add up to more than ``seconds``.
+    ``bound`` says in words what bounded the run.
     """
 
     frames: int
     seconds: float
-    stages: dict[str, float]
+    phases: dict[str, float]
     busy: dict[str, float]
     bound: str
     device: str
@@ -66,12 +66,10 @@ class RenderRecord:
         return self.frames / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """The record that `--json` prints: these facts, the rate, ``versions`` and ``fallbacks``."""
-        return dataclasses.asdict(self) | {
-            "frames_per_second": self.frames_per_second,
-            "versions": versions(),
-            "fallbacks": fallbacks(),
-        }
+        """The record that `--json` prints: these facts, phases as ``stages``, the rate, ``versions``, ``fallbacks``."""
+        facts = dataclasses.asdict(self)
+        facts |= {"stages": facts.pop("phases"), "frames_per_second": self.frames_per_second}
+        return facts | {"versions": versions(), "fallbacks": fallbacks()}
 
 
 class _Phases:
@@ -301,7 +299,7 @@ class FrameGenerationPipeline:
         return RenderRecord(
             frames=frames,
             seconds=sum(phases.seconds.values()),
-            stages=phases.seconds,
+            phases=phases.seconds,
             busy=stages.busy(),
             bound=stages.bound(cores=available_cores()),
             device=str(model.device),

@@ -207,9 +207,9 @@ def test_progress_and_record(render: Callable[..., Path], pipeline: FrameGenerat
     assert record is not None
     assert (record.frames, record.device, record.engine) == (FRAMES, "cpu", "onnxruntime")
     assert record.codec in ("libx264", "h264_nvenc")
-    assert set(record.stages) == {"open", "render", "finish"}
-    assert all(seconds > 0 for seconds in record.stages.values())
-    assert record.frames_per_second == pytest.approx(FRAMES / sum(record.stages.values()))
+    assert set(record.phases) == {"open", "render", "finish"}
+    assert all(seconds > 0 for seconds in record.phases.values())
+    assert record.frames_per_second == pytest.approx(FRAMES / sum(record.phases.values()))
 
 
 def test_debug_tells_of_each_batch(render: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
