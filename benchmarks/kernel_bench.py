@@ -61,45 +61,19 @@ def rows_of(
     rounds: int,
 ) -> list[Row]:
     """Time a frame, and the bandwidth on the kernel's own byte budget as a share of the device's copy bandwidth."""
+    common: dict[str, Any] = {"what": what, "provider": provider, "axis": "batch", "value": frames, "device": device}
     try:
         seconds = seconds_of(function, device, rounds=rounds)
     except Exception as error:  # a kernel that fails is a row of the table, and the next one still runs
-        text = f"{type(error).__name__}: {error}"
-        return [
-            row(
-                None,
-                what=what,
-                provider=provider,
-                metric="latency",
-                unit="µs/frame",
-                axis="batch",
-                value=frames,
-                config=config,
-                device=device,
-                error=text,
-            )
-        ]
-    ceiling = copy_bandwidth(device)
-    facts = config | {"bytes_a_frame": bytes_a_frame, "copy_gb_s": round(ceiling / 1e9, 1)}
-
-    def made(metric: str, unit: str, spread: Spread) -> Row:
-        return row(
-            spread,
-            what=what,
-            provider=provider,
-            metric=metric,
-            unit=unit,
-            axis="batch",
-            value=frames,
-            config=facts,
-            device=device,
-        )
-
-    moved = bytes_a_frame * frames
+        told = f"{type(error).__name__}: {error}"
+        return [row(None, metric="latency", unit="µs/frame", config=config, error=told, **common)]
+    ceiling, moved = copy_bandwidth(device), bytes_a_frame * frames
+    common["config"] = config | {"bytes_a_frame": bytes_a_frame, "copy_gb_s": round(ceiling / 1e9, 1)}
+    share = seconds.map(lambda s: 100 * moved / s / ceiling)
     return [
-        made("latency", "µs/frame", seconds.map(lambda s: s * 1e6 / frames)),
-        made("bandwidth", "GB/s", seconds.map(lambda s: moved / s / 1e9)),
-        made("ratio", "% of copy bandwidth", seconds.map(lambda s: 100 * moved / s / ceiling)),
+        row(seconds.map(lambda s: s * 1e6 / frames), metric="latency", unit="µs/frame", **common),
+        row(seconds.map(lambda s: moved / s / 1e9), metric="bandwidth", unit="GB/s", **common),
+        row(share, metric="ratio", unit="% of copy bandwidth", **common),
     ]
 
 
