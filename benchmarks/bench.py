@@ -22,7 +22,7 @@ from gpupipe.benchmarks import contestants, guard, sweeps, tracing
 from gpupipe.benchmarks.bench_stages import Step, stage_rows
 from gpupipe.benchmarks.common import RESULTS, Row, append_rows, commit, device_name, read_rows, row, versions
 from gpupipe.benchmarks.contestants import Contestant, Say
-from gpupipe.benchmarks.scenario import Scenario, bundled, given
+from gpupipe.benchmarks.scenario import Scenario, chosen
 from gpupipe.device import find_device
 from gpupipe.engines import EngineName
 from gpupipe.errors import InputError
@@ -87,7 +87,8 @@ def run(options: Options, say: Say) -> Report:
     device = str(find_device(options.device))
     with tempfile.TemporaryDirectory(prefix="gpupipe-bench-") as name, torch.inference_mode():
         folder = Path(name)
-        scenario = _scenario(options, folder)
+        files = options.template, options.audio_features, options.audio, folder
+        scenario = chosen(*files, checkpoint=options.checkpoint, mode=options.mode, width=options.width)
         say(f"{device_name(device)}, commit {commit()}")
         say(", ".join(f"{name} {value}" for name, value in scenario.facts().items()))
         if options.profile or options.ncu_friendly:
@@ -131,13 +132,6 @@ def _check(options: Options) -> None:
         raise InputError(f"--frames {options.frames} --rounds {options.rounds}: expected 1 or more of each")
     if options.sweep is not None and options.sweep not in get_args(Sweep):
         raise InputError(f"sweep is {options.sweep!r}; expected one of {', '.join(get_args(Sweep))}")
-
-
-def _scenario(options: Options, folder: Path) -> Scenario:
-    if options.template is None or options.audio_features is None or options.audio is None:
-        return bundled(folder)
-    files = options.template, options.audio_features, options.audio, folder
-    return given(*files, checkpoint=options.checkpoint, mode=options.mode, width=options.width)
 
 
 def _side_by_side(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> Iterator[list[Row]]:

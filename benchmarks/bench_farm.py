@@ -24,7 +24,7 @@ import torch
 
 from gpupipe import FrameGenerationPipeline
 from gpupipe.benchmarks.common import ROOT, Row, Spread, append_rows, device_name, row
-from gpupipe.benchmarks.scenario import Scenario, bundled, given
+from gpupipe.benchmarks.scenario import Scenario, chosen
 from gpupipe.farm import FarmRecord, run_farm
 from gpupipe.lanes import available_cores
 from gpupipe.models import MODES
@@ -42,11 +42,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if options.template is None:
-            scenario = bundled(folder)
-        else:
-            files = (options.template, options.features, options.audio, folder)
-            scenario = given(*files, mode=options.mode, width=options.width)
+        files = options.template, options.features, options.audio, folder
+        scenario = chosen(*files, mode=options.mode, width=options.width)
         bench = _Bench(scenario, folder, options)
         print(f"{device_name(options.device)}: " + ", ".join(f"{k} {v}" for k, v in scenario.facts().items()))
         for part in options.parts:

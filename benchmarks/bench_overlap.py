@@ -32,7 +32,7 @@ import torch
 
 from gpupipe import FrameGenerationPipeline, SpeechFeatures, Template
 from gpupipe.benchmarks.common import ROOT, Row, Spread, append_rows, device_name, row
-from gpupipe.benchmarks.scenario import Scenario, bundled, given
+from gpupipe.benchmarks.scenario import Scenario, chosen
 from gpupipe.lanes import available_cores, cpu_lanes, map_in_lanes
 from gpupipe.models import AUDIO_SHAPES, MODES
 from gpupipe.models.unet328 import INPUT_SIZE
@@ -54,12 +54,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if options.template is None:
-            scenario = bundled(folder)
-        else:
-            scenario = given(
-                options.template, options.features, options.audio, folder, mode=options.mode, width=options.width
-            )
+        files = options.template, options.features, options.audio, folder
+        scenario = chosen(*files, mode=options.mode, width=options.width)
         pipeline = FrameGenerationPipeline(scenario.checkpoint, scenario.mode, "cpu")
         costs = _measure(pipeline, scenario, options, folder)
     model = pipeline.unet_model

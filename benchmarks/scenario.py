@@ -106,6 +106,13 @@ def given(
     return _scenario(template.resolve().name, template, features, audio, checkpoint, mode)
 
 
+def chosen(template: Path | None, features: Path | None, audio: Path | None, folder: Path, **how: Any) -> Scenario:
+    """Somebody's own, as :func:`given` takes it, or the bundled avatar where nobody has named one."""
+    if template is None or features is None or audio is None:
+        return bundled(folder)
+    return given(template, features, audio, folder, **how)
+
+
 def _scenario(name: str, template: Path, features: Path, audio: Path, checkpoint: Path, mode: Mode) -> Scenario:
     width = load_unet(checkpoint, mode).width
     opened = Template.from_directory(template, memory_budget=0)
