@@ -199,13 +199,12 @@ def stage_rows(
     folder: Path,
     *,
     device: str,
-    exact: bool | None = None,
     engine: EngineName = "auto",
     rounds: int = 3,
     say: Callable[[str], object] = lambda line: None,
 ) -> list[Row]:
     """Time every stage; a stage that fails is a row that says so."""
-    model = UNetModel(scenario.checkpoint, scenario.mode, device, exact=exact, engine=engine)
+    model = UNetModel(scenario.checkpoint, scenario.mode, device, engine=engine)
     step = Step(scenario, model, folder)
     dtype = model.engine.dtype
     config = scenario.facts() | {"engine": model.engine.name, "precision": str(dtype).removeprefix("torch.")}

@@ -247,7 +247,6 @@ def clip_rows(
     frames: int,
     config: dict[str, Any],
     device: str,
-    what: str = "end_to_end",
     axis: str = "frames",
     value: float | str | None = None,
 ) -> list[Row]:
@@ -259,10 +258,11 @@ def clip_rows(
         axis, value: of the rows; by default the clip's length.
     """
     first = contestants[0]
-    place: dict[str, Any] = {"what": what, "axis": axis, "value": frames if value is None else value}
+    place: dict[str, Any] = {"axis": axis, "value": frames if value is None else value}
     rows = []
     for one in contestants:
-        common: dict[str, Any] = {"provider": one.name, "config": config | one.facts, "device": device}
+        common: dict[str, Any] = {"what": "end_to_end", "provider": one.name, "device": device}
+        common["config"] = config | one.facts
 
         def made(metric: str, unit: str, values: list[float], common: dict[str, Any] = common) -> Row:
             return row(Spread.of(values), metric=metric, unit=unit, **place, **common)
@@ -278,6 +278,5 @@ def clip_rows(
             rows.append(made("energy", "J/frame", [joules / frames for joules in one.joules]))
         for stage in one.stages[0] if axis == "frames" else ():
             spread = Spread.of([1000 * stages[stage] / frames for stages in one.stages])
-            by_stage: dict[str, Any] = {"what": what, "axis": "stage", "value": stage}
-            rows.append(row(spread, metric="time", unit="ms/frame", **by_stage, **common))
+            rows.append(row(spread, metric="time", unit="ms/frame", axis="stage", value=stage, **common))
     return rows

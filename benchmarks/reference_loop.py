@@ -245,9 +245,7 @@ def render(
     audio_path: Path,
     output_path: Path,
     *,
-    start_frame: int = 0,
     fps: int = 25,
-    use_parsing: bool = False,
     crf: int = 20,
     preset: str = "medium",
 ) -> StageTimes:
@@ -256,13 +254,10 @@ def render(
     ``preset`` is the second encode's; the ffmpeg command's by default.
     """
     times = StageTimes()
-    frames = reference_frames(
-        template, features, network, start_frame=start_frame, use_parsing=use_parsing, times=times
-    )
     with tempfile.TemporaryDirectory() as folder:
         silent = Path(folder) / "silent.avi"
         writer: cv2.VideoWriter | None = None
-        for frame in frames:
+        for frame in reference_frames(template, features, network, times=times):
             with times.stage("mjpeg"):
                 if writer is None:
                     size = frame.shape[1], frame.shape[0]
