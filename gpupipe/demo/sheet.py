@@ -18,19 +18,18 @@ TILES = 8
 TILE = 180  # pixels, width and height
 WAVE = 96  # pixels, height
 GAP = 4
+ZOOM = 1.2  # of the frame's height a tile shows the middle 1 / ZOOM
 
 _PAPER, _INK, _SPEECH = (250, 250, 248), (210, 214, 220), (44, 98, 160)  # RGB
 
 
-def write_contact_sheet(video: str | Path, sound: str | Path, path: str | Path, *, zoom: float = 1.2) -> Path:
+def write_contact_sheet(video: str | Path, sound: str | Path, path: str | Path) -> Path:
     """Eight moments of ``video``, each over its own eighth of the waveform of ``sound``, as a PNG.
 
     Args:
         video: any video that FFmpeg reads.
         sound: what it says.
         path: of the PNG.
-        zoom: how much of the frame's height a tile leaves out: 1 shows the whole height, 2 the middle half. The middle
-            of the width is shown.
 
     Raises:
         OutputError: ``path`` cannot be written.
@@ -42,7 +41,7 @@ def write_contact_sheet(video: str | Path, sound: str | Path, path: str | Path, 
         seconds = _seconds(container)
         for k in range(TILES):
             left = k * (TILE + GAP)
-            sheet[:TILE, left : left + TILE] = _tile(_frame_at(container, (k + 0.5) / TILES * seconds), zoom)
+            sheet[:TILE, left : left + TILE] = _tile(_frame_at(container, (k + 0.5) / TILES * seconds))
     _draw_wave(sheet[TILE + GAP :], _peaks(sound, seconds, width))
     for k in range(TILES):
         middle = k * (TILE + GAP) + TILE // 2
@@ -71,10 +70,10 @@ def _frame_at(container: av.container.InputContainer, seconds: float) -> np.ndar
     return shown.to_ndarray(format="rgb24")
 
 
-def _tile(frame: np.ndarray, zoom: float) -> np.ndarray:
+def _tile(frame: np.ndarray) -> np.ndarray:
     """The square around the middle, as (TILE, TILE, 3)."""
     height, width = frame.shape[:2]
-    side = min(width, round(height / zoom))
+    side = min(width, round(height / ZOOM))
     top, left = min(height - side, round(0.5 * height - side / 2)), (width - side) // 2
     square = torch.from_numpy(frame[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None].float()
     small = F.interpolate(square, (TILE, TILE), mode="bilinear", antialias=True)

@@ -31,8 +31,8 @@ from gpupipe.demo.evaluate import agreement
 from gpupipe.demo.fitting import save
 from gpupipe.demo.mouth import mouth_track
 from gpupipe.demo.pictures import Pictures
-from gpupipe.demo.train_encoder import Listener, make_sounds, rows_of, train_branch, train_encoder
-from gpupipe.demo.train_unet import join, train_joined, train_painter
+from gpupipe.demo.train_encoder import BRANCH_BATCH, Listener, make_sounds, rows_of, train_branch, train_encoder
+from gpupipe.demo.train_unet import BATCH, join, train_joined, train_painter
 from gpupipe.image_processor import ImageProcessor
 from gpupipe.kernels.crop_resize import crop_resize
 from gpupipe.kernels.paste_blend import paste_blend
@@ -104,13 +104,13 @@ def save_half(state: dict[str, Tensor], path: Path) -> None:
 
 
 @torch.inference_mode()
-def held_out_check(bundle: Path, *, frames: int = 125) -> dict[str, Any]:
+def held_out_check(bundle: Path) -> dict[str, Any]:
     """Render the bundled sample, which trained nothing, and compare: as it is, and with the truth shifted 5 frames."""
     template, points = read_template(bundle / "template")
     pictures = Pictures(template, points)
     decoded, boxes = torch.from_numpy(template), torch.tensor(pictures.boxes)
     features = SpeechEncoder(bundle / "encoder.safetensors", "cpu").features(bundle / "sample.flac")
-    count = min(frames, len(features))
+    count = min(125, len(features))
     padded = torch.from_numpy(np.pad(features, ((8, 8), (0, 0))))
     network = load_unet(bundle / "unet.safetensors").to(memory_format=torch.channels_last)
     indices = np.arange(count) % rig.FRAMES
@@ -184,9 +184,9 @@ def train(
             f"{len(corpus.VARIANTS)} voices each; one in ten babble of filtered harmonics; gain, tilt, echo, noise",
         },
         "encoder": heard["record"],
-        "branch": {"steps": read["step"], "batch": 64, "loss": "smooth L1", "history": read["history"]},
-        "painter": {"steps": drawn["step"], "batch": 4, "loss": "L1, mouth × 4", "history": drawn["history"]},
-        "joined": {"steps": together["step"], "batch": 4, "loss": "L1, mouth × 4", "history": together["history"]},
+        "branch": {"steps": read["step"], "batch": BRANCH_BATCH, "loss": "smooth L1", "history": read["history"]},
+        "painter": {"steps": drawn["step"], "batch": BATCH, "loss": "L1, mouth × 4", "history": drawn["history"]},
+        "joined": {"steps": together["step"], "batch": BATCH, "loss": "L1, mouth × 4", "history": together["history"]},
         "held_out": held_out_check(bundle),
     }
     (bundle / "training.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -30,6 +30,8 @@ from gpupipe.models.unet328 import CHANNELS, AudioBranch
 logger = logging.getLogger(__name__)
 
 ROWS = 48  # rows of features to a training clip
+CLIPS = 2  # to a step of the encoder's training
+BRANCH_BATCH = 64  # windows to a step of the branch's
 BEFORE = AFTER = 8  # rows the U-Net sees before a frame, and from it on
 MOUTH_CELLS = (slice(2, 7), slice(2, 8))
 """Where the mouth is in the 10×10 map: rows, columns."""
@@ -143,11 +145,12 @@ def losses(listener: Listener, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Te
 
 
 @torch.no_grad()
-def evaluate(listener: Listener, sounds: Sounds, *, device: torch.device, batches: int = 12) -> dict[str, float]:
+def evaluate(listener: Listener, sounds: Sounds, *, device: torch.device) -> dict[str, float]:
     """Loss and the correlation of each parameter with its truth, on clips of ``sounds``."""
     listener.eval()
     rng = np.random.default_rng(0)
     total, read, true = 0.0, [], []
+    batches = 12
     for _ in range(batches):
         loss, mouths, truth = losses(listener, tuple(t.to(device) for t in clips(sounds, rng, 4)))  # type: ignore[arg-type]
         total += float(loss) / batches
@@ -161,9 +164,7 @@ def evaluate(listener: Listener, sounds: Sounds, *, device: torch.device, batche
     return result
 
 
-def train_encoder(
-    out: Path, *, utterance_count: int, steps: int, width: float, device: torch.device, clips_per_step: int = 2
-) -> dict[str, Any]:
+def train_encoder(out: Path, *, utterance_count: int, steps: int, width: float, device: torch.device) -> dict[str, Any]:
     """Train, or go on training, and leave ``encoder.pt`` in ``out``.
 
     Returns:
@@ -185,7 +186,7 @@ def train_encoder(
         optimiser.load_state_dict(state["optimiser"])
 
     def loss_of(step: int) -> Tensor:
-        mel, inside, mouth = clips(sounds, np.random.default_rng((3, step)), clips_per_step)
+        mel, inside, mouth = clips(sounds, np.random.default_rng((3, step)), CLIPS)
         return losses(listener, (mel.to(device), inside.to(device), mouth.to(device)))[0]
 
     for step, loss in descend(optimiser, loss_of, name="encoder", first=first, steps=steps, rate=2e-3, clip=1.0):
@@ -198,7 +199,7 @@ def train_encoder(
             "hours_of_sound": round(sounds.hours, 2),
             "utterances": utterance_count,
             "steps": step,
-            "windows_per_step": clips_per_step * ROWS,
+            "windows_per_step": CLIPS * ROWS,
             "history": history,
         }
         state = {
@@ -241,9 +242,7 @@ def draw_windows(rng: np.random.Generator, rows: Rows, count: int) -> tuple[Tens
     return torch.stack(windows), torch.stack(mouths)
 
 
-def train_branch(
-    out: Path, listener: Listener, known: Rows, unknown: Rows, *, steps: int, batch: int = 64
-) -> dict[str, Any]:
+def train_branch(out: Path, listener: Listener, known: Rows, unknown: Rows, *, steps: int) -> dict[str, Any]:
     """Train branch and map head alone on kept features, in place: a step costs a fraction of the encoder's.
 
     Returns:
@@ -265,7 +264,7 @@ def train_branch(
 
     def loss_of(step: int) -> Tensor:
         listener.branch.train()
-        windows, mouths = draw_windows(np.random.default_rng((11, step)), known, batch)
+        windows, mouths = draw_windows(np.random.default_rng((11, step)), known, BRANCH_BATCH)
         heard = windows.to(device)
         maps = read(heard + 0.15 * spread * torch.randn_like(heard))
         return F.smooth_l1_loss(maps, mouths.to(device)[:, :, None, None].expand_as(maps), beta=0.05)

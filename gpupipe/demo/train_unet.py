@@ -25,6 +25,7 @@ from gpupipe.demo.train_encoder import Listener, Rows, draw_windows
 from gpupipe.models.unet328 import UNet328
 
 CODE = len(PARAMETERS)  # channels of the audio map that stage 2 uses; the rest are zero
+BATCH = 4  # pictures to a step
 
 
 def fresh_painter(width: float, images: Tensor, code: Tensor) -> tuple[UNet328, list[tuple[str, str]]]:
@@ -64,7 +65,7 @@ def as_code(mouths: Tensor) -> Tensor:
 
 
 def train_painter(
-    out: Path, pictures: Pictures, mouths: np.ndarray, *, width: float, steps: int, batch: int = 4, rate: float = 3e-3
+    out: Path, pictures: Pictures, mouths: np.ndarray, *, width: float, steps: int
 ) -> tuple[UNet328, list[tuple[str, str]], dict[str, Any]]:
     """Draw the mouth that the map says. ``mouths`` (M, 3): what mouths there are, to draw from.
 
@@ -89,7 +90,7 @@ def train_painter(
     network.audio_model.requires_grad_(False)
 
     def loss_of(step: int) -> Tensor:
-        indices, wanted = draw(np.random.default_rng((5, step)), batch)
+        indices, wanted = draw(np.random.default_rng((5, step)), BATCH)
         return weighted_l1(
             painted_for(network, indices, wanted), pictures.truth(indices, wanted), pictures.weights(indices)
         )
@@ -100,7 +101,7 @@ def train_painter(
         indices, wanted = rng.integers(0, count, 12), mouths[rng.integers(0, len(mouths), 12)]
         return figures(pictures, indices, painted_for(network, indices, wanted), pictures.truth(indices, wanted))
 
-    state = fit(out / "painter.pt", network, loss_of, name="painter", steps=steps, rate=rate, measure=measure)
+    state = fit(out / "painter.pt", network, loss_of, name="painter", steps=steps, rate=3e-3, measure=measure)
     network.load_state_dict(state["average"])
     return network, pairs, state
 
@@ -145,8 +146,6 @@ def train_joined(
     unknown: Rows,
     *,
     steps: int,
-    batch: int = 4,
-    rate: float = 1.2e-3,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train the whole U-Net a little on real features; ``known`` to train on, ``unknown`` to measure with.
 
@@ -159,7 +158,7 @@ def train_joined(
         return rng.integers(0, len(pictures.frames), n), windows.to(pictures.device), mouths.numpy()
 
     def loss_of(step: int) -> Tensor:
-        indices, audio, mouths = draw(np.random.default_rng((8, step)), known, batch)
+        indices, audio, mouths = draw(np.random.default_rng((8, step)), known, BATCH)
         return weighted_l1(
             network(pictures.image(indices), audio), pictures.truth(indices, mouths), pictures.weights(indices)
         )
@@ -170,6 +169,6 @@ def train_joined(
         return figures(pictures, indices, network(pictures.image(indices), audio), pictures.truth(indices, mouths))
 
     state = fit(
-        out / "joined.pt", network, loss_of, name="joined", steps=steps, rate=rate, measure=measure, measure_every=50
+        out / "joined.pt", network, loss_of, name="joined", steps=steps, rate=1.2e-3, measure=measure, measure_every=50
     )
     return unfolded_state(state["average"], UNet328("ave", width=network.width), pairs), state
