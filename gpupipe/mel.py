@@ -30,7 +30,7 @@ _BATCH_WINDOWS = 256  # windows to a batch of the encoder
 
 
 @lru_cache(maxsize=4)
-def mel_filters(device: torch.device | None = None) -> Tensor:
+def mel_filters(device: torch.device) -> Tensor:
     """The filter bank, float32 ``(80, 401)``: triangles of unit area, evenly spaced on Slaney's mel scale.
 
     The scale is linear below 1 kHz (3 mels to 200 Hz) and logarithmic above (27 mels to a factor 6.4): M. Slaney,
@@ -43,7 +43,7 @@ def mel_filters(device: torch.device | None = None) -> Tensor:
     ramps = edges[:, None] - bins
     rising, falling = -ramps[:-2] / width[:-1, None], ramps[2:] / width[1:, None]
     bank = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
-    return torch.from_numpy(bank.astype(np.float32)).to(device or "cpu")
+    return torch.from_numpy(bank.astype(np.float32)).to(device)
 
 
 _LINEAR_HZ, _LOG_FROM_HZ, _LOG_STEP = 200 / 3, 1000.0, np.log(6.4) / 27
@@ -116,13 +116,13 @@ def mel_pieces(chunks: Iterable[np.ndarray | Tensor], *, device: str | torch.dev
     yield from columns(1)
 
 
-def mel_spectrogram(wave: np.ndarray | Tensor, *, device: str | torch.device = "cpu") -> Tensor:
+def mel_spectrogram(wave: np.ndarray | Tensor) -> Tensor:
     """Sound ``(n,)`` in [−1, 1] at 16 kHz → mel spectrogram ``(80, max(16, 1 + n // 200))`` in [−4, 4], float32.
 
     Pre-emphasis 0.97; STFT of 800 samples, hop 200, periodic Hann, centred on zeros; magnitude; 80 Slaney bands
     55–7600 Hz; decibels − 20, floored at −120; scaled from [−100, 0] to [−4, 4].
     """
-    return torch.cat(list(mel_pieces([wave], device=device)), dim=1)
+    return torch.cat(list(mel_pieces([wave])), dim=1)
 
 
 def window_count(columns: int) -> int:

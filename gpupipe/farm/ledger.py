@@ -84,12 +84,11 @@ class Record:
     facts: dict[str, Any]
 
 
-def write_record(path: Path, inputs: str, facts: dict[str, Any] | None = None) -> Record:
+def write_record(path: Path, inputs: str, facts: dict[str, Any]) -> None:
     """Record that ``path`` is whole. ``inputs`` is the hash of what it was made of."""
-    record = Record(inputs, file_hash(path), facts or {})
+    record = Record(inputs, file_hash(path), facts)
     with replacing(_record_path(path)) as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(record)) + "\n", encoding="utf-8")
-    return record
 
 
 def read_record(path: Path, inputs: str) -> Record | None:
