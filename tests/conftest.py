@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from clips import FRAMES, write_sound
+from farming import Jobs, farm, three_jobs
 from interpreter import tidy_up_after_kernels
 
 from gpupipe import FrameGenerationPipeline, UNetModel, fallbacks
@@ -255,3 +256,22 @@ def render(pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: P
         return Path(path)
 
     return call
+
+
+# ── jobs and the farm that did them ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="session")
+def farm_jobs(
+    tiny_checkpoint: MakeCheckpoint, make_template: MakeTemplate, tmp_path_factory: pytest.TempPathFactory
+) -> Jobs:
+    return three_jobs(tmp_path_factory.mktemp("jobs"), tiny_checkpoint(), make_template)
+
+
+@pytest.fixture(scope="session")
+def farmed(farm_jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a run of all three; a test that changes it takes a copy."""
+    folder = tmp_path_factory.mktemp("farm") / "out"
+    record = farm(farm_jobs, folder)
+    assert (record.done, record.skipped, record.parked, record.frames) == (3, 0, 0, 42)
+    return folder

@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from farming import Jobs, farm, frames_of, left_over, results, three_jobs, videos, write_jobs
+from farming import Jobs, farm, frames_of, left_over, results, videos, write_jobs
 from typer.testing import CliRunner
 
 from gpupipe import FrameGenerationPipeline, InputError
@@ -27,13 +26,6 @@ from gpupipe.video.encode import VideoWriter
 
 
 @pytest.fixture(scope="module")
-def inputs(
-    tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Jobs:
-    return three_jobs(tmp_path_factory.mktemp("inputs"), tiny_checkpoint(), make_template)
-
-
-@pytest.fixture(scope="module")
 def encoder_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("encoder") / "ave.pth"
     torch.manual_seed(0)
@@ -41,40 +33,31 @@ def encoder_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def done(inputs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a run of all three."""
-    folder = tmp_path_factory.mktemp("farm") / "out"
-    record = farm(inputs, folder)
-    assert (record.done, record.skipped, record.parked, record.frames) == (3, 0, 0, 42)
-    return folder
-
-
 # ── what comes out ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_job_becomes_a_whole_video(done: Path, inputs: Jobs) -> None:
-    assert sorted(videos(done)) == ["0.mp4", "1.mp4", "deep/er/2.mp4"]
-    assert left_over(done) == []
-    for job, frames in zip(inputs, (24, 11, 7), strict=True):
-        with av.open(str(done / job["output"])) as video:
+def test_every_job_becomes_a_whole_video(farmed: Path, farm_jobs: Jobs) -> None:
+    assert sorted(videos(farmed)) == ["0.mp4", "1.mp4", "deep/er/2.mp4"]
+    assert left_over(farmed) == []
+    for job, frames in zip(farm_jobs, (24, 11, 7), strict=True):
+        with av.open(str(farmed / job["output"])) as video:
             assert sum(1 for _ in video.decode(video=0)) == frames
             assert video.streams.audio
-        row = results(done)[job["output"]]
+        row = results(farmed)[job["output"]]
         assert (row["status"], row["frames"], row["error"]) == ("done", frames, None)
-        assert row["checksum"] == ledger.file_hash(done / job["output"])
+        assert row["checksum"] == ledger.file_hash(farmed / job["output"])
         assert row["timings"]["render"] > 0 and row["timings"]["join"] > 0
         assert row["device"] == "cpu" and row["engine"] == "eager" and row["codec"] == "libx264"
-    assert results(done)["0.mp4"]["parts"] == 3
+    assert results(farmed)["0.mp4"]["parts"] == 3
 
 
-def test_pictures_are_those_of_single_renders(inputs: Jobs, tmp_path: Path) -> None:
+def test_pictures_are_those_of_single_renders(farm_jobs: Jobs, tmp_path: Path) -> None:
     """At fewer frames a second than the network's, as many, and more: some rendered rows are shown twice."""
     options: Jobs = [{}, {}, {"start_frame": 2}, {"fps": 50.0}]
-    jobs = [job | more for job, more in zip([*inputs[:2], inputs[2], inputs[2]], options, strict=True)]
+    jobs = [job | more for job, more in zip([*farm_jobs[:2], farm_jobs[2], farm_jobs[2]], options, strict=True)]
     jobs = [job | {"codec": "ffv1", "output": f"{n}.mkv"} for n, job in enumerate(jobs)]
     farm(jobs, tmp_path / "out")
-    pipeline = FrameGenerationPipeline(inputs[0]["checkpoint"], engine="eager")
+    pipeline = FrameGenerationPipeline(farm_jobs[0]["checkpoint"], engine="eager")
     for job, count in zip(jobs, (24, 11, 7, 14), strict=True):
         alone = tmp_path / f"alone-{job['output']}"
         how = {"fps": job.get("fps", 25), "start_frame": job.get("start_frame", 0)}
@@ -83,24 +66,24 @@ def test_pictures_are_those_of_single_renders(inputs: Jobs, tmp_path: Path) -> N
         assert len(pictures) == count and pictures == frames_of(alone)
 
 
-def test_each_job_is_encoded_as_it_asks(inputs: Jobs, tmp_path: Path) -> None:
+def test_each_job_is_encoded_as_it_asks(farm_jobs: Jobs, tmp_path: Path) -> None:
     options: Jobs = [{"crf": 5}, {"crf": 40}, {"preset": "ultrafast"}, {"preset": "slow"}]
-    jobs = [inputs[2] | {"codec": "libx264", "output": f"{n}.mp4"} | more for n, more in enumerate(options)]
+    jobs = [farm_jobs[2] | {"codec": "libx264", "output": f"{n}.mp4"} | more for n, more in enumerate(options)]
     farm(jobs, tmp_path / "out")
     fine, coarse, fast, slow = map(len, videos(tmp_path / "out").values())
     assert fine > 1.3 * coarse and fast > 1.1 * slow
 
 
-def test_bytes_do_not_depend_on_the_run(done: Path, inputs: Jobs, tmp_path: Path) -> None:
-    farm(inputs[::-1], tmp_path / "out", batch_size=1)
-    assert videos(tmp_path / "out") == videos(done)
+def test_bytes_do_not_depend_on_the_run(farmed: Path, farm_jobs: Jobs, tmp_path: Path) -> None:
+    farm(farm_jobs[::-1], tmp_path / "out", batch_size=1)
+    assert videos(tmp_path / "out") == videos(farmed)
 
 
-def test_features_are_made_from_sound(done: Path, inputs: Jobs, encoder_checkpoint: Path, tmp_path: Path) -> None:
-    job = {key: value for key, value in inputs[1].items() if key != "audio_features"} | {
+def test_features_are_made_from_sound(farmed: Path, farm_jobs: Jobs, encoder_checkpoint: Path, tmp_path: Path) -> None:
+    job = {key: value for key, value in farm_jobs[1].items() if key != "audio_features"} | {
         "encoder": str(encoder_checkpoint)
     }
-    record = farm([job, inputs[1] | {"output": "other.mp4"}], tmp_path / "out")
+    record = farm([job, farm_jobs[1] | {"output": "other.mp4"}], tmp_path / "out")
     assert record.done == 2
     alone = tmp_path / "alone.mp4"
     arguments = ["--checkpoint", job["checkpoint"], "--template", job["template"], "--encoder", job["encoder"]]
@@ -109,23 +92,23 @@ def test_features_are_made_from_sound(done: Path, inputs: Jobs, encoder_checkpoi
     assert len(frames_of(alone)) == results(tmp_path / "out")["1.mp4"]["frames"]
 
 
-def test_each_job_has_the_features_of_its_encoder(inputs: Jobs, encoder_checkpoint: Path, tmp_path: Path) -> None:
+def test_each_job_has_the_features_of_its_encoder(farm_jobs: Jobs, encoder_checkpoint: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     torch.save(AudioEncoder().state_dict(), tmp_path / "other.pth")
-    heard = {key: value for key, value in inputs[2].items() if key != "audio_features"}
+    heard = {key: value for key, value in farm_jobs[2].items() if key != "audio_features"}
     encoders = (encoder_checkpoint, tmp_path / "other.pth")
     farm([heard | {"encoder": str(path), "output": f"{n}.mp4"} for n, path in enumerate(encoders)], tmp_path / "out")
     first, second = (frames_of(tmp_path / "out" / f"{n}.mp4") for n in range(2))
     assert len(first) == len(second) and first != second
 
 
-def test_lengths_that_differ_are_said_aloud(inputs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lengths_that_differ_are_said_aloud(farm_jobs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The second and third input have 11 and 7 frames, 25 a second, and sounds of that length."""
     jobs = [
-        inputs[1],
-        inputs[2] | {"output": "longer.mp4", "audio": inputs[1]["audio"]},
-        inputs[1] | {"output": "shorter.mp4", "audio": inputs[2]["audio"]},
-        {key: value for key, value in inputs[1].items() if key != "audio"} | {"output": "silent.mp4"},
+        farm_jobs[1],
+        farm_jobs[2] | {"output": "longer.mp4", "audio": farm_jobs[1]["audio"]},
+        farm_jobs[1] | {"output": "shorter.mp4", "audio": farm_jobs[2]["audio"]},
+        {key: value for key, value in farm_jobs[1].items() if key != "audio"} | {"output": "silent.mp4"},
     ]
     out = tmp_path / "out"
     assert farm(jobs, out).done == 4
@@ -145,15 +128,15 @@ def test_lengths_that_differ_are_said_aloud(inputs: Jobs, tmp_path: Path, caplog
 # ── bad jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_bad_job_stops_no_other_and_is_parked(done: Path, inputs: Jobs, tmp_path: Path) -> None:
-    damaged = Path(shutil.copytree(inputs[1]["template"], tmp_path / "face"))
+def test_a_bad_job_stops_no_other_and_is_parked(farmed: Path, farm_jobs: Jobs, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(farm_jobs[1]["template"], tmp_path / "face"))
     (damaged / "full_body_img" / "2.jpg").write_bytes(b"no JPEG")
-    jobs = [inputs[1] | {"template": str(damaged), "output": "bad.mp4"}, *inputs]
+    jobs = [farm_jobs[1] | {"template": str(damaged), "output": "bad.mp4"}, *farm_jobs]
     told: list[str] = []
     out = tmp_path / "out"
     record = farm(jobs, out, on_job_end=lambda state: told.append(f"{state.output} {state.status}"))
     assert (record.done, record.parked) == (3, 1)
-    assert videos(out) == videos(done)
+    assert videos(out) == videos(farmed)
     row = results(out)["bad.mp4"]
     assert (row["status"], row["attempts"]) == ("parked", 3)
     assert "2.jpg" in row["error"]
@@ -167,31 +150,31 @@ def test_a_bad_job_stops_no_other_and_is_parked(done: Path, inputs: Jobs, tmp_pa
 
 
 def test_a_parked_job_is_done_by_the_next_run_when_its_cause_is_gone(
-    done: Path, inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    farmed: Path, farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No input of the job changes: a file stands where the folder of its video should be."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "deep").write_text("in the way")
-    record = farm(inputs, out)
+    record = farm(farm_jobs, out)
     assert (record.done, record.parked) == (2, 1)
     assert "deep/er: cannot be made" in results(out)["deep/er/2.mp4"]["error"]
     (out / "deep").unlink()
     monkeypatch.setattr(worker, "render_batch", None)  # its part is there: nothing is rendered again
-    record = farm(inputs, out)
+    record = farm(farm_jobs, out)
     assert (record.done, record.skipped, record.parked) == (1, 2, 0)
     assert (results(out)["deep/er/2.mp4"]["attempts"], results(out)["deep/er/2.mp4"]["error"]) == (0, None)
-    assert videos(out) == videos(done)
+    assert videos(out) == videos(farmed)
 
 
-def test_sound_that_is_missing_is_told_before_anything_is_rendered(inputs: Jobs, tmp_path: Path) -> None:
-    record = farm([inputs[1] | {"audio": "gone.wav"}], tmp_path / "out")
+def test_sound_that_is_missing_is_told_before_anything_is_rendered(farm_jobs: Jobs, tmp_path: Path) -> None:
+    record = farm([farm_jobs[1] | {"audio": "gone.wav"}], tmp_path / "out")
     assert (record.parked, record.frames) == (1, 0)
     assert "gone.wav: no such" in results(tmp_path / "out")["1.mp4"]["error"]
 
 
 def test_a_job_that_fails_while_it_is_rendered_is_the_only_one(
-    done: Path, inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    farmed: Path, farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gpupipe.avatar import Avatar
 
@@ -204,15 +187,17 @@ def test_a_job_that_fails_while_it_is_rendered_is_the_only_one(
 
     monkeypatch.setattr(Avatar, "look_up", fails)
     out = tmp_path / "out"
-    record = farm(inputs, out, batch_size=8)
+    record = farm(farm_jobs, out, batch_size=8)
     assert (record.done, record.parked) == (2, 1)
     assert results(out)["1.mp4"]["error"] == "RuntimeError: the second face cannot be looked up"
-    expected = {name: content for name, content in videos(done).items() if name != "1.mp4"}
+    expected = {name: content for name, content in videos(farmed).items() if name != "1.mp4"}
     assert videos(out).keys() == expected.keys()
     assert not [name for name in left_over(out) if ".part" in name]
 
 
-def test_memory_that_runs_out_halves_the_batch(inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_halves_the_batch(
+    farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, sizes = worker.render_batch, []
 
     def small(pieces: Any) -> Any:
@@ -224,55 +209,57 @@ def test_memory_that_runs_out_halves_the_batch(inputs: Jobs, tmp_path: Path, mon
 
     monkeypatch.setattr(worker, "render_batch", small)
     out = tmp_path / "out"
-    record = farm(inputs, out, batch_size=16)
+    record = farm(farm_jobs, out, batch_size=16)
     assert record.done == 3
     assert max(sizes) == 16 and sizes[-1] <= 3
-    assert [len(frames_of(out / job["output"])) for job in inputs] == [24, 11, 7]
+    assert [len(frames_of(out / job["output"])) for job in farm_jobs] == [24, 11, 7]
     assert any("out of memory" in told for told in record.as_dict()["fallbacks"])
 
 
 def test_memory_that_is_never_enough_fails_the_job(
-    inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def never(pieces: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(worker, "render_batch", never)
-    assert farm(inputs[1:2], tmp_path / "out", batch_size=4).parked == 1
+    assert farm(farm_jobs[1:2], tmp_path / "out", batch_size=4).parked == 1
 
 
 def test_a_disk_that_fills_up_while_frames_are_written_stops_the_farm(
-    inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(self: VideoWriter, frames: torch.Tensor) -> None:
         raise DiskFullError("no space left")
 
     monkeypatch.setattr(VideoWriter, "write", full)
     with pytest.raises(DiskFullError):
-        farm(inputs[1:2], tmp_path / "out")
+        farm(farm_jobs[1:2], tmp_path / "out")
 
 
-def test_two_farms_in_one_folder_are_one_too_many(inputs: Jobs, tmp_path: Path) -> None:
+def test_two_farms_in_one_folder_are_one_too_many(farm_jobs: Jobs, tmp_path: Path) -> None:
     with Ledger(tmp_path / "out", []).locked(), pytest.raises(OutputError, match="another farm is at work"):
-        farm(inputs, tmp_path / "out")
+        farm(farm_jobs, tmp_path / "out")
 
 
 def test_a_device_of_no_such_name_is_told_before_a_cluster_starts(
-    inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(DeviceError, match="device is 'foo'; expected cpu, cuda or cuda:N"):
-        farm(inputs, tmp_path / "out", workers=1, device="foo")
+        farm(farm_jobs, tmp_path / "out", workers=1, device="foo")
     with pytest.raises(InputError, match="workers need Ray"):  # the control: what comes next
-        farm(inputs, tmp_path / "out", workers=1, device="cuda")
+        farm(farm_jobs, tmp_path / "out", workers=1, device="cuda")
 
 
 # ── the command ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_command_tells_each_job_and_the_sum(done: Path, inputs: Jobs, tmp_path: Path) -> None:
-    jobs = write_jobs(tmp_path / "jobs.jsonl", [*inputs, inputs[0] | {"output": "gone.mp4", "template": "nowhere"}])
-    out = Path(shutil.copytree(done, tmp_path / "out"))
+def test_the_command_tells_each_job_and_the_sum(farmed: Path, farm_jobs: Jobs, tmp_path: Path) -> None:
+    jobs = write_jobs(
+        tmp_path / "jobs.jsonl", [*farm_jobs, farm_jobs[0] | {"output": "gone.mp4", "template": "nowhere"}]
+    )
+    out = Path(shutil.copytree(farmed, tmp_path / "out"))
     ran = CliRunner().invoke(app, ["farm", str(jobs), "--output-dir", str(out), "--part-seconds", "2", "--json"])
     assert ran.exit_code == 1
     assert "gone.mp4: parked after 3 attempts, the next run tries it again: " in ran.stderr and "nowhere" in ran.stderr
@@ -297,16 +284,16 @@ def test_the_command_tells_each_job_and_the_sum(done: Path, inputs: Jobs, tmp_pa
         ("--workers 1 --device foo", "device is 'foo'; expected cpu, cuda or cuda:N"),
     ],
 )
-def test_an_option_that_cannot_be_used_starts_nothing(inputs: Jobs, tmp_path: Path, words: str, told: str) -> None:
-    jobs = write_jobs(tmp_path / "jobs.jsonl", inputs)
+def test_an_option_that_cannot_be_used_starts_nothing(farm_jobs: Jobs, tmp_path: Path, words: str, told: str) -> None:
+    jobs = write_jobs(tmp_path / "jobs.jsonl", farm_jobs)
     ran = CliRunner().invoke(app, ["farm", str(jobs), "--output-dir", str(tmp_path / "out"), *words.split()])
     assert ran.exit_code == 2, ran.output
     assert told in ran.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_wrong_file_of_jobs_starts_nothing(inputs: Jobs, tmp_path: Path) -> None:
-    jobs = write_jobs(tmp_path / "jobs.jsonl", [inputs[0], inputs[1] | {"crf": 52}])
+def test_a_wrong_file_of_jobs_starts_nothing(farm_jobs: Jobs, tmp_path: Path) -> None:
+    jobs = write_jobs(tmp_path / "jobs.jsonl", [farm_jobs[0], farm_jobs[1] | {"crf": 52}])
     ran = CliRunner().invoke(app, ["farm", str(jobs), "--output-dir", str(tmp_path / "out")])
     assert ran.exit_code == 2
     assert "jobs.jsonl:2: crf is 52" in ran.stderr

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from farming import Jobs, three_jobs, write_jobs
+from farming import Jobs, write_jobs
 
 from gpupipe.farm import farm_status, read_jobs
 from gpupipe.farm.attempt import Failed
@@ -17,15 +16,8 @@ from gpupipe.farm.worker import Joined, Outcome
 from gpupipe.video.codecs import segment_length
 
 
-@pytest.fixture(scope="module")
-def inputs(
-    tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Jobs:
-    return three_jobs(tmp_path_factory.mktemp("inputs"), tiny_checkpoint(), make_template)
-
-
-def test_a_job_over_which_workers_die_is_parked_at_last(inputs: Jobs, tmp_path: Path) -> None:
-    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", inputs[:1]))
+def test_a_job_over_which_workers_die_is_parked_at_last(farm_jobs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
     queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
     for _ in range(MAX_LOSSES):
         task = queue.next_task(frames=1000)
@@ -41,8 +33,8 @@ def test_a_job_over_which_workers_die_is_parked_at_last(inputs: Jobs, tmp_path: 
     assert not again.finished
 
 
-def test_a_task_that_fails_as_a_whole_is_one_failure_of_each_of_its_jobs(inputs: Jobs, tmp_path: Path) -> None:
-    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", [inputs[0], inputs[2]]))
+def test_a_task_that_fails_as_a_whole_is_one_failure_of_each_of_its_jobs(farm_jobs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", [farm_jobs[0], farm_jobs[2]]))
     queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
     for attempts in range(1, MAX_ATTEMPTS + 1):
         task = queue.next_task(frames=1000)
@@ -53,8 +45,8 @@ def test_a_task_that_fails_as_a_whole_is_one_failure_of_each_of_its_jobs(inputs:
     assert queue.finished and {state.status for state in states} == {"parked"}
 
 
-def test_a_video_of_too_few_frames_gets_no_name(inputs: Jobs, tmp_path: Path) -> None:
-    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", inputs[2:]))
+def test_a_video_of_too_few_frames_gets_no_name(farm_jobs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[2:]))
     queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
     rendered = queue.next_task()
     assert isinstance(rendered, RenderTask)
@@ -66,8 +58,8 @@ def test_a_video_of_too_few_frames_gets_no_name(inputs: Jobs, tmp_path: Path) ->
     assert (state.status, state.error) == ("failed", f"{joined.path}: has 6 frames; expected 7")
 
 
-def test_a_worker_is_given_more_of_what_it_has_at_hand(inputs: Jobs, tmp_path: Path) -> None:
-    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", inputs))
+def test_a_worker_is_given_more_of_what_it_has_at_hand(farm_jobs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs))
     queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
     faces = [AvatarKey.of(job) for job in jobs]
     assert queue.upcoming() == faces[:2]
@@ -79,8 +71,8 @@ def test_a_worker_is_given_more_of_what_it_has_at_hand(inputs: Jobs, tmp_path: P
 
 
 @pytest.mark.parametrize("seconds", [1e-300, 1e308])
-def test_any_part_seconds_are_rounded_to_segments(inputs: Jobs, tmp_path: Path, seconds: float) -> None:
-    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", inputs[:1]))
+def test_any_part_seconds_are_rounded_to_segments(farm_jobs: Jobs, tmp_path: Path, seconds: float) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
     task = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=seconds).next_task(frames=1000)
     assert isinstance(task, RenderTask) and len(task.parts) == (3 if seconds < 1 else 1)
     assert segment_length(25) == 50  # type: ignore[arg-type]

@@ -6,82 +6,68 @@ import gc
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from farming import Jobs, farm, left_over, results, three_jobs, videos
+from farming import Jobs, farm, left_over, results, videos
 
 from gpupipe.errors import DiskFullError
 from gpupipe.farm import ledger, worker
 
 
-@pytest.fixture(scope="module")
-def inputs(
-    tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Jobs:
-    return three_jobs(tmp_path_factory.mktemp("inputs"), tiny_checkpoint(), make_template)
-
-
-@pytest.fixture(scope="module")
-def done(inputs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output folder of a run of all three."""
-    folder = tmp_path_factory.mktemp("farm") / "out"
-    farm(inputs, folder)
-    return folder
-
-
-def test_what_is_done_is_skipped(done: Path, inputs: Jobs, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(done, tmp_path / "out"))
+def test_what_is_done_is_skipped(farmed: Path, farm_jobs: Jobs, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(farmed, tmp_path / "out"))
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
-    record = farm(inputs, out)
+    record = farm(farm_jobs, out)
     assert (record.done, record.skipped) == (0, 3)
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
     assert {row["status"] for row in results(out).values()} == {"done"}
 
 
-def test_what_a_killed_run_could_not_remove_is_removed(done: Path, inputs: Jobs, tmp_path: Path) -> None:
+def test_what_a_killed_run_could_not_remove_is_removed(farmed: Path, farm_jobs: Jobs, tmp_path: Path) -> None:
     """A run that was killed when a video had its name and its parts were still there."""
-    out = Path(shutil.copytree(done, tmp_path / "out"))
+    out = Path(shutil.copytree(farmed, tmp_path / "out"))
     state = next(out.glob(".gpupipe-farm/*/state.json"))
     for name in ("00000.mp4", "00000.mp4.json", ".joined-1.part.mp4"):
         (state.parent / name).write_bytes(b"left")
     assert len(left_over(out)) == 3
-    assert farm(inputs, out).skipped == 3
+    assert farm(farm_jobs, out).skipped == 3
     assert left_over(out) == []
 
 
-def test_results_of_another_file_of_jobs_stay(done: Path, inputs: Jobs, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(done, tmp_path / "out"))
+def test_results_of_another_file_of_jobs_stay(farmed: Path, farm_jobs: Jobs, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(farmed, tmp_path / "out"))
     before = results(out)
     for number, damaged in enumerate(("{", "[1]", '{"output": []}')):
         (out / f".gpupipe-farm/{number}").mkdir()
         (out / f".gpupipe-farm/{number}/state.json").write_text(damaged)
-    record = farm([inputs[2] | {"output": "new.mp4"}, inputs[1]], out)
+    record = farm([farm_jobs[2] | {"output": "new.mp4"}, farm_jobs[1]], out)
     assert (record.jobs, record.done, record.skipped) == (2, 1, 1)
     after = results(out)
     assert list(after) == ["new.mp4", "1.mp4", "0.mp4", "deep/er/2.mp4"]
     assert {name: row for name, row in after.items() if name != "new.mp4"} == before
     assert len((out / "results.jsonl").read_text().splitlines()) == 4
-    assert videos(out).keys() == {*videos(done), "new.mp4"}
+    assert videos(out).keys() == {*videos(farmed), "new.mp4"}
 
 
-def test_what_changed_is_done_again(done: Path, inputs: Jobs, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(done, tmp_path / "out"))
+def test_what_changed_is_done_again(farmed: Path, farm_jobs: Jobs, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(farmed, tmp_path / "out"))
     features = tmp_path / "other.npy"
-    np.save(features, np.load(inputs[1]["audio_features"]) + 1)
+    np.save(features, np.load(farm_jobs[1]["audio_features"]) + 1)
     (out / "deep/er/2.mp4").unlink()
-    record = farm([inputs[0], inputs[1] | {"audio_features": str(features)}, inputs[2]], out)
+    record = farm([farm_jobs[0], farm_jobs[1] | {"audio_features": str(features)}, farm_jobs[2]], out)
     assert (record.done, record.skipped) == (2, 1)
-    assert videos(out)["1.mp4"] != videos(done)["1.mp4"]
-    assert videos(out)["deep/er/2.mp4"] == videos(done)["deep/er/2.mp4"]
+    assert videos(out)["1.mp4"] != videos(farmed)["1.mp4"]
+    assert videos(out)["deep/er/2.mp4"] == videos(farmed)["deep/er/2.mp4"]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "a folder"])
-def test_a_video_that_is_not_as_recorded_is_made_again(done: Path, inputs: Jobs, tmp_path: Path, damage: str) -> None:
-    out = Path(shutil.copytree(done, tmp_path / "out"))
+def test_a_video_that_is_not_as_recorded_is_made_again(
+    farmed: Path, farm_jobs: Jobs, tmp_path: Path, damage: str
+) -> None:
+    out = Path(shutil.copytree(farmed, tmp_path / "out"))
     video = out / "1.mp4"
     content = bytearray(video.read_bytes())
     content[len(content) // 2] ^= 1
@@ -90,23 +76,23 @@ def test_a_video_that_is_not_as_recorded_is_made_again(done: Path, inputs: Jobs,
         video.mkdir()
     else:
         video.write_bytes(content if damage == "flipped" else content[:-100])
-    record = farm(inputs, out)
+    record = farm(farm_jobs, out)
     if damage == "a folder":
         assert (record.skipped, record.parked) == (2, 1)
         assert "1.mp4: cannot be written" in results(out)["1.mp4"]["error"]
     else:
         assert (record.done, record.skipped) == (1, 2)
-        assert videos(out) == videos(done)
+        assert videos(out) == videos(farmed)
 
 
-def test_force_does_all_again(done: Path, inputs: Jobs, tmp_path: Path) -> None:
-    out = Path(shutil.copytree(done, tmp_path / "out"))
-    assert farm(inputs, out, force=True).done == 3
-    assert videos(out) == videos(done)
+def test_force_does_all_again(farmed: Path, farm_jobs: Jobs, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(farmed, tmp_path / "out"))
+    assert farm(farm_jobs, out, force=True).done == 3
+    assert videos(out) == videos(farmed)
 
 
 @pytest.fixture
-def interrupted(inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def interrupted(farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An output folder of a run that met a full disk when two of the first job's three parts were recorded."""
     real, count = worker.write_record, 0
 
@@ -120,7 +106,7 @@ def interrupted(inputs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr(worker, "write_record", full)
         with pytest.raises(DiskFullError, match="No space left"):
-            farm(inputs, tmp_path / "out")
+            farm(farm_jobs, tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -129,21 +115,23 @@ def parts(folder: Path) -> list[Path]:
 
 
 def test_a_run_goes_on_where_it_stopped(
-    interrupted: Path, inputs: Jobs, done: Path, monkeypatch: pytest.MonkeyPatch
+    interrupted: Path, farm_jobs: Jobs, farmed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert videos(interrupted) == {} and len(parts(interrupted)) >= 2
     assert results(interrupted)["0.mp4"]["status"] == "waiting"
     made: list[int] = []
     real = worker.write_record
     monkeypatch.setattr(worker, "write_record", lambda path, *rest: (made.append(path), real(path, *rest))[1])
-    farm(inputs, interrupted)
+    farm(farm_jobs, interrupted)
     assert len(made) == 3  # the last part of the first job, and the two others
-    assert videos(interrupted) == videos(done)
+    assert videos(interrupted) == videos(farmed)
     assert left_over(interrupted) == []
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "unrecorded", "other inputs"])
-def test_a_part_that_is_not_as_recorded_is_made_again(interrupted: Path, inputs: Jobs, done: Path, damage: str) -> None:
+def test_a_part_that_is_not_as_recorded_is_made_again(
+    interrupted: Path, farm_jobs: Jobs, farmed: Path, damage: str
+) -> None:
     part = parts(interrupted)[0]
     record = part.with_name(part.name + ".json")
     if damage == "flipped":
@@ -156,12 +144,12 @@ def test_a_part_that_is_not_as_recorded_is_made_again(interrupted: Path, inputs:
         record.write_text(record.read_text()[:-20])
     else:
         record.write_text(json.dumps(json.loads(record.read_text()) | {"inputs": "others"}))
-    farm(inputs, interrupted)
-    assert videos(interrupted) == videos(done)
+    farm(farm_jobs, interrupted)
+    assert videos(interrupted) == videos(farmed)
 
 
 def test_a_part_that_is_not_looked_at_spoils_the_video(
-    interrupted: Path, inputs: Jobs, done: Path, monkeypatch: pytest.MonkeyPatch
+    interrupted: Path, farm_jobs: Jobs, farmed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the test above: the damage does reach the video if checksums are not compared."""
     part = parts(interrupted)[0]
@@ -176,14 +164,14 @@ def test_a_part_that_is_not_looked_at_spoils_the_video(
 
     with monkeypatch.context() as patch:
         patch.setattr(ledger, "file_hash", believing)
-        farm(inputs[:1], interrupted)
-    assert videos(interrupted)["0.mp4"] != videos(done)["0.mp4"]
+        farm(farm_jobs[:1], interrupted)
+    assert videos(interrupted)["0.mp4"] != videos(farmed)["0.mp4"]
 
 
-def test_a_real_full_disk(inputs: Jobs, done: Path, tmp_path: Path) -> None:
+def test_a_real_full_disk(farm_jobs: Jobs, farmed: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    size = sum(len(content) for content in videos(done).values()) // 1024
+    size = sum(len(content) for content in videos(farmed).values()) // 1024
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)], capture_output=True, text=True, check=False
     )
@@ -191,11 +179,11 @@ def test_a_real_full_disk(inputs: Jobs, done: Path, tmp_path: Path) -> None:
         pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
     try:
         with pytest.raises(DiskFullError, match="No space left"):
-            farm(inputs, disk / "out")
+            farm(farm_jobs, disk / "out")
         assert not [path for path in disk.rglob("*") if ".part" in path.name]
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
-        farm(inputs, disk / "out")
-        assert videos(disk / "out") == videos(done)
+        farm(farm_jobs, disk / "out")
+        assert videos(disk / "out") == videos(farmed)
     finally:
         gc.collect()  # a file that could not be ended stays open as long as its container lives
         subprocess.run(["umount", "--lazy", str(disk)], check=True)
