@@ -1,4 +1,4 @@
-"""What clips of tests are made of, frames that are rendered without a file, and what is cached of a template's."""
+"""What clips of tests are made of, what the network is given, and frames that are rendered without a file."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from gpupipe import FrameGenerator
 from gpupipe.frame_cache import FrameCache, Tensors
-from gpupipe.models import Mode
+from gpupipe.models import AUDIO_SHAPES, Mode
 
 Image = np.ndarray
 
@@ -28,6 +30,13 @@ ROWS: dict[Mode, tuple[int, ...]] = {"ave": (512,), "hubert": (2, 1024), "wenet"
 
 def features(count: int, mode: Mode = "ave", seed: int = 0) -> np.ndarray:
     return np.abs(np.random.default_rng(seed).standard_normal((count, *ROWS[mode]))).astype(np.float32)
+
+
+def network_inputs(mode: Mode, batch: int = 1) -> tuple[Tensor, Tensor]:
+    """Noise: images (B, 6, 320, 320) in [0, 1], and windows of features that have both signs."""
+    generator = torch.Generator().manual_seed(4)
+    image = torch.rand(batch, 6, 320, 320, generator=generator)
+    return image, torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator)
 
 
 def rendered(

@@ -12,7 +12,8 @@ from typing import Any, cast, get_args
 
 import pytest
 import torch
-from torch import Tensor, nn
+from clips import network_inputs
+from torch import nn
 
 import gpupipe.engines
 from gpupipe.benchmarks.seeded import seeded_network
@@ -24,7 +25,7 @@ from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.errors import DeviceError, InputError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.lanes import Lanes
-from gpupipe.models import AUDIO_SHAPES, MODES, Mode, UNet328
+from gpupipe.models import MODES, Mode, UNet328
 from gpupipe.versions import versions
 
 CPU = torch.device("cpu")
@@ -39,19 +40,13 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return make_engine(seeded_network(width=1 / 8), device=CPU, engine=request.param)
 
 
-def inputs(mode: Mode, batch: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    image = torch.rand(batch, 6, 320, 320, generator=generator)
-    return image, torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator)
-
-
 @pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_engine_is_the_network(mode: Mode, name: EngineName) -> None:
     network = seeded_network(mode, width=1 / 8)
     engine = make_engine(network, device=CPU, engine=name)
-    image, audio = inputs(mode, 2)
+    image, audio = network_inputs(mode, 2)
     mouth = engine.decode(engine.encode(image), torch.arange(2), audio)
     assert mouth.shape == (2, 3, 320, 320)
     assert (mouth - network(image, audio)).abs().max() <= BOUND
@@ -62,7 +57,7 @@ def test_engine_is_the_network(mode: Mode, name: EngineName) -> None:
 @torch.no_grad()
 def test_engines_agree_at_full_width() -> None:
     network = seeded_network(width=1)
-    image, audio = inputs("ave", 1)
+    image, audio = network_inputs("ave", 1)
     first, second = (
         engine.decode(engine.encode(image), torch.tensor([0]), audio)
         for engine in (make_engine(network, device=CPU, engine=name) for name in ON_CPU)
@@ -73,7 +68,7 @@ def test_engines_agree_at_full_width() -> None:
 
 def test_features_of_a_frame_serve_every_sound(engine: Engine) -> None:
     """Bit for bit: a frame must not depend on whether its template's half was cached."""
-    image, audio = inputs("ave", 3)
+    image, audio = network_inputs("ave", 3)
     features = engine.encode(image)
     index = torch.tensor([2, 0, 2])
     cached = engine.decode(features, index, audio)
@@ -83,7 +78,7 @@ def test_features_of_a_frame_serve_every_sound(engine: Engine) -> None:
 
 
 def test_features_have_the_frames_along_their_first_axis(engine: Engine) -> None:
-    image, _ = inputs("ave", 2)
+    image, _ = network_inputs("ave", 2)
     together, alone = engine.encode(image), engine.encode(image[1:])
     assert together.keys() == alone.keys()
     for name, value in together.items():
@@ -94,7 +89,7 @@ def test_features_have_the_frames_along_their_first_axis(engine: Engine) -> None
 
 def test_onnxruntime_does_not_depend_on_the_batch() -> None:
     engine = OnnxRuntimeEngine(seeded_network(width=1 / 8), threads=1)
-    image, audio = inputs("ave", 3)
+    image, audio = network_inputs("ave", 3)
     together = engine.decode(engine.encode(image), torch.arange(3), audio)
     for i in range(3):
         alone = engine.decode(engine.encode(image[i : i + 1]), torch.tensor([0]), audio[i : i + 1])
@@ -102,7 +97,7 @@ def test_onnxruntime_does_not_depend_on_the_batch() -> None:
 
 
 def test_inputs_may_be_strided_or_of_another_precision(engine: Engine) -> None:
-    image, audio = inputs("ave", 2)
+    image, audio = network_inputs("ave", 2)
     expected = engine.decode(engine.encode(image), torch.arange(2), audio)
     strided = image.contiguous(memory_format=torch.channels_last).double()
     found = engine.decode(engine.encode(strided), torch.arange(2), audio.double().mT.contiguous().mT)
@@ -374,7 +369,7 @@ def test_compiled_engine_is_the_network() -> None:
     network = seeded_network(width=1 / 8)
     engine = make_engine(network, device=CPU, engine="compile")
     for batch in (2, 1, 3):
-        image, audio = inputs("ave", batch)
+        image, audio = network_inputs("ave", batch)
         mouth = engine.decode(engine.encode(image), torch.arange(batch), audio)
         assert mouth.shape == (batch, 3, 320, 320)
         assert (mouth - network(image, audio)).abs().max() <= BOUND

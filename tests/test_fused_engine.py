@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from clips import network_inputs
 from torch import Tensor
 
 from gpupipe.benchmarks.seeded import seeded_network
@@ -20,12 +21,6 @@ HALF_BOUND = 0.01
 """As above in half precision: two and a half steps of 255, with seeded weights."""
 
 
-def inputs(mode: Mode, batch: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    image = torch.rand(batch, 6, 320, 320, generator=generator)
-    return image, torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator)
-
-
 def rearranged(network: UNet328, mouth: torch.dtype = torch.float32) -> FusedEngine:
     """On the reference in float32, where nothing hides in rounding."""
     return FusedEngine(network, device=CPU, dtype=torch.float32, mouth=mouth)
@@ -37,7 +32,7 @@ def test_arrangement_is_the_network(mode: Mode, width: float) -> None:
     """At widths whose channels are no powers of two, too: they are filled up."""
     network = seeded_network(mode, width=width)
     engine = rearranged(network)
-    image, audio = inputs(mode, 1)
+    image, audio = network_inputs(mode, 1)
     mouth = engine.decode(engine.encode(image), torch.tensor([0]), audio)
     assert mouth.shape == (1, 3, 320, 320)
     assert (mouth - network(image, audio)).abs().max() <= BOUND
@@ -46,7 +41,7 @@ def test_arrangement_is_the_network(mode: Mode, width: float) -> None:
 @torch.no_grad()
 def test_batch_reads_features_where_they_lie() -> None:
     network = seeded_network(width=1 / 8)
-    image, audio = inputs("ave", 2)
+    image, audio = network_inputs("ave", 2)
     features = rearranged(network).encode(image)
     assert all(value.is_contiguous() and len(value) == 2 for value in features.values())
     mouth = rearranged(network).decode(features, torch.tensor([1, 0]), audio)
@@ -94,7 +89,7 @@ def test_kernels_are_the_network(mode: Mode, monkeypatch: pytest.MonkeyPatch) ->
     """The whole network at its own size on interpreted kernels."""
     pytest.importorskip("triton")
     network = seeded_network(mode, width=1 / 8)
-    image, audio = inputs(mode, 2)
+    image, audio = network_inputs(mode, 2)
     mouth = on_kernels(network, image, audio, monkeypatch)
     assert (mouth - network(image.flip(0), audio)).abs().max() <= HALF_BOUND
     assert (mouth - network(image, audio)).abs().max() > 5 * HALF_BOUND
@@ -107,7 +102,7 @@ def test_kernels_are_the_network(mode: Mode, monkeypatch: pytest.MonkeyPatch) ->
 @torch.no_grad()
 def test_kernels_are_the_network_on_the_gpu(mode: Mode, width: float, monkeypatch: pytest.MonkeyPatch) -> None:
     network = seeded_network(mode, width=width)
-    image, audio = inputs(mode, 3)
+    image, audio = network_inputs(mode, 3)
     mouth = on_kernels(network, image, audio, monkeypatch)
     expected = network(image.flip(0), audio)
     assert (mouth - expected).square().mean().sqrt() <= HALF_BOUND / 2

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from clips import network_inputs
 from torch import Tensor
 
 from gpupipe.benchmarks.seeded import seeded_network
@@ -13,7 +14,7 @@ from gpupipe.engines import gluon, make_engine
 from gpupipe.engines.gluon import GluonEngine
 from gpupipe.errors import DeviceError
 from gpupipe.kernels.whole_block import PackedBlock, PackedHead, gluon_obstacle, whole_block
-from gpupipe.models import AUDIO_SHAPES, MODES, Mode, UNet328
+from gpupipe.models import MODES, Mode, UNet328
 from gpupipe.models.hoisted import HoistedUp
 
 CPU = torch.device("cpu")
@@ -22,15 +23,9 @@ BOUND = 1.5
 """Root mean square in steps of 255: half precision and truncation, with seeded weights."""
 
 
-def inputs(mode: Mode, batch: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    image = torch.rand(batch, 6, 320, 320, generator=generator)
-    return image, torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator)
-
-
 def error(engine: GluonEngine, network: UNet328, batch: int = 2) -> tuple[float, float]:
     """In steps of 255: against the network, and against it with the samples' images exchanged."""
-    image, audio = inputs(network.mode, batch)
+    image, audio = network_inputs(network.mode, batch)
     index = torch.arange(batch, device=engine.device).flip(0)
     levels = engine.decode(engine.encode(image.to(engine.device)), index, audio.to(engine.device)).cpu()
     assert (levels.dtype, levels.shape) == (torch.uint8, (batch, 3, 320, 320))

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from clips import network_inputs
+from torch import nn
 
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.models import AUDIO_SHAPES, MODES, Mode, UNet328
+from gpupipe.models import MODES, Mode, UNet328
 from gpupipe.models.blocked import BLOCK, BlockedSpeechHalf, BlockedTemplateHalf, JoinedUp
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
@@ -21,14 +22,8 @@ HOISTED, BLOCKED = (TemplateHalf, SpeechHalf), (BlockedTemplateHalf, BlockedSpee
 Halves = tuple[type[TemplateHalf], type[SpeechHalf]]
 
 
-def inputs(mode: Mode, batch: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    image = torch.rand(batch, 6, 320, 320, generator=generator)
-    return image, torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator)
-
-
 def error(template: TemplateHalf, speech: SpeechHalf, network: UNet328, batch: int = 1) -> float:
-    image, audio = inputs(network.mode, batch)
+    image, audio = network_inputs(network.mode, batch)
     return float((speech(*template(image), audio) - network(image, audio)).abs().max())
 
 
@@ -49,7 +44,7 @@ def test_halves_are_the_network(mode: Mode, width: float, halves: Halves) -> Non
 def test_batch_and_shapes(halves: Halves) -> None:
     network = seeded_network(width=1 / 4)
     template, speech = halves[0](network).eval(), halves[1](network).eval()
-    features = template(inputs("ave", 2)[0])
+    features = template(network_inputs("ave", 2)[0])
     assert len(features) == len(TEMPLATE_FEATURES)
     sizes = ((12, 320), (8, 160), (16, 80), (32, 40), (64, 20), (512, 10))
     assert [tuple(value.shape) for value in features] == [(2, channels, side, side) for channels, side in sizes]
@@ -68,9 +63,9 @@ def test_blocks_are_filled_and_joined_where_they_can_be(width: float, joined: bo
 @torch.no_grad()
 def test_template_half_does_not_hear_and_speech_half_does() -> None:
     network = seeded_network(width=1 / 8)
-    features = TemplateHalf(network).eval()(inputs("ave")[0])
+    features = TemplateHalf(network).eval()(network_inputs("ave")[0])
     speech = SpeechHalf(network).eval()
-    audio = inputs("ave", 2)[1]
+    audio = network_inputs("ave", 2)[1]
     first, second = (speech(*features, audio[i : i + 1]) for i in range(2))
     assert (first - second).abs().max() > 100 * BOUND
 
@@ -88,7 +83,7 @@ def test_folding_leaves_no_batch_norm_and_the_same_function() -> None:
     folded = fold_batch_norms(network)
     assert any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    image, audio = inputs("ave")
+    image, audio = network_inputs("ave")
     assert (folded(image, audio) - network(image, audio)).abs().max() <= BOUND
 
 

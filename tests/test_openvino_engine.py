@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from clips import network_inputs
 from torch import Tensor
 
 from gpupipe import FrameGenerator, UNetModel
@@ -19,7 +20,7 @@ from gpupipe.engines.openvino_cpu import OpenVinoEngine
 from gpupipe.errors import DeviceError
 from gpupipe.landmarks import crop_box, read_landmarks
 from gpupipe.lanes import Lanes, map_in_lanes
-from gpupipe.models import AUDIO_SHAPES, MODES, Mode, load_unet
+from gpupipe.models import MODES, Mode, load_unet
 from gpupipe.speech import SpeechEncoder
 
 CPU = torch.device("cpu")
@@ -36,12 +37,6 @@ def it_runs_here() -> None:
 @pytest.fixture(scope="module")
 def engine() -> OpenVinoEngine:
     return OpenVinoEngine(seeded_network(width=1 / 8), lanes=Lanes(2, 1))
-
-
-def inputs(mode: Mode, batch: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    image = torch.rand(batch, 6, 320, 320, generator=generator)
-    return image, torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator)
 
 
 @torch.inference_mode()
@@ -62,7 +57,7 @@ def test_engine_is_the_network(mode: Mode) -> None:
     network = seeded_network(mode, width=1 / 8)
     engine = make_engine(network, device=CPU, exact=False, precision="bfloat16", engine="openvino")
     assert (engine.name, engine.dtype) == ("openvino", torch.bfloat16)
-    image, audio = inputs(mode, 2)
+    image, audio = network_inputs(mode, 2)
     mouth = engine.decode(engine.encode(image), torch.arange(2), audio)
     expected = network(image, audio)
     assert mouth.shape == expected.shape
@@ -78,7 +73,7 @@ def test_engine_is_the_network(mode: Mode) -> None:
 @torch.inference_mode()
 def test_features_of_a_frame_serve_every_sound_in_every_lane(engine: OpenVinoEngine) -> None:
     """Bit for bit: whatever is cached, beside it in its batch, or under way in another lane."""
-    image, audio = inputs("ave", 3)
+    image, audio = network_inputs("ave", 3)
     features = engine.encode(image)
     assert all(len(value) == 3 and value.dtype == torch.bfloat16 for value in features.values())
     alone = [engine.decode(engine.encode(image[i : i + 1]), torch.tensor([0]), audio[i : i + 1])[0] for i in range(3)]

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clips import network_inputs
 from torch import Tensor, nn
 
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.models import AUDIO_SHAPES, MODES, Mode, UNet328
+from gpupipe.models import MODES, Mode, UNet328
 from gpupipe.models.unet328 import InvertedResidual, Up
 
 BOUND = 1e-5
@@ -155,24 +156,18 @@ def tiny_network(mode: Mode = "ave") -> UNet328:
     return seeded_network(mode, width=1 / 8)
 
 
-def inputs(mode: Mode, batch: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    image = torch.rand(batch, 6, 320, 320, generator=generator)
-    return image, torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator)
-
-
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_encode_then_decode_is_forward(mode: Mode) -> None:
     network = tiny_network(mode)
-    image, audio = inputs(mode, 1)
+    image, audio = network_inputs(mode, 1)
     assert torch.equal(network.decode(network.encode(image), audio), network(image, audio))
 
 
 @torch.no_grad()
 def test_features_of_a_template_frame_serve_every_sound() -> None:
     network = tiny_network()
-    image, audio = inputs("ave", 2)
+    image, audio = network_inputs("ave", 2)
     features = network.encode(image[:1])
     first, second = (network.decode(features, audio[i : i + 1]) for i in range(2))
     assert (first - second).abs().max() > 0.01
@@ -182,7 +177,7 @@ def test_features_of_a_template_frame_serve_every_sound() -> None:
 @torch.no_grad()
 def test_frames_of_a_batch_do_not_see_each_other() -> None:
     network = tiny_network()
-    image, audio = inputs("ave", 2)
+    image, audio = network_inputs("ave", 2)
     batch = network(image, audio)
     alone = torch.cat([network(image[i : i + 1], audio[i : i + 1]) for i in range(2)])
     torch.testing.assert_close(batch, alone, atol=1e-4, rtol=0)
@@ -202,7 +197,7 @@ def test_width_scales_the_channels(mode: Mode, width: float, channels: int) -> N
 @torch.no_grad()
 def test_features_and_output_have_their_shapes(mode: Mode) -> None:
     network = tiny_network(mode)
-    image, audio = inputs(mode, 1)
+    image, audio = network_inputs(mode, 1)
     features = network.encode(image)
     sizes = ((4, 320), (4, 160), (8, 80), (16, 40), (32, 20), (64, 10))
     assert [tuple(x.shape) for x in features] == [(1, channels, side, side) for channels, side in sizes]

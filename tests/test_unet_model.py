@@ -11,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor
+from clips import network_inputs
 
 import gpupipe.onnx_export
 from gpupipe import CheckpointError, DeviceError, GpupipeError, InputError, OutputError, UNetModel
@@ -24,12 +24,6 @@ MakeCheckpoint = Callable[..., Path]
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU here")
 
 
-def inputs(mode: Mode = "ave", batch: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    image = torch.rand(batch, 6, 320, 320, generator=generator)
-    return image, torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator)
-
-
 # ── predict ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -37,7 +31,7 @@ def inputs(mode: Mode = "ave", batch: int = 1) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def test_predict_paints_what_the_network_says(mode: Mode, tiny_model: MakeModel) -> None:
     model = tiny_model(mode)
-    image, audio = inputs(mode)
+    image, audio = network_inputs(mode)
     found = model.predict(image, audio)
     assert found.shape == (320, 320, 3)
     assert found.dtype == np.uint8
@@ -51,7 +45,7 @@ def test_predict_paints_what_the_network_says(mode: Mode, tiny_model: MakeModel)
 
 @pytest.mark.parametrize("batch", [2, 3])
 def test_batch_gives_one_mouth_a_sample(batch: int, tiny_model: MakeModel) -> None:
-    image, audio = inputs(batch=batch)
+    image, audio = network_inputs("ave", batch)
     together = tiny_model().predict(image, audio)
     assert together.shape == (batch, 320, 320, 3)
     for i in range(batch):
@@ -59,7 +53,7 @@ def test_batch_gives_one_mouth_a_sample(batch: int, tiny_model: MakeModel) -> No
 
 
 def test_arrays_and_single_samples_are_taken(tiny_model: MakeModel) -> None:
-    image, audio = inputs()
+    image, audio = network_inputs("ave")
     expected = tiny_model().predict(image, audio)
     assert np.array_equal(tiny_model().predict(image.numpy(), audio.numpy()), expected)
     assert np.array_equal(tiny_model().predict(image[0], audio[0]), expected)
@@ -69,7 +63,7 @@ def test_arrays_and_single_samples_are_taken(tiny_model: MakeModel) -> None:
 
 
 def test_engines_agree(tiny_model: MakeModel) -> None:
-    image, audio = inputs()
+    image, audio = network_inputs("ave")
     first = tiny_model(engine="onnxruntime").predict(image, audio).astype(int)
     second = tiny_model(engine="torch").predict(image, audio)
     assert np.abs(first - second).max() <= 1
@@ -166,7 +160,7 @@ def test_onnx_file_is_the_network_at_any_batch(mode: Mode, tiny_model: MakeModel
         "output": ["batch", 3, 320, 320],
     }
     for batch in (1, 2):
-        image, audio = inputs(mode, batch)
+        image, audio = network_inputs(mode, batch)
         (found,) = session.run(None, {"image": image.numpy(), "audio": audio.numpy()})
         expected = tiny_model(mode).network(image, audio).numpy()
         assert np.abs(found - expected).max() < 1e-4
