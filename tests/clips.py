@@ -54,14 +54,19 @@ def cached(cache: FrameCache, frames: Sequence[int] | NDArray[np.int64]) -> Tens
     return {name: value.index_select(0, index) for name, value in tensors.items()}
 
 
-def write_sound(path: Path, seconds: float, click: float = 0.2) -> Path:
+def write_click(path: Path, seconds: float, click: float = 0.2) -> Path:
     """Silence with a click at a time."""
-    samples = np.zeros(round(seconds * RATE), dtype="<i2")
+    samples = np.zeros(round(seconds * RATE))
     start = round(click * RATE)
     samples[start : start + 40] = 20000 * np.sign(np.sin(np.arange(40)))
+    return write_wav(path, samples)
+
+
+def write_wav(path: Path, samples: np.ndarray, rate: int = RATE) -> Path:
+    """16-bit sound of ``samples``, (n,) or (n, channels)."""
     with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
+        file.setnchannels(1 if samples.ndim == 1 else samples.shape[1])
         file.setsampwidth(2)
-        file.setframerate(RATE)
-        file.writeframes(samples.tobytes())
+        file.setframerate(rate)
+        file.writeframes(samples.astype("<i2").tobytes())
     return path

@@ -23,7 +23,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from clips import FRAMES, write_sound
+from clips import FRAMES, write_click
 from farming import Jobs, farm, three_jobs
 from interpreter import tidy_up_after_kernels
 
@@ -234,7 +234,7 @@ def clip(make_template: MakeTemplate, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("clip")
     make_template(folder / "template", frames=4, parsing=True)
     np.save(folder / "features.npy", np.abs(np.random.default_rng(0).standard_normal((FRAMES, 512))).astype(np.float32))
-    write_sound(folder / "click.wav", FRAMES / 25)
+    write_click(folder / "click.wav", FRAMES / 25)
     return {"template": folder / "template", "features": folder / "features.npy", "sound": folder / "click.wav"}
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
+from clips import write_wav
 
 from gpupipe.farm import FarmRecord, run_farm
 
@@ -19,13 +19,9 @@ Jobs = list[dict[str, Any]]
 def write_speech(folder: Path, name: str, frames: int, seed: int = 0) -> tuple[str, str]:
     """Features of so many frames and as much noise to hear: the names of both files."""
     rng = np.random.default_rng(seed)
-    features, sound = folder / f"{name}.npy", folder / f"{name}.wav"
+    features = folder / f"{name}.npy"
     np.save(features, rng.standard_normal((frames, 512)).astype(np.float32))
-    with wave.open(str(sound), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16000)
-        file.writeframes(rng.integers(-5000, 5000, frames * 640).astype("<i2").tobytes())
+    sound = write_wav(folder / f"{name}.wav", rng.integers(-5000, 5000, frames * 640))
     return str(features), str(sound)
 
 

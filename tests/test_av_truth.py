@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import wave
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +10,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from clips import write_wav
 
 from gpupipe.video.encode import VideoWriter
 
@@ -24,17 +24,12 @@ PRIMING = 1024
 
 def write_beeps(path: Path, seconds: float, beeps: Iterable[float], *, rate: int, channels: int) -> Path:
     """Silence with a tone of full strength from its first sample on at each of the given seconds."""
-    samples = np.zeros((round(seconds * rate), channels), dtype="<i2")
-    tone = (20000 * np.cos(2 * np.pi * 1000 * np.arange(round(BEEP * rate)) / rate)).astype("<i2")
+    samples = np.zeros((round(seconds * rate), channels))
+    tone = 20000 * np.cos(2 * np.pi * 1000 * np.arange(round(BEEP * rate)) / rate)
     for beep in beeps:
         place = samples[round(beep * rate) :][: len(tone)]
         place[:] = tone[: len(place), None]
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes(samples.tobytes())
-    return path
+    return write_wav(path, samples, rate)
 
 
 def write_clip(path: Path, frames: int, flashes: Iterable[int], fps: Fraction, sound: Path) -> Path:

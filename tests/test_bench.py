@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clips import write_wav
 from conftest import MakeCheckpoint, MakeTemplate
 from typer.testing import CliRunner
 
@@ -32,15 +33,8 @@ def files(tmp_path_factory: pytest.TempPathFactory, make_template: MakeTemplate)
     folder = tmp_path_factory.mktemp("bench")
     template = make_template(folder / "speaker", 3)
     np.save(folder / "features.npy", np.random.default_rng(0).random((6, 512), dtype=np.float32))
-    samples = (np.sin(np.arange(16000) / 20) * 9000).astype(np.int16)
-    from wave import open as open_wave
-
-    with open_wave(str(folder / "speech.wav"), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16000)
-        file.writeframes(samples.tobytes())
-    return {"template": template, "audio_features": folder / "features.npy", "audio": folder / "speech.wav"}
+    sound = write_wav(folder / "speech.wav", np.sin(np.arange(16000) / 20) * 9000)
+    return {"template": template, "audio_features": folder / "features.npy", "audio": sound}
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from clips import write_wav
 from typer.testing import CliRunner, Result
 
 from gpupipe import __version__
@@ -39,16 +40,11 @@ def clip(tmp_path_factory: pytest.TempPathFactory, make_template: Any, tiny_chec
     folder = tmp_path_factory.mktemp("clip")
     rng = np.random.default_rng(0)
     np.save(folder / "features.npy", np.abs(rng.standard_normal((FRAMES, 512))).astype(np.float32))
-    with wave.open(str(folder / "tone.wav"), "wb") as tone:
-        tone.setnchannels(1)
-        tone.setsampwidth(2)
-        tone.setframerate(16000)
-        tone.writeframes((8000 * np.sin(np.arange(3200 * FRAMES // 5) / 8)).astype("<i2").tobytes())
     return {
         "checkpoint": tiny_checkpoint(),
         "template": make_template(folder / "template", 3),
         "features": folder / "features.npy",
-        "sound": folder / "tone.wav",
+        "sound": write_wav(folder / "tone.wav", 8000 * np.sin(np.arange(3200 * FRAMES // 5) / 8)),
     }
 
 

@@ -6,12 +6,12 @@ import functools
 import os
 import subprocess
 import sys
-import wave
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from clips import write_wav
 
 SHORT, MIDDLE, LONG = 500, 3000, 20_000
 ALLOWED_MB = {MIDDLE: 45, LONG: 100}
@@ -76,12 +76,7 @@ def peak(
         rows = np.lib.format.open_memmap(features, "w+", np.float32, (frames, 512))
         rows[:] = np.linspace(0, 0.9, frames)[:, None]
         rows.flush()
-        with wave.open(str(sound), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(16000)
-            noise = np.random.default_rng(0).integers(-5000, 5000, frames * 640).astype("<i2")
-            file.writeframes(noise.tobytes())
+        write_wav(sound, np.random.default_rng(0).integers(-5000, 5000, frames * 640))
         arguments = [str(path) for path in (tiny_checkpoint(), template, features, sound, output)]
         command = [sys.executable, "-c", PROGRAM, *arguments, variant]
         # One heap for all threads: with one each, what lies unused in them depends on who came when.

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 from av.video.reformatter import Colorspace
-from clips import FRAMES, RATE, write_sound
+from clips import FRAMES, RATE, write_click
 
 from gpupipe import FrameGenerationPipeline, FrameGenerator, InputError
 
@@ -223,7 +223,7 @@ def test_debug_tells_of_each_batch(render: Callable[..., Path], caplog: pytest.L
 def test_lengths_that_differ_are_said_aloud(
     seconds: float, aloud: bool, render: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = render(audio_path=write_sound(tmp_path / "other.wav", seconds))
+    path = render(audio_path=write_click(tmp_path / "other.wav", seconds))
     warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert [f"sound lasts {seconds:.2f} s and the picture 0.44 s" in warning for warning in warnings] == [True] * aloud
     assert len(pictures_of(path)) == FRAMES

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import wave
 from collections import deque
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -18,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from clips import write_wav
 
 from gpupipe import InputError
 from gpupipe.kernels.nv12 import to_nv12
@@ -64,12 +64,7 @@ def luma(path: Path) -> tuple[list[float], np.ndarray]:
 
 
 def write_silence(path: Path, seconds: float) -> Path:
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16000)
-        file.writeframes(bytes(2 * round(16000 * seconds)))
-    return path
+    return write_wav(path, np.zeros(round(16000 * seconds)))
 
 
 def use_workers(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
