@@ -59,9 +59,7 @@ KERNEL = """
 """Thread (%r1) and place in shared memory (%r5); from its own input, %r4, ``// body`` makes its output, %r6."""
 
 
-def execute(
-    body: str, values: Any = None, *, blocks: int = 1, shared: int = 1024, counts: Counts | None = None
-) -> np.ndarray:
+def execute(body: str, values: Any = None, *, blocks: int = 1, counts: Counts | None = None) -> np.ndarray:
     """The outputs, as 32-bit numbers, of the threads of ``blocks`` blocks."""
     given = np.arange(THREADS * blocks, dtype=np.uint32) if values is None else np.asarray(values)
     given = np.resize(given.view(np.uint32), THREADS * blocks)
@@ -69,7 +67,7 @@ def execute(
     buffers = [Buffer(0x1000, given.view(np.uint8)), Buffer(0x100000, found.view(np.uint8))]
     text = KERNEL.replace("// body", body)
     grid, pointers = (blocks, 1, 1), [0x1000, 0x100000]
-    launch(text, grid, pointers, buffers, threads=THREADS, shared_bytes=shared, counts=counts)
+    launch(text, grid, pointers, buffers, threads=THREADS, shared_bytes=1024, counts=counts)
     return found
 
 
@@ -313,7 +311,8 @@ def counted(batch: int) -> tuple[list[tuple[str, int]], list[float]]:
     By a process of its own, too.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))}
-    words = [sys.executable, "-m", "ptx_machine.ledger", "gluon", "--batch", str(batch), "--width", "0.125"]
+    words = [sys.executable, "-m", "ptx_machine.ledger", "gluon"]
+    words += ["--batch", str(batch), "--width", "0.125", "--blocks", "8"]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     *launches, template, speech = (line.split() for line in done.stdout.splitlines()[1:])

@@ -33,9 +33,6 @@ from gpupipe.models.unet328 import INPUT_SIZE, UNet328
 from ptx_machine.machine import Counts, launch
 from ptx_machine.program import parse
 
-SAMPLED = 32
-"""Blocks of a launch that are executed."""
-
 
 @dataclass(frozen=True)
 class Entry:
@@ -59,14 +56,14 @@ class Entry:
     sectors: float
 
 
-def count(engine: FusedEngine, network: UNet328, arch: int, batch: int) -> list[Entry]:
-    """Every launch of both halves, in order, for an engine whose device is the CPU."""
+def count(engine: FusedEngine, network: UNet328, arch: int, batch: int, most: int) -> list[Entry]:
+    """Every launch of both halves, in order, for an engine whose device is the CPU; ``most`` blocks are executed."""
     half, entries = "", list[Entry]()
 
     def sample(ptx: str, grid: tuple[int, int, int], *given: Any, **options: Any) -> None:
         counts, blocks = Counts(), grid[0] * grid[1] * grid[2]
-        launch(ptx, grid, *given, **options | {"counts": counts, "most": SAMPLED})
-        share = blocks / min(SAMPLED, blocks) / batch
+        launch(ptx, grid, *given, **options | {"counts": counts, "most": most})
+        share = blocks / min(most, blocks) / batch
         moves = sum(n for opcode, n in counts.instructions.items() if opcode.startswith("mov."))
         totals = (counts.instructions.total(), moves, counts.shared.total(), counts.sectors.total())
         entries.append(Entry(half, parse(ptx).name, grid, *(total * share for total in totals)))
@@ -109,10 +106,12 @@ def main() -> None:
     parser.add_argument("--arch", type=int, default=90, help="compute capability, times ten")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--width", type=float, default=1.0, help="of the network")
+    parser.add_argument("--blocks", type=int, default=32, help="of each launch that are executed")
     parser.add_argument("--record", action="store_true", help="append the sums to the results")
     options = parser.parse_args()
     network = UNet328("ave", width=options.width).eval()
-    entries = count(engine_of(options.engine, network, options.arch), network, options.arch, options.batch)
+    engine = engine_of(options.engine, network, options.arch)
+    entries = count(engine, network, options.arch, options.batch, options.blocks)
     print(f"{'a frame':26}{'instructions':>12}{'moves':>12}{'passes':>12}{'MB':>8}  grid")
     for one in entries:
         print(
