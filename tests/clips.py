@@ -54,11 +54,10 @@ def cached(cache: FrameCache, frames: Sequence[int] | NDArray[np.int64]) -> Tens
     return {name: value.index_select(0, index) for name, value in tensors.items()}
 
 
-def write_click(path: Path, seconds: float, click: float = 0.2) -> Path:
-    """Silence with a click at a time."""
+def write_click(path: Path, seconds: float) -> Path:
+    """Silence with a click at 0.2 s."""
     samples = np.zeros(round(seconds * RATE))
-    start = round(click * RATE)
-    samples[start : start + 40] = 20000 * np.sign(np.sin(np.arange(40)))
+    samples[RATE // 5 :][:40] = 20000 * np.sign(np.sin(np.arange(40)))
     return write_wav(path, samples)
 
 

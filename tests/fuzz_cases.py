@@ -284,10 +284,10 @@ def command_words(command: str, clip: Clip, folder: Path, *more: str) -> list[st
 Spoil = Callable[[bytes, Rng], tuple[bytes, str]]
 
 
-def spoil_file(path: Path, ground: Ground, rng: Rng, meaning: Spoil, *, may_move: bool = True) -> tuple[str, bool]:
+def spoil_file(path: Path, ground: Ground, rng: Rng, meaning: Spoil) -> tuple[str, bool]:
     """Spoil a file: its place, its bytes or their meaning. Returns how, and if only an ordinary user would notice."""
     way = rng.random()
-    if may_move and way < 0.12:
+    if way < 0.12:
         how = rng.choice(list(PLACES))
         PLACES[how](path)
         return how, how.startswith("forbidden")

@@ -166,9 +166,9 @@ ROUND_TRIP = Bound(3, 0.2)
 """8-bit limited range has fewer colours than 8-bit RGB: a step of chroma is two of blue."""
 
 
-def cells(seed: int = 0) -> Image:
+def cells() -> Image:
     """Each 2×2 cell of one colour: what 4:2:0 can hold."""
-    return np.repeat(np.repeat(noise(seed)[::2, ::2], 2, axis=0), 2, axis=1)
+    return np.repeat(np.repeat(noise()[::2, ::2], 2, axis=0), 2, axis=1)
 
 
 @pytest.mark.parametrize("order", ["bgr", "rgb"])

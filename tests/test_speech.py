@@ -38,9 +38,9 @@ def tone(seconds: float, rate: int = 16000, hz: float = 300.0) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * hz * t)).astype(np.float32)
 
 
-def babble(seconds: float, seed: int = 0) -> np.ndarray:
+def babble(seconds: float) -> np.ndarray:
     """Noise whose loudness and colour change: every column of its mel spectrogram differs."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     n = round(seconds * 16000)
     noise = np.cumsum(rng.standard_normal(n)) * 0.02 + rng.standard_normal(n)
     gate = np.interp(np.arange(n), np.linspace(0, n, int(seconds * 6) + 2), rng.random(int(seconds * 6) + 2))
@@ -132,11 +132,11 @@ def test_silence_is_the_floor(encoder: SpeechEncoder) -> None:
     assert np.isfinite(rows(encoder, [np.zeros(16000, np.float32)])).all()
 
 
-def write_sound(path: Path, channels: np.ndarray, rate: int, codec: str = "pcm_s16le") -> Path:
+def write_sound(path: Path, channels: np.ndarray, rate: int) -> Path:
     """Channels (c, n) in [−1, 1] → a sound file."""
     layout = {1: "mono", 2: "stereo"}[len(channels)]
     with av.open(str(path), "w") as out:
-        stream = out.add_stream(codec, rate=rate, layout=layout)
+        stream = out.add_stream("pcm_s16le", rate=rate, layout=layout)
         values = (channels.T.reshape(1, -1) * 32767).astype(np.int16)
         if values.size:
             frame = av.AudioFrame.from_ndarray(values, format="s16", layout=layout)

@@ -96,10 +96,10 @@ def folder(video: Path, tmp_path: Path) -> Path:
     return write_template(tmp_path / "avatar", video)
 
 
-def write_template(folder: Path, video: Path, boxes: list[tuple[int, int, int]] = BOXES) -> Path:
+def write_template(folder: Path, video: Path) -> Path:
     (folder / "landmarks").mkdir(parents=True)
     (folder / f"template{video.suffix}").write_bytes(video.read_bytes())
-    for i, box in enumerate(boxes):
+    for i, box in enumerate(BOXES):
         write_landmarks(folder / "landmarks" / f"{i}.lms", box)
     return folder
 
