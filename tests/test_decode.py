@@ -1,4 +1,4 @@
-"""JPEGs of every kind as OpenCV reads them, and those that nvJPEG must not be given."""
+"""Image files of every kind as OpenCV reads them, those that are damaged, and those that nvJPEG must not be given."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.io import decode_image, encode_jpeg
 
 from gpupipe import InputError
 from gpupipe.video import decode
@@ -37,6 +38,61 @@ def with_exif(jpeg: bytes, orientation: int, *, order: str = "big", entries: int
     tiff += number(entries + 1, 2) + others + entry + bytes(4)
     exif = b"Exif\0\0" + tiff
     return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
+
+
+# ── pictures that are whole ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [cv2.IMWRITE_JPEG_PROGRESSIVE, 1],
+        [cv2.IMWRITE_JPEG_QUALITY, 30],
+        [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
+        [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422],
+        [cv2.IMWRITE_JPEG_RST_INTERVAL, 2],
+    ],
+    ids=["progressive", "coarse", "4:4:4", "4:2:2", "restart"],
+)
+def test_every_kind_of_jpeg(options: list[int], picture: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "frame.jpg"
+    cv2.imwrite(str(path), picture, options)
+    assert np.array_equal(read_image(path).numpy(), cv2.imread(str(path)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (63, 47)])
+def test_odd_sizes(size: tuple[int, int], picture: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "frame.jpg"
+    cv2.imwrite(str(path), cv2.resize(picture, size))
+    assert np.array_equal(read_image(str(path)).numpy(), cv2.imread(str(path)))
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_every_kind_of_png(channels: int, depth: type, picture: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "parsing.png"
+    alpha = np.arange(48 * 64, dtype=np.uint8).reshape(48, 64, 1)
+    pixels = np.concatenate([picture, alpha], axis=2)[..., :channels].astype(depth) * (257 if depth == np.uint16 else 1)
+    cv2.imwrite(str(path), pixels)
+    assert np.array_equal(read_image(path).numpy(), cv2.imread(str(path)))
+
+
+def test_colours_are_bgr(tmp_path: Path) -> None:
+    blue = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    blue[2] = 250
+    (tmp_path / "blue.jpg").write_bytes(encode_jpeg(blue, quality=100).numpy().tobytes())
+    b, g, r = read_image(tmp_path / "blue.jpg")[8, 8].tolist()
+    assert b > 240
+    assert max(g, r) < 10
+    assert not np.array_equal(
+        decode_image(str(tmp_path / "blue.jpg")).permute(1, 2, 0), read_image(tmp_path / "blue.jpg")
+    )
+
+
+def test_real_frames(speaker: Path) -> None:
+    paths = [speaker / "full_body_img" / f"{i}.jpg" for i in (0, 70, 149)]
+    for path, frame in zip(paths, read_images(paths), strict=True):
+        assert np.array_equal(frame.numpy(), cv2.imread(str(path)))
 
 
 @pytest.mark.parametrize("order", ["big", "little"])
@@ -101,7 +157,34 @@ def test_cmyk_is_within_a_step(picture: np.ndarray, tmp_path: Path) -> None:
     assert np.abs(255 - ours - theirs).mean() > 20, "negative control: inks the other way round"
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "P", "RGBA", "LA", "1"])
+def test_kinds_of_png(mode: str, picture: np.ndarray, tmp_path: Path) -> None:
+    image = Image.fromarray(picture[..., ::-1])
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    elif mode in ("RGBA", "LA"):
+        image.putalpha(77)
+        image = image.convert(mode)
+    else:
+        image = image.convert(mode)
+    image.save(tmp_path / "0.png")
+    assert np.array_equal(read_image(tmp_path / "0.png").numpy(), cv2.imread(str(tmp_path / "0.png")))
+
+
+def test_palette_with_transparency(picture: np.ndarray, tmp_path: Path) -> None:
+    image = Image.fromarray(picture[..., ::-1]).convert("P")
+    image.save(tmp_path / "0.png", transparency=bytes([0, 128, 255]))
+    assert np.array_equal(read_image(tmp_path / "0.png").numpy(), cv2.imread(str(tmp_path / "0.png")))
+
+
 # ── damaged files ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("content", [b"text\n", b"%PDF-1.7\n", b"GIF89a\x01\x00", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+def test_file_that_is_no_picture(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "parsing.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"parsing\.png: cannot be decoded .*expected a whole JPEG or PNG image"):
+        read_image(tmp_path / "parsing.png")
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -134,26 +217,6 @@ def test_pixels_that_a_header_promises_are_not_made(picture: np.ndarray, tmp_pat
     (tmp_path / "0.jpg").write_bytes(jpeg)
     with pytest.raises(InputError, match=r"0\.jpg: is 9000×9000; expected at most 64 megapixels"):
         read_image(tmp_path / "0.jpg")
-
-
-@pytest.mark.parametrize("mode", ["L", "I;16", "P", "RGBA", "LA", "1"])
-def test_kinds_of_png(mode: str, picture: np.ndarray, tmp_path: Path) -> None:
-    image = Image.fromarray(picture[..., ::-1])
-    if mode == "I;16":
-        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-    elif mode in ("RGBA", "LA"):
-        image.putalpha(77)
-        image = image.convert(mode)
-    else:
-        image = image.convert(mode)
-    image.save(tmp_path / "0.png")
-    assert np.array_equal(read_image(tmp_path / "0.png").numpy(), cv2.imread(str(tmp_path / "0.png")))
-
-
-def test_palette_with_transparency(picture: np.ndarray, tmp_path: Path) -> None:
-    image = Image.fromarray(picture[..., ::-1]).convert("P")
-    image.save(tmp_path / "0.png", transparency=bytes([0, 128, 255]))
-    assert np.array_equal(read_image(tmp_path / "0.png").numpy(), cv2.imread(str(tmp_path / "0.png")))
 
 
 def test_animation(picture: np.ndarray, tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 import torch
 from clips import cached
-from torchvision.io import decode_image, encode_jpeg
 
 from gpupipe import InputError, Template
 from gpupipe.seam import keep_mask
-from gpupipe.video.decode import read_image, read_images
+from gpupipe.video.decode import read_images
 
 MakeTemplate = Callable[..., Path]
 
@@ -132,75 +131,6 @@ def test_a_template_larger_than_the_budget_gives_the_same_frames(fit: int, templ
     assert torch.equal(cached(tight.frames, order)["frame"], cached(whole.frames, order)["frame"])
 
 
-def test_real_template(speaker: Path) -> None:
-    frames = read_images([frame_file(speaker, i) for i in (0, 70, 149)])
-    for i, frame in zip((0, 70, 149), frames, strict=True):
-        assert np.array_equal(frame.numpy(), cv2.imread(str(frame_file(speaker, i))))
-
-
-# ── decoding ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def picture() -> np.ndarray:
-    """Smooth, without symmetry, 64×48."""
-    coarse = np.random.default_rng(3).integers(256, size=(4, 5, 3)).astype(np.float32)
-    return np.clip(cv2.resize(coarse, (64, 48), interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        [cv2.IMWRITE_JPEG_PROGRESSIVE, 1],
-        [cv2.IMWRITE_JPEG_QUALITY, 30],
-        [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444],
-        [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422],
-        [cv2.IMWRITE_JPEG_RST_INTERVAL, 2],
-    ],
-    ids=["progressive", "coarse", "4:4:4", "4:2:2", "restart"],
-)
-def test_every_kind_of_jpeg(options: list[int], picture: np.ndarray, tmp_path: Path) -> None:
-    path = tmp_path / "frame.jpg"
-    cv2.imwrite(str(path), picture, options)
-    assert np.array_equal(read_image(path).numpy(), cv2.imread(str(path)))
-
-
-@pytest.mark.parametrize("size", [(1, 1), (7, 5), (63, 47)])
-def test_odd_sizes(size: tuple[int, int], picture: np.ndarray, tmp_path: Path) -> None:
-    path = tmp_path / "frame.jpg"
-    cv2.imwrite(str(path), cv2.resize(picture, size))
-    assert np.array_equal(read_image(str(path)).numpy(), cv2.imread(str(path)))
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png"])
-def test_grey_becomes_bgr(suffix: str, picture: np.ndarray, tmp_path: Path) -> None:
-    path = tmp_path / f"grey{suffix}"
-    cv2.imwrite(str(path), picture[..., 0])
-    assert np.array_equal(read_image(path).numpy(), cv2.imread(str(path)))
-
-
-@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
-@pytest.mark.parametrize("channels", [3, 4])
-def test_every_kind_of_png(channels: int, depth: type, picture: np.ndarray, tmp_path: Path) -> None:
-    path = tmp_path / "parsing.png"
-    alpha = np.arange(48 * 64, dtype=np.uint8).reshape(48, 64, 1)
-    pixels = np.concatenate([picture, alpha], axis=2)[..., :channels].astype(depth) * (257 if depth == np.uint16 else 1)
-    cv2.imwrite(str(path), pixels)
-    assert np.array_equal(read_image(path).numpy(), cv2.imread(str(path)))
-
-
-def test_colours_are_bgr(tmp_path: Path) -> None:
-    blue = torch.zeros(3, 16, 16, dtype=torch.uint8)
-    blue[2] = 250
-    (tmp_path / "blue.jpg").write_bytes(encode_jpeg(blue, quality=100).numpy().tobytes())
-    b, g, r = read_image(tmp_path / "blue.jpg")[8, 8].tolist()
-    assert b > 240
-    assert max(g, r) < 10
-    assert not np.array_equal(
-        decode_image(str(tmp_path / "blue.jpg")).permute(1, 2, 0), read_image(tmp_path / "blue.jpg")
-    )
-
-
 # ── bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -240,13 +170,6 @@ def test_gap(i: int, template: Path) -> None:
 def test_frame_that_is_no_jpeg(i: int, content: bytes, reason: str, template: Path) -> None:
     frame_file(template, i).write_bytes(content)
     assert reason in refusal(template, frame_file(template, i))
-
-
-@pytest.mark.parametrize("content", [b"text\n", b"%PDF-1.7\n", b"GIF89a\x01\x00", b"\x89PNG\r\n\x1a\n" + bytes(40)])
-def test_file_that_is_no_picture(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "parsing.png").write_bytes(content)
-    with pytest.raises(InputError, match=r"parsing\.png: cannot be decoded .*expected a whole JPEG or PNG image"):
-        read_image(tmp_path / "parsing.png")
 
 
 @pytest.mark.parametrize("lost", [1, 2, 30, 0.5, 0.9])
