@@ -47,11 +47,22 @@ def resize_bound(box: tuple[int, int, int, int]) -> Bound:
     return THIN_CROP if min(box[2] - box[0], box[3] - box[1]) < 4 else EXACT_RESIZE
 
 
-def check_frame(found: np.ndarray, expected: np.ndarray, box: tuple[int, int, int, int], what: object) -> None:
-    """The bound of a whole frame: :data:`EXACT_FRAME` inside ``box``, bit-equal outside."""
+def inside(box: tuple[int, int, int, int]) -> tuple[slice, slice]:
+    """Rows and columns of a box."""
     xmin, ymin, xmax, ymax = box
-    inside = np.s_[ymin:ymax, xmin:xmax]
-    EXACT_FRAME.check(found[inside], expected[inside], what)
-    outside = np.ones(expected.shape[:2], dtype=bool)
-    outside[inside] = False
-    assert np.array_equal(found[outside], expected[outside]), f"{what}: differ outside the box"
+    return slice(ymin, ymax), slice(xmin, xmax)
+
+
+def check_frame(
+    found: np.ndarray,
+    expected: np.ndarray,
+    box: tuple[int, int, int, int],
+    bound: Bound = EXACT_FRAME,
+    *,
+    what: object = "frames",
+) -> None:
+    """``bound`` inside ``box``, bit-equal outside."""
+    bound.check(found[inside(box)], expected[inside(box)], f"{what}, box {box}")
+    found, expected = found.copy(), expected.copy()
+    found[inside(box)] = expected[inside(box)] = 0
+    assert np.array_equal(found, expected), f"{what}, box {box}: differ outside the box"

@@ -86,7 +86,7 @@ def check_program(
         points = reference.read_landmarks(template / "landmarks" / f"{order[i]}.lms")
         expected = cv2.imread(path)
         box = reference.box_from_landmarks(points, *expected.shape[:2])
-        check_frame(cv2.imread(str(folder / "output" / Path(path).name)), expected, box, f"frame {i}")
+        check_frame(cv2.imread(str(folder / "output" / Path(path).name)), expected, box, what=f"frame {i}")
         assert not np.array_equal(expected, cv2.imread(str(template / "full_body_img" / f"{order[i]}.jpg")))
 
     for variant in wrong:

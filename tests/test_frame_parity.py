@@ -44,7 +44,7 @@ def check_parity(
     length = len(list((template / "full_body_img").iterdir()))
     order = list(islice(reference.ping_pong(length, start_frame), len(sound)))
     for i, box in enumerate(boxes_of(template, order)):
-        check_frame(found[i], expected[i], box, f"frame {i}, box {box}")
+        check_frame(found[i], expected[i], box, what=f"frame {i}")
         assert not np.array_equal(found[i], reference.read_image(template / "full_body_img" / f"{order[i]}.jpg"))
 
 

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from parity import EXACT_RESIZE, resize_bound
+from parity import EXACT_RESIZE, check_frame, inside, resize_bound
 from torch import Tensor
 
 from gpupipe.benchmarks import reference_loop as reference
@@ -74,16 +74,8 @@ def by_opencv(
     return reference.paste_face(frame, box, crop, painted, parsing)
 
 
-def inside(box: Box) -> tuple[slice, slice]:
-    return slice(box[1], box[3]), slice(box[0], box[2])
-
-
 def check(found: Image, expected: Image, box: Box) -> None:
-    """The bound inside the box, bit-equal outside."""
-    resize_bound(box).check(found[inside(box)], expected[inside(box)], box)
-    found, expected = found.copy(), expected.copy()
-    found[inside(box)] = expected[inside(box)] = 0
-    assert np.array_equal(found, expected), f"{box}: differ outside the box"
+    check_frame(found, expected, box, resize_bound(box))
 
 
 # ── the hard edge: the same as OpenCV ─────────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from parity import EXACT_RESIZE, Bound, resize_bound
+from parity import EXACT_RESIZE, Bound, check_frame, inside, resize_bound
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -114,18 +114,6 @@ def by_opencv(frame: Tensor, box: Box, mouth: Tensor) -> np.ndarray:
     return finished
 
 
-def inside(box: Box) -> tuple[slice, slice]:
-    return slice(box[1], box[3]), slice(box[0], box[2])
-
-
-def check(found: np.ndarray, expected: np.ndarray, box: Box, bound: Bound) -> None:
-    """``bound`` inside the box, bit-equal outside."""
-    bound.check(found[inside(box)], expected[inside(box)], box)
-    found, expected = found.copy(), expected.copy()
-    found[inside(box)] = expected[inside(box)] = 0
-    assert np.array_equal(found, expected), f"{box}: differ outside the box"
-
-
 # ── BGR ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -133,16 +121,16 @@ def check(found: np.ndarray, expected: np.ndarray, box: Box, bound: Bound) -> No
 def test_hard_paste_is_the_reference_s_and_opencv_s(box: Box) -> None:
     frames, mouth = noise(), mouths(1)
     found = paste(mouth, frames, [0], [box])[0].numpy()
-    check(found, expected_bgr(mouth, frames, [0], [box])[0].numpy(), box, SAME)
-    check(found, by_opencv(frames[0], box, mouth[0]), box, resize_bound(box))
+    check_frame(found, expected_bgr(mouth, frames, [0], [box])[0].numpy(), box, SAME)
+    check_frame(found, by_opencv(frames[0], box, mouth[0]), box, resize_bound(box))
 
 
 @pytest.mark.parametrize("side", [328, 719])
 def test_large_boxes_are_the_reference_s_and_opencv_s(side: int) -> None:
     frames, mouth, box = noise(height=720, width=760), mouths(1), (37, 1, 37 + side, 1 + side)
     found = paste(mouth, frames, [0], [box])[0].numpy()
-    check(found, expected_bgr(mouth, frames, [0], [box])[0].numpy(), box, SAME)
-    check(found, by_opencv(frames[0], box, mouth[0]), box, EXACT_RESIZE)
+    check_frame(found, expected_bgr(mouth, frames, [0], [box])[0].numpy(), box, SAME)
+    check_frame(found, by_opencv(frames[0], box, mouth[0]), box, EXACT_RESIZE)
 
 
 @pytest.mark.parametrize(("feather", "parsing"), [(0.5, False), (8.0, True), (1000.0, False), (0.0, True)])
@@ -151,7 +139,7 @@ def test_feather_and_parsing(feather: float, parsing: bool) -> None:
     keep = mask(frames) if parsing else None
     found = paste(mouth, frames, [1], [box], feather=feather, keep=keep)[0].numpy()
     expected = expected_bgr(mouth, frames, [1], [box], feather=feather, keep=keep)[0].numpy()
-    check(found, expected, box, SAME)
+    check_frame(found, expected, box, SAME)
     if keep is not None:
         assert np.array_equal(found[keep[1].numpy()], frames[1].numpy()[keep[1].numpy()])
 
