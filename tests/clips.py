@@ -39,6 +39,19 @@ def network_inputs(mode: Mode, batch: int = 1) -> tuple[Tensor, Tensor]:
     return image, torch.randn(batch, *AUDIO_SHAPES[mode], generator=generator)
 
 
+def mouths(count: int, seed: int = 0) -> Tensor:
+    """What the network may give (B, 3, 320, 320): noise over all of [0, 1], both ends included."""
+    values = torch.rand(count, 3, 320, 320, generator=torch.Generator().manual_seed(seed))
+    return (1.2 * values - 0.1).clamp(0, 1)
+
+
+def landmarks(xmin: int, ymin: int, side: int) -> np.ndarray:
+    """110 points, of which those that count give this box."""
+    points = np.full((110, 2), -7, dtype=np.int32)
+    points[1, 0], points[31, 0], points[52, 1] = xmin, xmin + side, ymin
+    return points
+
+
 def rendered(
     generator: FrameGenerator, template: Path, sound: Any, *, parsing: bool = False, **options: Any
 ) -> list[Image]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -27,11 +28,12 @@ from clips import FRAMES, write_click
 from farming import Jobs, farm, three_jobs
 from interpreter import tidy_up_after_kernels
 
-from gpupipe import FrameGenerationPipeline, UNetModel, fallbacks
+from gpupipe import FrameGenerationPipeline, UNetModel, avatar, fallbacks
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines import EngineName
 from gpupipe.engines.remembered import remember
 from gpupipe.models import MODES, Mode, UNet328
+from gpupipe.stages import ENCODE_THREAD
 
 tidy_up_after_kernels()
 
@@ -256,6 +258,19 @@ def render(pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: P
         return Path(path)
 
     return call
+
+
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    """Encoders' threads end, whatever happens."""
+    yield
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(ENCODE_THREAD)]
+
+
+@pytest.fixture
+def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are recorded as CUDA graphs from the first batch on: clips of tests are short."""
+    monkeypatch.setattr(avatar, "RECORD_AFTER", 0)
 
 
 # ── jobs and the farm that did them ───────────────────────────────────────────────────────────────────────────────────

@@ -16,8 +16,8 @@ from torch import Tensor
 from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.kernels.crop_resize import bytes_moved, crop_resize, inner_region, mask_mouth, network_input
 from gpupipe.kernels.cubic import cubic_resize, cubic_taps
+from gpupipe.landmarks import Box
 
-Box = tuple[int, int, int, int]
 Image = np.ndarray
 
 WIDTH, HEIGHT = 1280, 720

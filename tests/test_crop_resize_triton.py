@@ -13,10 +13,10 @@ pytest.importorskip("triton")
 
 from gpupipe.kernels.crop_resize import crop_and_input, crop_resize, mask_mouth, network_input
 from gpupipe.kernels.crop_resize_triton import crop_resize_triton
+from gpupipe.landmarks import Box
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-Box = tuple[int, int, int, int]
 
 SAME = Bound(1, 0.9999)
 """Against the reference: the same arithmetic, added up in another order."""

@@ -23,15 +23,11 @@ from gpupipe.kernels.dispatch import backend
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend_nv12
 
+pytestmark = pytest.mark.usefixtures("recorded_at_once")
+
 CUDA = torch.device("cuda")
 FRAMES_ONLY = 4 * 192 * 128 * 3
 """Memory for a template's four frames, and for nothing that is derived from them."""
-
-
-@pytest.fixture(autouse=True)
-def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips of tests are short."""
-    monkeypatch.setattr(avatar_module, "RECORD_AFTER", 0)
 
 
 def rerun(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

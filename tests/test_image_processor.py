@@ -10,25 +10,20 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from clips import landmarks
 from parity import EXACT_RESIZE
 
 from gpupipe import ImageProcessor, InputError
 from gpupipe.benchmarks import reference_loop as reference
+from gpupipe.landmarks import Box
 
 Image = np.ndarray
-Box = tuple[int, int, int, int]
 
 processor = ImageProcessor()
 
 
 def noise(height: int = 240, width: int = 320, seed: int = 0) -> Image:
     return np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
-
-
-def landmarks(xmin: int, ymin: int, side: int) -> np.ndarray:
-    points = np.full((110, 2), -7, dtype=np.int32)
-    points[1, 0], points[31, 0], points[52, 1] = xmin, xmin + side, ymin
-    return points
 
 
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from clips import mouths
 from parity import EXACT_RESIZE, check_frame, inside, resize_bound
 from torch import Tensor
 
@@ -18,9 +19,9 @@ from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.kernels.crop_resize import crop_resize
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import bytes_moved, paste_blend, paste_blend_nv12
+from gpupipe.landmarks import Box
 from gpupipe.seam import keep_mask
 
-Box = tuple[int, int, int, int]
 Image = np.ndarray
 
 WIDTH, HEIGHT = 1280, 720
@@ -38,12 +39,6 @@ EDGE_BOXES: list[Box] = [
 @functools.cache
 def noise(seed: int = 0, height: int = HEIGHT, width: int = WIDTH) -> Image:
     return np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
-
-
-def mouths(count: int, seed: int = 0) -> Tensor:
-    """Network outputs: noise over all of [0, 1], both ends included."""
-    values = torch.rand(count, 3, 320, 320, generator=torch.Generator().manual_seed(seed))
-    return (1.2 * values - 0.1).clamp(0, 1)
 
 
 def square(side: int) -> Box:

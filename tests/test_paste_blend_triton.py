@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from clips import mouths
 from parity import EXACT_RESIZE, Bound, check_frame, inside, resize_bound
 from torch import Tensor
 
@@ -15,10 +16,10 @@ from gpupipe.kernels.crop_resize import crop_resize
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
 from gpupipe.kernels.paste_blend_triton import paste_blend_triton
+from gpupipe.landmarks import Box
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-Box = tuple[int, int, int, int]
 
 SAME = Bound(1, 0.9999)
 """Against the reference: the same arithmetic, added up in another order."""
@@ -42,12 +43,6 @@ def noise(count: int = 1, height: int = HEIGHT, width: int = WIDTH, seed: int = 
     return torch.randint(
         256, (count, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
-
-
-def mouths(count: int, seed: int = 0) -> Tensor:
-    """Network outputs: noise over all of [0, 1], both ends included."""
-    values = torch.rand(count, 3, 320, 320, generator=torch.Generator().manual_seed(seed))
-    return (1.2 * values - 0.1).clamp(0, 1)
 
 
 def mask(frames: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +91,6 @@ def test_bad_template_file(render: Callable[..., Path], make_template: MakeTempl
     with pytest.raises(InputError, match=r"19\.jpg: cannot be decoded"):
         render(template_dir=template)
     assert list((tmp_path / "out").iterdir()) == []
-
-
-@pytest.fixture
-def no_thread_left() -> Iterator[None]:
-    yield
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
 
 
 @pytest.mark.parametrize(

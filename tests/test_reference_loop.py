@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from clips import landmarks
 from torch import Tensor
 
 from gpupipe.benchmarks import reference_loop as reference
@@ -46,12 +47,6 @@ def frame() -> reference.Image:
     y, x = np.mgrid[:480, :640].astype(np.float32)
     colours = np.stack([40 + x / 4, 60 + y / 4, 250 - (x + y) / 6], axis=2)
     return colours.astype(np.uint8)
-
-
-def landmarks(xmin: int, ymin: int, side: int) -> np.ndarray:
-    points = np.full((110, 2), -7, dtype=np.int32)
-    points[1, 0], points[31, 0], points[52, 1] = xmin, xmin + side, ymin
-    return points
 
 
 SILENCE = np.zeros((32, 16, 16), dtype=np.float32)

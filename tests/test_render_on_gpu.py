@@ -15,7 +15,6 @@ import torch
 from farming import write_jobs, write_speech
 
 from gpupipe import FrameGenerationPipeline
-from gpupipe import avatar as avatar_module
 from gpupipe.doctor import examine
 from gpupipe.engines import EngineName
 from gpupipe.farm import run_farm
@@ -23,17 +22,11 @@ from gpupipe.graphs import GraphedStep
 from gpupipe.kernels.whole_block import gluon_obstacle
 from gpupipe.video.decode import read_images
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("recorded_at_once")]
 
 FRAMES = 8
 BOXES = [(60, 24, 71), (58, 20, 73), (130, 30, 80), (62, 22, 70)]  # the third stands over the frame's edge
 SIZE = (192, 128)
-
-
-@pytest.fixture(autouse=True)
-def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips of tests are short."""
-    monkeypatch.setattr(avatar_module, "RECORD_AFTER", 0)
 
 
 @pytest.fixture(scope="module")

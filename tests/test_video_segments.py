@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -271,12 +270,6 @@ class Recorder:
     def finish(self) -> list[av.Packet]:
         late, self._late = self._late, []
         return late
-
-
-@pytest.fixture
-def no_thread_left() -> Iterator[None]:
-    yield
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("encode")]
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 5, 8, 23])
