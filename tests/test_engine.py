@@ -35,9 +35,14 @@ BOUND = 2e-5
 ON_CPU: list[EngineName] = ["eager", "onnxruntime"]
 
 
+@pytest.fixture(scope="module")
+def network() -> UNet328:
+    return seeded_network(width=1 / 8)
+
+
 @pytest.fixture(scope="module", params=ON_CPU)
-def engine(request: pytest.FixtureRequest) -> Engine:
-    return make_engine(seeded_network(width=1 / 8), device=CPU, engine=request.param)
+def engine(request: pytest.FixtureRequest, network: UNet328) -> Engine:
+    return make_engine(network, device=CPU, engine=request.param)
 
 
 @pytest.mark.parametrize("name", ON_CPU)
@@ -87,8 +92,8 @@ def test_features_have_the_frames_along_their_first_axis(engine: Engine) -> None
         torch.testing.assert_close(value[1:], alone[name], atol=1e-5, rtol=1e-4)
 
 
-def test_onnxruntime_does_not_depend_on_the_batch() -> None:
-    engine = OnnxRuntimeEngine(seeded_network(width=1 / 8), threads=1)
+def test_onnxruntime_does_not_depend_on_the_batch(network: UNet328) -> None:
+    engine = OnnxRuntimeEngine(network, threads=1)
     image, audio = network_inputs("ave", 3)
     together = engine.decode(engine.encode(image), torch.arange(3), audio)
     for i in range(3):
@@ -109,22 +114,20 @@ def test_engines_that_are_declared_are_those_that_can_be_asked_for_and_are_told_
     assert set(re.findall(r"^\| `(\w+)`", gpupipe.engines.__doc__ or "", re.MULTILINE)) == set(DECLARED)
 
 
-def test_engines_by_name() -> None:
-    network = seeded_network(width=1 / 8)
+def test_engines_by_name(network: UNet328) -> None:
     assert isinstance(make_engine(network, device=CPU, engine="onnxruntime"), OnnxRuntimeEngine)
     assert isinstance(make_engine(network, device=CPU, engine="eager"), EagerEngine)
     assert isinstance(make_engine(network, device=CPU, engine="torch"), EagerEngine), "another word for eager"
 
 
-def test_the_cpu_is_always_float32() -> None:
+def test_the_cpu_is_always_float32(network: UNet328) -> None:
     for name in ON_CPU:
-        engine = make_engine(seeded_network(width=1 / 8), device=CPU, engine=name, exact=False)
+        engine = make_engine(network, device=CPU, engine=name, exact=False)
         assert engine.dtype == torch.float32
         assert engine.device == CPU
 
 
-def test_engines_that_cannot_be() -> None:
-    network = seeded_network(width=1 / 8)
+def test_engines_that_cannot_be(network: UNet328) -> None:
     with pytest.raises(DeviceError, match=f"^engine is 'tensorrt'; expected one of {', '.join(ENGINES)}"):
         make_engine(network, device=CPU, engine="tensorrt")  # type: ignore[arg-type]
     with pytest.raises(DeviceError, match=r"^engine is 'onnxruntime' and device 'cuda:0'; expected device 'cpu'"):
@@ -134,8 +137,7 @@ def test_engines_that_cannot_be() -> None:
         make_engine(network, device=CPU, engine="fused")
 
 
-def test_bfloat16_where_the_cpu_is_not_made_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = seeded_network(width=1 / 8)
+def test_bfloat16_where_the_cpu_is_not_made_for_it(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeviceError, match=r"^engine is 'openvino' and precision 'float32'; expected bfloat16 with"):
         make_engine(network, device=CPU, engine="openvino")
     monkeypatch.setattr(openvino_cpu, "obstacle", lambda: "it is made of wood")
@@ -143,8 +145,7 @@ def test_bfloat16_where_the_cpu_is_not_made_for_it(monkeypatch: pytest.MonkeyPat
         make_engine(network, device=CPU, exact=False, precision="bfloat16")
 
 
-def test_precisions_that_cannot_be() -> None:
-    network = seeded_network(width=1 / 8)
+def test_precisions_that_cannot_be(network: UNet328) -> None:
     with pytest.raises(DeviceError, match=r"^precision is 'float16'; expected float32 or bfloat16 on a CPU"):
         make_engine(network, device=CPU, precision="float16", exact=False)
     with pytest.raises(DeviceError, match=r"^precision is 'bfloat16'; expected float32 with exact"):
@@ -176,23 +177,23 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
     return seconds
 
 
-def test_auto_takes_the_fastest(timed: dict[str, float]) -> None:
-    network = seeded_network(width=1 / 8)
+def test_auto_takes_the_fastest(network: UNet328, timed: dict[str, float]) -> None:
     timed.update(onnxruntime=0.2, eager=0.1)
     assert make_engine(network, device=CPU).name == "eager"
 
 
-def test_auto_says_that_it_measures(timed: dict[str, float], caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_says_that_it_measures(
+    network: UNet328, timed: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
     timed.update(onnxruntime=0.2, eager=0.1)
     with caplog.at_level("INFO", "gpupipe"):
         for _ in range(2):
-            make_engine(seeded_network(width=1 / 8), device=CPU)
+            make_engine(network, device=CPU)
     said = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
     assert said == ["engine: measuring onnxruntime and eager on cpu, once for this kind of network"]
 
 
-def test_auto_remembers_for_the_same_kind_of_network(timed: dict[str, float]) -> None:
-    network = seeded_network(width=1 / 8)
+def test_auto_remembers_for_the_same_kind_of_network(network: UNet328, timed: dict[str, float]) -> None:
     timed.update(onnxruntime=0.2, eager=0.1)
     make_engine(network, device=CPU)
     timed.update(onnxruntime=0.05)
@@ -203,8 +204,7 @@ def test_auto_remembers_for_the_same_kind_of_network(timed: dict[str, float]) ->
 
 
 @pytest.mark.usefixtures("timed")
-def test_figures_are_of_one_precision() -> None:
-    network = seeded_network(width=1 / 8)
+def test_figures_are_of_one_precision(network: UNet328) -> None:
     remembered.remember(network, CPU, torch.float32, {"eager": 100.0})
     remembered.remember(network, CPU, torch.bfloat16, {"eager": 50.0, "openvino": 10.0})
     assert remembered.recall(network, CPU, torch.float32) == {"eager": 100.0}
@@ -223,9 +223,8 @@ def test_figures_are_of_one_precision() -> None:
     ids=["threads", "device", "gpupipe", "torch", "onnxruntime", "openvino"],
 )
 def test_auto_measures_again_on_another_machine(
-    name: str, other: Callable[..., object], timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    network: UNet328, name: str, other: Callable[..., object], timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    network = seeded_network(width=1 / 8)
     timed.update(onnxruntime=0.2, eager=0.1)
     make_engine(network, device=CPU)
     timed.update(onnxruntime=0.05)
@@ -233,8 +232,7 @@ def test_auto_measures_again_on_another_machine(
     assert make_engine(network, device=CPU).name == "onnxruntime"
 
 
-def test_auto_measures_again_what_it_cannot_read(timed: dict[str, float]) -> None:
-    network = seeded_network(width=1 / 8)
+def test_auto_measures_again_what_it_cannot_read(network: UNet328, timed: dict[str, float]) -> None:
     timed.update(onnxruntime=0.1, eager=0.2)
     for damage in ("", "[]", '{"x": ', json.dumps({remembered._key(network, CPU, torch.float32): {"eager": "fast"}})):
         remembered.cache_file().parent.mkdir(exist_ok=True)
@@ -245,20 +243,21 @@ def test_auto_measures_again_what_it_cannot_read(timed: dict[str, float]) -> Non
 
 @pytest.mark.parametrize("in_the_way", ["a file for the folder", "a folder for the file"])
 def test_auto_works_where_nothing_can_be_remembered(
-    in_the_way: str, timed: dict[str, float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    network: UNet328, in_the_way: str, timed: dict[str, float], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     if in_the_way == "a file for the folder":
         (tmp_path / "cache").write_text("")
     else:
         remembered.cache_file().mkdir(parents=True)
     timed.update(onnxruntime=0.1, eager=0.2)
-    assert make_engine(seeded_network(width=1 / 8), device=CPU).name == "onnxruntime"
+    assert make_engine(network, device=CPU).name == "onnxruntime"
     assert f"{tmp_path / 'cache'}" in caplog.text
     assert "; engines are measured again next time" in caplog.text
 
 
-def test_an_engine_that_fails_is_said_and_not_taken(timed: dict[str, float], caplog: pytest.LogCaptureFixture) -> None:
-    network = seeded_network(width=1 / 8)
+def test_an_engine_that_fails_is_said_and_not_taken(
+    network: UNet328, timed: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
     timed.update(eager=0.3)
     assert make_engine(network, device=CPU).name == "eager"
     assert "engine onnxruntime: onnxruntime is out of order: eager runs instead" in caplog.text
@@ -267,9 +266,9 @@ def test_an_engine_that_fails_is_said_and_not_taken(timed: dict[str, float], cap
     assert told in fallbacks(), "and said again"
 
 
-def test_no_engine_works(timed: dict[str, float]) -> None:
+def test_no_engine_works(network: UNet328, timed: dict[str, float]) -> None:
     with pytest.raises(DeviceError, match=r"^no engine works on cpu: eager: eager is out of order; onnxruntime: "):
-        make_engine(seeded_network(width=1 / 8), device=CPU)
+        make_engine(network, device=CPU)
 
 
 def without_aligned_corners(network: UNet328) -> UNet328:
@@ -282,13 +281,13 @@ def without_aligned_corners(network: UNet328) -> UNet328:
 
 @pytest.mark.parametrize("alter", [copy.deepcopy, without_aligned_corners])
 def test_an_engine_that_paints_something_else_is_not_taken(
+    network: UNet328,
     alter: Callable[[UNet328], UNet328],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """However fast it is; the same engine on the network as it is, is taken."""
-    network = seeded_network(width=1 / 8)
     made: dict[str, Engine] = {
         "onnxruntime": EagerEngine(alter(network), device=CPU, dtype=torch.float32),
         "eager": EagerEngine(network, device=CPU, dtype=torch.float32),
@@ -303,8 +302,7 @@ def test_an_engine_that_paints_something_else_is_not_taken(
     assert (told in caplog.text) == wrong
 
 
-def test_compile_is_taken_only_where_a_measurement_found_it_fastest(timed: dict[str, float]) -> None:
-    network = seeded_network(width=1 / 8)
+def test_compile_is_taken_only_where_a_measurement_found_it_fastest(network: UNet328, timed: dict[str, float]) -> None:
     timed.update(onnxruntime=0.2, eager=0.1, compile=0.01)
     assert make_engine(network, device=CPU).name == "eager", "compiling takes minutes: not measured unasked"
     remembered.remember(network, CPU, torch.float32, {"onnxruntime": 200.0, "eager": 100.0, "compile": 10.0})
@@ -327,20 +325,19 @@ def small_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_batch")
-def test_each_run_on_a_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_run_on_a_gpu_is_waited_for(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("waited"))
     monkeypatch.setattr(measure, "_SECONDS", 0)
     engine: Any = SimpleNamespace(
         device=torch.device("cuda"), encode=lambda image: {}, decode=lambda *_: said.append("launched")
     )
-    measure._seconds(engine, seeded_network(width=1 / 8))
+    measure._seconds(engine, network)
     assert said == ["launched", "waited"] * (1 + measure._RUNS)
 
 
 @pytest.mark.usefixtures("small_batch")
-def test_mouths_are_compared_in_steps_of_255_whatever_their_type() -> None:
-    network = seeded_network(width=1 / 8)
+def test_mouths_are_compared_in_steps_of_255_whatever_their_type(network: UNet328) -> None:
     in_steps, of_one = (
         measure._levels(cast(Engine, SimpleNamespace(encode=lambda image: {}, decode=lambda *_, m=mouth: m)), network)
         for mouth in (torch.tensor([51, 102], dtype=torch.uint8), torch.tensor([0.2, 0.4]))
@@ -356,17 +353,16 @@ def test_an_error_of_bfloat16_s_size_still_agrees() -> None:
     assert not measure._agree(picture + 0.2 * error, picture)
 
 
-def test_the_measurement_runs_the_engine() -> None:
-    engine = make_engine(seeded_network(width=1 / 8), device=CPU, engine="onnxruntime")
-    assert 0 < measure._seconds(engine, seeded_network(width=1 / 8)) < 10
+def test_the_measurement_runs_the_engine(network: UNet328) -> None:
+    engine = make_engine(network, device=CPU, engine="onnxruntime")
+    assert 0 < measure._seconds(engine, network) < 10
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(compiled.obstacle(CPU) is not None, reason="torch.compile needs a C++ compiler on a CPU")
 @torch.no_grad()
-def test_compiled_engine_is_the_network() -> None:
+def test_compiled_engine_is_the_network(network: UNet328) -> None:
     """Batches smaller than the first are padded, larger ones compiled anew."""
-    network = seeded_network(width=1 / 8)
     engine = make_engine(network, device=CPU, engine="compile")
     for batch in (2, 1, 3):
         image, audio = network_inputs("ave", batch)
@@ -375,7 +371,7 @@ def test_compiled_engine_is_the_network() -> None:
         assert (mouth - network(image, audio)).abs().max() <= BOUND
 
 
-def test_engines_of_cuda() -> None:
+def test_engines_of_cuda(network: UNet328) -> None:
     cuda = torch.device("cuda")
     in_half, in_bfloat16, in_single = (
         [one.name for one in candidates(cuda, dtype)] for dtype in (torch.float16, torch.bfloat16, torch.float32)
@@ -384,4 +380,4 @@ def test_engines_of_cuda() -> None:
     assert in_bfloat16 == ["fused", "compile", "eager"], "Gluon: float16 alone"
     assert in_single == ["compile", "eager"], "the fused kernels are for half precision"
     with pytest.raises(DeviceError, match=r"^engine is 'fused' and precision 'float32'; expected float16 or bfloat16"):
-        make_engine(seeded_network(width=1 / 8), device=cuda, engine="fused", exact=True)
+        make_engine(network, device=cuda, engine="fused", exact=True)
