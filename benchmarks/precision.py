@@ -16,7 +16,6 @@ value in the very frames that are compared: better than what ranges of other fra
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -136,7 +135,7 @@ def _by_engine(network: UNet328, device: torch.device, name: EngineName, precisi
 
 def simulated(network: UNet328, dtype: torch.dtype) -> UNet328:
     """``network``, batch norms folded, with weights and every layer's output rounded to ``dtype``; sums are float32."""
-    rounded = fold_batch_norms(copy.deepcopy(network))
+    rounded = fold_batch_norms(network)
     largest = torch.finfo(dtype).max
 
     def round_to(value: Tensor) -> Tensor:
