@@ -142,6 +142,7 @@ def test_render_makes_features_from_sound(clip: dict[str, Path], golden_weights:
         lasting = sound.getnframes() * 25 // sound.getframerate()
     np.save(rows, np.pad(stored_rows, ((0, max(0, lasting - len(stored_rows))), (0, 0)), mode="edge"))
     words = ["render", "--checkpoint", clip["checkpoint"], "--template", clip["template"], "--audio", clip["sound"]]
+    words += QUICK
     direct = run(*words, "--encoder", encoder, "--output", tmp_path / "a.mp4")
     stored = run(*words, "--audio-features", rows, "--output", tmp_path / "b.mp4")
     assert direct.exit_code == stored.exit_code == 0, direct.output + stored.output
@@ -150,7 +151,7 @@ def test_render_makes_features_from_sound(clip: dict[str, Path], golden_weights:
 
 def test_frames(clip: dict[str, Path], tmp_path: Path) -> None:
     words = ("--checkpoint", clip["checkpoint"], "--template", clip["template"], "--audio-features", clip["features"])
-    result = run("frames", *words, "--output-dir", tmp_path / "frames")
+    result = run("frames", *words, *QUICK, "--output-dir", tmp_path / "frames")
     assert result.exit_code == 0, result.output
     names = sorted(path.name for path in (tmp_path / "frames").iterdir())
     assert names == [f"frame_{i:05d}.jpg" for i in range(FRAMES)]
@@ -183,7 +184,7 @@ def test_export_and_reference(clip: dict[str, Path], tmp_path: Path) -> None:
     result = run("export", "--checkpoint", clip["checkpoint"], "--output", tmp_path / "unet.onnx")
     assert result.exit_code == 0 and (tmp_path / "unet.onnx").stat().st_size > 10_000, result.output
     words = ("--checkpoint", clip["checkpoint"], "--template", clip["template"], "--audio-features", clip["features"])
-    result = run("reference", *words, "--output-dir", tmp_path / "reference", "--num-sample-frames", 2)
+    result = run("reference", *words, *QUICK, "--output-dir", tmp_path / "reference", "--num-sample-frames", 2)
     assert result.exit_code == 0, result.output
     facts = json.loads((tmp_path / "reference" / "metadata.json").read_text())
     assert facts["sample_indices"] == [0, FRAMES - 1]
@@ -305,26 +306,18 @@ def test_wrong_options_exit_2(
 
 
 @pytest.mark.parametrize(
-    ("command", "words", "told"),
+    ("words", "told"),
     [
-        ("frames", ("--memory-budget", -5), "memory budget is -5 MB; expected 0 or more"),
-        ("frames", ("--batch-size", 0), "batch size is 0; expected 1 or more"),
-        ("frames", ("--feather", -1), "feather is -1.0; expected a width in pixels, 0 or more"),
-        ("farm", ("--memory-budget", -5), "memory budget is -5 MB; expected 0 or more"),
-        ("farm", ("--batch-size", 0), "batch size is 0; expected 1 or more"),
-        ("farm", ("--part-seconds", 0), "part seconds is 0.0; expected more than 0, and a finite number"),
-        ("farm", ("--workers", 0), "workers is 0; expected 1 or more"),
+        (("--memory-budget", -5), "memory budget is -5 MB; expected 0 or more"),
+        (("--batch-size", 0), "batch size is 0; expected 1 or more"),
+        (("--feather", -1), "feather is -1.0; expected a width in pixels, 0 or more"),
     ],
 )
 def test_wrong_numbers_are_told_as_they_were_given(
-    command: str, words: tuple[object, ...], told: str, clip: dict[str, Path], tmp_path: Path
+    words: tuple[object, ...], told: str, clip: dict[str, Path], tmp_path: Path
 ) -> None:
-    jobs = tmp_path / "jobs.jsonl"
-    job = {"checkpoint": clip["checkpoint"], "template": clip["template"], "audio_features": clip["features"]}
-    jobs.write_text(json.dumps({name: str(path) for name, path in job.items()} | {"output": "a.mp4"}))
     source = ("--checkpoint", clip["checkpoint"], "--template", clip["template"], "--audio-features", clip["features"])
-    work = (jobs,) if command == "farm" else (*source, *QUICK)
-    result = run(command, *work, "--output-dir", tmp_path / "o", *words)
+    result = run("frames", *source, *QUICK, "--output-dir", tmp_path / "o", *words)
     assert result.exit_code == 2
     assert result.stderr == f"gpupipe: {told}\n"
     assert not (tmp_path / "o").exists()

@@ -274,11 +274,11 @@ def test_the_command_tells_each_job_and_the_sum(farmed: Path, farm_jobs: Jobs, t
     ("words", "told"),
     [
         ("--part-seconds nan", "part seconds is nan; expected more than 0, and a finite number"),
-        ("--part-seconds inf", "part seconds is inf"),
-        ("--part-seconds 0", "part seconds is 0.0"),
-        ("--part-seconds=-1", "part seconds is -1.0"),
+        ("--part-seconds inf", "part seconds is inf; expected more than 0, and a finite number"),
+        ("--part-seconds 0", "part seconds is 0.0; expected more than 0, and a finite number"),
+        ("--part-seconds=-1", "part seconds is -1.0; expected more than 0, and a finite number"),
         ("--workers 0", "workers is 0; expected 1 or more"),
-        ("--workers=-1", "workers is -1"),
+        ("--workers=-1", "workers is -1; expected 1 or more"),
         ("--batch-size 0", "batch size is 0; expected 1 or more"),
         ("--memory-budget=-1", "memory budget is -1 MB; expected 0 or more"),
         ("--workers 1 --device foo", "device is 'foo'; expected cpu, cuda or cuda:N"),
@@ -288,7 +288,7 @@ def test_an_option_that_cannot_be_used_starts_nothing(farm_jobs: Jobs, tmp_path:
     jobs = write_jobs(tmp_path / "jobs.jsonl", farm_jobs)
     ran = CliRunner().invoke(app, ["farm", str(jobs), "--output-dir", str(tmp_path / "out"), *words.split()])
     assert ran.exit_code == 2, ran.output
-    assert told in ran.stderr
+    assert ran.stderr == f"gpupipe: {told}\n"
     assert not (tmp_path / "out").exists()
 
 
