@@ -30,6 +30,11 @@ def frames_of(pipeline: FrameGenerationPipeline, clip: dict[str, Path], **option
     )
 
 
+@pytest.fixture(scope="module")
+def frames(pipeline: FrameGenerationPipeline, clip: dict[str, Path]) -> list[Image]:
+    return frames_of(pipeline, clip)
+
+
 def pictures_of(path: Path) -> list[Image]:
     with av.open(str(path)) as container:
         return [
@@ -78,11 +83,9 @@ def test_video_as_the_contract_wants_it(render: Callable[..., Path]) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["clip.mp4"]
 
 
-def test_pictures_are_the_frames_in_their_order(
-    render: Callable[..., Path], pipeline: FrameGenerationPipeline, clip: dict[str, Path]
-) -> None:
+def test_pictures_are_the_frames_in_their_order(render: Callable[..., Path], frames: list[Image]) -> None:
     """Colours too: read as BT.601, the same file is farther from what went in."""
-    frames, path = frames_of(pipeline, clip), render(crf=10)
+    path = render(crf=10)
     pictures = pictures_of(path)
     assert len(pictures) == len(frames) == FRAMES
     match = [max(range(FRAMES), key=lambda k: cv2.PSNR(picture, frames[k])) for picture in pictures]
@@ -122,7 +125,7 @@ def test_frame_count_is_exact(count: int, render: Callable[..., Path], clip: dic
     ("fps", "count"), [(20, 9), (30, 13), (50, 22), (10, 4), (29.97, 13), (Fraction(30000, 1001), 13)]
 )
 def test_frame_rate(
-    fps: Any, count: int, render: Callable[..., Path], pipeline: FrameGenerationPipeline, clip: dict[str, Path]
+    fps: Any, count: int, render: Callable[..., Path], pipeline: FrameGenerationPipeline, frames: list[Image]
 ) -> None:
     """As many frames as the features last; each shows what 25 frames a second show at its time, beside the sound."""
     path = render(fps=fps, crf=10)
@@ -132,7 +135,6 @@ def test_frame_rate(
     assert times == pytest.approx([j / float(fps) for j in range(count)], abs=1e-3)
     assert pipeline.last_render is not None
     assert pipeline.last_render.frames == count
-    frames = frames_of(pipeline, clip)
     match = [max(range(FRAMES), key=lambda k: cv2.PSNR(picture, frames[k])) for picture in pictures_of(path)]
     assert match == [int(j * 25 / float(fps) + 1e-9) for j in range(count)]
     assert match != list(range(count)), "not one row a frame"
