@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -130,8 +130,6 @@ def _check(options: Options) -> None:
         raise InputError("--checkpoint, --width and --mode go with a template of your own; expected --template too")
     if options.frames < 1 or options.rounds < 1:
         raise InputError(f"--frames {options.frames} --rounds {options.rounds}: expected 1 or more of each")
-    if options.sweep is not None and options.sweep not in get_args(Sweep):
-        raise InputError(f"sweep is {options.sweep!r}; expected one of {', '.join(get_args(Sweep))}")
 
 
 def _side_by_side(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> Iterator[list[Row]]:
