@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,8 @@ Result = TypeVar("Result")
 
 MAX_LANES = 8
 """More cores go into the lanes, not beside them: each lane takes the memory of a network at work."""
+
+_lock = threading.Lock()
 
 
 class Lanes(NamedTuple):
@@ -58,11 +61,9 @@ def map_in_lanes(function: Callable[[Item], Result], items: Iterable[Item], lane
 
     Within a lane PyTorch runs on the lane's threads. Closing the iterator waits for the calls under way.
     """
-    threads = torch.get_num_threads()
-    workers = ThreadPoolExecutor(lanes.number, LANE_THREAD, torch.set_num_threads, (lanes.threads,))
+    workers = ThreadPoolExecutor(lanes.number, LANE_THREAD, _run_torch_on, (lanes.threads,))
     pending: deque[Future[Result]] = deque()
     with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, threads)  # which the lanes have set for threads to come
         stack.callback(workers.shutdown, cancel_futures=True)
         for item in items:
             pending.append(workers.submit(function, item))
@@ -70,3 +71,11 @@ def map_in_lanes(function: Callable[[Item], Result], items: Iterable[Item], lane
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+def _run_torch_on(threads: int) -> None:
+    """This new thread runs PyTorch on so many threads. That holds for threads to come too: there it is set back."""
+    with _lock, ThreadPoolExecutor(1) as another:
+        before = torch.get_num_threads()  # asked first: who has not asked is given what was set last
+        torch.set_num_threads(threads)
+        another.submit(torch.set_num_threads, before).result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -100,8 +101,23 @@ def test_pytorch_runs_on_a_lanes_threads_and_elsewhere_as_before() -> None:
     assert torch.get_num_threads() == before
     [elsewhere] = map_in_lanes(lambda item: torch.get_num_threads(), [0], Lanes(1, before + 1))
     assert elsewhere == before + 1
-    later: list[int] = []
-    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert later == [before], "threads to come are not changed either"
+    assert _threads_to_come() == before, "threads to come are not changed either"
+
+
+def test_threads_to_come_keep_theirs_while_lanes_run_and_after_lanes_that_overlapped() -> None:
+    before = _threads_to_come()
+    first = map_in_lanes(lambda item: item, range(9), Lanes(1, before + 1))
+    next(first)
+    assert _threads_to_come() == before
+    with ThreadPoolExecutor(1) as another:
+        second = another.submit(lambda: map_in_lanes(lambda item: item, range(9), Lanes(1, before + 2))).result()
+        another.submit(next, second).result()
+        first.close()  # type: ignore[attr-defined]
+        another.submit(list, second).result()
+    assert _threads_to_come() == before
+
+
+def _threads_to_come() -> int:
+    """What PyTorch runs on in a thread that has not asked before."""
+    with ThreadPoolExecutor(1) as new:
+        return new.submit(torch.get_num_threads).result()
