@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from torchvision.io import decode_image, encode_jpeg
 
 from gpupipe import InputError
 from gpupipe.video import decode
-from gpupipe.video.decode import exif_orientation, image_size, read_image, read_images
+from gpupipe.video.decode import exif_orientation, image_size, image_sizes, read_image, read_images
 
 
 @pytest.fixture
@@ -175,6 +177,19 @@ def test_palette_with_transparency(picture: np.ndarray, tmp_path: Path) -> None:
     image = Image.fromarray(picture[..., ::-1]).convert("P")
     image.save(tmp_path / "0.png", transparency=bytes([0, 128, 255]))
     assert np.array_equal(read_image(tmp_path / "0.png").numpy(), cv2.imread(str(tmp_path / "0.png")))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_forked_process_decodes_on_threads_of_its_own(picture: np.ndarray, tmp_path: Path) -> None:
+    """Those of its parent are not there."""
+    path = tmp_path / "frame.jpg"
+    cv2.imwrite(str(path), picture)
+    assert image_sizes([path] * 9) == [(48, 64)] * 9
+    child = multiprocessing.get_context("fork").Process(target=image_sizes, args=([path] * 9,))
+    child.start()
+    child.join(20)
+    child.kill()
+    assert child.exitcode == 0
 
 
 # ── damaged files ─────────────────────────────────────────────────────────────────────────────────────────────────────
