@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +64,36 @@ def test_threads_that_overlap_leave_the_switches_as_they_were() -> None:
     left.set()
     thread.join()
     assert switches()[1:] == (True, True)
+
+
+@pytest.mark.parametrize(("older", "newer"), [(True, "ieee"), (False, "tf32")])
+def test_switches_by_the_names_that_pytorch_has_given_them_since(older: bool, newer: str) -> None:
+    """Where they differ, PyTorch no longer tells them by the older ones."""
+    cudnn: Any = torch.backends.cudnn
+    product: Any = torch.backends.cuda.matmul
+    cudnn.allow_tf32 = product.allow_tf32 = older
+    renamed = (cudnn.conv, cudnn.rnn, product)
+    for switch in renamed:
+        switch.fp32_precision = newer
+    with without_tf32(CUDA):
+        assert {switch.fp32_precision for switch in renamed} == {"ieee"}
+    assert {switch.fp32_precision for switch in renamed} == {newer}
+
+
+@pytest.mark.parametrize("level", ["highest", "high", "medium"])
+def test_the_level_of_products_is_left_as_it_was(level: str) -> None:
+    torch.set_float32_matmul_precision(level)
+    with without_tf32(CUDA):
+        assert not torch.backends.cuda.matmul.allow_tf32
+    assert torch.get_float32_matmul_precision() == level
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_autocast_is_off_within() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with without_tf32(torch.device("cpu")):
+            assert not torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_the_speech_encoder_runs_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

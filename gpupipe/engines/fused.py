@@ -119,6 +119,7 @@ class FusedEngine:
         return features
 
     @torch.inference_mode()
+    @torch.autocast("cuda", enabled=False)  # of cuDNN's layers
     def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
         """As :meth:`Engine.decode`."""
         heard = self._hear(audio.to(self.device, self.dtype).permute(0, 2, 3, 1).contiguous())
