@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +20,7 @@ from gpupipe.errors import InputError
 from gpupipe.files import input_file, replacing
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
 from gpupipe.models.audio_encoder import FEATURES
+from gpupipe.quiet import no_warnings
 from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, window_rows
 from gpupipe.transfer import as_array, to_device
 
@@ -121,8 +121,7 @@ class SpeechFeatures:
         """Read the header: the shape, and where the values begin. A file in another order is read whole."""
         input_file(path, "file of audio features")
         try:
-            with path.open("rb") as file, warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python's, of what the header says
+            with path.open("rb") as file, no_warnings():  # Python's, of what the header says
                 version = np.lib.format.read_magic(file)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, fortran, dtype = read(file)

@@ -16,7 +16,7 @@ from gpupipe.kernels.paste_blend import paste_blend
 from gpupipe.landmarks import Box, crop_box, face_box, read_landmarks
 from gpupipe.models.unet328 import INPUT_SIZE
 from gpupipe.seam import FEATHER, Blend, feather_width, keep_mask
-from gpupipe.transfer import as_array
+from gpupipe.transfer import as_array, as_tensor
 from gpupipe.video.decode import read_image
 
 Image = NDArray[np.uint8]
@@ -150,7 +150,7 @@ class ImageProcessor:
             if parsing.shape != frame.shape:
                 raise InputError(f"parsing_image has shape {tuple(parsing.shape)}; expected {tuple(frame.shape)}")
             keep = keep_mask(parsing)[None]
-        index, boxes = torch.tensor([0]), torch.tensor([[xmin, ymin, xmax, ymax]])
+        index, boxes = (torch.tensor(value, device="cpu") for value in ([0], [[xmin, ymin, xmax, ymax]]))
         if region.shape[2] == CROP_SIZE:
             crop, region = region, inner_region(region)
         else:
@@ -161,9 +161,10 @@ class ImageProcessor:
 
 def _image(image: Image | Tensor, name: str, *sizes: int) -> Tensor:
     """An image as a tensor, checked to be uint8 (H, W, 3) and, if ``sizes`` are given, square of one of them."""
-    pixels = torch.from_numpy(np.ascontiguousarray(as_array(image)))
-    if pixels.dtype != torch.uint8 or pixels.dim() != 3 or pixels.shape[2] != 3 or not pixels.numel():
-        raise InputError(f"{name}: is {pixels.dtype} {tuple(pixels.shape)}; expected uint8 (H, W, 3), BGR")
+    array = as_array(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise InputError(f"{name}: is {array.dtype} {array.shape}; expected uint8 (H, W, 3), BGR")
+    pixels = as_tensor(array)
     if sizes and (pixels.shape[0] != pixels.shape[1] or pixels.shape[0] not in sizes):
         wanted = " or ".join(f"({size}, {size}, 3)" for size in sizes)
         raise InputError(f"{name}: shape is {tuple(pixels.shape)}; expected {wanted}")

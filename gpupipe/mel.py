@@ -62,7 +62,7 @@ def _mel_to_hz(mel: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _hann(device: torch.device) -> Tensor:
-    return torch.hann_window(N_FFT, device=device)
+    return torch.hann_window(N_FFT, dtype=torch.float32, device=device)
 
 
 def _mel_columns(emphasised: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ def mel_pieces(chunks: Iterable[np.ndarray | Tensor], *, device: str | torch.dev
         device: where the columns are computed and stay.
     """
     device = torch.device(device)
-    total, last = 0, torch.zeros(1, device=device)
-    buffer = torch.zeros(N_FFT // 2, device=device)  # centred: half a window of zeros before the first sample
+    total, last = 0, torch.zeros(1, dtype=torch.float32, device=device)
+    buffer = last.new_zeros(N_FFT // 2)  # centred: half a window of zeros before the first sample
 
     def columns(limit: int) -> Iterator[Tensor]:
         nonlocal buffer
@@ -111,8 +111,8 @@ def mel_pieces(chunks: Iterable[np.ndarray | Tensor], *, device: str | torch.dev
             yield from columns(_PIECE_COLUMNS)
     missing = max(0, (MEL_COLUMNS - 1) * HOP - total)
     if missing:
-        emphasise(torch.zeros(missing, device=device))
-    buffer = torch.cat([buffer, torch.zeros(N_FFT // 2, device=device)])
+        emphasise(last.new_zeros(missing))
+    buffer = torch.cat([buffer, last.new_zeros(N_FFT // 2)])
     yield from columns(1)
 
 
@@ -140,7 +140,7 @@ def mel_windows(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
 
     Window i starts at column ``int(80·i / 25)``; those that would pass the end are pulled back to it.
     """
-    held = torch.empty(MEL_BANDS, 0)
+    held = torch.empty(MEL_BANDS, 0, dtype=torch.float32)
     dropped = done = 0
 
     def gather(starts: Tensor) -> Iterator[Tensor]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import logging
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from gpupipe.models.blocked import BlockedSpeechHalf, BlockedTemplateHalf
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import UNet328, random_inputs
+from gpupipe.quiet import no_warnings
 from gpupipe.quiet_onnxruntime import onnxruntime
 
 OPSET_VERSION = 17
@@ -45,10 +45,11 @@ def export_onnx(
     Args:
         dynamic_batch: the first axis of every input and output is the dynamic ``batch``; otherwise shapes are fixed.
     """
-    with warnings.catch_warnings():
-        # The tracing exporter is marked as deprecated; the new one takes 5 times as long for the same graph.
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    # The tracing exporter is marked as deprecated; the new one takes 5 times as long for the same graph. It knows one
+    # export at a time, and so does this context. What it makes of itself is on the program's device and of its type.
+    with no_warnings(), torch.device("cpu"), contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         torch.onnx.export(
             module,
             arguments,
@@ -61,6 +62,7 @@ def export_onnx(
         )
 
 
+@torch.autocast("cpu", enabled=False)
 def export_halves(network: UNet328) -> tuple[bytes, bytes]:
     """The halves of :mod:`gpupipe.models.blocked`, template's and speech's, for one frame: all shapes are fixed.
 
@@ -78,6 +80,7 @@ def export_halves(network: UNet328) -> tuple[bytes, bytes]:
     return first.getvalue(), second.getvalue()
 
 
+@torch.autocast("cpu", enabled=False)
 def export_unet(network: UNet328, path: str | Path, *, opset_version: int = OPSET_VERSION) -> Path:
     """Write the whole network to ``path`` and check it against PyTorch with ONNX Runtime.
 

@@ -21,6 +21,14 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+def as_tensor(values: ArrayLike | Tensor) -> Tensor:
+    """What a user gave as a tensor without a gradient, on its own device. An array's shares its memory where it can."""
+    if isinstance(values, Tensor):
+        return values.detach()
+    array = np.ascontiguousarray(values)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())  # PyTorch warns of what is read-only
+
+
 def as_array(values: ArrayLike | Tensor) -> NDArray[Any]:
     """What a user gave as an array: a tensor may be on any device, of bfloat16, or have a gradient.
 

@@ -15,6 +15,7 @@ from gpupipe.errors import InputError
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode, load_unet
 from gpupipe.models.unet328 import INPUT_SIZE
 from gpupipe.onnx_export import OPSET_VERSION, export_unet
+from gpupipe.transfer import as_tensor
 
 Float32 = NDArray[np.float32]
 
@@ -101,7 +102,7 @@ class UNetModel:
 
     @staticmethod
     def _batch(value: Tensor | np.ndarray, shape: tuple[int, ...], name: str) -> Tensor:
-        tensor = torch.as_tensor(value).detach()
+        tensor = as_tensor(value)
         if tuple(tensor.shape) == shape:
             tensor = tensor[None]
         if tensor.dim() != len(shape) + 1 or tuple(tensor.shape[1:]) != shape or not len(tensor):

@@ -110,7 +110,7 @@ def network_input(crops: Tensor, *, dtype: torch.dtype = torch.float32) -> Tenso
     """
     image = crops.new_empty(len(crops), 6, INNER_SIZE, INNER_SIZE, dtype=torch.float32)
     inner, masked = image.chunk(2, dim=1)
-    torch.div(inner_region(crops), 255, out=inner)
+    inner.copy_(inner_region(crops)).div_(255)
     masked.copy_(inner)
     _hide_mouth(masked)
     return image.to(dtype)

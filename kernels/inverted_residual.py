@@ -74,7 +74,7 @@ def pack_pointwise(layer: nn.Conv2d, *, device: torch.device, dtype: torch.dtype
     """A 1×1 convolution's matrix (C, N) and bias, channels filled up with zeros to what :func:`padded` says."""
     matrix = layer.weight.detach()[:, :, 0, 0].T
     rows, columns = padded(matrix.shape[0]) - matrix.shape[0], padded(matrix.shape[1]) - matrix.shape[1]
-    bias = torch.zeros(matrix.shape[1]) if layer.bias is None else layer.bias.detach()
+    bias = matrix.new_zeros(matrix.shape[1]) if layer.bias is None else layer.bias.detach()
     matrix = pad(matrix, (0, columns, 0, rows)).to(device, dtype).contiguous()
     return matrix, pad(bias, (0, columns)).to(device, torch.float32)
 

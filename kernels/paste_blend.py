@@ -181,4 +181,4 @@ def _seam(width: int, height: int, feather: float, device: torch.device) -> Tens
     """How much of the painted pixel shows: float32 (height, width)."""
     row, column = torch.arange(height, device=device), torch.arange(width, device=device)
     from_rows, from_columns = torch.minimum(row, height - 1 - row), torch.minimum(column, width - 1 - column)
-    return ((torch.minimum(from_rows[:, None], from_columns) + 0.5) / feather).clamp_(0, 1)
+    return ((torch.minimum(from_rows[:, None], from_columns).float() + 0.5) / feather).clamp_(0, 1)

@@ -63,7 +63,7 @@ class JoinedUp(HoistedUp):
         super().__init__(up, projection)
         channels = self.skip.in_channels
         zeros = -channels % BLOCK
-        self.blocks = pointwise(torch.eye(channels + zeros, channels)[:, :, None, None], None)
+        self.blocks = pointwise(torch.eye(channels + zeros, channels).to(self.skip.weight)[:, :, None, None], None)
         self.expand = _wider(self.joined(), inputs=zeros)
 
     def forward(self, low: Tensor, skip: Tensor) -> Tensor:

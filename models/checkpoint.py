@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from gpupipe.errors import CheckpointError, one_line
 from gpupipe.files import input_file
 from gpupipe.models.pickles import nests_too_deep
 from gpupipe.models.unet328 import AUDIO_SHAPES, CHANNELS, MODES, Mode, UNet328
+from gpupipe.quiet import no_warnings
 
 MAX_WIDTH = 4
 """Of a U-Net that is read: a few bytes may promise a network that no memory holds."""
@@ -64,8 +64,7 @@ def _read(path: Path) -> Any:
         raise pickle.UnpicklingError
     if zipfile.is_zipfile(path):
         _check_sums(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tensors that are refused later
+    with no_warnings():  # of tensors that are refused later
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -134,7 +133,8 @@ def load_unet(path: str | Path, mode: Mode = "ave") -> UNet328:
     if possible and mode not in possible:
         raise CheckpointError(f"{path}: is a checkpoint of mode {' or '.join(possible)}; expected mode {mode}")
     try:
-        network = UNet328(mode, width=width)
+        with torch.device("cpu"):
+            network = UNet328(mode, width=width).float()
     except ValueError as error:
         raise CheckpointError(f"{path}: {head.shape[0]} channels after inc; {error}") from error
     load_into(network, state, path)

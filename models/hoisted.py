@@ -150,7 +150,7 @@ def _layers(block: Any) -> list[Any]:
 def _compose(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
     """One 1×1 convolution for ``second`` after ``first``."""
     matrix, outer = first.weight[:, :, 0, 0].double(), second.weight[:, :, 0, 0].double()
-    bias = torch.zeros(len(outer), dtype=torch.float64)
+    bias = outer.new_zeros(len(outer))
     if first.bias is not None:
         bias = bias + outer @ first.bias.double()
     if second.bias is not None:

@@ -14,6 +14,7 @@ Parameter names and shapes are those of the family's published checkpoints.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -225,6 +226,5 @@ class UNet328(nn.Module):
 
 def random_inputs(network: UNet328, batch: int) -> tuple[Tensor, Tensor]:
     """The same random image (B, 6, 320, 320) in [0, 1] and audio (B, *audio_shape) whenever asked, on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(batch, 6, INPUT_SIZE, INPUT_SIZE, generator=generator)
-    return image, torch.rand(batch, *network.audio_shape, generator=generator)
+    draw = partial(torch.rand, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+    return draw(batch, 6, INPUT_SIZE, INPUT_SIZE), draw(batch, *network.audio_shape)

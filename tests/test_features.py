@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +272,14 @@ def test_header_that_no_array_has(facts: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # they would be printed beside the one line
         assert "not a .npy file of audio features" in refusal(tmp_path / "features.npy")
+
+
+def test_files_that_threads_open_at_once_leave_python_s_warnings_as_they_were(tmp_path: Path) -> None:
+    np.save(tmp_path / "sound.npy", np.zeros((1, 512), np.float32))
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(lambda _: SpeechFeatures(tmp_path / "sound.npy"), range(2400)))
+    assert list(warnings.filters) == before
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:

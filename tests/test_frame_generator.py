@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,42 @@ def test_features_from_file_array_tensor_and_windows(tiny_model: MakeModel, temp
             np.array_equal(a, b)
             for a, b in zip(rendered(FrameGenerator(tiny_model()), template, form), expected, strict=True)
         )
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        default_dtype(torch.float64),
+        default_dtype(torch.float16),
+        torch.device("meta"),
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.inference_mode(),
+    ],
+    ids=["float64", "float16", "device", "autocast", "inference"],
+)
+def test_a_program_s_settings_of_pytorch_change_nothing(
+    setting: Any, tiny_checkpoint: Callable[..., Path], template: Path
+) -> None:
+    """Neither where the network is built nor where it is asked; ``meta`` stands for a GPU that is the default."""
+
+    def frames() -> list[Image]:
+        generator = FrameGenerator(UNetModel(tiny_checkpoint(), device="cpu", engine="onnxruntime"))
+        single = generator.generate_frame(*one_frame(template), audio_windows(features(1)))
+        return [single, *rendered(generator, template, features(3))]
+
+    with setting:
+        found = frames()
+    assert torch.get_default_dtype() == torch.float32
+    assert all(np.array_equal(a, b) for a, b in zip(found, frames(), strict=True))
 
 
 # ── one frame ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,7 @@ def test_paste_is_hard_unless_it_is_asked_to_blend() -> None:
         ({"full_frame": noise()[..., 0]}, "full_frame: is"),
         ({"full_frame": noise().astype(np.float32)}, "full_frame: is"),
         ({"full_frame": noise()[:0]}, "full_frame: is"),
+        ({"full_frame": None}, "full_frame: is object (); expected uint8"),
         ({"blend": "poisson"}, "blend is 'poisson'; expected feather or none"),
         ({"feather": -1.0}, "feather is -1.0; expected a width"),
         ({"feather": float("nan")}, "feather is nan; expected a width"),
@@ -215,6 +217,11 @@ def test_tensors_and_views_are_taken_wherever_arrays_are() -> None:
         crop, found = processor.crop_face_region(given, points)
         assert found == box
         assert np.array_equal(crop, frame[30:130, 20:120])
+    fixed = noise()
+    fixed.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PyTorch's, of arrays that must not be written to
+        assert np.array_equal(processor.crop_face_region(fixed, points)[0], frame[30:130, 20:120])
     resized = processor.resize_image(as_tensor(frame), (328, 328))
     assert np.array_equal(resized, processor.resize_image(frame, (328, 328)))
     image, _ = processor.prepare_input_tensors(as_tensor(resized))

@@ -43,6 +43,19 @@ def test_the_bound_catches(
     assert mel_error(mel_spectrogram(wave), shared) > ERROR
 
 
+def test_a_program_s_default_type_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    wave = np.sin(np.arange(8000, dtype=np.float32))
+    monkeypatch.setattr(mel, "_hann", mel._hann.__wrapped__)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = list(mel_windows([mel_spectrogram(wave)]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = list(mel_windows([mel_spectrogram(wave)]))
+    assert {piece.dtype for piece in found} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_windows_follow_the_formula() -> None:
     columns = 400
     numbered = torch.arange(columns, dtype=torch.float32).expand(80, columns)

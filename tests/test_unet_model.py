@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,17 @@ def test_arrays_and_single_samples_are_taken(tiny_model: MakeModel) -> None:
     assert np.array_equal(tiny_model().predict(image.double(), audio.numpy().astype(np.float64)), expected)
 
 
+def test_arrays_that_pytorch_does_not_take_as_they_are(tiny_model: MakeModel) -> None:
+    """Read-only ones, of which it warns, and views that run backwards."""
+    image, audio = inputs()
+    expected = tiny_model().predict(image, audio)
+    fixed, backwards = image.numpy(), audio.numpy()[..., ::-1].copy()[..., ::-1]
+    fixed.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(tiny_model().predict(fixed, backwards), expected)
+
+
 def test_engines_agree(tiny_model: MakeModel) -> None:
     image, audio = network_inputs("ave")
     first = tiny_model(engine="onnxruntime").predict(image, audio).astype(int)
@@ -101,6 +114,14 @@ def test_positional_arguments_are_the_seed_s(tiny_checkpoint: MakeCheckpoint) ->
     assert (model.mode, model.device, model.exact) == ("wenet", torch.device("cpu"), True)
     with pytest.raises(TypeError):
         UNetModel(tiny_checkpoint(), "ave", "cpu", "torch")  # type: ignore[misc]
+
+
+def test_networks_may_be_loaded_at_once(tiny_checkpoint: MakeCheckpoint) -> None:
+    """PyTorch's exporter, by which ONNX Runtime gets them, cannot be."""
+    with ThreadPoolExecutor(3) as threads:
+        models = list(threads.map(lambda _: UNetModel(tiny_checkpoint(), device="cpu", engine="onnxruntime"), range(3)))
+    first, *others = [model.predict(*inputs()) for model in models]
+    assert all(np.array_equal(first, other) for other in others)
 
 
 def test_unknown_mode_and_another_mode_s_checkpoint(tiny_checkpoint: MakeCheckpoint) -> None:
