@@ -151,6 +151,50 @@ def test_other_containers_and_codecs(suffix: str, codec: str, tmp_path: Path) ->
         assert torch.equal(frames.read([number])[0], to_bt709(expected[number], frames.colours))
 
 
+def begun_later(path: Path, target: Path, frames: int) -> Path:
+    """A copy whose edit list leaves out the first frames, as phones and ``ffmpeg -ss … -c copy`` cut a clip."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"elst") + 12  # version and flags, count, then duration in ms, media time, rate
+    content[at : at + 4] = (int.from_bytes(content[at : at + 4], "big") - 40 * frames).to_bytes(4, "big")
+    content[at + 4 : at + 8] = (int.from_bytes(content[at + 4 : at + 8], "big") + 512 * frames).to_bytes(4, "big")
+    target.write_bytes(content)
+    return target
+
+
+def without_packets(path: Path, target: Path, left_out: int) -> Path:
+    """A copy without the first packets: others refer to what was in them."""
+    with av.open(str(path)) as source, av.open(str(target), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in [packet for packet in source.demux(video=0) if packet.pts is not None][left_out:]:
+            packet.stream = stream
+            container.mux(packet)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("cut", "suffix", "amount"),
+    [
+        (begun_later, "mp4", 5),
+        (begun_later, "mp4", 13),
+        (begun_later, "mp4", 30),  # no keyframe is left
+        (without_packets, "mkv", 9),  # between keyframes
+        (without_packets, "mp4", 12),  # at one, which frames before it and after it refer to
+    ],
+)
+def test_clips_that_are_cut_anywhere(
+    cut: Callable[[Path, Path, int], Path], suffix: str, amount: int, tmp_path: Path
+) -> None:
+    """The frames are those that a player shows."""
+    keys = {"x264-params": "open-gop=1:bframes=3:scenecut=0:keyint=12:min-keyint=12"}
+    if amount == 30:
+        keys = {"g": "250"}
+    path = cut(write_video(tmp_path / "whole.mp4", pictures(), **keys), tmp_path / f"cut.{suffix}", amount)
+    expected, frames = decoded(path), VideoFrames(path)
+    assert 0 < frames.length == len(expected) < FRAMES
+    for number in (*range(frames.length), *reversed(range(frames.length)), frames.length // 2, 0):
+        assert torch.equal(frames.read([number])[0], expected[number]), number
+
+
 @pytest.mark.parametrize("budget", [0, 5 * WIDTH * HEIGHT * 3, None])
 def test_template_keeps_what_fits(budget: int | None, folder: Path, video: Path) -> None:
     template, expected = Template.from_directory(folder, memory_budget=budget), decoded(video)

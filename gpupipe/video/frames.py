@@ -85,12 +85,16 @@ class VideoFrames:
         input_file(path, "video file")
         self._lock = threading.Lock()
         self._recent: OrderedDict[int, Tensor] = OrderedDict()
-        self._times, self._keys = self._scan()
-        self.length = len(self._times)
+        self._times, keys = self._scan()
         self.decoder: VideoDecoder = "threads"
         self._container, self._frames = self._open()
         first = self._first()
         self.width, self.height = first.width, first.height
+        # No player shows those before it: they refer to pictures that were cut away.
+        self._times = self._times[bisect.bisect_left(self._times, first.pts) :]
+        self.length = len(self._times)
+        # The first can be sought too: where an edit list begins between keyframes, its keyframe is before it.
+        self._keys = [first.pts, *(key for key in keys if key > first.pts)]
         self.colours = self._colours_of(first)
         self._recent_count = max(2, min(_RECENT, _RECENT_BYTES // (self.width * self.height * 3 // 2)))
         self._next = 0  # the number of the frame that the decoder gives next
@@ -127,7 +131,7 @@ class VideoFrames:
             ]
         times = sorted({pts for pts, _ in packets})
         keys = sorted({pts for pts, key in packets if key})
-        if not keys or len(times) < len(packets):
+        if not times or len(times) < len(packets):
             raise InputError(
                 f"{self.path}: has {len(packets)} frames at {len(times)} times; expected a whole video file"
             )
@@ -170,7 +174,7 @@ class VideoFrames:
     def _first(self) -> av.VideoFrame:
         with self._reporting():
             first = next(self._frames, None)
-        if first is None:
+        if first is None or first.pts is None:
             raise InputError(f"{self.path}: holds no frame that can be decoded; expected a whole video file")
         if first.width % 2 or first.height % 2:
             raise InputError(
@@ -210,7 +214,7 @@ class VideoFrames:
 
     def _key_before(self, number: int) -> int:
         """The time of the last keyframe that is not later than a frame."""
-        return self._keys[max(0, bisect.bisect_right(self._keys, self._times[number]) - 1)]
+        return self._keys[bisect.bisect_right(self._keys, self._times[number]) - 1]
 
     def _seek(self, number: int) -> None:
         with self._reporting():
