@@ -29,7 +29,22 @@ from gpupipe.pipeline import RenderRecord
 if TYPE_CHECKING:
     from gpupipe.farm import JobState
 
-console = Console(stderr=True, markup=False, highlight=False)  # a path may hold what looks like markup
+
+class _Messages(Console):
+    """Standard error. Where it cannot be written, its reader gone or a log's disk full, the work goes on unheard."""
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            super().__exit__(*error)
+        except OSError:
+            self.on_broken_pipe()
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing from here on."""
+        sys.stderr = None
+
+
+console = _Messages(stderr=True, markup=False, highlight=False)  # a path may hold what looks like markup
 
 
 @contextlib.contextmanager
@@ -47,8 +62,7 @@ def reporting(debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            console.print("gpupipe: interrupted; what files are left are whole ones", soft_wrap=True)
+        console.print("gpupipe: interrupted; what files are left are whole ones", soft_wrap=True)
         raise typer.Exit(1) from None
     except Exception as error:
         if debug:
@@ -134,7 +148,7 @@ class _ProgressLines:
         if done > first:
             rate = (done - first) / max(now - began, 1e-9)
             line += f", {rate:.1f} frames/s, {(total - done) / rate:.0f} s left"
-        print(line, file=sys.stderr, flush=True)
+        console.print(line, soft_wrap=True)
 
 
 @contextlib.contextmanager

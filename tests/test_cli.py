@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -395,6 +396,21 @@ def test_signals_are_as_before_afterwards() -> None:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("messages", ["/dev/full", "pipe", "closed"])
+def test_work_goes_on_where_messages_cannot_be_written(messages: str, clip: dict[str, Path], tmp_path: Path) -> None:
+    """A log on a full disk, a reader that has gone: no reason to lose a render, nor to end otherwise."""
+    name = Path(sys.executable).with_name("gpupipe")
+    reader, writer = os.pipe()
+    os.close(reader)
+    redirect = {"/dev/full": "2>/dev/full", "pipe": f"2>&{writer}", "closed": "2>&-"}[messages]
+    for words, code in ((render_words(clip, tmp_path / "a.mp4", *QUICK), 0), (["features", "no.wav"], 2)):
+        line = shlex.join(map(str, [name, *words]))
+        done = subprocess.run(["bash", "-c", f"{line} {redirect}"], pass_fds=(writer,), check=False)
+        assert done.returncode == code
+    os.close(writer)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_a_warning_is_one_line_where_there_is_no_terminal(clip: dict[str, Path], tmp_path: Path) -> None:
