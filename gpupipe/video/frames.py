@@ -88,13 +88,13 @@ class VideoFrames:
         self._times, keys = self._scan()
         self.decoder: VideoDecoder = "threads"
         self._container, self._frames = self._open()
-        first = self._first()
+        first, start = self._first()
         self.width, self.height = first.width, first.height
         # No player shows those before it: they refer to pictures that were cut away.
-        self._times = self._times[bisect.bisect_left(self._times, first.pts) :]
+        self._times = self._times[bisect.bisect_left(self._times, start) :]
         self.length = len(self._times)
         # The first can be sought too: where an edit list begins between keyframes, its keyframe is before it.
-        self._keys = [first.pts, *(key for key in keys if key > first.pts)]
+        self._keys = [start, *(key for key in keys if key > start)]
         self.colours = self._colours_of(first)
         self._recent_count = max(2, min(_RECENT, _RECENT_BYTES // (self.width * self.height * 3 // 2)))
         self._next = 0  # the number of the frame that the decoder gives next
@@ -171,7 +171,8 @@ class VideoFrames:
                 container.close()
             return None, first_line(error)
 
-    def _first(self) -> av.VideoFrame:
+    def _first(self) -> tuple[av.VideoFrame, int]:
+        """The first frame, and its time."""
         with self._reporting():
             first = next(self._frames, None)
         if first is None or first.pts is None:
@@ -185,7 +186,7 @@ class VideoFrames:
                 f"{self.path}: is to be turned by {first.rotation}° when shown; expected upright frames, as landmarks"
                 " are found in them: encode it again"
             )
-        return first
+        return first, first.pts
 
     def _colours_of(self, frame: av.VideoFrame) -> Colours:
         if frame.format.is_rgb:
