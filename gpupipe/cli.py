@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 import tempfile
@@ -364,6 +365,8 @@ def _version(
 
 def main() -> None:
     """Run the command line: exit 0 when done, 2 for wrong input, 1 for anything else."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # help and tables go beyond ASCII, a terminal may not
     with wrong_usage():
         sys.exit(app(standalone_mode=False))
 

@@ -226,6 +226,14 @@ def test_help_is_no_error_message(
     assert "gpupipe: " not in capsys.readouterr().err
 
 
+def test_help_in_an_encoding_without_its_letters() -> None:
+    command = [sys.executable, "-m", "gpupipe", "render", "--help"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    assert "--checkpoint" in told.stdout
+
+
 def test_doctor_tells_what_would_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path))
     facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
