@@ -30,6 +30,16 @@ def test_options_are_those_of_render(tmp_path: Path) -> None:
     assert first.id != second.id
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_are_those_of_any_editor(end: str, mark: str, tmp_path: Path) -> None:
+    """With the mark that Windows puts first, and with letters in names that only Python takes for ends of lines."""
+    names = ["a\u2028b.mp4", "c\u0085d.mp4"]
+    lines = (json.dumps(GOOD | {"output": name}, ensure_ascii=False) for name in names)
+    (tmp_path / "jobs.jsonl").write_bytes((mark + end.join(["", *lines, " ", ""])).encode())
+    assert [job.output for job in read_jobs(tmp_path / "jobs.jsonl")] == names
+
+
 def test_every_option_of_render_is_known(tmp_path: Path) -> None:
     import inspect
 

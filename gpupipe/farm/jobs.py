@@ -110,7 +110,7 @@ def read_jobs(path: str | Path) -> list[Job]:
     """
     path = input_file(path, "file of jobs")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a string of JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a file of jobs ({error})") from error
     jobs: list[Job] = []
