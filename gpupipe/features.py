@@ -179,8 +179,9 @@ def save_features(features: np.ndarray | Tensor, path: str | Path, *, bin: bool 
     path = Path(path)
     if path.suffix != ".npy":
         path = path.with_name(path.name + ".npy")
-    with replacing(path) as temporary:
-        np.save(temporary, array)
+    with replacing(path) as temporary, temporary.open("wb") as file:  # np.save and tofile do not say why they cannot
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
     if not bin:
         return [path]
     raw = save_features_bin(array, path.with_suffix(".bin"))
@@ -221,7 +222,7 @@ def save_features_bin(features: ArrayLike | Tensor, path: str | Path) -> Path:
     values = np.ascontiguousarray(as_array(features), dtype="<f4")
     facts = {"num_frames": values.shape[0], "feature_size": math.prod(values.shape[1:]), "shape": list(values.shape)}
     with replacing(path) as temporary:
-        values.tofile(temporary)
+        temporary.write_bytes(values.data)
     with replacing(path.with_name(path.name + ".json")) as temporary:
         temporary.write_text(json.dumps(facts, indent=2) + "\n")
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -352,6 +353,21 @@ def test_features_are_written_as_they_come(tmp_path: Path) -> None:
     features = torch.from_numpy(random_rows(7, 512))
     assert write_features(iter(features.split([1, 4, 2])), tmp_path / "out.npy") == 7
     assert np.array_equal(np.load(tmp_path / "out.npy"), features.numpy())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of files there")
+@pytest.mark.parametrize("write", [save_features, save_features_bin])
+def test_why_features_cannot_be_written_is_told(write: Callable[[Array, Path], object], tmp_path: Path) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"f\.npy: cannot be written: File too large"):
+            write(random_rows(7, 512), tmp_path / "f.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
