@@ -177,7 +177,7 @@ def save_features(features: np.ndarray | Tensor, path: str | Path, *, bin: bool 
     """
     array = np.ascontiguousarray(as_array(features), dtype="<f4")
     path = Path(path)
-    if path.suffix != ".npy":
+    if path.name and path.suffix != ".npy":
         path = path.with_name(path.name + ".npy")
     with replacing(path) as temporary, temporary.open("wb") as file:  # np.save and tofile do not say why they cannot
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))

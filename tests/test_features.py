@@ -375,3 +375,9 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as raised:
         save_features(np.zeros((2, 512)), path)
     assert str(path) in str(raised.value)
+
+
+def test_a_folder_is_no_name_of_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match=r"^\.: is a folder; expected the name of a file to write"):
+        save_features(np.zeros((2, 512)), ".")
