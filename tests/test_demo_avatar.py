@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from fuzz_media import wav
 from PIL import Image
 
 from gpupipe import FrameGenerator, UNetModel
@@ -238,6 +239,26 @@ def test_cut_sound(tmp_path: Path) -> None:
     assert np.corrcoef(cut[:n], whole[:n])[0, 1] > 0.999
     assert np.corrcoef(cut[:n], whole[100 : n + 100])[0, 1] < 0.9
     assert len(load_audio(cut_sound(BUNDLE / "sample.flac", tmp_path / "long.wav", 99))) == len(whole)
+
+
+def test_sound_without_a_sample_is_named_by_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "empty.wav").write_bytes(wav(b""))
+    with pytest.raises(InputError, match=r"empty\.wav: its sound track is empty; expected at least one sample"):
+        render_demo(tmp_path / "empty.wav", tmp_path / "out.mp4", 1.0)
+
+
+def test_sound_that_becomes_another_is_named(tmp_path: Path) -> None:
+    """Two broadcasts in one file."""
+    for name, rate in (("a", 44100), ("b", 48000)):
+        with av.open(str(tmp_path / f"{name}.aac"), "w") as out:
+            stream = out.add_stream("aac", rate=rate, layout="mono")
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+            frame.rate = rate
+            out.mux(stream.encode(frame))
+            out.mux(stream.encode(None))
+    (tmp_path / "ab.aac").write_bytes((tmp_path / "a.aac").read_bytes() + (tmp_path / "b.aac").read_bytes())
+    with pytest.raises(InputError, match=r"ab\.aac: sound cannot be decoded"):
+        cut_sound(tmp_path / "ab.aac", tmp_path / "cut.wav", 5)
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:

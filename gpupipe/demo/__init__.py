@@ -113,6 +113,10 @@ def cut_sound(source: str | Path, target: str | Path, seconds: float) -> Path:
                 if left <= 0:
                     break
             out.mux(stream.encode(None))
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, ValueError) as error:  # ValueError: another rate or layout than before
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{source}: sound cannot be decoded ({error})") from error
+    if not at:
+        raise InputError(f"{source}: its sound track is empty; expected at least one sample")
     return target
