@@ -158,7 +158,7 @@ def simulated_int8(network: UNet328, image: Tensor, audio: Tensor) -> UNet328:
     Args:
         image, audio: of the frames that channels' ranges are taken from.
     """
-    rounded = fold_batch_norms(copy.deepcopy(network))
+    rounded = fold_batch_norms(network)
     convolutions = [module for module in rounded.modules() if isinstance(module, nn.Conv2d)]
     ranges: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 

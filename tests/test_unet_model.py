@@ -66,7 +66,7 @@ def test_arrays_and_single_samples_are_taken(tiny_model: MakeModel) -> None:
 
 def test_arrays_that_pytorch_does_not_take_as_they_are(tiny_model: MakeModel) -> None:
     """Read-only ones, of which it warns, and views that run backwards."""
-    image, audio = inputs()
+    image, audio = network_inputs("ave")
     expected = tiny_model().predict(image, audio)
     fixed, backwards = image.numpy(), audio.numpy()[..., ::-1].copy()[..., ::-1]
     fixed.flags.writeable = False
@@ -120,7 +120,7 @@ def test_networks_may_be_loaded_at_once(tiny_checkpoint: MakeCheckpoint) -> None
     """PyTorch's exporter, by which ONNX Runtime gets them, cannot be."""
     with ThreadPoolExecutor(3) as threads:
         models = list(threads.map(lambda _: UNetModel(tiny_checkpoint(), device="cpu", engine="onnxruntime"), range(3)))
-    first, *others = [model.predict(*inputs()) for model in models]
+    first, *others = [model.predict(*network_inputs("ave")) for model in models]
     assert all(np.array_equal(first, other) for other in others)
 
 
