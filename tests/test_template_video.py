@@ -195,6 +195,15 @@ def test_clips_that_are_cut_anywhere(
         assert torch.equal(frames.read([number])[0], expected[number]), number
 
 
+def test_keyframes_from_which_a_decoder_has_yet_to_recover(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "clip.mkv", pictures(), **{"x264-params": "intra-refresh=1:bframes=2:keyint=12"})
+    with av.open(str(path)) as container:
+        assert sum(packet.is_keyframe for packet in container.demux(video=0)) >= 3
+    expected, frames = decoded(path), VideoFrames(path)
+    for number in (39, 20, 36, 37, 0, *reversed(range(FRAMES)), 12, 30):
+        assert torch.equal(frames.read([number])[0], expected[number]), number
+
+
 @pytest.mark.parametrize("budget", [0, 5 * WIDTH * HEIGHT * 3, None])
 def test_template_keeps_what_fits(budget: int | None, folder: Path, video: Path) -> None:
     template, expected = Template.from_directory(folder, memory_budget=budget), decoded(video)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import logging
 import threading
 from collections import OrderedDict
@@ -218,9 +219,20 @@ class VideoFrames:
         return self._keys[bisect.bisect_right(self._keys, self._times[number]) - 1]
 
     def _seek(self, number: int) -> None:
+        """Have the decoder begin at a keyframe, or at one before it where that does not do.
+
+        A stream that is refreshed bit by bit marks frames as keys from which on a decoder recovers, and gives none
+        until it has.
+        """
         with self._reporting():
             self._container.seek(self._times[number], stream=self._container.streams.video[0])
-        self._frames = self._container.decode(video=0)
+            frames = self._container.decode(video=0)
+            first = next((one for one in frames if one.pts is None or one.pts >= self._times[number]), None)
+        if number and (first is None or first.pts != self._times[number]):
+            self._keys.remove(self._times[number])
+            self._seek(bisect.bisect_left(self._times, self._key_before(number)))
+            return
+        self._frames = frames if first is None else itertools.chain([first], frames)
         self._next = number
 
     def _step(self, *, keep: bool) -> None:
