@@ -189,7 +189,7 @@ class FrameGenerator:
 
         Yields:
             uint8 (b, H, W, 3) BGR or (b, H·3/2, W) NV12 on the device; b is the batch size but for the last, and at a
-            higher rate than the features' own at most that.
+            higher rate than the features' own at most that. Made in inference mode: outside it, write to a clone.
 
         Raises:
             InputError: ``start_frame`` outside the template or ``fps`` out of range, before anything is rendered.

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpupipe.device import find_device
 from gpupipe.errors import InputError
 from gpupipe.files import input_folder
 from gpupipe.frame_cache import FrameCache, Tensors, default_budget
@@ -58,6 +59,7 @@ class Template:
 
     Raises:
         InputError: anything missing, unreadable or inconsistent; the message names the file.
+        DeviceError: an unknown device, or one that is not there.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Template:
         memory_budget: int | None = None,
         stages: Stages = UNTIMED,
     ) -> None:
-        self.device = torch.device(device)
+        self.device = find_device(device)
         self.stages = stages
         self.name = str(image_dir)
         self._exact = exact

@@ -13,7 +13,7 @@ import pytest
 import torch
 from clips import cached
 
-from gpupipe import InputError, Template
+from gpupipe import DeviceError, InputError, Template
 from gpupipe.seam import keep_mask
 from gpupipe.video.decode import read_images
 
@@ -270,6 +270,11 @@ def test_box_that_overlaps_by_a_pixel_is_legal(
     folder = make_template(tmp_path, frames=1, size=(WIDTH, HEIGHT), box=box)
     xmin, ymin, xmax, ymax = Template.from_directory(folder).boxes[0].tolist()
     assert 1 in (xmax - xmin, ymax - ymin)
+
+
+def test_a_device_that_there_is_none_of(make_template: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=r"^device is 'tpu'; expected cpu, cuda or cuda:N"):
+        Template.from_directory(make_template(tmp_path, frames=1), device="tpu")
 
 
 # ── parsing ───────────────────────────────────────────────────────────────────────────────────────────────────────────
