@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from farming import write_jobs, write_speech
+from farming import results, write_jobs, write_speech
 
 from gpupipe import FrameGenerationPipeline
 from gpupipe.doctor import examine
@@ -144,36 +144,38 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def test_images(tiny_checkpoint: Callable[..., Path], template: Path, tmp_path: Path) -> None:
-    features, _ = write_speech(tmp_path, "speech", FRAMES)
+    features, _ = write_speech(tmp_path, "speech", 4)
     read = {}
     for device in ("cuda", "cpu"):
         pipeline = FrameGenerationPipeline(tiny_checkpoint(), device=device, engine="eager", exact=True, batch_size=3)
         paths = pipeline.generate_frames_only(features, template, tmp_path / device)
         read[device] = np.stack([cv2.imread(str(path)) for path in paths])
-    assert len(read["cuda"]) == FRAMES
+    assert len(read["cuda"]) == 4
     np.testing.assert_allclose(read["cuda"].astype(int), read["cpu"], atol=6)  # a step before the JPEG, a few after it
 
 
 def test_farm(tiny_checkpoint: Callable[..., Path], template: Path, video_template: Path, tmp_path: Path) -> None:
-    """Batches that run on from clip to clip, of two faces, in parts: each clip as the CPU renders it."""
-    jobs = []
-    for number, (face, frames) in enumerate([(template, 30), (video_template, 7), (template, 5)]):
+    """Batches that run on from clip to clip, of two faces, one in two parts: each clip as the CPU renders it."""
+    jobs: list[dict[str, Any]] = []
+    for number, (face, frames) in enumerate([(template, 60), (video_template, 7), (template, 5)]):
         features, sound = write_speech(tmp_path, str(number), frames, seed=number)
         job = {"checkpoint": tiny_checkpoint(), "template": face, "audio": sound, "audio_features": features}
         jobs.append({key: str(value) for key, value in job.items()} | {"output": f"{number}.mkv"})
         jobs[-1] |= {"engine": "eager", "exact": True, "codec": "ffv1"}
+    jobs[0]["fps"] = 5.0
     path = write_jobs(tmp_path / "jobs.jsonl", jobs)
     for device in ("cuda", "cpu"):
         record = run_farm(path, tmp_path / device, device=device, batch_size=4, part_seconds=1)
-        assert (record.done, record.frames) == (3, 42)
+        assert (record.done, record.frames) == (3, 24)
+        assert results(tmp_path / device)["0.mkv"]["parts"] == 2
     for job in jobs:
         assert nearly_equal(*(planes(tmp_path / device / str(job["output"])) for device in ("cuda", "cpu")))
 
 
 def test_nothing_is_left_on_the_gpu(rendered: Callable[..., np.ndarray], template: Path) -> None:
-    rendered("cuda", template, exact=True)
+    rendered("cuda", template, exact=True, frames=4)
     before = torch.cuda.memory_allocated()
-    rendered("cuda", template, exact=True)
+    rendered("cuda", template, exact=True, frames=4)
     assert torch.cuda.memory_allocated() <= before
 
 
