@@ -59,7 +59,7 @@ class JoinedUp(HoistedUp):
     The skip first goes through one that changes nothing and gives it whole blocks.
     """
 
-    def __init__(self, up: Up, projection: nn.Conv2d | None = None) -> None:
+    def __init__(self, up: Up, projection: nn.Conv2d) -> None:
         super().__init__(up, projection)
         channels = self.skip.in_channels
         zeros = -channels % BLOCK

@@ -1,4 +1,4 @@
-"""What tests share: markers, the golden files, seeded checkpoints, synthetic templates, and a clip that is rendered."""
+"""What tests share: markers, golden files, seeded checkpoints, synthetic templates, a clip to render, and a farm."""
 
 from __future__ import annotations
 
