@@ -98,7 +98,7 @@ class Template:
             self._parsing = [Path(parsing_dir) / f"{i}.png" for i in range(self.length)]
         landmarks = [Path(landmark_dir) / f"{i}.lms" for i in range(self.length)]
         beyond = Path(landmark_dir) / f"{self.length}.lms"
-        if beyond.exists():  # of a template that has lost its last images, or of another one
+        if os.path.lexists(beyond):  # of a template that has lost its last images, or of another one
             logger.warning("%s: has no frame; %s ends with frame %d", beyond, self.name, self.length - 1)
         boxes = [crop_box(read_landmarks(path), self.width, self.height, name=str(path)) for path in landmarks]
         self.boxes = torch.tensor(boxes, dtype=torch.int64, device=self.device)
