@@ -89,6 +89,7 @@ part trace 45 "${bench[@]}" --profile "$logs/trace.json"
 part bench_peers 60 "${unet[@]}" --batch 64 --precision float16 --engine fused onnxruntime
 part bench_small 60 "${unet[@]}" --batch 1 --engine gluon fused eager
 part bench_compile 300 "${unet[@]}" --batch 64 --precision float16 --engine fused compile  # tunes itself for minutes
+part bench_tiles 270 "$python" -m gpupipe.benchmarks.bench_tiles --seconds 200 --record --results "$out"
 
 {
     echo

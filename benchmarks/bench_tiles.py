@@ -1,0 +1,251 @@
+"""Tiles of the network's Triton kernels: which would be fastest on this GPU, and by how much.
+
+``python -m gpupipe.benchmarks.bench_tiles [--seconds 200] [--record]``, on CUDA. The tiles in use (``pointwise_tiles``,
+``projection_tile`` and their like in ``kernels/``) are those that compile without spilling everywhere: whether they are
+fast, a compiler cannot tell. Here the fused engine's two halves run once, each launch is written down with its
+arguments, and for each, beginning with what takes longest, the search goes to the fastest neighbour of its tile, one
+size halved or doubled, as long as there is a faster one. Where the time ends, so does the search.
+
+Nothing is changed by it: a tile that wins belongs in those functions, if ``python -m gpupipe.kernels.report`` finds no
+spill in it elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, row
+from gpupipe.benchmarks.kernel_bench import seconds_of
+from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.engines.fused import FusedEngine
+from gpupipe.kernels import depthwise_triton, inverted_residual_triton, pointwise_triton
+from gpupipe.kernels.depthwise_triton import Tile
+from gpupipe.models.unet328 import INPUT_SIZE
+
+Sizes = dict[str, int]
+"""A tile and how it is launched, by name: pixels, channels, warps, stages."""
+
+WORTH = 0.98
+"""A neighbour is gone to from this share of the time on: less is noise."""
+
+AGREE = 0.02
+"""How far a tile's result may be from that of the tile in use, by the latter's largest value."""
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A function that launches a kernel.
+
+    Attributes:
+        module: where it is.
+        name: of the function.
+        tiles: name of the function that it asks for a tile.
+        channels: from the questions that it asks, the most that the tile's channels can be.
+    """
+
+    module: ModuleType
+    name: str
+    tiles: str
+    channels: Callable[..., Sizes]
+
+
+LAUNCHERS = (
+    Launcher(pointwise_triton, "pointwise_triton", "pointwise_tiles", lambda k, n, **_: {"BLOCK_K": k, "BLOCK_N": n}),
+    Launcher(
+        pointwise_triton,
+        "upsample_expand_triton",
+        "upsample_tiles",
+        lambda low, skip, n: {"BLOCK_LOW": low, "BLOCK_SKIP": skip, "BLOCK_N": n},
+    ),
+    Launcher(depthwise_triton, "depthwise_triton", "depthwise_tile", lambda hidden: {"chunk": hidden}),
+    Launcher(depthwise_triton, "depthwise_project_triton", "projection_tile", lambda hidden, out: {"chunk": hidden}),
+    Launcher(
+        inverted_residual_triton, "inverted_residual_triton", "block_tile", lambda channels, hidden: {"chunk": hidden}
+    ),
+)
+
+
+class Launch:
+    """One launch of the network's, which can be made again with another tile.
+
+    Attributes:
+        times: how often the network makes it, or one of the same shapes.
+        tile: the one in use.
+        channels: the most that its channels can be, by name.
+    """
+
+    def __init__(self, launcher: Launcher, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.times = 0
+        self._launcher, self._arguments, self._options = launcher, arguments, options
+        asked: list[tuple[Sizes, Sizes]] = []
+        in_use = getattr(launcher.module, launcher.tiles)
+
+        def asking(*question: int, **more: Any) -> Tile | Sizes:
+            tile: Tile | Sizes = in_use(*question, **more)
+            asked.append((_sizes(tile), launcher.channels(*question, **more)))
+            return tile
+
+        with mock.patch.object(launcher.module, launcher.tiles, asking):
+            self._expected = self()
+        [(self.tile, self.channels)] = asked
+        self._scale = float(self._expected.abs().max())
+
+    def __call__(self) -> Tensor:
+        """Make it, with the tile that the kernel's own function gives."""
+        result: Tensor = getattr(self._launcher.module, self._launcher.name)(*self._arguments, **self._options)
+        return result
+
+    def __str__(self) -> str:
+        shape = "×".join(map(str, self._arguments[0].shape))
+        return f"{self._launcher.name.removesuffix('_triton')} of {shape} to {self._expected.shape[-1]}"
+
+    def seconds(self, tile: Sizes) -> float:
+        """Seconds that it takes with ``tile``; infinity where that does not compile, does not fit or is wrong."""
+        given = Tile(**tile) if "chunk" in tile else tile
+        with mock.patch.object(self._launcher.module, self._launcher.tiles, lambda *_, **__: given):
+            try:
+                result = self()
+                error = float((result.float() - self._expected.float()).abs().max())
+                if not error <= AGREE * self._scale:
+                    return math.inf
+                return seconds_of(self, result.device, rounds=3).p50
+            except Exception:  # whatever the compiler or the driver has against it: the next tile is tried
+                return math.inf
+
+
+def recorded(run: Callable[[], object]) -> list[Launch]:
+    """The launches that ``run`` makes, those of equal shapes once."""
+    launches: dict[tuple[Any, ...], Launch] = {}
+    with contextlib.ExitStack() as stack:
+        for launcher in LAUNCHERS:
+            original = getattr(launcher.module, launcher.name)
+
+            def noting(
+                *arguments: Any, _launcher: Launcher = launcher, _original: Any = original, **options: Any
+            ) -> Tensor:
+                key = (_launcher.name, _shapes(arguments), _shapes(sorted(options.items())))
+                if key not in launches:
+                    with mock.patch.object(_launcher.module, _launcher.name, _original):
+                        launches[key] = Launch(_launcher, arguments, options)
+                launches[key].times += 1
+                result: Tensor = _original(*arguments, **options)
+                return result
+
+            stack.enter_context(mock.patch.object(launcher.module, launcher.name, noting))
+        run()
+    return list(launches.values())
+
+
+def neighbours(tile: Sizes, channels: Sizes) -> Iterator[Sizes]:
+    """Tiles with one size halved or doubled (stages: one less or more), within what tensor cores and channels allow."""
+    for name, size in tile.items():
+        least, most = {"num_stages": (1, 5), "num_warps": (1, 8), "warps": (1, 8)}.get(name, (16, 256))
+        for other in (size - 1, size + 1) if name == "num_stages" else (size // 2, size * 2):
+            if least <= other <= min(most, channels.get(name, most)):
+                yield {**tile, name: other}
+
+
+def descend(tile: Sizes, channels: Sizes, seconds: Callable[[Sizes], float], *, deadline: float) -> tuple[Sizes, float]:
+    """The tile that no neighbour is faster than, going downhill from ``tile``, and its seconds.
+
+    Args:
+        seconds: what a tile takes.
+        deadline: by ``time.monotonic``; from then on no other tile is tried.
+    """
+    best, least = tile, seconds(tile)
+    tried = [tile]
+    while True:
+        here, start = best, least
+        for other in neighbours(here, channels):
+            if other in tried:
+                continue
+            if time.monotonic() >= deadline:
+                return best, least
+            tried.append(other)
+            if (took := seconds(other)) < least:
+                best, least = other, took
+        if best == here or least > WORTH * start:
+            return here, start
+
+
+def _sizes(tile: Tile | Sizes) -> Sizes:
+    return tile._asdict() if isinstance(tile, Tile) else {"num_stages": 3} | tile  # Triton's own where none is given
+
+
+def _shapes(values: Any) -> Any:
+    """``values`` with tensors' shapes in their place."""
+    if isinstance(values, Tensor):
+        return tuple(values.shape)
+    return tuple(map(_shapes, values)) if isinstance(values, (tuple, list)) else values
+
+
+def _network(device: torch.device, batch: int) -> Callable[[], object]:
+    """The fused engine's two halves at full width."""
+    engine = FusedEngine(seeded_network(width=1), device=device)
+    image = torch.rand(batch, 6, INPUT_SIZE, INPUT_SIZE, device=device).half()
+    image = image.contiguous(memory_format=torch.channels_last)
+    index, audio = torch.arange(batch, device=device), torch.randn(batch, 32, 16, 16, device=device)
+    return lambda: engine.decode(engine.encode(image), index, audio)
+
+
+def rows_of(launch: Launch, batch: int, device: torch.device, *, deadline: float) -> list[Row]:
+    """What a launch takes with the tile in use and, where there is a faster one, with that."""
+    fastest, seconds = descend(launch.tile, launch.channels, launch.seconds, deadline=deadline)
+    found = {"in use": (launch.tile, launch.seconds(launch.tile))}
+    if fastest != launch.tile:
+        found["fastest"] = (fastest, seconds)
+    return [
+        row(
+            Spread.of([took * 1e6]),
+            what="tiles",
+            provider=which,
+            metric="latency",
+            unit="µs/launch",
+            axis="batch",
+            value=batch,
+            config={"case": str(launch), "times": launch.times, "tile": tile},
+            device=device,
+        )
+        for which, (tile, took) in found.items()
+    ]
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=200, help="that the search may take")
+    parser.add_argument("--record", action="store_true", help="append the rows to the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args()
+    device, deadline = torch.device(options.device), time.monotonic() + options.seconds
+    in_use = fastest = 0.0
+    with torch.inference_mode():
+        launches = recorded(_network(device, options.batch))
+        for launch in sorted(launches, key=lambda one: -one.times * one.seconds(one.tile)):
+            rows = rows_of(launch, options.batch, device, deadline=deadline)
+            before, after = rows[0].p50 or 0.0, rows[-1].p50 or 0.0
+            in_use, fastest = in_use + launch.times * before, fastest + launch.times * after
+            tiles = " → ".join(" ".join(f"{name} {size}" for name, size in one.config["tile"].items()) for one in rows)
+            print(f"{launch!s:50} {launch.times}× {before:8.1f} → {after:8.1f} µs  {tiles}", flush=True)
+            if options.record:
+                append_rows(rows, options.results)
+    each = options.batch
+    print(f"all launches: {in_use / each:.2f} → {fastest / each:.2f} µs a frame, template half included")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""The search for faster tiles: where it goes, and what it takes for a launch of the network's."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+
+from gpupipe.benchmarks import bench_tiles
+from gpupipe.benchmarks.bench_tiles import Sizes, descend, neighbours
+from gpupipe.kernels import depthwise_triton, inverted_residual_triton, pointwise_triton
+from gpupipe.kernels.inverted_residual import pack_block
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEVER = math.inf
+TILE = {"block": 32, "chunk": 32, "warps": 4}
+
+
+def test_neighbours_differ_by_one_size_and_stay_within_the_channels() -> None:
+    tiles = [tuple(tile.values()) for tile in neighbours(TILE, {"chunk": 32})]
+    assert tiles == [(16, 32, 4), (64, 32, 4), (32, 16, 4), (32, 32, 2), (32, 32, 8)]
+    assert [tile["num_stages"] for tile in neighbours({"num_stages": 3}, {})] == [2, 4]
+    assert list(neighbours({"BLOCK_M": 16, "num_warps": 8}, {})) == [
+        {"BLOCK_M": 32, "num_warps": 8},
+        {"BLOCK_M": 16, "num_warps": 4},
+    ]
+
+
+def test_the_search_goes_downhill_to_the_fastest_tile() -> None:
+    tried: list[Sizes] = []
+
+    def seconds(tile: Sizes) -> float:
+        tried.append(tile)
+        return abs(math.log2(tile["block"] / 128)) + abs(math.log2(tile["warps"] / 2)) + 1
+
+    fastest, least = descend(TILE, {"chunk": 32}, seconds, deadline=NEVER)
+    assert (fastest, least) == ({"block": 128, "chunk": 32, "warps": 2}, 1)
+    assert len(tried) == len({tuple(tile.values()) for tile in tried}), "a tile was compiled twice"
+
+
+def test_a_tile_that_fails_or_gains_next_to_nothing_is_not_taken() -> None:
+    assert descend(TILE, {}, lambda tile: 1.0 if tile == TILE else math.inf, deadline=NEVER) == (TILE, 1.0)
+    assert descend(TILE, {}, lambda tile: 1.0 if tile == TILE else 0.99, deadline=NEVER) == (TILE, 1.0)
+    assert descend(TILE, {}, lambda tile: 1.0 if tile == TILE else 0.9, deadline=NEVER)[1] == 0.9
+    assert descend(TILE, {}, lambda tile: math.inf, deadline=NEVER) == (TILE, math.inf)
+
+
+def test_the_search_ends_with_its_time() -> None:
+    tried: list[Sizes] = []
+
+    def seconds(tile: Sizes) -> float:
+        tried.append(tile)
+        return 1 / len(tried)
+
+    assert descend(TILE, {}, seconds, deadline=time.monotonic()) == (TILE, 1.0)
+    assert tried == [TILE]
+
+
+@torch.inference_mode()
+def test_launches_are_made_again_with_other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 8, 8, 16).to(DEVICE, torch.float16)
+    convolutions = [nn.Conv2d(16, 32, 1), nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.Conv2d(32, 16, 1)]
+    block = pack_block(convolutions, device=DEVICE, dtype=torch.float16)
+
+    def run() -> torch.Tensor:
+        hidden = pointwise_triton.pointwise_triton(x, block.expand, block.expand_bias, relu=True)
+        pointwise_triton.pointwise_triton(hidden, block.projection.project, block.projection.project_bias)
+        depthwise_triton.depthwise_project_triton(hidden, block.projection)
+        pointwise_triton.pointwise_triton(x, block.expand, block.expand_bias, relu=True)
+        return inverted_residual_triton.inverted_residual_triton(x, block)
+
+    launches = bench_tiles.recorded(run)
+    assert {str(launch): launch.times for launch in launches} == {
+        "pointwise of 2×8×8×16 to 32": 2,
+        "pointwise of 2×8×8×32 to 16": 1,
+        "depthwise_project of 2×8×8×32 to 16": 1,
+        "inverted_residual of 2×8×8×16 to 16": 1,
+    }
+    assert [launch.channels for launch in launches] == [
+        {"BLOCK_K": 16, "BLOCK_N": 32},
+        {"BLOCK_K": 32, "BLOCK_N": 16},
+        {"chunk": 32},
+        {"chunk": 32},
+    ]
+    for launch in launches:
+        other = next(neighbours(launch.tile, launch.channels))
+        assert 0 < launch.seconds(other) < math.inf, (str(launch), other)
+    # What cannot be compiled, or gives something else, takes for ever.
+    assert launch.seconds({**launch.tile, "chunk": 12}) == math.inf
+    monkeypatch.setattr(launch, "_expected", 1.1 * run())
+    assert launch.seconds(launch.tile) == math.inf
