@@ -108,8 +108,8 @@ class Launch:
         return result
 
     def __str__(self) -> str:
-        shape = "×".join(map(str, self._arguments[0].shape))
-        return f"{self._launcher.name.removesuffix('_triton')} of {shape} to {self._expected.shape[-1]}"
+        given, made = ("×".join(map(str, tensor.shape)) for tensor in (self._arguments[0], self._expected))
+        return f"{self._launcher.name.removesuffix('_triton')} {given} → {made}"
 
     def seconds(self, tile: Sizes) -> float:
         """Seconds that it takes with ``tile``; infinity where that does not compile, does not fit or is wrong."""
@@ -240,7 +240,7 @@ def main() -> None:
             before, after = rows[0].p50 or 0.0, rows[-1].p50 or 0.0
             in_use, fastest = in_use + launch.times * before, fastest + launch.times * after
             tiles = " → ".join(" ".join(f"{name} {size}" for name, size in one.config["tile"].items()) for one in rows)
-            print(f"{launch!s:50} {launch.times}× {before:8.1f} → {after:8.1f} µs  {tiles}", flush=True)
+            print(f"{launch!s:58} {launch.times}× {before:8.1f} → {after:8.1f} µs  {tiles}", flush=True)
             if options.record:
                 append_rows(rows, options.results)
     each = options.batch

@@ -76,10 +76,10 @@ def test_launches_are_made_again_with_other_tiles(monkeypatch: pytest.MonkeyPatc
 
     launches = bench_tiles.recorded(run)
     assert {str(launch): launch.times for launch in launches} == {
-        "pointwise of 2×8×8×16 to 32": 2,
-        "pointwise of 2×8×8×32 to 16": 1,
-        "depthwise_project of 2×8×8×32 to 16": 1,
-        "inverted_residual of 2×8×8×16 to 16": 1,
+        "pointwise 2×8×8×16 → 2×8×8×32": 2,
+        "pointwise 2×8×8×32 → 2×8×8×16": 1,
+        "depthwise_project 2×8×8×32 → 2×8×8×16": 1,
+        "inverted_residual 2×8×8×16 → 2×8×8×16": 1,
     }
     assert [launch.channels for launch in launches] == [
         {"BLOCK_K": 16, "BLOCK_N": 32},
