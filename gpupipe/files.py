@@ -55,9 +55,22 @@ def _mode(path: Path, what: str, error: type[InputError]) -> int:
     try:
         return path.stat().st_mode
     except FileNotFoundError as missing:
-        raise error(f"{path}: no such {what}") from missing
+        raise error(f"{path}: no such {what}{similar(path)}") from missing
     except (OSError, ValueError) as reason:  # ValueError: a name with a null byte
         raise error(f"{path}: cannot be read as a {what} ({getattr(reason, 'strerror', reason)})") from reason
+
+
+def similar(path: Path) -> str:
+    """What an error adds about a missing file: a name beside it that differs in case, suffix or zeros in front only."""
+
+    def bare(path: Path) -> str:
+        return path.stem.casefold().lstrip("0")
+
+    try:
+        names = [other.name for other in path.parent.iterdir() if bare(other) == bare(path) and other.name != path.name]
+    except OSError:
+        return ""
+    return f"; there is {min(names)}" if names else ""
 
 
 def _kind(mode: int) -> str:

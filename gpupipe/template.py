@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpupipe.device import find_device
 from gpupipe.errors import InputError
-from gpupipe.files import input_folder
+from gpupipe.files import input_folder, similar
 from gpupipe.frame_cache import FrameCache, Tensors, default_budget
 from gpupipe.kernels.nv12 import from_nv12, nv12_window
 from gpupipe.landmarks import Box, crop_box, read_landmarks
@@ -251,11 +251,14 @@ def numbered_files(directory: Path, suffix: str, what: str) -> list[Path]:
         InputError: no such directory, no file, or a gap in the numbers.
     """
     input_folder(directory, f"directory; expected one with 0{suffix}, 1{suffix}, …")
-    numbers = {int(path.stem) for path in directory.glob(f"*{suffix}") if path.stem.isdecimal()}
+    stems = (path.stem for path in directory.glob(f"*{suffix}"))
+    numbers = {int(stem) for stem in stems if stem.isdecimal() and stem == str(int(stem))}  # 007 is no 7
     if not numbers:
-        raise InputError(f"{directory}: holds no {what}; expected 0{suffix}, 1{suffix}, …")
+        there = "".join(f"; there is {first.name}" for first in sorted(directory.glob("[!.]*"))[:1])
+        raise InputError(f"{directory}: holds no {what}; expected 0{suffix}, 1{suffix}, …{there}")
     last = max(numbers)
     for number in range(last):
         if number not in numbers:
-            raise InputError(f"{directory / f'{number}{suffix}'}: no such {what}; expected 0 to {last} without gaps")
+            path = directory / f"{number}{suffix}"
+            raise InputError(f"{path}: no such {what}; expected 0 to {last} without gaps{similar(path)}")
     return [directory / f"{number}{suffix}" for number in range(len(numbers))]

@@ -143,10 +143,24 @@ def test_missing_directories(template: Path, tmp_path: Path) -> None:
         Template(template / "frames", template / "absent")
 
 
-def test_no_frames(template: Path) -> None:
+@pytest.mark.parametrize("name", ["{}.jpeg", "{}.JPG", "{:05d}.jpg", "frame_{}.png"])
+def test_no_frames_but_others_like_them(name: str, template: Path) -> None:
     for path in (template / "full_body_img").iterdir():
-        path.rename(path.with_suffix(".jpeg"))
-    assert "holds no template frame; expected 0.jpg, 1.jpg, …" in refusal(template, template / "full_body_img")
+        path.rename(path.with_name(name.format(int(path.stem))))
+    message = refusal(template, template / "full_body_img")
+    assert message.endswith(f"holds no template frame; expected 0.jpg, 1.jpg, …; there is {name.format(0)}")
+
+
+def test_no_frames_at_all(template: Path) -> None:
+    for path in (template / "full_body_img").iterdir():
+        path.unlink()
+    assert refusal(template, template / "full_body_img").endswith("expected 0.jpg, 1.jpg, …")
+
+
+@pytest.mark.parametrize("name", ["02.jpg", "2.JPG"])
+def test_one_frame_of_another_name(name: str, template: Path) -> None:
+    frame_file(template, 2).rename(template / "full_body_img" / name)
+    assert refusal(template, frame_file(template, 2)).endswith(f"expected 0 to 4 without gaps; there is {name}")
 
 
 @pytest.mark.parametrize("i", [0, 2])
@@ -208,7 +222,9 @@ def test_size_that_differs_in_another_loading_batch(make_template: MakeTemplate,
 @pytest.mark.parametrize("i", [0, 2, 4])
 def test_missing_landmarks(i: int, template: Path) -> None:
     landmark_file(template, i).unlink()
-    assert "no such landmark file" in refusal(template, landmark_file(template, i))
+    assert refusal(template, landmark_file(template, i)).endswith("no such landmark file")
+    (template / "landmarks" / f"00{i}.LMS").touch()
+    assert refusal(template, landmark_file(template, i)).endswith(f"no such landmark file; there is 00{i}.LMS")
 
 
 def spoil_line(template: Path, i: int, number: int, line: str) -> None:
