@@ -70,12 +70,13 @@ class SpeechFeatures:
                 raise InputError(f"{self.name}: dtype is {array.dtype}; expected float32")
             self._array = np.ascontiguousarray(array, dtype=np.float32)
             self.shape = self._array.shape
-        row = math.prod(self.audio_shape) // WINDOW_ROWS
-        self.windowed = len(self.shape) == 4 and self.shape[1:] == self.audio_shape
-        if not self.windowed and (len(self.shape) < 2 or math.prod(self.shape[1:]) != row):
+        self.windowed = self.shape[1:] == self.audio_shape
+        if not _fits(self.shape, mode):
             windows = ", ".join(map(str, self.audio_shape))
+            others = " or ".join(other for other in MODES if _fits(self.shape, other))
             raise InputError(
-                f"{self.name}: shape is {self.shape}; expected (N, {row}) or (N, {windows}) for mode {mode}"
+                f"{self.name}: shape is {self.shape}; expected (N, {_row_size(mode)}) or (N, {windows}) for mode"
+                f" {mode}{f'; mode {others} takes it' if others else ''}"
             )
         if self.shape[0] == 0:
             raise InputError(f"{self.name}: has no rows; expected one a video frame")
@@ -146,6 +147,16 @@ class SpeechFeatures:
             finite = np.isfinite(self.rows(start, min(start + step, len(self)))).all(axis=1)
             if not finite.all():
                 raise InputError(f"{self.name}: row {start + int(finite.argmin())} holds NaN or infinite values")
+
+
+def _row_size(mode: Mode) -> int:
+    """Values in a row of features."""
+    return math.prod(AUDIO_SHAPES[mode]) // WINDOW_ROWS
+
+
+def _fits(shape: tuple[int, ...], mode: Mode) -> bool:
+    """Whether this is a shape of a mode's features: rows, or windows."""
+    return shape[1:] == AUDIO_SHAPES[mode] or (len(shape) > 1 and math.prod(shape[1:]) == _row_size(mode))
 
 
 def audio_windows(features: ArrayLike | Tensor, mode: Mode = "ave") -> Tensor:

@@ -186,25 +186,26 @@ def refusal(path: Path, mode: Mode = "ave") -> str:
 
 
 @pytest.mark.parametrize(
-    ("mode", "shape"),
+    ("mode", "shape", "others"),
     [
-        ("ave", (10, 511)),
-        ("ave", (512,)),
-        ("ave", ()),
-        ("ave", (10, 2, 1024)),
-        ("ave", (10, 32, 16, 15)),
-        ("ave", (10, 16, 512)),
-        ("ave", (10, 0)),
-        ("hubert", (10, 512)),
-        ("hubert", (10, 32, 16, 16)),
-        ("wenet", (10, 2048)),
+        ("ave", (10, 511), None),
+        ("ave", (512,), None),
+        ("ave", (), None),
+        ("ave", (10, 2, 1024), "hubert"),
+        ("ave", (10, 32, 16, 15), None),
+        ("ave", (10, 16, 512), "wenet"),
+        ("ave", (10, 0), None),
+        ("hubert", (10, 512), "ave"),
+        ("hubert", (10, 32, 16, 16), "ave or wenet"),
+        ("wenet", (10, 2048), "hubert"),
     ],
 )
-def test_wrong_shape(mode: Mode, shape: tuple[int, ...], tmp_path: Path) -> None:
+def test_wrong_shape(mode: Mode, shape: tuple[int, ...], others: str | None, tmp_path: Path) -> None:
+    """Of another mode's features, which one's."""
     row = math.prod(AUDIO_SHAPES[mode]) // 16
     message = refusal(saved(np.zeros(shape, np.float32), tmp_path), mode)
     assert f"shape is {shape}; expected (N, {row}) or (N, {', '.join(map(str, AUDIO_SHAPES[mode]))})" in message
-    assert message.endswith(f"for mode {mode}")
+    assert message.endswith(f"for mode {mode}" + (f"; mode {others} takes it" if others else ""))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16", "int32", "uint8", "complex64", "bool", "datetime64[s]"])
