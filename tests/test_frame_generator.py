@@ -256,7 +256,7 @@ def test_audio_that_is_not_finite(value: float, tiny_model: MakeModel, template:
     window = audio_windows(features(1))
     window[0, 3, 5, 7] = value
     for form in (window, window.numpy(), window[0].reshape(16, -1)):
-        with pytest.raises(InputError, match=r"^audio_features: hold NaN or infinite values"):
+        with pytest.raises(InputError, match=r"^audio_features: holds NaN or infinite values"):
             FrameGenerator(tiny_model()).generate_frame(*one_frame(template), form)
 
 

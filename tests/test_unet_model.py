@@ -101,6 +101,17 @@ def test_shapes_that_do_not_fit(image: Any, audio: Any, named: str, tiny_model: 
         tiny_model().predict(torch.zeros(image), torch.zeros(audio))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e39])
+@pytest.mark.parametrize("name", ["image_tensor", "audio_features"])
+def test_values_that_are_no_numbers(name: str, value: float, tiny_model: MakeModel) -> None:
+    """In float32, which the last one is too large for."""
+    given = dict(zip(("image_tensor", "audio_features"), network_inputs("ave", 2), strict=True))
+    given[name] = given[name].double()
+    given[name][1, 2, 3, 4] = value
+    with pytest.raises(InputError, match=f"^{name}: holds NaN or infinite values; expected finite ones"):
+        tiny_model().predict(**given)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_input_shapes(mode: Mode, tiny_model: MakeModel) -> None:
     assert tiny_model(mode).get_input_shapes() == ((1, 6, 320, 320), (1, *AUDIO_SHAPES[mode]))
