@@ -92,7 +92,9 @@ def _codec(way: Way) -> str:
 def _engine(device: torch.device, *, exact: bool) -> str:
     """The engine that auto takes for a full-width network, where that has been measured."""
     dtype = find_dtype(device, exact=exact, precision=None)
-    figures = recall(UNet328("ave"), device, dtype)
+    with torch.device("meta"):  # nothing but its kind is asked for
+        network = UNet328("ave")
+    figures = recall(network, device, dtype)
     if figures is None:
         engines = candidates(device, dtype)
         quick = ", ".join(one.name for one in engines if not one.slow_to_build)

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from gpupipe.models.checkpoint import load_into, load_state_dict
+from gpupipe.models.checkpoint import load_into, load_state_dict, unfilled
 
 MEL_BANDS = 80
 MEL_COLUMNS = 16
@@ -95,7 +94,6 @@ def load_audio_encoder(path: str | Path) -> AudioEncoder:
     prefix = "audio_encoder."
     if all(name.startswith(prefix) for name in state):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
-    with torch.device("cpu"):
-        encoder = AudioEncoder().float()
+    encoder = unfilled(AudioEncoder)
     load_into(encoder, state, path)
     return encoder.eval().requires_grad_(False)

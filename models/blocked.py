@@ -80,6 +80,7 @@ def _wider(layer: nn.Conv2d, *, inputs: int = 0, outputs: int = 0) -> nn.Conv2d:
         (layer.kernel_size[0], layer.kernel_size[1]),
         padding=(int(layer.padding[0]), int(layer.padding[1])),
         groups=layer.groups + outputs if depthwise else 1,
+        device="meta",  # draws no weights
     )
     assert layer.bias is not None
     weight, bias = pad(layer.weight, (0, 0, 0, 0, 0, inputs, 0, outputs)), pad(layer.bias, (0, outputs))

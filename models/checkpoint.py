@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -17,6 +17,8 @@ from gpupipe.files import input_file
 from gpupipe.models.pickles import nests_too_deep
 from gpupipe.models.unet328 import AUDIO_SHAPES, CHANNELS, MODES, Mode, UNet328
 from gpupipe.quiet import no_warnings
+
+Module = TypeVar("Module", bound=nn.Module)
 
 MAX_WIDTH = 4
 """Of a U-Net that is read: a few bytes may promise a network that no memory holds."""
@@ -81,6 +83,19 @@ def _check_sums(path: Path) -> None:
                         pass
 
 
+def unfilled(make: Callable[[], Module]) -> Module:
+    """A module in float32 on the CPU whose weights are to be loaded: to draw them would spoil the program's seed.
+
+    Counters are 0, since a checkpoint may lack them; the other values are whatever the memory holds.
+    """
+    with torch.device("meta"):
+        module = make()
+    module = module.float().to_empty(device="cpu")
+    for buffer in module.buffers():
+        buffer.zero_()
+    return module
+
+
 def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Copy ``state`` into ``module``; ``path`` is only named in errors.
 
@@ -133,8 +148,7 @@ def load_unet(path: str | Path, mode: Mode = "ave") -> UNet328:
     if possible and mode not in possible:
         raise CheckpointError(f"{path}: is a checkpoint of mode {' or '.join(possible)}; expected mode {mode}")
     try:
-        with torch.device("cpu"):
-            network = UNet328(mode, width=width).float()
+        network = unfilled(lambda: UNet328(mode, width=width))
     except ValueError as error:
         raise CheckpointError(f"{path}: {head.shape[0]} channels after inc; {error}") from error
     load_into(network, state, path)

@@ -160,7 +160,7 @@ def _compose(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
 
 def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A 1×1 convolution of weight (out, in, 1, 1) and, if given, bias (out,), copied."""
-    layer = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None)
+    layer = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None, device="meta")  # draws no weights
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)

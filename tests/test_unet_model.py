@@ -18,7 +18,10 @@ from clips import network_inputs
 import gpupipe.onnx_export
 from gpupipe import CheckpointError, DeviceError, GpupipeError, InputError, OutputError, UNetModel
 from gpupipe.device import find_device
+from gpupipe.engines import EngineName
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
+from gpupipe.models.audio_encoder import AudioEncoder
+from gpupipe.speech import SpeechEncoder
 
 MakeModel = Callable[..., UNetModel]
 MakeCheckpoint = Callable[..., Path]
@@ -133,6 +136,17 @@ def test_networks_may_be_loaded_at_once(tiny_checkpoint: MakeCheckpoint) -> None
         models = list(threads.map(lambda _: UNetModel(tiny_checkpoint(), device="cpu", engine="onnxruntime"), range(3)))
     first, *others = [model.predict(*network_inputs("ave")) for model in models]
     assert all(np.array_equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
+def test_a_program_s_random_numbers_are_left_alone(
+    engine: EngineName, tiny_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    torch.save(AudioEncoder().state_dict(), tmp_path / "encoder.pth")
+    before = torch.get_rng_state()
+    UNetModel(tiny_checkpoint(), device="cpu", engine=engine)
+    SpeechEncoder(tmp_path / "encoder.pth", "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_unknown_mode_and_another_mode_s_checkpoint(tiny_checkpoint: MakeCheckpoint) -> None:

@@ -197,8 +197,8 @@ def convolutions(module: nn.Module) -> list[nn.Conv2d]:
 
 def _identity(channels: int) -> nn.Conv2d:
     """A projection that changes nothing, for the first block: its own is folded into its readers."""
-    layer = nn.Conv2d(channels, channels, 1, bias=False)
-    nn.init.dirac_(layer.weight)
+    layer = nn.Conv2d(channels, channels, 1, bias=False, device="meta")  # draws no weights
+    layer.weight = nn.Parameter(torch.eye(channels)[:, :, None, None], requires_grad=False)
     return layer
 
 
