@@ -22,7 +22,7 @@ from gpupipe.device import find_device
 from gpupipe.errors import CheckpointError
 from gpupipe.mel import FEATURE_FPS, SAMPLE_RATE, mel_pieces, mel_windows
 from gpupipe.models.audio_encoder import FEATURES, AudioEncoder, load_audio_encoder
-from gpupipe.tf32 import without_tf32
+from gpupipe.tf32 import own_precision
 from gpupipe.video.sound import audio_chunks
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class SpeechEncoder:
         """
         last: Tensor | None = None
         for windows in mel_windows(mel_pieces(chunks, device=self.device)):
-            with without_tf32(self.device):
+            with own_precision(self.device):
                 rows = self.encoder(windows)
             if not torch.isfinite(rows).all():
                 raise CheckpointError(f"{self._path}: gives NaN or infinite features; expected a trained encoder")

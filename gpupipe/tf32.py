@@ -1,4 +1,4 @@
-"""Float32 that is float32: on CUDA, PyTorch's convolutions are rounded to TF32's 10 bits unless told otherwise."""
+"""Float32 that is float32: neither a program's autocast nor TF32, in which PyTorch convolves on CUDA, makes it less."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _state = SimpleNamespace(users=0, set_back=lambda: None)
 
 
 @contextlib.contextmanager
-def without_tf32(device: torch.device) -> Iterator[None]:
-    """Within this context types are what they are: a program's autocast is off, and neither convolutions nor products
-    of matrices on a CUDA device use TF32.
+def own_precision(device: torch.device) -> Iterator[None]:
+    """Within this context tensors are computed in their own precision: a program's autocast is off, and neither
+    convolutions nor products of matrices on a CUDA device use TF32.
 
     PyTorch's switches for TF32 are the whole process's. Threads may be in this context at once: the first one's finds
     them as the program had set them, and the last one's leaves them so. On other devices they are not touched.

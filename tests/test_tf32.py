@@ -16,7 +16,7 @@ from gpupipe.engines.compiled import CompiledEngine
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.models.audio_encoder import AudioEncoder
 from gpupipe.speech import SpeechEncoder
-from gpupipe.tf32 import without_tf32
+from gpupipe.tf32 import own_precision
 
 CUDA = torch.device("cuda")
 
@@ -37,13 +37,13 @@ def switched_on() -> Iterator[None]:
 
 def test_it_is_off_within_and_cudnn_is_not() -> None:
     enabled = torch.backends.cudnn.enabled
-    with without_tf32(CUDA):
+    with own_precision(CUDA):
         assert switches() == (enabled, False, False)
-        with without_tf32(torch.device("cpu")), without_tf32(CUDA):
+        with own_precision(torch.device("cpu")), own_precision(CUDA):
             pass
         assert switches() == (enabled, False, False)
     assert switches() == (enabled, True, True)
-    with without_tf32(torch.device("cpu")):
+    with own_precision(torch.device("cpu")):
         assert switches() == (enabled, True, True)
 
 
@@ -52,12 +52,12 @@ def test_threads_that_overlap_leave_the_switches_as_they_were() -> None:
     entered, left = threading.Event(), threading.Event()
 
     def second() -> None:
-        with without_tf32(CUDA):
+        with own_precision(CUDA):
             entered.set()
             assert left.wait(10)
 
     thread = threading.Thread(target=second)
-    with without_tf32(CUDA):
+    with own_precision(CUDA):
         thread.start()
         assert entered.wait(10)
     assert switches()[1:] == (False, False)
@@ -75,7 +75,7 @@ def test_switches_by_the_names_that_pytorch_has_given_them_since(older: bool, ne
     renamed = (cudnn.conv, cudnn.rnn, product)
     for switch in renamed:
         switch.fp32_precision = newer
-    with without_tf32(CUDA):
+    with own_precision(CUDA):
         assert {switch.fp32_precision for switch in renamed} == {"ieee"}
     assert {switch.fp32_precision for switch in renamed} == {newer}
 
@@ -83,7 +83,7 @@ def test_switches_by_the_names_that_pytorch_has_given_them_since(older: bool, ne
 @pytest.mark.parametrize("level", ["highest", "high", "medium"])
 def test_the_level_of_products_is_left_as_it_was(level: str) -> None:
     torch.set_float32_matmul_precision(level)
-    with without_tf32(CUDA):
+    with own_precision(CUDA):
         assert not torch.backends.cuda.matmul.allow_tf32
     assert torch.get_float32_matmul_precision() == level
     torch.set_float32_matmul_precision("highest")
@@ -91,7 +91,7 @@ def test_the_level_of_products_is_left_as_it_was(level: str) -> None:
 
 def test_autocast_is_off_within() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        with without_tf32(torch.device("cpu")):
+        with own_precision(torch.device("cpu")):
             assert not torch.is_autocast_enabled("cpu")
         assert torch.is_autocast_enabled("cpu")
 
@@ -99,7 +99,7 @@ def test_autocast_is_off_within() -> None:
 def test_the_speech_encoder_runs_without_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.save(AudioEncoder().state_dict(), tmp_path / "encoder.pth")
     encoder = SpeechEncoder(tmp_path / "encoder.pth", "cpu")
-    monkeypatch.setattr("gpupipe.speech.without_tf32", lambda device: without_tf32(CUDA))
+    monkeypatch.setattr("gpupipe.speech.own_precision", lambda device: own_precision(CUDA))
     found = []
 
     def look(windows: torch.Tensor) -> torch.Tensor:
@@ -115,7 +115,7 @@ def test_the_speech_encoder_runs_without_it(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.parametrize("name", ["eager", "compiled"])
 def test_engines_run_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, though the network itself runs on the CPU here."""
-    monkeypatch.setattr(f"gpupipe.engines.{name}.without_tf32", lambda device: without_tf32(CUDA))
+    monkeypatch.setattr(f"gpupipe.engines.{name}.own_precision", lambda device: own_precision(CUDA))
     found = []
 
     def look(*_: object) -> tuple[torch.Tensor, ...]:

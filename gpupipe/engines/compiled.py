@@ -12,7 +12,7 @@ from torch import Tensor
 from gpupipe.engines.base import Declaration, EngineName, Features
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.unet328 import UNet328
-from gpupipe.tf32 import without_tf32
+from gpupipe.tf32 import own_precision
 
 MODE = "max-autotune-no-cudagraphs"
 """CUDA graphs are taken over the whole step (:mod:`gpupipe.graphs`), not over the network alone."""
@@ -45,7 +45,7 @@ class CompiledEngine:
         """As :meth:`Engine.encode`."""
         count = len(image)
         image = _padded(image.to(self.device, self.dtype, memory_format=self._layout), self._size("encode", count))
-        with without_tf32(self.device):
+        with own_precision(self.device):
             features = self._encode(image.contiguous(memory_format=self._layout))
         return {f"x{i}": value[:count] for i, value in enumerate(features, start=1)}
 
@@ -59,7 +59,7 @@ class CompiledEngine:
             features[f"x{i}"].index_select(0, index).contiguous(memory_format=self._layout) for i in range(1, 7)
         )
         window = _padded(audio.to(self.device, self.dtype), size).contiguous(memory_format=self._layout)
-        with without_tf32(self.device):
+        with own_precision(self.device):
             return self._decode(gathered, window)[:count]
 
     def _size(self, half: str, count: int) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from gpupipe.engines.base import Declaration, EngineName, Features
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.unet328 import UNet328
-from gpupipe.tf32 import without_tf32
+from gpupipe.tf32 import own_precision
 
 
 class EagerEngine:
@@ -29,7 +29,7 @@ class EagerEngine:
     @torch.inference_mode()
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`."""
-        with without_tf32(self.device):
+        with own_precision(self.device):
             features = self._network.encode(image.to(self.device, self.dtype, memory_format=self._layout))
         return {f"x{i}": value for i, value in enumerate(features, start=1)}
 
@@ -38,7 +38,7 @@ class EagerEngine:
         """As :meth:`Engine.decode`."""
         x1, x2, x3, x4, x5, x6 = (features[f"x{i}"].index_select(0, index) for i in range(1, 7))
         audio = audio.to(self.device, self.dtype)
-        with without_tf32(self.device):
+        with own_precision(self.device):
             return self._network.decode((x1, x2, x3, x4, x5, x6), audio)
 
 
