@@ -9,6 +9,7 @@ import torch
 
 from gpupipe.benchmarks.precision import compare, simulated, simulated_int8, steps
 from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.models.unet328 import UNet328, random_inputs
 
 
 def test_compare() -> None:
@@ -23,11 +24,14 @@ def test_compare() -> None:
     assert (psnr, largest) == (pytest.approx(48.13 - 20 * math.log10(12) + 10 * math.log10(48), abs=0.01), 12)
 
 
+@pytest.fixture(scope="module")
+def network() -> UNet328:
+    return seeded_network(width=1 / 8)
+
+
 @torch.inference_mode()
-def test_formats_stand_in_order() -> None:
-    network = seeded_network(width=1 / 8)
-    generator = torch.Generator().manual_seed(1)
-    image, audio = torch.rand(1, 6, 320, 320, generator=generator), torch.rand(1, 32, 16, 16, generator=generator)
+def test_formats_stand_in_order(network: UNet328) -> None:
+    image, audio = random_inputs(network, 1)
     exact = steps(network, image, audio)
     formats = (torch.float32, torch.float16, torch.bfloat16)
     psnr = [compare(steps(simulated(network, dtype), image, audio), exact)[0] for dtype in formats]
@@ -38,10 +42,8 @@ def test_formats_stand_in_order() -> None:
 
 
 @torch.inference_mode()
-def test_int8_has_256_steps_a_channel() -> None:
-    network = seeded_network(width=1 / 8)
-    generator = torch.Generator().manual_seed(1)
-    image, audio = torch.rand(1, 6, 320, 320, generator=generator), torch.rand(1, 32, 16, 16, generator=generator)
+def test_int8_has_256_steps_a_channel(network: UNet328) -> None:
+    image, audio = random_inputs(network, 1)
     rounded = simulated_int8(network, image, audio)
     seen = []
     for module in rounded.modules():
