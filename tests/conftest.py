@@ -27,6 +27,7 @@ if not torch.cuda.is_available():
 from clips import FRAMES, write_click
 from farming import Jobs, farm, three_jobs
 from interpreter import tidy_up_after_kernels
+from template_videos import pictures, write_video
 
 from gpupipe import FrameGenerationPipeline, UNetModel, avatar, fallbacks
 from gpupipe.benchmarks.seeded import seeded_network
@@ -220,6 +221,13 @@ def _texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     coarse = rng.integers(256, size=(6, 9, 3)).astype(np.float32)
     smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     return np.clip(smooth + rng.normal(scale=6, size=smooth.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a template: forty frames with B-frames, keyframes twelve apart, and groups of pictures that refer across."""
+    path = tmp_path_factory.mktemp("video") / "template.mp4"
+    return write_video(path, pictures(), **{"x264-params": "open-gop=1:bframes=3:scenecut=0:keyint=12:min-keyint=12"})
 
 
 # ── a clip and its render ─────────────────────────────────────────────────────────────────────────────────────────────
