@@ -108,7 +108,7 @@ def render(
             )
         if profile is not None:
             print_waterfall(pipeline.last_render)
-        print_record(pipeline.last_render, output, as_json)
+        print_record(pipeline.last_render, output, as_json, free=_free(engine, precision, exact))
 
 
 @app.command()
@@ -162,7 +162,7 @@ def frames(
                 resample=True,
                 progress=progress,
             )
-        print_record(pipeline.last_render, output_dir, as_json)
+        print_record(pipeline.last_render, output_dir, as_json, free=_free(engine, precision, exact))
 
 
 @app.command()
@@ -376,6 +376,11 @@ def _bytes(megabytes: int | None) -> int | None:
     if megabytes is not None and megabytes < 0:
         raise InputError(f"memory budget is {megabytes} MB; expected 0 or more")
     return None if megabytes is None else megabytes * 1_000_000
+
+
+def _free(engine: options.Engine, precision: options.Precision, exact: bool) -> bool:
+    """Whether a render may choose how the network is run."""
+    return engine == "auto" and precision is None and not exact
 
 
 def _check_source(audio_features: Path | None, encoder: Path | None, audio: Path | None) -> None:

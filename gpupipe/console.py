@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
+from gpupipe.engines import openvino_cpu
 from gpupipe.errors import InputError, one_line
 from gpupipe.pipeline import RenderRecord
 
@@ -202,8 +203,12 @@ def standard_output() -> Console:
     return output
 
 
-def print_record(record: RenderRecord | None, output: Path, as_json: bool) -> None:
-    """Say what was made; with ``--json`` the record is the last line of the standard output."""
+def print_record(record: RenderRecord | None, output: Path, as_json: bool, *, free: bool = False) -> None:
+    """Say what was made; with ``--json`` the record is the last line of the standard output.
+
+    Args:
+        free: the user has asked for no engine and precision, and may be told of a faster one.
+    """
     assert record is not None
     ways = [record.device, record.engine, f"kernels in {record.kernels}", *([record.codec] if record.codec else [])]
     console.print(
@@ -213,3 +218,6 @@ def print_record(record: RenderRecord | None, output: Path, as_json: bool) -> No
     )
     if as_json:
         print(json.dumps(record.as_dict()))
+    elif free and record.device == "cpu" and openvino_cpu.likely():
+        tip = "--precision bfloat16 is usually faster on this processor; mouths then stand at about 57 dB to float32's"
+        console.print(f"tip: {tip}", soft_wrap=True)

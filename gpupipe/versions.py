@@ -42,6 +42,15 @@ def device_name(device: torch.device | str = "cpu") -> str:
 
 def processor_name() -> str:
     """The CPU's model name."""
+    return _processor_fact("model name") or platform.processor() or platform.machine()
+
+
+def processor_flags() -> list[str]:
+    """What the CPU can do beyond its architecture, by Linux's names; none elsewhere."""
+    return _processor_fact("flags").split()
+
+
+def _processor_fact(name: str) -> str:
     facts = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:\s*(.+)$", facts.read_text(), re.MULTILINE) if facts.is_file() else None
-    return named.group(1).strip() if named else platform.processor() or platform.machine()
+    found = re.search(rf"^{name}\s*:\s*(.+)$", facts.read_text(), re.MULTILINE) if facts.is_file() else None
+    return found.group(1).strip() if found else ""

@@ -28,7 +28,7 @@ from typer.testing import CliRunner, Result
 from gpupipe import __version__
 from gpupipe.cli import app, main
 from gpupipe.console import progress_bar, reporting
-from gpupipe.engines import remembered
+from gpupipe.engines import openvino_cpu, remembered
 from gpupipe.models import UNet328
 from gpupipe.models.audio_encoder import AudioEncoder
 
@@ -73,6 +73,26 @@ def test_render_writes_a_video_with_sound_and_a_record(clip: dict[str, Path], tm
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == FRAMES
         assert len(container.streams.audio) == 1
+
+
+@pytest.mark.parametrize(
+    ("likely", "words", "told"),
+    [
+        (True, [], True),
+        (False, [], False),
+        (True, ["--json"], False),
+        (True, ["--exact"], False),
+        (True, ["--precision", "float32"], False),
+        (True, ["--engine", "onnxruntime"], False),
+    ],
+)
+def test_of_bfloat16_is_told_who_has_not_chosen(
+    likely: bool, words: list[str], told: bool, clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_cpu, "likely", lambda: likely)
+    result = run(*render_words(clip, tmp_path / "out.mp4", "--device", "cpu", *words))
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("tip: --precision bfloat16") == told
 
 
 def test_paths_that_look_like_protocols_are_files(

@@ -7,6 +7,7 @@ float32. OpenVINO is an extra: ``pip install 'gpupipe[openvino]'``.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections import deque
 from typing import Any
 
@@ -19,6 +20,7 @@ from gpupipe.lanes import Lanes, cpu_lanes
 from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import UNet328
 from gpupipe.onnx_export import export_halves
+from gpupipe.versions import processor_flags
 
 
 class OpenVinoEngine:
@@ -137,6 +139,11 @@ def obstacle() -> str | None:
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return "this processor does not multiply bfloat16"
     return None
+
+
+def likely() -> bool:
+    """Whether the engine seems to run here: :func:`obstacle` for those who would not load OpenVINO to know."""
+    return importlib.util.find_spec("openvino") is not None and "avx512_bf16" in processor_flags()
 
 
 DECLARATION = Declaration(
