@@ -38,7 +38,12 @@ from gpupipe.speech import SpeechEncoder
 from gpupipe.video.encode import check_suffix
 from gpupipe.video.images import ImageFormat
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Lip-synced talking-head video from template frames and speech.",
+)
 Sweep = Literal["batch", "resolution", "length"]
 
 
@@ -67,7 +72,7 @@ def render(
     precision: options.Precision = None,
     save_frames: Annotated[bool, typer.Option("--save-frames", help="Keep the frames as JPEGs too.")] = False,
     frames_dir: Annotated[
-        Path | None, typer.Option(help="Keep the frames, here; else they go to <output>_frames beside the video.")
+        Path | None, typer.Option(help="Keep the frames in this folder; by default <output>_frames beside the video.")
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="Trace of every stage, .json; prints where time went.")] = None,
     as_json: options.Json = False,
@@ -219,7 +224,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="The video; a sheet of its frames goes beside it, as .png.")] = Path(
         "demo.mp4"
     ),
-    seconds: Annotated[float | None, typer.Option(help="Stop after so much of the sound.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="Render only the first seconds of the sound.")] = None,
     device: options.Device = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -238,9 +243,9 @@ def farm(
     device: options.Device = None,
     batch_size: options.BatchSize = None,
     memory_budget: options.MemoryBudget = None,
-    part_seconds: Annotated[float, typer.Option(help="Clips are rendered in parts so long.")] = 20.0,
-    workers: Annotated[int | None, typer.Option(help="So many workers of Ray; by default this process.")] = None,
-    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster, auto for this machine's.")] = None,
+    part_seconds: Annotated[float, typer.Option(help="Length of the parts that clips are rendered in.")] = 20.0,
+    workers: Annotated[int | None, typer.Option(help="Number of Ray workers; by default this process.")] = None,
+    ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster; auto finds this machine's.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Render what is done, too.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Only tell how far it is.")] = False,
     as_json: options.Json = False,
@@ -283,14 +288,14 @@ def bench(
     audio: Annotated[Path | None, typer.Option(help="Sound, with --template.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="U-Net; by default random weights, as costly.")] = None,
     mode: options.Mode = "ave",
-    width: Annotated[float, typer.Option(help="Of the network of random weights.")] = 1.0,
+    width: Annotated[float, typer.Option(help="Of the network with random weights; 1 is the published one.")] = 1.0,
     device: options.Device = None,
     engine: options.Engine = "auto",
     frames: Annotated[int, typer.Option(help="Length of the clip.")] = 100,
     rounds: Annotated[int, typer.Option(help="Turns of each contestant.")] = 3,
     crf: options.Crf = 20,
     sweep: Annotated[Sweep | None, typer.Option(help="Vary this in place of the comparison.")] = None,
-    values: Annotated[str, typer.Option(help="Of the sweep, as 1,8,64: batches, heights or seconds.")] = "",
+    values: Annotated[str, typer.Option(help="Steps of the sweep, as 1,8,64: batches, heights or seconds.")] = "",
     record: Annotated[bool, typer.Option("--record", help="Append the rows to the results.")] = False,
     results: Annotated[Path | None, typer.Option(help="Folder of recorded results.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Fail if slower than an earlier commit's rows.")] = False,
@@ -349,7 +354,8 @@ def doctor(
         table = Table(box=None, show_header=False)
         for section, lines in facts.items():
             table.add_row(f"[bold]{section}")
-            for name, value in lines.items() if isinstance(lines, dict) else enumerate(lines or ["none"], 1):
+            rows = lines if isinstance(lines, dict) else {str(i): line for i, line in enumerate(lines, 1)}
+            for name, value in (rows or {"none": ""}).items():
                 table.add_row(f"  {name}", str(value))
         standard_output().print(table)
 

@@ -59,9 +59,9 @@ def examine(device: str | None = None) -> dict[str, Any]:
             "jpeg": jpeg_decoder(chosen, exact=exact),
             "kernels": f"{backend(chosen)}: {obstacle(chosen) or 'fused kernels around the network'}",
             "codec": _codec(way),
-            "batch": f"{BATCH_SIZES[chosen.type]} frames",
+            "batch": f"{BATCH_SIZES[chosen.type]} frame{'s' * (BATCH_SIZES[chosen.type] > 1)}",
             "seam": f"feathered over {FEATHER:g} pixels",
-            "memory budget": f"{default_budget(chosen) / 1e9:.1f} GB for what is kept per template frame",
+            "memory budget": f"{default_budget(chosen) / 1e9:.1f} GB for what is kept of template frames",
         },
         "fallbacks": fallbacks(),
     }

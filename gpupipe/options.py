@@ -18,20 +18,29 @@ OptionalFeatures = Annotated[Path | None, Option(help="Speech features, .npy, on
 Encoder = Annotated[Path | None, Option(help="AVE encoder checkpoint: makes the features from --audio.")]
 Mode = Annotated[models.Mode, Option(help="Kind of speech features.")]
 Fps = Annotated[float | None, Option(help="Frames a second; by default the features' rate, 25 and 20 for wenet.")]
-StartFrame = Annotated[int, Option(help="First template frame of the walk there and back.")]
-UseParsing = Annotated[bool, Option("--use-parsing", help="Keep the template where parsing/ says so.")]
+StartFrame = Annotated[
+    int, Option(help="Template frame to start from; the clip goes on to the last one, back, and so on.")
+]
+UseParsing = Annotated[
+    bool, Option("--use-parsing", help="Keep the template where the images in parsing/ are red or white.")
+]
 
-Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1 …; a GPU if there is one.")]
+Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")]
 Engine = Annotated[engines.EngineName, Option(help="How the network is run; auto takes the fastest here.")]
 Precision = Annotated[
     engines.Precision | None,
-    Option(help="Of the network; half precision on CUDA by default, bfloat16 on CPUs that multiply it."),
+    Option(help="Of the network: by default float32 on a CPU and float16 on CUDA; some CPUs take bfloat16."),
 ]
 Exact = Annotated[bool, Option("--exact", help="float32, TF32 off, JPEGs decoded on the CPU.")]
-BatchSize = Annotated[int | None, Option(help="Frames rendered at once; the device's default.")]
-MemoryBudget = Annotated[int | None, Option(help="MB for what is kept per template frame; the device decides.")]
+BatchSize = Annotated[int | None, Option(help="Frames rendered at once; by default what suits the device.")]
+MemoryBudget = Annotated[
+    int | None, Option(help="MB for what is kept of template frames; by default a share of what is free.")
+]
 
-Blend = Annotated[seam.Blend, Option(help="How the mouth's seam is pasted; none for the reference's hard edge.")]
+Blend = Annotated[
+    seam.Blend,
+    Option(help="How the mouth is pasted: with a feathered seam, or with a hard edge as the reference does."),
+]
 Feather = Annotated[float, Option(help="Width of the feathered seam, in pixels of the frame.")]
 Crf = Annotated[int, Option(help="Quality, 0 (best) to 51.")]
 Codec = Annotated[str, Option(help="auto, h264, hevc, av1, mjpeg, ffv1 (lossless) or an FFmpeg encoder.")]

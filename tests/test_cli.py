@@ -278,7 +278,10 @@ def test_doctor_names_the_way_a_render_takes(clip: dict[str, Path], tmp_path: Pa
     assert facts["render"]["codec"].startswith(record["codec"])
     assert facts["render"]["kernels"].startswith(record["kernels"])
     assert facts["versions"] == record["versions"]
-    assert run("doctor").exit_code == 0
+    told = run("doctor", "--device", "cpu")
+    assert told.exit_code == 0
+    assert " 1 frame " in told.stdout
+    assert told.stdout.split()[-2:] == ["fallbacks", "none"]
 
 
 @pytest.mark.parametrize(
