@@ -130,6 +130,8 @@ def _check(options: Options) -> None:
         raise InputError("--checkpoint, --width and --mode go with a template of your own; expected --template too")
     if options.frames < 1 or options.rounds < 1:
         raise InputError(f"--frames {options.frames} --rounds {options.rounds}: expected 1 or more of each")
+    if options.values and options.sweep is None:
+        raise InputError("--values are those of a sweep; expected --sweep batch, resolution or length too")
 
 
 def _side_by_side(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> Iterator[list[Row]]:

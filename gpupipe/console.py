@@ -84,7 +84,8 @@ def wrong_usage() -> Iterator[None]:
     except typer.Abort:
         sys.exit(1)
     except _UsageError as error:
-        if message := " ".join(error.format_message().split()):  # none where help was shown instead
+        message = " ".join(error.format_message().split()).replace(": Value error, ", ": ")  # pydantic's
+        if message:  # none where help was shown instead
             path = error.ctx.command_path if error.ctx else "gpupipe"
             console.print(f"gpupipe: {message.rstrip('.')}; '{path} --help' tells more", soft_wrap=True)
         sys.exit(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 
 class GpupipeError(Exception):
@@ -35,7 +36,11 @@ class DiskFullError(OutputError):
 def output_error(path: object, error: OSError, what: str = "written") -> OutputError:
     """What to raise for an error of the file system while ``path`` was written or made."""
     kind = DiskFullError if error.errno in {errno.ENOSPC, errno.EDQUOT} else OutputError
-    return kind(f"{path}: cannot be {what}: {error.strerror or error}")
+    folder = Path(str(path)).parent
+    reason = error.strerror or error
+    if error.errno == errno.ENOENT and not folder.exists():
+        reason = f"there is no folder {folder}"
+    return kind(f"{path}: cannot be {what}: {reason}")
 
 
 def first_line(error: BaseException) -> str:

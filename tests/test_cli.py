@@ -225,6 +225,7 @@ def exit_code(words: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("render --nope", "No such option: --nope"),
         ("render --crf high", "'--crf'"),
+        ("render --mode deepspeech", "'--mode': 'deepspeech' is not one of 'ave', 'hubert', 'wenet'"),
         ("frames", "Missing option"),
         ("paint", "No such command 'paint'"),
     ],
