@@ -120,6 +120,10 @@ def test_nvenc_s_options_are_its_own(encoder: str) -> None:
     configure_nvenc(context, PICTURE)
     assert context.pix_fmt == "cuda"
     assert context.options["cq"] == "20"
+    best = av.CodecContext.create(encoder, "w")
+    assert isinstance(best, av.VideoCodecContext)
+    configure_nvenc(best, PICTURE._replace(crf=0))
+    assert best.options["cq"] == "1", "0 would leave the quality to NVENC"
     known = getattr(context, "supported_options", None)
     if known is None:
         pytest.skip(f"PyAV {av.__version__} does not tell an encoder's options")

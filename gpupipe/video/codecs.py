@@ -67,6 +67,9 @@ SEGMENTED = frozenset({"libx264", "libx265"})
 FULL_RANGE_601 = frozenset({"mjpeg"})
 """Encoders whose pictures are BT.601 in full range."""
 
+_ZERO_IS_UNSET = frozenset({"libsvtav1", "h264_nvenc", "hevc_nvenc", "av1_nvenc"})
+"""Encoders to which a quality of 0 means one of their own choice (35 of 63, or some bits a second): 1 is their best."""
+
 
 class PictureFormat(NamedTuple):
     """What all frames of a video share.
@@ -110,7 +113,8 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
     context.color_primaries = ColorPrimaries.BT709
     context.color_trc = ColorTrc.BT709
     context.thread_count, context.thread_type = 0, "AUTO"  # all cores, frames beside each other
-    context.options = {key: value.format(crf=picture.crf) for key, value in _OPTIONS.get(encoder, {}).items()}
+    quality = max(picture.crf, 1) if encoder in _ZERO_IS_UNSET else picture.crf
+    context.options = {key: value.format(crf=quality) for key, value in _OPTIONS.get(encoder, {}).items()}
     if picture.preset is not None:
         context.options |= {"preset": picture.preset}
     if encoder == "libx264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
