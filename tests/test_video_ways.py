@@ -6,6 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -135,48 +136,76 @@ def test_nvenc_s_options_are_its_own(encoder: str) -> None:
 
 
 class Session:
-    """In place of NVENC's: three frames late, and once it was drained it takes no more until it is flushed."""
+    """In place of NVENC's: some frames late, whose pixels it reads where they lie, when their packets come out; and
+    once it was drained it takes no more until it is flushed."""
 
     name, flags = "h264_nvenc", 0
 
-    def __init__(self) -> None:
+    def __init__(self, late: int) -> None:
         self.seen: list[tuple[int, int, bool]] = []
-        self._late: list[av.Packet] = []
+        self._late = late
+        self._held: list[av.VideoFrame] = []
         self._drained = False
 
     def encode(self, frame: av.VideoFrame | None) -> list[av.Packet]:
         assert not self._drained, "avcodec_send_frame() returned end of file"
         if frame is None:
             self._drained = True
-            late, self._late = self._late, []
-            return late
-        assert (frame.format.name, frame.width, frame.height, frame.time_base) == ("nv12", 96, 64, Fraction(1, 5))
+            return [self._packet() for _ in range(len(self._held))]
+        assert (frame.format.name, frame.width, frame.height, frame.time_base) == ("nv12", 96, 64, Fraction(1, 20))
+        self._held.append(frame)
+        return [self._packet()] if len(self._held) > self._late else []
+
+    def _packet(self) -> av.Packet:
+        frame = self._held.pop(0)
         self.seen.append((frame.pts or 0, int(frame.to_ndarray()[0, 0]), frame.pict_type == 1))
         packet = av.Packet(b"x")
         packet.pts = frame.pts
-        self._late.append(packet)
-        return [self._late.pop(0)] if len(self._late) > 3 else []
+        return packet
 
     def flush_buffers(self) -> None:
         assert self._drained, "packets are lost that were not asked for"
         self._drained = False
 
 
-def test_a_session_encodes_segment_after_segment() -> None:
-    picture = PictureFormat(96, 64, Fraction(5), 20)
-    frames = torch.arange(25, dtype=torch.uint8)[:, None, None].expand(25, 96, 96).contiguous()
+@pytest.mark.parametrize("late", [3, 30], ids=["as it was asked to", "looking ahead"])
+def test_a_session_encodes_segment_after_segment(late: int) -> None:
+    picture = PictureFormat(96, 64, Fraction(20), 20)
+    frames = torch.arange(100, dtype=torch.uint8)[:, None, None].expand(100, 96, 96).contiguous()
     made: list[Any] = []
 
     def make(k: int) -> NvencEncoder:
-        made.append(Session())
+        made.append(Session(late))
         return NvencEncoder(picture, made[-1], use_model=True, device=torch.device("cpu"))
 
     pool = SegmentPool(make, workers=2, length=picture.segment_length)
     packets = [packet for frame in frames for packet in pool.encode(frame)] + pool.finish()
-    assert [packet.pts for packet in packets] == list(range(25))
+    assert [packet.pts for packet in packets] == list(range(100))
     assert len(made) == 2, "three segments, two sessions"
     seen = sorted(entry for session in made for entry in session.seen)
-    assert seen == [(i, i, i % 10 == 0) for i in range(25)], "each frame's own pixels; an IDR frame begins a segment"
+    assert seen == [(i, i, i % 40 == 0) for i in range(100)], "each frame's own pixels; an IDR frame begins a segment"
+
+
+@pytest.mark.cuda
+def test_a_session_on_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its frames are handed over in threads, whose current device is the first; FFmpeg's half is left out."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA GPUs")
+    handed: list[int] = []
+
+    class Frame:
+        @staticmethod
+        def from_dlpack(planes: tuple[torch.Tensor, ...], **_: Any) -> Any:
+            assert all(plane.__dlpack__() for plane in planes)
+            return Mock()
+
+    device = torch.device("cuda", 1)
+    monkeypatch.setattr(av, "VideoFrame", Frame)
+    monkeypatch.setattr("gpupipe.video.cuda._cuda_context", lambda device: (None, torch.cuda.Stream(device)))
+    session: Any = Mock()
+    session.encode = lambda frame: handed.append(frame.pts) or []
+    NvencEncoder(PICTURE, session, use_model=True, device=device).encode(7, torch.ones(96, 96).to(device, torch.uint8))
+    assert handed == [7]
 
 
 @pytest.mark.cuda

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +39,7 @@ def nvenc_engines(gpu: str) -> int:
 
 
 _IN_FLIGHT = 8
-"""Frames that an NVENC session has at a time at the most."""
+"""Frames that an NVENC session has at a time; with a preset that looks ahead (``p6``, ``p7``) it takes more."""
 
 _PITCH = 256
 """Bytes that the rows of what NVENC reads are a multiple of, as FFmpeg lays them out itself; NVENC asks for 4."""
@@ -47,9 +48,9 @@ _PITCH = 256
 class NvencEncoder:
     """Encodes NV12 tensors uint8 (H·3/2, W) on a CUDA device; nothing is copied to the host.
 
-    One session for all of a worker's segments, in PyTorch's context. NVENC reads surfaces of the session's own, taken
-    in turn, into which each frame is copied: they are registered once, aligned whatever the width, and not given back
-    to torch's allocator while NVENC still knows them. The caller has waited until a frame is computed.
+    One session for all of a worker's segments, in PyTorch's context. NVENC reads surfaces of the session's own, into
+    which each frame is copied: they are aligned whatever the width, and registered once. One is written again when the
+    packet of its frame has come out. The caller has waited until a frame is computed.
 
     Args:
         picture: what all frames share.
@@ -68,34 +69,45 @@ class NvencEncoder:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._cuda, self._stream = _cuda_context(device)
-        rows, pitch = picture.height * 3 // 2, -(-picture.width // _PITCH) * _PITCH
-        surfaces = torch.empty(2 * _IN_FLIGHT, rows, pitch, dtype=torch.uint8, device=device)
-        self._surfaces = surfaces[..., : picture.width]
-        self._encoded = 0
+        self._device = device
+        self._free: deque[Tensor] = deque()
+        self._held: deque[Tensor] = deque()  # by NVENC, in the frames' order
         self._begins = True
 
     def encode(self, number: int, picture: Tensor) -> list[av.Packet]:
         """See :class:`~gpupipe.video.segments.Encoder`."""
         height = self._picture.height
-        surface = self._surfaces[self._encoded % len(self._surfaces)]
-        self._encoded += 1
         with torch.cuda.stream(self._stream):
+            surface = self._free.popleft() if self._free else self._surface()
             surface.copy_(picture)
-        if self._stream is not None:
-            self._stream.synchronize()
-        frame = av.VideoFrame.from_dlpack((surface[:height], surface[height:]), format="nv12", cuda_context=self._cuda)
+            if self._stream is not None:
+                self._stream.synchronize()
+            # Here, as torch hands nothing over but what lies on the thread's current device.
+            planes = (surface[:height], surface[height:])
+            frame = av.VideoFrame.from_dlpack(planes, format="nv12", cuda_context=self._cuda)
         frame.pts, frame.time_base = number, 1 / self._picture.rate
         if self._begins:
             frame.pict_type = av.video.frame.PictureType.I  # with forced-idr: an IDR frame
             self._begins = False
-        return self._context.encode(frame)
+        self._held.append(surface)
+        packets = self._context.encode(frame)
+        for _ in packets:  # without B-frames they come in the frames' order
+            self._free.append(self._held.popleft())
+        return packets
 
     def finish(self) -> list[av.Packet]:
         """See :class:`~gpupipe.video.segments.Encoder`."""
         packets = self._context.encode(None)
         self._context.flush_buffers()  # the session stays open, for the next segment
+        self._free.extend(self._held)
+        self._held.clear()
         self._begins = True
         return packets
+
+    def _surface(self) -> Tensor:
+        """Memory for a frame in NV12, uint8 (H·3/2, W), whose rows begin at multiples of :data:`_PITCH`."""
+        rows, pitch = self._picture.height * 3 // 2, -(-self._picture.width // _PITCH) * _PITCH
+        return torch.empty(rows, pitch, dtype=torch.uint8, device=self._device)[:, : self._picture.width]
 
 
 class JpegEncoder:
