@@ -280,6 +280,17 @@ def luma_of(path: Path) -> np.ndarray:
     return np.array([plane[80:112, 80:240].mean() for plane in planes])
 
 
+@pytest.mark.cuda
+def test_waiting_for_a_batch_takes_no_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From which the encoders would have one less: CUDA's events keep one busy unless they are asked not to."""
+    made: list[dict[str, bool]] = []
+    event = torch.cuda.Event
+    monkeypatch.setattr(torch.cuda, "Event", lambda **how: made.append(how) or event(**how))
+    with VideoWriter(tmp_path / "clip.mkv", width=64, height=48, codec="ffv1", device="cuda") as writer:
+        writer.write(torch.full((3, 72, 64), 128, dtype=torch.uint8, device="cuda"))
+    assert made == [{"blocking": True}]
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("codec", ["auto", "hevc", "av1", "libx264", "mjpeg"])
 def test_frames_whose_memory_is_written_again(codec: str, device: str, tmp_path: Path) -> None:

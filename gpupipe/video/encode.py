@@ -49,8 +49,8 @@ class _Batch(NamedTuple):
 
 
 def _mark(frames: Tensor) -> torch.cuda.Event:
-    """An event on the current stream of the frames' device."""
-    event = torch.cuda.Event()
+    """An event on the current stream of the frames' device; who waits for it sleeps, and leaves the cores to others."""
+    event = torch.cuda.Event(blocking=True)
     event.record(torch.cuda.current_stream(frames.device))
     return event
 
