@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from unittest.mock import Mock
 import av
 import cv2
 import numpy as np
@@ -197,6 +198,47 @@ def test_surfaces_are_copied_out(video: Path, monkeypatch: pytest.MonkeyPatch) -
     pixels, expected = frames._pixels(surface), surface.to_ndarray()
     del surface
     assert np.array_equal(pixels.numpy(), expected)
+
+
+class Surface:
+    """In place of a frame of NVDEC's: planes with padding on the device, and all else as of a frame of the host. As in
+    PyAV 17 it does not tell the format of its pixels but by DLPack."""
+
+    def __init__(self, frame: av.VideoFrame) -> None:
+        self._frame = frame
+        pixels = torch.from_numpy(frame.reformat(format="nv12").to_ndarray())
+        memory = torch.zeros(len(pixels), frame.width + 64, dtype=torch.uint8, device="cuda")
+        memory[:, : frame.width] = pixels.cuda()
+        luma, chroma = memory[: frame.height, : frame.width], memory[frame.height :, : frame.width]
+        self.planes = [Mock(__dlpack__=plane.__dlpack__) for plane in (luma, chroma.unflatten(1, (-1, 2)))]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "sw_format":
+            raise AttributeError(name)
+        return getattr(self._frame, name)
+
+
+@pytest.mark.cuda
+def test_surfaces_become_frames(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but what the driver does."""
+    opened = av.open
+
+    def open_file(path: str, **options: Any) -> Any:
+        container = opened(path)
+        if not options:
+            return container
+        return Mock(
+            wraps=container,
+            streams=container.streams,
+            decode=lambda video: map(Surface, container.decode(video=video)),
+        )
+
+    monkeypatch.setattr(av, "open", open_file)
+    monkeypatch.setattr("gpupipe.video.frames.HWAccel", Mock())
+    found = VideoFrames(video, device="cuda")
+    assert found.decoder == "nvdec", fallbacks()
+    for numbers in ([0, 1, 2], [FRAMES - 1], [20, 19, 18]):
+        assert torch.equal(found.read(numbers).cpu(), decoded(video)[numbers])
 
 
 @pytest.mark.cuda

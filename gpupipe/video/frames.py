@@ -162,9 +162,9 @@ class VideoFrames:
             wanted = HWAccel("cuda", device=index, allow_software_fallback=False, options=current, is_hw_owned=True)
             with current_context(self.device):
                 container = av.open(media_url(self.path), hwaccel=wanted)
-            surface = next(container.decode(video=0)).sw_format
-            if surface is None or surface.name != "nv12":
-                raise ValueError(f"gives {surface.name if surface else 'frames of the host'}, not nv12")
+            luma = torch.from_dlpack(next(container.decode(video=0)).planes[0].__dlpack__())
+            if not luma.is_cuda or luma.dtype != torch.uint8:
+                raise ValueError(f"gives {'frames of the host' if not luma.is_cuda else luma.dtype}, not nv12")
             container.seek(self._times[0], stream=container.streams.video[0])
             return container, ""
         except (av.error.FFmpegError, RuntimeError, ValueError, StopIteration) as error:
