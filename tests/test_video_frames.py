@@ -6,8 +6,9 @@ import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-
+from typing import Any
 from unittest.mock import Mock
+
 import av
 import cv2
 import numpy as np

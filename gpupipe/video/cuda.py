@@ -41,6 +41,9 @@ def nvenc_engines(gpu: str) -> int:
 _IN_FLIGHT = 8
 """Frames that an NVENC session has at a time; with a preset that looks ahead (``p6``, ``p7``) it takes more."""
 
+_TAKES_OUR_CONTEXT = (18, 1)
+"""The first version of PyAV whose frames may lie in a CUDA context that is there already, as PyTorch's is."""
+
 _PITCH = 256
 """Bytes that the rows of what NVENC reads are a multiple of, as FFmpeg lays them out itself; NVENC asks for 4."""
 
@@ -166,6 +169,8 @@ def nvenc_sessions(encoder: str, picture: PictureFormat, device: torch.device) -
     wanted = nvenc_engines(gpu)
     if wanted == 0:
         return 0, f"{gpu} has no NVENC engine"
+    if tuple(map(int, av.__version__.split(".")[:2])) < _TAKES_OUR_CONTEXT:
+        return 0, f"PyAV {av.__version__} does not encode in PyTorch's context, as 18.1 does, for Python 3.11 and newer"
     try:
         ctypes.CDLL("libnvidia-encode.so.1")
     except OSError:
@@ -182,7 +187,7 @@ def nvenc_sessions(encoder: str, picture: PictureFormat, device: torch.device) -
             for number in range(2):
                 session.encode(number, black)
             sessions.append(session)
-    except (av.error.FFmpegError, ImportError, RuntimeError, TypeError, ValueError) as error:
+    except (av.error.FFmpegError, RuntimeError, TypeError, ValueError) as error:
         return len(sessions), first_line(error)
     finally:
         for session in sessions:
@@ -238,13 +243,11 @@ def _cuda_context(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
     On the stream that FFmpeg takes by itself, NVENC and rendering would wait for each other: it is the one that PyTorch
     renders on. PyAV takes another on the first device only.
     """
-    from av.video.frame import CudaContext  # noqa: PLC0415  PyAV 17 has none: NVENC is then told not to open
-
     index = torch.cuda.current_device() if device.index is None else device.index
     stream = torch.cuda.Stream(index)
     with current_context(device):
         own = {"cuda_stream": stream.cuda_stream} if index == 0 else {}
-        context = CudaContext(device_id=index, primary_ctx=False, current_ctx=True, **own)
+        context = av.video.frame.CudaContext(device_id=index, primary_ctx=False, current_ctx=True, **own)
         planes = (torch.zeros(rows, 64, dtype=torch.uint8, device=device) for rows in (64, 32))
         av.VideoFrame.from_dlpack(tuple(planes), format="nv12", cuda_context=context)  # it looks for its context now
     return context, stream
