@@ -244,29 +244,42 @@ def test_animation(picture: np.ndarray, tmp_path: Path) -> None:
 # ── nvJPEG ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_turned_pictures_are_not_given_to_nvjpeg(
-    picture: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It would leave them as they lie, and the same file would look otherwise on another machine."""
+def test_what_is_not_given_to_nvjpeg(picture: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would leave turned pictures as they lie, mistake colours, and may pass over a cut: another picture than on
+    another machine."""
     given: list[int] = []
     noted: list[str] = []
     monkeypatch.setattr(decode, "note_fallback", noted.append)
-    upright = torch.from_numpy(picture[..., ::-1].transpose(2, 0, 1).copy())
+    rgb = picture[..., ::-1].copy()
+    upright = torch.from_numpy(rgb).permute(2, 0, 1)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(
         "torchvision.io.decode_jpeg", lambda data, **_: given.append(len(data)) or [upright] * len(data)
     )
     jpeg = cv2.imencode(".jpg", picture)[1].tobytes()
-    paths = [tmp_path / name for name in ("plain.jpg", "upright.jpg", "turned.jpg")]
-    for path, content in zip(paths, (jpeg, with_exif(jpeg, 1), with_exif(jpeg, 8)), strict=True):
-        path.write_bytes(content)
-    decoded = decode._nvjpeg(paths[:2], torch.device("cuda"))
+    files = {
+        "plain": jpeg,
+        "upright": with_exif(jpeg, 1),
+        "padded": jpeg + bytes(9),
+        "turned": with_exif(jpeg, 8),
+        "cut": jpeg[: len(jpeg) // 2],
+    }
+    for name, content in files.items():
+        (tmp_path / f"{name}.jpg").write_bytes(content)
+    Image.fromarray(rgb).save(tmp_path / "rgb.jpg", keep_rgb=True)
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    plain, *whole = (tmp_path / f"{name}.jpg" for name in ("plain", "upright", "padded"))
+    decoded = decode._nvjpeg([plain, *whole], torch.device("cuda"))
     assert decoded is not None
     assert np.array_equal(decoded[1].numpy(), picture), "BGR"
-    assert decode._nvjpeg(paths, torch.device("cuda")) is None
-    assert given == [2]
-    assert len(noted) == 1
-    assert "EXIF" in noted[0]
+    for name, told in [("turned", "EXIF"), ("cut", "cut short"), ("rgb", "Y, Cb and Cr"), ("cmyk", "Y, Cb and Cr")]:
+        noted.clear()
+        assert decode._nvjpeg([plain, tmp_path / f"{name}.jpg"], torch.device("cuda")) is None
+        assert len(noted) == 1
+        assert told in noted[0]
+    with pytest.raises(InputError, match=r"none\.jpg: no such image file"):
+        decode._nvjpeg([plain, tmp_path / "none.jpg"], torch.device("cuda"))
+    assert given == [3]
 
 
 @pytest.mark.cuda

@@ -84,15 +84,19 @@ def image_size(path: str | Path) -> tuple[int, int]:
         InputError: as :func:`read_image`, but for damage between the header and the end.
     """
     with _opened(path) as image:
-        end = _ENDS.get(image.format or "")
-        with Path(path).open("rb") as file:
-            file.seek(-min(_LAST_BYTES, Path(path).stat().st_size), os.SEEK_END)
-            whole = end is not None and file.read().rstrip(b"\0").endswith(end)
-        if not whole:
+        if not _ends_as_one(path, image):
             height, width, _ = _turned_bgr(image).shape
             return height, width
         turn = _TURNS.get(exif_orientation(image.info.get("exif", b"")))
         return (image.width, image.height) if turn in _ON_THE_SIDE else (image.height, image.width)
+
+
+def _ends_as_one(path: str | Path, image: Image.Image) -> bool:
+    """Whether a file's last bytes are what a whole file of its format ends with, where that is known."""
+    end = _ENDS.get(image.format or "")
+    with Path(path).open("rb") as file:
+        file.seek(-min(_LAST_BYTES, Path(path).stat().st_size), os.SEEK_END)
+        return end is not None and file.read().rstrip(b"\0").endswith(end)
 
 
 @contextlib.contextmanager
@@ -179,16 +183,19 @@ def jpeg_decoder(device: torch.device | str, *, exact: bool) -> JpegDecoder:
 
 
 def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
-    """Decode a batch on the GPU; None if nvJPEG refuses it, so that the CPU decodes it or names the bad file."""
+    """Decode a batch on the GPU; None if nvJPEG refuses it, or must not be given it, so that the CPU decodes it.
+
+    Raises:
+        InputError: as :func:`read_image`, for what a file's header tells.
+    """
     from torchvision.io import ImageReadMode, decode_jpeg, read_file  # noqa: PLC0415 - a second: only where it is used
 
+    reason = next(filter(None, _threads().map(_not_for_nvjpeg, paths)), None)
+    if reason is not None:
+        note_fallback(f"nvJPEG {reason}: the CPU decodes such files")
+        return None
     try:
         data = [read_file(str(path)) for path in paths]
-        if any(exif_orientation(one[:_EXIF_END].numpy().tobytes()) != 1 for one in data):
-            note_fallback(
-                "nvJPEG does not turn pictures as their EXIF block asks: the CPU decodes those that are turned"
-            )
-            return None
         # nvJPEG has been seen to write wrong pixels into memory that another stream still used: wait for all streams.
         torch.cuda.synchronize(device)
         images = decode_jpeg(data, mode=ImageReadMode.RGB, device=device)
@@ -197,6 +204,16 @@ def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
     except RuntimeError as error:
         note_fallback(f"nvJPEG refused a batch ({first_line(error)}): the CPU decodes what it refuses")
         return None
+
+
+def _not_for_nvjpeg(path: Path) -> str | None:
+    """Why a JPEG is not to be decoded by nvJPEG: it would be another picture than the CPU's, without an error."""
+    with _opened(path) as image:
+        if exif_orientation(image.info.get("exif", b"")) != 1:
+            return "does not turn pictures as their EXIF block asks"
+        if image.mode not in {"RGB", "L"} or image.info.get("adobe_transform") == 0:
+            return "takes all pictures for grey or of Y, Cb and Cr"
+        return None if _ends_as_one(path, image) else "does not tell of a file that is cut short"
 
 
 def exif_orientation(jpeg: bytes) -> int:
