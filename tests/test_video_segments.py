@@ -352,7 +352,10 @@ def test_pool_size_follows_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> 
     small, huge = PictureFormat(1280, 720, Fraction(25), 20), PictureFormat(3840, 2160, Fraction(60), 20)
     assert (small.segment_length, huge.segment_length) == (50, 120)
     monkeypatch.setattr("gpupipe.video.segments.available_cores", lambda: 4)
+    monkeypatch.setattr("gpupipe.video.segments.default_budget", lambda device: 10**9)
     assert pool_size(small) == 4
     monkeypatch.setattr("gpupipe.video.segments.available_cores", lambda: 64)
     assert pool_size(small) == MAX_WORKERS
     assert pool_size(huge) == POOL_BYTES // (120 * 3840 * 2160 * 3 // 2) == 1
+    monkeypatch.setattr("gpupipe.video.segments.default_budget", lambda device: 32 * 10**9)
+    assert pool_size(huge) == 8 * 10**9 // (120 * 3840 * 2160 * 3 // 2) == 5

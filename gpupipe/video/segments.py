@@ -21,15 +21,18 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import av
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from gpupipe.frame_cache import default_budget
 from gpupipe.lanes import available_cores
 from gpupipe.stages import ENCODE_THREAD, UNTIMED, Stages
 from gpupipe.video.codecs import PictureFormat, configure, host_frame
 
 MAX_WORKERS = 16
 POOL_BYTES = 2_000_000_000
-"""What the frames may take that wait for the encoders of a pool."""
+"""What the frames may take that wait for the encoders of a pool; on a larger machine a sixteenth of what is free, so
+that frames of 4K have more than three encoders."""
 
 Item = TypeVar("Item")
 Picture = TypeVar("Picture")
@@ -87,9 +90,10 @@ class HostEncoder:
 
 
 def pool_size(picture: PictureFormat) -> int:
-    """Encoders for a CPU: one to a core, as long as a segment of frames for each fits into :data:`POOL_BYTES`."""
+    """Encoders for a CPU: one to a core, as long as there is memory for a segment of frames for each."""
     segment = picture.segment_length * picture.width * picture.height * 3 // 2
-    return max(1, min(available_cores(), MAX_WORKERS, POOL_BYTES // segment))
+    room = max(POOL_BYTES, default_budget(torch.device("cpu")) // 4)
+    return max(1, min(available_cores(), MAX_WORKERS, room // segment))
 
 
 _MAX_DELAY = 16
