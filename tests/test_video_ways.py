@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from gpupipe import DeviceError
+from gpupipe import DeviceError, InputError
 from gpupipe.video import ways
-from gpupipe.video.codecs import PictureFormat
+from gpupipe.video.codecs import PictureFormat, configure
 from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc, jpeg_quality, nvenc_engines, nvenc_sessions
 from gpupipe.video.encode import VideoWriter
-from gpupipe.video.segments import SegmentPool
+from gpupipe.video.segments import HostEncoder, SegmentPool
 from gpupipe.video.ways import Way, choose_way
 
 PICTURE = PictureFormat(96, 64, Fraction(25), 20, segmented=True)
@@ -190,6 +190,30 @@ def test_a_session_encodes_segment_after_segment(late: int) -> None:
     assert len(made) == 2, "three segments, two sessions"
     seen = sorted(entry for session in made for entry in session.seen)
     assert seen == [(i, i, i % 40 == 0) for i in range(100)], "each frame's own pixels; an IDR frame begins a segment"
+
+
+def test_what_the_container_cannot_hold_is_told_with_the_first_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVENC, in whose place a CPU encodes, is open no earlier."""
+
+    class OnTheHost(HostEncoder):
+        def __init__(self, *given: Any, device: Any, **how: Any) -> None:
+            super().__init__(*given, **how)
+
+        def encode(self, number: int, picture: Any) -> list[av.Packet]:
+            return super().encode(number, picture.numpy())
+
+    monkeypatch.setattr("gpupipe.video.encode.choose_way", lambda *_: Way("libsvtav1", "nvenc"))
+    monkeypatch.setattr("gpupipe.video.encode.configure_nvenc", configure)
+    monkeypatch.setattr("gpupipe.video.encode._mark", lambda frames: None)
+    monkeypatch.setattr("gpupipe.video.encode.NvencEncoder", OnTheHost)
+    with (
+        pytest.raises(InputError, match=r"clip\.mov: \.mov cannot hold libsvtav1; expected \.mkv"),
+        VideoWriter(tmp_path / "clip.mov", width=64, height=64, codec="av1") as writer,
+    ):
+        writer.write(torch.full((60, 96, 64), 128, dtype=torch.uint8))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.cuda

@@ -140,7 +140,8 @@ class VideoWriter:
                 self._resources.callback(self._sound.close)
             self._pool = self._start_encoders()
             self._resources.callback(self._pool.close)
-            self._write_header()
+            if self._way.where != "nvenc":  # which opens with a frame: its header comes with the first packet
+                self._write_header()
             self._resources = self._resources.pop_all()
         self._thread = threading.Thread(target=self._run, name=f"{ENCODE_THREAD} {self.path.name}", daemon=True)
         self._thread.start()
@@ -205,9 +206,7 @@ class VideoWriter:
         return stream
 
     def _write_header(self) -> None:
-        """Now, so that what the container cannot hold is told before a frame is rendered; NVENC opens with a frame."""
-        if self._way.where == "nvenc":
-            return
+        """What the container cannot hold is told here."""
         try:
             self._output.start_encoding()
         except (av.error.FFmpegError, ValueError) as error:
@@ -286,6 +285,8 @@ class VideoWriter:
         if not packets:
             return
         with self._stages.time("mux"):
+            if self._decode_times.packets == 0:
+                self._write_header()
             for packet in packets:
                 packet.stream = self._video
                 self._decode_times.set(packet)
