@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from gpupipe.speech import SpeechEncoder
 from gpupipe.template import template_size
 from gpupipe.video.encode import VideoWriter
 from gpupipe.video.join import join_videos
+from gpupipe.video.segments import room_for_frames
 
 logger = logging.getLogger(__name__)
 
@@ -182,6 +184,18 @@ class _OpenParts:
             elif piece.frames.stop == piece.shot.frames.stop:
                 del self._writers[piece.shot]
                 self._ending.append((writer, self._executor.submit(attempt, writer.finish)))
+                self._wait_for_the_encoders()
+
+    def _wait_for_the_encoders(self) -> None:
+        """Where frames come faster than they are encoded: until there is room for those of the next part. Of NVENC's
+        sessions, which drivers cap, no more than those of one part come to their end."""
+        while True:
+            ending = [(writer, future) for writer, future in self._ending if not future.done()]
+            if len(ending) <= 1:
+                return
+            if not ending[-1][0].on_nvenc and sum(writer.bytes for writer, _ in ending) <= room_for_frames():
+                return
+            wait_for([ending[0][1]])
 
     def fail(self, shot: Shot, failed: Failed) -> None:
         """Give up a shot."""
@@ -201,7 +215,12 @@ class _OpenParts:
 
 
 class _PartWriter:
-    """A part on its way into its file."""
+    """A part on its way into its file.
+
+    Attributes:
+        bytes: of all its frames.
+        on_nvenc: whether NVENC encodes them.
+    """
 
     def __init__(self, part: Part, residents: Residents) -> None:
         job = part.job
@@ -225,6 +244,8 @@ class _PartWriter:
                     device=residents.device,
                 )
             )
+            self.bytes = len(part.frames) * self._video.picture.frame_bytes
+            self.on_nvenc = self._video.encoder.endswith("_nvenc")
             generator, avatar = residents.get(job, self._video.pixel_format)
             self._engine = generator.unet_model.engine.name
             self.shot = generator.shot(

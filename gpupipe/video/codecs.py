@@ -86,6 +86,11 @@ class PictureFormat(NamedTuple):
     preset: str | None = None
 
     @property
+    def frame_bytes(self) -> int:
+        """Of a frame in NV12."""
+        return self.width * self.height * 3 // 2
+
+    @property
     def segment_length(self) -> int:
         """Frames of a segment."""
         return segment_length(self.rate)

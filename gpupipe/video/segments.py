@@ -31,8 +31,7 @@ from gpupipe.video.codecs import PictureFormat, configure, host_frame
 
 MAX_WORKERS = 16
 POOL_BYTES = 2_000_000_000
-"""What the frames may take that wait for the encoders of a pool; on a larger machine a sixteenth of what is free, so
-that frames of 4K have more than three encoders."""
+"""What frames that wait for encoders may take, on a small machine: see :func:`room_for_frames`."""
 
 Item = TypeVar("Item")
 Picture = TypeVar("Picture")
@@ -89,11 +88,16 @@ class HostEncoder:
         return context
 
 
+def room_for_frames() -> int:
+    """Bytes that frames may take which wait for encoders: a sixteenth of the memory that is free, so that frames of 4K
+    have more than three encoders on a large machine."""
+    return max(POOL_BYTES, default_budget(torch.device("cpu")) // 4)
+
+
 def pool_size(picture: PictureFormat) -> int:
-    """Encoders for a CPU: one to a core, as long as there is memory for a segment of frames for each."""
-    segment = picture.segment_length * picture.width * picture.height * 3 // 2
-    room = max(POOL_BYTES, default_budget(torch.device("cpu")) // 4)
-    return max(1, min(available_cores(), MAX_WORKERS, room // segment))
+    """Encoders for a CPU: one to a core, as long as there is room for a segment of frames for each."""
+    segment = picture.segment_length * picture.frame_bytes
+    return max(1, min(available_cores(), MAX_WORKERS, room_for_frames() // segment))
 
 
 _MAX_DELAY = 16

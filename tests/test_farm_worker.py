@@ -1,0 +1,52 @@
+"""Parts that come to their end beside the rendering."""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from gpupipe.farm.worker import _OpenParts
+
+
+class Shot:
+    frames = range(3)
+
+
+class Writer:
+    """In place of a part's: its end takes longer than its frames."""
+
+    def __init__(self, part: Any, residents: Any) -> None:
+        self.part, self.bytes, self.on_nvenc = part, part.bytes, part.on_nvenc
+        self.shot = Shot()
+
+    def write(self, piece: Any, rows: Any) -> None:
+        pass
+
+    def finish(self) -> dict[str, Any]:
+        time.sleep(0.02)
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("size", "on_nvenc", "most"),
+    [(10, False, 10), (30, False, 3), (1000, False, 1), (10, True, 1)],
+    ids=["all fit", "three fit", "not one fits", "sessions of NVENC"],
+)
+def test_frames_that_wait_for_encoders_are_bounded(
+    size: int, on_nvenc: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many parts there are: a GPU without NVENC may render faster than its machine encodes."""
+    monkeypatch.setattr("gpupipe.farm.worker._PartWriter", Writer)
+    monkeypatch.setattr("gpupipe.farm.worker.room_for_frames", lambda: 100)
+    parts: list[Any] = [SimpleNamespace(bytes=size, on_nvenc=on_nvenc) for _ in range(12)]
+    waiting = []
+    with _OpenParts(SimpleNamespace()) as open_parts:  # type: ignore[arg-type]
+        for shot in open_parts.shots(parts):
+            piece: Any = SimpleNamespace(shot=shot, frames=shot.frames)
+            open_parts.write([piece], [None])  # type: ignore[list-item]
+            waiting.append(sum(not future.done() for _, future in open_parts._ending))
+        assert [outcome.part for outcome in open_parts.outcomes(wait=True)] == parts
+    assert most // 2 < max(waiting) <= most
