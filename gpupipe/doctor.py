@@ -134,11 +134,11 @@ def _device_facts(device: torch.device) -> dict[str, str]:
 
 def _nvjpeg_obstacle() -> str | None:
     """Why it does not decode a small picture."""
-    from torchvision.io import decode_jpeg, encode_jpeg  # noqa: PLC0415 - a second: only where it is used
-
     try:
+        from torchvision.io import decode_jpeg, encode_jpeg  # noqa: PLC0415 - a second: only where it is used
+
         decode_jpeg(encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8)), device="cuda")
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         return first_line(error)
     return None
 

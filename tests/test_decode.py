@@ -16,7 +16,9 @@ from PIL import Image
 from torchvision.io import decode_image, encode_jpeg
 
 from gpupipe import InputError
+from gpupipe.doctor import _nvjpeg_obstacle
 from gpupipe.video import decode
+from gpupipe.video.cuda import can_encode_jpeg
 from gpupipe.video.decode import exif_orientation, image_size, image_sizes, read_image, read_images
 
 
@@ -280,6 +282,20 @@ def test_what_is_not_given_to_nvjpeg(picture: np.ndarray, tmp_path: Path, monkey
     with pytest.raises(InputError, match=r"none\.jpg: no such image file"):
         decode._nvjpeg([plain, tmp_path / "none.jpg"], torch.device("cuda"))
     assert given == [3]
+
+
+def test_a_torchvision_without_jpegs(picture: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it announces to become: the CPU decodes and encodes them."""
+    noted: list[str] = []
+    monkeypatch.setattr(decode, "note_fallback", noted.append)
+    monkeypatch.setattr("gpupipe.video.cuda.note_fallback", noted.append)
+    for name in ("decode_jpeg", "encode_jpeg"):
+        monkeypatch.delattr(f"torchvision.io.{name}")
+    cv2.imwrite(str(tmp_path / "0.jpg"), picture)
+    assert decode._nvjpeg([tmp_path / "0.jpg"], torch.device("cuda")) is None
+    assert not can_encode_jpeg(torch.device("cpu"))
+    assert "cannot import name 'decode_jpeg'" in str(_nvjpeg_obstacle())
+    assert [told.partition(" (")[0] for told in noted] == ["nvJPEG refused a batch", "nvJPEG does not encode here"]
 
 
 @pytest.mark.cuda

@@ -223,7 +223,7 @@ def can_encode_jpeg(device: torch.device) -> bool:
     """Whether nvJPEG encodes on this device; a refusal is told as a fallback."""
     try:
         _jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8, device=device), 75)
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:  # torchvision is to leave it to torchcodec one day
         note_fallback(f"nvJPEG does not encode here ({first_line(error)}): the CPU encodes JPEGs")
         return False
     return True

@@ -188,20 +188,21 @@ def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
     Raises:
         InputError: as :func:`read_image`, for what a file's header tells.
     """
-    from torchvision.io import ImageReadMode, decode_jpeg, read_file  # noqa: PLC0415 - a second: only where it is used
-
     reason = next(filter(None, _threads().map(_not_for_nvjpeg, paths)), None)
     if reason is not None:
         note_fallback(f"nvJPEG {reason}: the CPU decodes such files")
         return None
     try:
+        # A second: only where it is used. torchvision is to leave it to torchcodec one day.
+        from torchvision.io import ImageReadMode, decode_jpeg, read_file  # noqa: PLC0415
+
         data = [read_file(str(path)) for path in paths]
         # nvJPEG has been seen to write wrong pixels into memory that another stream still used: wait for all streams.
         torch.cuda.synchronize(device)
         images = decode_jpeg(data, mode=ImageReadMode.RGB, device=device)
         torch.cuda.synchronize(device)
         return torch.stack(images).flip(1).permute(0, 2, 3, 1).contiguous()
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         note_fallback(f"nvJPEG refused a batch ({first_line(error)}): the CPU decodes what it refuses")
         return None
 
