@@ -319,6 +319,23 @@ def test_all_channels_are_averaged(channels: int, tmp_path: Path) -> None:
     assert np.abs(load_audio(tmp_path / "it.wav") - sound.mean(axis=1) / 2**15).max() < 1e-6
 
 
+@pytest.mark.parametrize("channels", [1, 2, 8, 9, 13, 16, 64])
+def test_every_number_of_channels_becomes_a_track(channels: int, tmp_path: Path) -> None:
+    """FFmpeg mixes no 9 channels that have no name; those are averaged, as for the features."""
+    sound = np.zeros((16000, channels), "<i2")
+    sound[:, -1] = 8000 * np.sin(np.arange(16000) / 5)
+    (tmp_path / "it.wav").write_bytes(wav(sound.tobytes(), channels=channels))
+    with av.open(str(tmp_path / "out.mp4"), "w") as container:
+        track = SoundTrack(tmp_path / "it.wav", container)
+        track.finish()
+        assert track.seconds == 1
+        track.close()
+    heard = load_audio(tmp_path / "out.mp4")
+    assert len(heard) == pytest.approx(16000, abs=1024)
+    if channels in {1, 9, 13, 64}:  # others are mixed with FFmpeg's weights
+        assert heard.std() == pytest.approx(8000 / 2**15 / 2**0.5 / channels, rel=0.05)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, 1e9, -1e6])
 @pytest.mark.parametrize("at", [0, 7, 1599])
 def test_samples_that_are_no_sound(value: float, at: int, tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ class SoundTrack:
         self._input = open_sound(self._path)
         source = self._input.streams.audio[0]
         rate = source.rate if source.rate in _AAC_RATES else 48000
-        layout = "mono" if source.channels == 1 else "stereo"
+        self._averages = not _mixes(source)
+        layout = "mono" if source.channels == 1 or self._averages else "stereo"
         stream = output.add_stream("aac", rate=rate, layout=layout)
         assert isinstance(stream, av.AudioStream)
         self._stream = stream
@@ -87,6 +88,8 @@ class SoundTrack:
         resampler = av.AudioResampler(
             format="fltp", layout=layout, rate=self._rate, frame_size=self._stream.codec_context.frame_size
         )
+        if self._averages:
+            return _resampled_mono(mono_pieces(self._path, self._input, self._rate), self._rate, resampler)
         return decode_sound(self._path, self._input, resampler)
 
 
@@ -151,6 +154,34 @@ def decode_sound(
         raise InputError(f"{path}: its sound track is empty; expected at least one sample")
 
 
+def _mixes(source: av.AudioStream) -> bool:
+    """Whether FFmpeg knows where a sound's channels belong, so that it mixes them to two: not of 9 without a name."""
+    try:
+        silence = av.AudioFrame("flt", source.layout.name, 1)
+        silence.sample_rate = source.rate
+        av.AudioResampler(format="fltp", layout="stereo", rate=source.rate).resample(silence)
+    except (av.error.FFmpegError, ValueError):
+        return False
+    return True
+
+
+def mono_pieces(path: Path, container: av.container.InputContainer, rate: int) -> Iterator[np.ndarray]:
+    """The first sound track of an open file, as :func:`decode_sound` decodes it, averaged: float32 ``(n,)``."""
+    # FFmpeg's own mix to mono is 3 dB louder for a voice that is in both. Channels come interleaved: where each has a
+    # plane of its own, PyAV looks past the last of 8 or more, and may crash.
+    for piece in decode_sound(path, container, av.AudioResampler(format="flt", rate=rate)):
+        channels = piece.to_ndarray().reshape(-1, piece.layout.nb_channels)
+        yield channels.mean(axis=1, dtype=np.float32)
+
+
+def _resampled_mono(pieces: Iterator[np.ndarray], rate: int, resampler: av.AudioResampler) -> Iterator[av.AudioFrame]:
+    for piece in pieces:
+        frame = av.AudioFrame.from_ndarray(piece[None], format="fltp", layout="mono")
+        frame.sample_rate = rate
+        yield from resampler.resample(frame)
+    yield from resampler.resample(None)
+
+
 def _then_none(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame | None]:
     """All frames, then the None that drains the resampler."""
     yield from frames
@@ -173,12 +204,9 @@ def audio_chunks(path: str | Path, *, samples: int = 1 << 18) -> Iterator[np.nda
     path = Path(path)
     held, pending = 0, []
     with open_sound(path) as container:
-        # Channels are averaged here: FFmpeg's own mix to mono is 3 dB louder for a voice that is in both. They come
-        # interleaved: where each has a plane of its own, PyAV looks past the last of 8 or more, and may crash.
-        for piece in decode_sound(path, container, av.AudioResampler(format="flt", rate=SAMPLE_RATE)):
-            channels = piece.to_ndarray().reshape(-1, piece.layout.nb_channels)
-            pending.append(channels.mean(axis=1, dtype=np.float32))
-            held += len(pending[-1])
+        for piece in mono_pieces(path, container, SAMPLE_RATE):
+            pending.append(piece)
+            held += len(piece)
             if held >= samples:
                 yield np.concatenate(pending)
                 held, pending = 0, []
