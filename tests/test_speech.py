@@ -336,6 +336,39 @@ def test_every_number_of_channels_becomes_a_track(channels: int, tmp_path: Path)
         assert heard.std() == pytest.approx(8000 / 2**15 / 2**0.5 / channels, rel=0.05)
 
 
+def write_mp3(path: Path) -> bytes:
+    """Two seconds of a tone."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mp3", rate=44100, layout="mono")
+        assert isinstance(stream, av.AudioStream)
+        frame = av.AudioFrame.from_ndarray(tone(2.0, 44100, 440.0)[None].astype(np.float32), "fltp", "mono")
+        frame.sample_rate = 44100
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("junk", "told"),
+    [(bytes(3000), 1), (b"a note, and no sound. " * 200, 1), (b"\xff" * 1000, 1), (b"TAG".ljust(128), 0)],
+)
+def test_an_mp3_ends_with_its_last_frame(
+    junk: bytes, told: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As players take it, whatever follows."""
+    (tmp_path / "it.mp3").write_bytes(write_mp3(tmp_path / "whole.mp3") + junk)
+    heard, whole = load_audio(tmp_path / "it.mp3"), load_audio(tmp_path / "whole.mp3")
+    assert len(heard) == pytest.approx(len(whole), abs=1152)
+    assert np.abs(heard[:31000] - whole[:31000]).max() < 1e-6
+    assert len(caplog.records) == told
+
+
+def test_damage_in_the_middle_of_an_mp3(tmp_path: Path) -> None:
+    whole = write_mp3(tmp_path / "it.mp3")
+    (tmp_path / "it.mp3").write_bytes(whole[:5000] + bytes(2000) + whole[7000:])
+    with pytest.raises(InputError, match=r"it\.mp3: sound cannot be decoded"):
+        load_audio(tmp_path / "it.mp3")
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, 1e9, -1e6])
 @pytest.mark.parametrize("at", [0, 7, 1599])
 def test_samples_that_are_no_sound(value: float, at: int, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def _problem(container: av.container.InputContainer) -> str | None:
 def decode_sound(
     path: Path, container: av.container.InputContainer, resampler: av.AudioResampler
 ) -> Iterator[av.AudioFrame]:
-    """The first sound track of an open file, resampled to floats; ``path`` is only named in errors.
+    """The first sound track of an open file, resampled to floats; ``path`` is only named in what is said of it.
 
     Raises:
         InputError: it cannot be decoded, becomes another kind of sound on its way, has no samples, or some that are
@@ -135,7 +135,7 @@ def decode_sound(
     """
     samples = 0
     try:
-        for frame in _then_none(container.decode(audio=0)):
+        for frame in _then_none(_frames(path, container)):
             if frame is not None:
                 frame.pts = None  # a gap in the source's times is not a reason to stop
             for piece in resampler.resample(frame):
@@ -180,6 +180,27 @@ def _resampled_mono(pieces: Iterator[np.ndarray], rate: int, resampler: av.Audio
         frame.sample_rate = rate
         yield from resampler.resample(frame)
     yield from resampler.resample(None)
+
+
+def _frames(path: Path, container: av.container.InputContainer) -> Iterator[av.AudioFrame]:
+    """The first sound track's frames. What follows the end of an MP3, as zeros or a note do, is passed over and said
+    aloud: the format has no end of its own, and players pass over it. In the middle it is damage."""
+    is_mp3 = container.streams.audio[0].codec_context.codec.canonical_name == "mp3"
+    began, refused = False, None
+    for packet in container.demux(audio=0):
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError as error:
+            if not (is_mp3 and began):
+                raise
+            refused = refused or error
+            continue
+        if frames and refused is not None:
+            raise refused
+        began = began or bool(frames)
+        yield from frames
+    if refused is not None:
+        logger.warning("%s: ends with bytes that are no sound; they are left out", path)
 
 
 def _then_none(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame | None]:
