@@ -89,7 +89,8 @@ def test_jpeg_on_the_gpu(can: bool, way: Way, monkeypatch: pytest.MonkeyPatch) -
     [
         ("NVIDIA H100 80GB HBM3", 0), ("NVIDIA A100-SXM4-40GB", 0), ("NVIDIA B200", 0), ("Tesla T4", 1),
         ("NVIDIA A10", 1), ("NVIDIA A10G", 1), ("NVIDIA L4", 2), ("NVIDIA L40S", 3), ("NVIDIA GeForce RTX 4090", 2),
-        ("NVIDIA GeForce RTX 3060", 1),
+        ("NVIDIA GeForce RTX 3060", 1), ("NVIDIA L40", 3), ("NVIDIA RTX 6000 Ada Generation", 3), ("NVIDIA B300", 0),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 4), ("NVIDIA RTX A6000", 1),
     ],
 )  # fmt: skip
 def test_engines_by_name(gpu: str, engines: int) -> None:

@@ -23,11 +23,18 @@ from gpupipe.errors import first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.video.codecs import PictureFormat, configure
 
-_ENGINES = {"T4": 1, "A10": 1, "L4": 2, "RTX 4090": 2, "L40S": 3}
+_ENGINES = {
+    **dict.fromkeys(("L4", "RTX 4080", "RTX 4090", "RTX 5080"), 2),
+    **dict.fromkeys(("L40", "L40S", "RTX 6000 Ada", "RTX 5090"), 3),
+    "RTX PRO 6000": 4,
+}
 """NVENC engines by GPU: https://developer.nvidia.com/video-encode-decode-support-matrix; a GPU that is not named is
 taken to have one."""
 
-_WITHOUT_NVENC = ("A100", "A800", "A30", "H100", "H200", "H800", "H20", "GH200", "B100", "B200", "GB200")
+_WITHOUT_NVENC = (
+    *("A100", "A800", "A30", "H100", "H200", "H800", "H20", "GH200"),
+    *("B100", "B200", "GB200", "B300", "GB300"),
+)
 
 
 def nvenc_engines(gpu: str) -> int:
