@@ -157,7 +157,7 @@ import torch
 from gpupipe import OutputError
 from gpupipe.video.encode import VideoWriter
 
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # a write beyond it fails as one on a full disk does
+resource.setrlimit(resource.RLIMIT_FSIZE, [int(sys.argv[2])] * 2)  # a write beyond it fails as one on a full disk does
 try:
     with VideoWriter(sys.argv[1], width=320, height=240, crf=0) as writer:
         for _ in range(40):
@@ -170,8 +170,9 @@ else:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the file size as Linux does")
-def test_full_disk(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "clip.mp4")]
+@pytest.mark.parametrize("room", [100_000, 20], ids=["for some frames", "not for the header"])
+def test_full_disk(room: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "clip.mp4"), str(room)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith(f"{tmp_path / 'clip.mp4'}: cannot be written: ")

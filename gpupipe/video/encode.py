@@ -209,6 +209,8 @@ class VideoWriter:
         """What the container cannot hold is told here."""
         try:
             self._output.start_encoding()
+        except OSError as error:  # as FFmpeg's errors of the file system are, too
+            raise output_error(self.path, error) from error
         except (av.error.FFmpegError, ValueError) as error:
             raise self._cannot_hold() from error
 
