@@ -112,7 +112,7 @@ def test_why_nvenc_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (count, reason.partition(",")[0]) == (0, "PyAV 17.1.0 does not encode in PyTorch's context")
 
     nvenc_sessions.cache_clear()
-    monkeypatch.setattr(av, "__version__", "18.1.0")
+    monkeypatch.setattr(av, "__version__", "18.1rc1")
     monkeypatch.setattr("ctypes.CDLL", missing)
     count, reason = nvenc_sessions("h264_nvenc", PICTURE, GPU)
     assert count == 0

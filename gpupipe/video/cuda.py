@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import re
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -176,7 +177,7 @@ def nvenc_sessions(encoder: str, picture: PictureFormat, device: torch.device) -
     wanted = nvenc_engines(gpu)
     if wanted == 0:
         return 0, f"{gpu} has no NVENC engine"
-    if tuple(map(int, av.__version__.split(".")[:2])) < _TAKES_OUR_CONTEXT:
+    if tuple(map(int, re.findall(r"\d+", av.__version__)[:2])) < _TAKES_OUR_CONTEXT:
         return 0, f"PyAV {av.__version__} does not encode in PyTorch's context, as 18.1 does, for Python 3.11 and newer"
     try:
         ctypes.CDLL("libnvidia-encode.so.1")
