@@ -40,13 +40,13 @@ def run(libraries: list[Path], *arguments: str | Path, arch: int | None = None) 
 
 
 def test_it_brings_mistakes_to_light(libraries: list[Path]) -> None:
-    assert run(libraries, TESTS / "simulated_gpu" / "controls.py") == 13
+    assert run(libraries, TESTS / "simulated_gpu" / "controls.py") == 14
 
 
 def test_what_runs_on_a_gpu(libraries: list[Path]) -> None:
     """All but the kernels, whose plain references run in their place."""
     marked = "cuda and not hardware"
-    assert run(libraries, TESTS, "-m", marked, f"--ignore={TESTS / 'test_graphs.py'}") >= 21
+    assert run(libraries, TESTS, "-m", marked, f"--ignore={TESTS / 'test_graphs.py'}") >= 26
 
 
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -237,6 +238,69 @@ def test_a_session_on_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     session.encode = lambda frame: handed.append(frame.pts) or []
     NvencEncoder(PICTURE, session, use_model=True, device=device).encode(7, torch.ones(96, 96).to(device, torch.uint8))
     assert handed == [7]
+
+
+class Surface:
+    """In place of PyAV's frame on the device."""
+
+    def __init__(self, planes: tuple[torch.Tensor, ...]) -> None:
+        self.planes, self.pts = planes, -1
+
+    @classmethod
+    def from_dlpack(cls, planes: tuple[torch.Tensor, ...], **_: Any) -> Surface:
+        return cls(planes)
+
+
+class Reader(NvencEncoder):
+    """NVENC's half is a CPU's encoder, which reads surfaces some frames later, on a stream of its own."""
+
+    def __init__(self, picture: PictureFormat, model: Any, *, use_model: bool, device: torch.device) -> None:
+        super().__init__(picture, model, use_model=True, device=device)
+        self._encoder, self._waiting = HostEncoder(picture, model, use_model=use_model), deque[Surface]()
+        self._context, self._reads = Mock(encode=self._send), torch.cuda.Stream(device)
+
+    def _send(self, frame: Surface | None) -> list[av.Packet]:
+        if frame is None:
+            return [packet for _ in range(len(self._waiting)) for packet in self._read()] + self._encoder.finish()
+        self._waiting.append(frame)
+        return self._read() if len(self._waiting) > 5 else []
+
+    def _read(self) -> list[av.Packet]:
+        frame = self._waiting.popleft()
+        with torch.cuda.stream(self._reads):
+            pixels = torch.cat(frame.planes).cpu().numpy()
+        return self._encoder.encode(frame.pts, pixels)
+
+
+def read_late(path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether frames survive on their way through surfaces, from batches whose memory is written again at once to a
+    file, in segments of two sessions."""
+    monkeypatch.setattr("gpupipe.video.encode.choose_way", lambda *_: Way("libx264", "nvenc", 2))
+    monkeypatch.setattr("gpupipe.video.encode.NvencEncoder", Reader)
+    monkeypatch.setattr("gpupipe.video.encode.configure_nvenc", tune)
+    monkeypatch.setattr("gpupipe.video.segments.configure", tune)
+    monkeypatch.setattr("gpupipe.video.cuda._cuda_context", lambda device: (None, torch.cuda.Stream(device)))
+    monkeypatch.setattr("gpupipe.video.cuda.av", Mock(wraps=av, VideoFrame=Surface))
+    levels = 20 + 37 * torch.arange(130) % 200
+    with VideoWriter(path, width=320, height=192, device="cuda", segmented=True) as writer:
+        for some in levels.to("cuda", torch.uint8).split(16):
+            batch = some[:, None, None].expand(-1, 288, 320).contiguous()
+            batch[:, 192:] = 128
+            writer.write(batch)
+            del batch
+            torch.full((16, 288, 320), 255, dtype=torch.uint8, device="cuda")
+    return bool(np.abs(luma_of(path) - levels.numpy()).max() < 3)
+
+
+@pytest.mark.cuda
+def test_surfaces_hold_their_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read_late(tmp_path / "clip.mp4", monkeypatch)
+
+
+def tune(context: av.VideoCodecContext, picture: PictureFormat) -> None:
+    """As NVENC's, without B-frames and without looking ahead: a packet for each frame."""
+    configure(context, picture)
+    context.options |= {"tune": "zerolatency"}
 
 
 @pytest.mark.cuda

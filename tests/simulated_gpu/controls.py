@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_video_ways import luma_of
+from test_video_ways import luma_of, read_late
 
 from gpupipe.graphs import capture
 from gpupipe.video.encode import VideoWriter
@@ -48,6 +48,11 @@ def test_a_forgotten_wait_is_seen(
 ) -> None:
     monkeypatch.setattr(forgotten, instead)
     assert written(tmp_path / "clip.mkv").tolist() != list(range(20, 212, 4))
+
+
+def test_nvenc_reads_no_surface_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.Stream.synchronize", lambda self: None)
+    assert not read_late(tmp_path / "clip.mp4", monkeypatch)
 
 
 def test_pinned_memory_that_is_written_too_early() -> None:
