@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -336,6 +337,25 @@ def test_error_of_an_encoder_is_raised(frame: int) -> None:
             pool.encode(f"frame {i}")
         pool.finish()
     pool.close()
+
+
+def test_encoders_live_as_long_as_their_pool() -> None:
+    """What they have given to the stream's own encoder, as NVENC's surfaces, must outlive that."""
+    made: list[weakref.ref[Recorder]] = []
+
+    def make(k: int) -> Recorder:
+        encoder = Recorder(k, [])
+        made.append(weakref.ref(encoder))
+        return encoder
+
+    pool = SegmentPool(make, workers=2, length=4)
+    for i in range(10):
+        pool.encode(f"frame {i}")
+    pool.finish()
+    assert len(made) == 2
+    assert all(encoder() is not None for encoder in made)
+    del pool
+    assert all(encoder() is None for encoder in made)
 
 
 @pytest.mark.usefixtures("no_thread_left")

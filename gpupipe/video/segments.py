@@ -178,6 +178,8 @@ class SegmentPool(Generic[Picture]):
         size = 2 if length is None else length + 1
         self._inboxes: list[queue.Queue[Any]] = [queue.Queue(size) for _ in range(1 if length is None else workers)]
         self._inbox = self._inboxes[0]  # of the last segment's encoder
+        # Kept as long as the pool: NVENC's surfaces must outlive the first session, which is the stream's.
+        self._encoders: dict[int, Encoder[Picture]] = {}
         self._threads = [
             threading.Thread(target=self._work, args=(make, k), name=f"{ENCODE_THREAD} {name} {k}", daemon=True)
             for k in range(len(self._inboxes))
@@ -239,14 +241,15 @@ class SegmentPool(Generic[Picture]):
 
     def _work(self, make: Callable[[int], Encoder[Picture]], k: int) -> None:
         """Encode what comes; after an error only empty the queue, so that nobody waits for it."""
-        encoder: Encoder[Picture] | None = None
         while (item := self._inboxes[k].get()) is not None:
             if self._error is not None:
                 continue
             segment, number, picture = item
             try:
                 with self._stages.time("encode"):
-                    encoder = encoder or make(k)
+                    if k not in self._encoders:
+                        self._encoders[k] = make(k)
+                    encoder = self._encoders[k]
                     segment.packets += encoder.encode(number, picture) if picture is not None else encoder.finish()
             except BaseException as error:
                 self._error = error
