@@ -305,9 +305,11 @@ def tune(context: av.VideoCodecContext, picture: PictureFormat) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.hardware
-@pytest.mark.parametrize("size", [(640, 352), (854, 480), (960, 540)])
-def test_nvenc_encodes_frames_of_the_device(size: tuple[int, int], tmp_path: Path) -> None:
-    """More than a session has surfaces, of widths that NVENC does not take as they are."""
+@pytest.mark.parametrize(
+    ("size", "preset"), [((640, 352), None), ((854, 480), None), ((960, 540), "p1"), ((640, 352), "p7")]
+)
+def test_nvenc_encodes_frames_of_the_device(size: tuple[int, int], preset: str | None, tmp_path: Path) -> None:
+    """More than a session has surfaces, of widths that NVENC does not take as they are, and as it looks ahead."""
     picture = PictureFormat(*size, Fraction(25), 12, segmented=True)
     wanted = nvenc_engines(torch.cuda.get_device_name())
     if wanted == 0:
@@ -318,7 +320,8 @@ def test_nvenc_encodes_frames_of_the_device(size: tuple[int, int], tmp_path: Pat
     frames = luma.expand(60, size[1] * 3 // 2, size[0]).contiguous()
     frames[:, size[1] :] = 128
     path = tmp_path / "clip.mp4"
-    with VideoWriter(path, width=size[0], height=size[1], codec="h264", crf=12, device="cuda") as writer:
+    options: dict[str, Any] = {"codec": "h264", "crf": 12, "preset": preset, "device": "cuda"}
+    with VideoWriter(path, width=size[0], height=size[1], **options) as writer:
         assert writer.encoder == "h264_nvenc"
         for start in range(0, 60, 20):
             writer.write(frames[start : start + 20])
