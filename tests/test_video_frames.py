@@ -203,10 +203,10 @@ def test_surfaces_are_copied_out(video: Path, monkeypatch: pytest.MonkeyPatch) -
 
 class Surface:
     """In place of a frame of NVDEC's: planes with padding on the device, and all else as of a frame of the host. As in
-    PyAV 17 it does not tell the format of its pixels but by DLPack."""
+    PyAV 17 it does not tell the format of its pixels but by DLPack. ``left`` columns are not cropped off."""
 
-    def __init__(self, frame: av.VideoFrame) -> None:
-        self._frame = frame
+    def __init__(self, frame: av.VideoFrame, left: int = 0) -> None:
+        self._frame, self.width = frame, frame.width + left
         pixels = torch.from_numpy(frame.reformat(format="nv12").to_ndarray())
         memory = torch.zeros(len(pixels), frame.width + 64, dtype=torch.uint8, device="cuda")
         memory[:, : frame.width] = pixels.cuda()
@@ -220,7 +220,8 @@ class Surface:
 
 
 @pytest.mark.cuda
-def test_surfaces_become_frames(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("left", "decoder"), [(0, "nvdec"), (8, "threads")])
+def test_surfaces_become_frames(left: int, decoder: str, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but what the driver does."""
     opened = av.open
 
@@ -231,13 +232,13 @@ def test_surfaces_become_frames(video: Path, monkeypatch: pytest.MonkeyPatch) ->
         return Mock(
             wraps=container,
             streams=container.streams,
-            decode=lambda video: map(Surface, container.decode(video=video)),
+            decode=lambda video: (Surface(frame, left) for frame in container.decode(video=video)),
         )
 
     monkeypatch.setattr(av, "open", open_file)
     monkeypatch.setattr("gpupipe.video.frames.HWAccel", Mock())
     found = VideoFrames(video, device="cuda")
-    assert found.decoder == "nvdec", fallbacks()
+    assert found.decoder == decoder, fallbacks()
     for numbers in ([0, 1, 2], [FRAMES - 1], [20, 19, 18]):
         assert torch.equal(found.read(numbers).cpu(), decoded(video)[numbers])
 

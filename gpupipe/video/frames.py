@@ -162,10 +162,13 @@ class VideoFrames:
             wanted = HWAccel("cuda", device=index, allow_software_fallback=False, options=current, is_hw_owned=True)
             with current_context(self.device):
                 container = av.open(media_url(self.path), hwaccel=wanted)
-            luma = torch.from_dlpack(next(container.decode(video=0)).planes[0].__dlpack__())
+            first, stream = next(container.decode(video=0)), container.streams.video[0]
+            luma = torch.from_dlpack(first.planes[0].__dlpack__())
             if not luma.is_cuda or luma.dtype != torch.uint8:
                 raise ValueError(f"gives {'frames of the host' if not luma.is_cuda else luma.dtype}, not nv12")
-            container.seek(self._times[0], stream=container.streams.video[0])
+            if (first.width, first.height) != (stream.width, stream.height):
+                raise ValueError("crops nothing off the left and the top")
+            container.seek(self._times[0], stream=stream)
             return container, ""
         except (av.error.FFmpegError, RuntimeError, ValueError, StopIteration) as error:
             if container is not None:
