@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+_recording = threading.Lock()
+"""Held by the thread that records: none may wait for the device meanwhile, as another one's recording begins with."""
 
 
 def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -23,25 +27,41 @@ def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         RuntimeError: ``step`` did something that cannot be recorded.
         torch.OutOfMemoryError: a recording has memory of its own, and there is not enough.
     """
-    side = _stream(torch.device("cuda", torch.cuda.current_device()), "recording")
+    side = _stream(torch.device("cuda", torch.cuda.current_device()), "recording", threading.get_ident())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()  # in which Triton compiles, and libraries make what they need for a stream
-    torch.cuda.synchronize()
-    # As torch.cuda.graph does, which would give pinned memory back too, for the next copies to ask for it again.
-    torch.cuda.empty_cache()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(side):
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    with _recording, torch.cuda.stream(side):
+        torch.cuda.synchronize()
+        # As torch.cuda.graph does, which would give pinned memory back too, for the next copies to ask for it again.
+        torch.cuda.empty_cache()
         # The encoder's thread may wait for the device meanwhile: that is no fault of this thread's recording.
-        graph.capture_begin(capture_error_mode="thread_local")
+        graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             output = step()
         except BaseException:
             with contextlib.suppress(RuntimeError):  # it says again that the recording failed
-                graph.capture_end()
+                _end(graph, pool)
             raise
-        graph.capture_end()
+        _end(graph, pool)
     return graph.replay, output
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """End a recording on the current stream whose memory comes from ``pool``.
+
+    Raises:
+        RuntimeError: it has failed. To the allocators of PyTorch 2.11 it would still go on: the pool is never free
+            again, nor is what two streams have used.
+    """
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        with contextlib.suppress(RuntimeError):  # newer ones know
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        raise
 
 
 @contextlib.contextmanager
@@ -54,7 +74,7 @@ def beside(device: torch.device) -> Iterator[Callable[[Tensor | None], None]]:
     if device.type != "cuda":
         yield lambda result: None
         return
-    current, branch = torch.cuda.current_stream(device), _stream(device, "branch")
+    current, branch = torch.cuda.current_stream(device), _stream(device, "branch", threading.get_ident())
     branch.wait_stream(current)
 
     def join(result: Tensor | None) -> None:
@@ -67,8 +87,11 @@ def beside(device: torch.device) -> Iterator[Callable[[Tensor | None], None]]:
 
 
 @functools.cache
-def _stream(device: torch.device, use: str) -> torch.cuda.Stream:
-    """A device's stream for one use: torch deals out the same 32 again and again, to other threads as well."""
+def _stream(device: torch.device, use: str, thread: int) -> torch.cuda.Stream:
+    """A thread's stream for one use: torch deals out the same 32 again and again, to other threads as well.
+
+    What another thread queued on a stream that is being recorded would become part of the recording.
+    """
     return torch.cuda.Stream(device)
 
 

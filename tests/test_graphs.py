@@ -329,3 +329,35 @@ def test_waiting_for_the_device_cannot_be_recorded() -> None:
     with pytest.raises(RuntimeError):
         graphs.capture(lambda: values * values.sum().item())
     assert torch.cuda.current_stream() == stream, "what is launched next must not go to the recording's stream"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("joined", [True, False], ids=["waited", "branch left open"])
+def test_a_recording_that_failed_keeps_no_memory(joined: bool) -> None:
+    """Nor does what is used on two streams after it, as the background is."""
+    megabyte = 1 << 20
+
+    def beside() -> Tensor:
+        with graphs.beside(CUDA) as join:
+            made = torch.ones(16 * megabyte, dtype=torch.uint8, device=CUDA)
+            if not joined and torch.cuda.is_current_stream_capturing():
+                raise torch.OutOfMemoryError("no memory for the rest")
+        join(made)
+        return made
+
+    def step() -> Tensor:
+        made = beside()
+        return made * made.sum().item()
+
+    def held() -> int:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    before = held()
+    with pytest.raises(RuntimeError) as failed:
+        graphs.capture(step)
+    del failed  # whose traceback keeps the step's tensors
+    for _ in range(3):
+        beside()
+    assert held() - before < 16 * megabyte
