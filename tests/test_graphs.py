@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -361,3 +364,50 @@ def test_a_recording_that_failed_keeps_no_memory(joined: bool) -> None:
     for _ in range(3):
         beside()
     assert held() - before < 16 * megabyte
+
+
+def branched(values: Tensor) -> Tensor:
+    with graphs.beside(values.device) as join:
+        more = values + 1
+    join(more)
+    return more * 2
+
+
+@pytest.mark.cuda
+def test_what_another_thread_does_is_not_recorded() -> None:
+    mine, other = torch.ones(3, device=CUDA), torch.full((3,), 5.0, device=CUDA)
+    found = []
+    with ThreadPoolExecutor(1) as thread:
+
+        def step() -> Tensor:
+            done = branched(mine)
+            found.append(thread.submit(branched, other).result())
+            return done
+
+        replay, output = graphs.capture(step)
+        other.fill_(7.0)
+        replay()
+    assert output.tolist() == [4, 4, 4]
+    assert [one.tolist() for one in found] == [[12, 12, 12]] * 2
+
+
+@pytest.mark.cuda
+def test_two_threads_record() -> None:
+    """One after the other, though both would begin at once."""
+    both = threading.Barrier(2)
+
+    def record(level: float) -> list[float]:
+        values, runs = torch.full((3,), level, device=CUDA), []
+
+        def step() -> Tensor:
+            runs.append(1)
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(None if len(runs) == 1 else 0.5)
+            return branched(values)
+
+        replay, output = graphs.capture(step)
+        replay()
+        return output.tolist()
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(record, (1.0, 2.0))) == [[4, 4, 4], [6, 6, 6]]

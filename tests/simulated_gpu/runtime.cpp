@@ -323,7 +323,18 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
     return cudaSuccess;
 }
 
-cudaError_t cudaDeviceSynchronize() { return wait_for_all(); }
+// A device is no more waited for while one of its streams is captured than that stream is, whichever the thread and mode
+// (CUDA C Programming Guide, "Prohibited and Unhandled Operations").
+cudaError_t cudaDeviceSynchronize() {
+    {
+        Locked locked(state);
+        bool captured = false;
+        for (Stream *stream : streams)
+            if (stream->device == current_device && stream->capture) captured = stream->capture->invalid = true;
+        if (captured) return fail(cudaErrorStreamCaptureUnsupported);
+    }
+    return wait_for_all();
+}
 
 cudaError_t cudaProfilerStart() { return cudaSuccess; }
 
