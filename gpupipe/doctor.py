@@ -15,7 +15,7 @@ from gpupipe.device import find_device
 from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.engines.choice import find_dtype
-from gpupipe.engines.declared import candidates
+from gpupipe.engines.declared import DECLARED, contenders, runnable
 from gpupipe.engines.measure import Figures, fastest, measure
 from gpupipe.engines.remembered import recall, remember
 from gpupipe.errors import first_line
@@ -72,6 +72,7 @@ def _obstacles(cuda: bool) -> dict[str, str | None]:
     no_gpu = None if cuda else "no CUDA GPU is available"
     found: dict[str, str | None] = {
         "Triton kernels": no_gpu or obstacle("cuda"),
+        "Gluon kernels": no_gpu or DECLARED["gluon"].obstacle(torch.device("cuda")),
         "nvJPEG": no_gpu or _nvjpeg_obstacle(),
         "NVDEC": no_gpu or _nvdec_obstacle(),
     }
@@ -96,9 +97,8 @@ def _engine(device: torch.device, *, exact: bool) -> str:
         network = UNet328("ave")
     figures = recall(network, device, dtype)
     if figures is None:
-        engines = candidates(device, dtype)
-        quick = ", ".join(one.name for one in engines if not one.slow_to_build)
-        slow = ", ".join(one.name for one in engines if one.slow_to_build)
+        quick = ", ".join(one.name for one in contenders(device, dtype))
+        slow = ", ".join(one.name for one in runnable(device, dtype) if one.slow_to_build)
         more = f"; --engines measures {slow} too" if slow else ""
         return f"auto: the fastest of {quick}, measured at the first render{more}"
     told = ", ".join("fails: " + name if math.isinf(ms) else f"{name} {ms:.1f}" for name, ms in figures.items())
@@ -106,11 +106,11 @@ def _engine(device: torch.device, *, exact: bool) -> str:
 
 
 def measure_engines(device: str | torch.device | None = None) -> Figures:
-    """Measure every engine of a device on a full-width network of mode ave with made-up weights, and remember it."""
+    """Measure what runs on a device on a full-width network of mode ave with made-up weights, and remember it."""
     chosen = find_device(device)
     dtype = find_dtype(chosen, exact=chosen.type == "cpu", precision=None)
     network = UNet328("ave").eval()
-    figures, _ = measure(network, chosen, dtype, candidates(chosen, dtype))
+    figures, _ = measure(network, chosen, dtype, runnable(chosen, dtype))
     remember(network, chosen, dtype, figures)
     return figures
 

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast, get_args
@@ -17,13 +18,14 @@ from torch import nn
 
 import gpupipe.engines
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.engines import ENGINES, Engine, EngineName, compiled, make_engine, measure, openvino_cpu, remembered
+from gpupipe.engines import ENGINES, Engine, EngineName, compiled, gluon, make_engine, measure, openvino_cpu, remembered
 from gpupipe.engines.base import Declaration
 from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.errors import DeviceError, InputError
 from gpupipe.fallbacks import fallbacks
+from gpupipe.kernels import dispatch
 from gpupipe.lanes import Lanes
 from gpupipe.models import MODES, Mode, UNet328
 from gpupipe.versions import versions
@@ -209,9 +211,10 @@ def test_auto_remembers_for_the_same_kind_of_network(network: UNet328, timed: di
 
 @pytest.mark.usefixtures("timed")
 def test_figures_are_of_one_precision(network: UNet328) -> None:
-    remembered.remember(network, CPU, torch.float32, {"eager": 100.0})
+    figures = {"onnxruntime": 50.0, "eager": 100.0}
+    remembered.remember(network, CPU, torch.float32, figures)
     remembered.remember(network, CPU, torch.bfloat16, {"eager": 50.0, "openvino": 10.0})
-    assert remembered.recall(network, CPU, torch.float32) == {"eager": 100.0}
+    assert remembered.recall(network, CPU, torch.float32) == figures
 
 
 @pytest.mark.parametrize(
@@ -268,6 +271,30 @@ def test_an_engine_that_fails_is_said_and_not_taken(
     assert make_engine(network, device=CPU).name == "eager", "and so it is remembered"
     told = f"engine onnxruntime failed when it was measured ({remembered.cache_file()} tells): eager runs instead"
     assert told in fallbacks(), "and said again"
+
+
+def test_an_obstacle_is_said_and_does_not_outlast_itself(
+    network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a compiler that is missing, and then is installed, and removed."""
+    timed.update(onnxruntime=0.1, eager=0.2)
+    as_it_is = DECLARED["onnxruntime"]
+    for reason, taken in (("it rains", "eager"), (None, "onnxruntime"), ("it rains again", "eager")):
+        monkeypatch.setitem(DECLARED, "onnxruntime", replace(as_it_is, obstacle=lambda device, told=reason: told))
+        assert make_engine(network, device=CPU).name == taken
+    assert fallbacks() == [
+        f"engine onnxruntime does not run here (it {rains}): eager runs instead" for rains in ("rains", "rains again")
+    ]
+
+
+@pytest.mark.parametrize("name", ["fused", "gluon"])
+def test_engines_of_our_own_kernels_run_where_those_do(
+    name: EngineName, network: UNet328, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_cuda_obstacle", lambda index: "it is too old")
+    monkeypatch.setattr(gluon, "gluon_obstacle", lambda: None)
+    with pytest.raises(DeviceError, match=f"^engine is '{name}': it is too old"):
+        make_engine(network, device=torch.device("cuda"), engine=name, exact=False)
 
 
 def test_no_engine_works(network: UNet328, timed: dict[str, float]) -> None:

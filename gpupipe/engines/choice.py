@@ -9,7 +9,7 @@ import torch
 
 from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import ENGINES, Engine, EngineName, Precision
-from gpupipe.engines.declared import DECLARED, candidates
+from gpupipe.engines.declared import DECLARED, candidates, contenders
 from gpupipe.engines.measure import fastest, measure
 from gpupipe.engines.remembered import cache_file, recall, remember
 from gpupipe.errors import DeviceError
@@ -49,12 +49,15 @@ def make_engine(
     built: dict[str, Engine] = {}
     figures = recall(network, device, dtype)
     if figures is None:
-        quick = [one for one in candidates(device, dtype) if not one.slow_to_build]
-        names = " and ".join(one.name for one in quick)
+        engines = contenders(device, dtype)
+        names = " and ".join(one.name for one in engines)
         logger.info("engine: measuring %s on %s, once for this kind of network", names, device)
-        figures, built = measure(network, device, dtype, quick)
+        figures, built = measure(network, device, dtype, engines)
         remember(network, device, dtype, figures)
     name = fastest(figures)
+    for one in candidates(device, dtype):
+        if not one.slow_to_build and (reason := one.obstacle(device)):
+            note_fallback(f"engine {one.name} does not run here ({reason}): {name} runs instead")
     if not built:
         for failed in (failed for failed, ms in figures.items() if math.isinf(ms)):
             note_fallback(f"engine {failed} failed when it was measured ({cache_file()} tells): {name} runs instead")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 from gpupipe.engines.base import Declaration, EngineName, Features
+from gpupipe.kernels.dispatch import obstacle
 from gpupipe.kernels.inverted_residual import (
     Projection,
     depthwise_project,
@@ -202,4 +203,6 @@ def _identity(channels: int) -> nn.Conv2d:
     return layer
 
 
-DECLARATION = Declaration("fused", FusedEngine, devices=("cuda",), dtypes=(torch.float16, torch.bfloat16))
+DECLARATION = Declaration(
+    "fused", FusedEngine, devices=("cuda",), dtypes=(torch.float16, torch.bfloat16), obstacle=obstacle
+)

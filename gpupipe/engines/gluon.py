@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gpupipe.engines.base import Declaration, EngineName
 from gpupipe.engines.fused import Entry, FusedEngine, Step, convolutions
+from gpupipe.kernels.dispatch import obstacle
 from gpupipe.kernels.whole_block import PackedBlock, gluon_obstacle, pack_head, pack_whole_block, whole_block
 from gpupipe.models.hoisted import HoistedUp
 from gpupipe.models.unet328 import UNet328
@@ -91,5 +92,5 @@ DECLARATION = Declaration(
     lambda network, device, dtype: GluonEngine(network, device=device),
     devices=("cuda",),
     dtypes=(torch.float16,),
-    obstacle=lambda device: gluon_obstacle(),
+    obstacle=lambda device: gluon_obstacle() or obstacle(device),
 )

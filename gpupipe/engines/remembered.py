@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gpupipe.engines.base import BATCH_SIZES
-from gpupipe.engines.declared import candidates
+from gpupipe.engines.declared import contenders, runnable
 from gpupipe.engines.measure import Figures
 from gpupipe.errors import OutputError
 from gpupipe.files import make_folder, replacing
@@ -29,13 +29,17 @@ def cache_file() -> Path:
 
 
 def recall(network: UNet328, device: torch.device, dtype: torch.dtype) -> Figures | None:
-    """What an earlier measurement of the same kind found, or None."""
+    """What an earlier measurement of the same kind found of the engines that run here.
+
+    None where there was none, or one without an engine to which there was an obstacle then, such as a missing compiler.
+    """
     figures = _read().get(_key(network, device, dtype))
     if not isinstance(figures, dict):
         return None
-    names = {one.name for one in candidates(device, dtype)}
+    names = {one.name for one in runnable(device, dtype)}
     known = {name: math.inf if ms is None else ms for name, ms in figures.items() if name in names}
-    return known if known and all(isinstance(ms, int | float) for ms in known.values()) else None
+    whole = known.keys() >= {one.name for one in contenders(device, dtype)}
+    return known if whole and all(isinstance(ms, int | float) for ms in known.values()) else None
 
 
 def remember(network: UNet328, device: torch.device, dtype: torch.dtype, figures: Figures) -> None:
