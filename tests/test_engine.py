@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,12 +19,23 @@ from torch import nn
 
 import gpupipe.engines
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.engines import ENGINES, Engine, EngineName, compiled, gluon, make_engine, measure, openvino_cpu, remembered
+from gpupipe.engines import (
+    ENGINES,
+    Engine,
+    EngineName,
+    choice,
+    compiled,
+    gluon,
+    make_engine,
+    measure,
+    openvino_cpu,
+    remembered,
+)
 from gpupipe.engines.base import Declaration
 from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
-from gpupipe.errors import DeviceError, InputError
+from gpupipe.errors import DeviceError, GpupipeError, InputError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.kernels import dispatch
 from gpupipe.lanes import Lanes
@@ -295,6 +307,30 @@ def test_engines_of_our_own_kernels_run_where_those_do(
     monkeypatch.setattr(gluon, "gluon_obstacle", lambda: None)
     with pytest.raises(DeviceError, match=f"^engine is '{name}': it is too old"):
         make_engine(network, device=torch.device("cuda"), engine=name, exact=False)
+
+
+def test_an_engine_that_takes_the_gpu_away_does_so_once(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an illegal access does: nothing of CUDA works in the process after it, the engine that was chosen neither."""
+    cuda, figures = torch.device("cuda"), {"gluon": math.inf, "fused": math.inf, "eager": 1.0}
+    kept: list[dict[str, float]] = []
+
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    for name, value in (
+        ("contenders", lambda *_: []),
+        ("measure", lambda *_: (figures, {"eager": SimpleNamespace(name="eager")})),
+        ("recall", lambda *_: kept[-1] if kept else None),
+        ("remember", lambda *given: kept.append(given[-1])),
+    ):
+        monkeypatch.setattr(choice, name, value)
+    monkeypatch.setattr(dispatch, "_cuda_obstacle", lambda index: None)
+    monkeypatch.setattr(Declaration, "build", lambda one, *_: SimpleNamespace(name=one.name))
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    told = r"CUDA error: an illegal memory access was encountered\); run it again: .* eager runs instead"
+    with pytest.raises(GpupipeError, match=told):
+        make_engine(network, device=cuda, exact=False)
+    assert make_engine(network, device=cuda, exact=False).name == "eager"
 
 
 def test_no_engine_works(network: UNet328, timed: dict[str, float]) -> None:
