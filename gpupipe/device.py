@@ -10,6 +10,8 @@ from gpupipe.errors import DeviceError
 def find_device(device: str | torch.device | None = None, *, here: bool = True) -> torch.device:
     """The device of a name; None means a CUDA GPU if there is one, else the CPU.
 
+    ``cuda`` is the GPU that is current now, by its number: in other threads, or later, another one may be.
+
     Args:
         here: whether this machine is to have it; False only checks the name, for another machine.
 
@@ -17,7 +19,7 @@ def find_device(device: str | torch.device | None = None, *, here: bool = True) 
         DeviceError: an unknown name, or a GPU that is not there.
     """
     if device is None or device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
     except RuntimeError as error:
@@ -29,4 +31,6 @@ def find_device(device: str | torch.device | None = None, *, here: bool = True) 
             raise DeviceError(f"device is {str(device)!r}, but no CUDA GPU is available here; expected cpu")
         if (found.index or 0) >= torch.cuda.device_count():
             raise DeviceError(f"device is {str(device)!r}; expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        if found.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
     return found

@@ -180,6 +180,14 @@ def test_a_second_gpu_that_is_not_there() -> None:
         find_device("cuda:99")
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("device", [None, "auto", "cuda", torch.device("cuda")])
+def test_the_current_gpu_is_meant_by_its_number(device: str | torch.device | None) -> None:
+    last = torch.cuda.device_count() - 1
+    with torch.cuda.device(last):
+        assert find_device(device) == torch.device("cuda", last)
+
+
 @pytest.mark.parametrize("device", ["tpu", "meta", "mps", "", "cuda:x", "cpu0"])
 def test_devices_that_are_none(device: str) -> None:
     with pytest.raises(DeviceError, match=f"^device is '{device}'; expected cpu, cuda or cuda:N"):
