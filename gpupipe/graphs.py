@@ -5,13 +5,39 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-_recording = threading.Lock()
-"""Held by the thread that records: none may wait for the device meanwhile, as another one's recording begins with."""
+_turn = threading.Lock()
+"""Held by the thread that records, for none may wait for the device meanwhile, as another one's recording begins with;
+and by the one that replays, until it has copied the output."""
+
+
+class _Memory:
+    """Memory that all recordings of a device have in common, for as long as there are any.
+
+    It is used by one replay after the other, on whichever streams. Nothing is kept in it between them: an output is
+    copied before the next one, which may write over it.
+    """
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self._last: torch.cuda.Stream | None = None
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Replay ``graph`` on the current stream, behind what was queued where the last one was replayed."""
+        current = torch.cuda.current_stream()
+        if self._last is not None and self._last != current:
+            current.wait_stream(self._last)
+        self._last = current
+        graph.replay()
+
+
+_memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
+"""By the device's number."""
 
 
 def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -21,31 +47,34 @@ def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         step: must read and write the same memory each time, and neither wait for the device nor copy from the host.
 
     Returns:
-        what replays the recording on the current stream, and the output that each replay writes.
+        what replays the recording on the current stream, and the output that each replay writes: to be copied before
+        another recording of this device is replayed.
 
     Raises:
         RuntimeError: ``step`` did something that cannot be recorded.
-        torch.OutOfMemoryError: a recording has memory of its own, and there is not enough.
+        torch.OutOfMemoryError: recordings have memory of their own, and there is not enough.
     """
-    side = _stream(torch.device("cuda", torch.cuda.current_device()), "recording", threading.get_ident())
+    device = torch.cuda.current_device()
+    side = _stream(torch.device("cuda", device), "recording", threading.get_ident())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()  # in which Triton compiles, and libraries make what they need for a stream
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    with _recording, torch.cuda.stream(side):
+    graph = torch.cuda.CUDAGraph()
+    with _turn, torch.cuda.stream(side):
         torch.cuda.synchronize()
         # As torch.cuda.graph does, which would give pinned memory back too, for the next copies to ask for it again.
         torch.cuda.empty_cache()
+        memory = _memories.get(device) or _memories.setdefault(device, _Memory())
         # The encoder's thread may wait for the device meanwhile: that is no fault of this thread's recording.
-        graph.capture_begin(pool, capture_error_mode="thread_local")
+        graph.capture_begin(memory.pool, capture_error_mode="thread_local")
         try:
             output = step()
         except BaseException:
             with contextlib.suppress(RuntimeError):  # it says again that the recording failed
-                _end(graph, pool)
+                _end(graph, memory.pool)
             raise
-        _end(graph, pool)
-    return graph.replay, output
+        _end(graph, memory.pool)
+    return functools.partial(memory.replay, graph), output
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
@@ -53,14 +82,16 @@ def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
 
     Raises:
         RuntimeError: it has failed. To the allocators of PyTorch 2.11 it would still go on: the pool is never free
-            again, nor is what two streams have used.
+            again, nor is what two streams have used; and nothing else can be recorded into that pool.
     """
+    device = torch.cuda.current_device()
     try:
         graph.capture_end()
     except RuntimeError:
         with contextlib.suppress(RuntimeError):  # newer ones know
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
-            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
+        _memories.pop(device, None)  # the next recording begins another
         raise
 
 
@@ -112,10 +143,10 @@ class GraphedStep:
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run a batch of at most :attr:`batch_size`. The result is a copy, which the next replay leaves alone."""
         count = len(inputs[0])
-        for kept, given in zip(self._inputs, inputs, strict=True):
-            kept[:count].copy_(given)
-            if count < self.batch_size:
-                kept[count:].copy_(given[-1:].expand(self.batch_size - count, *given.shape[1:]))
-        with torch.cuda.device_of(self._output):
+        with _turn, torch.cuda.device_of(self._output):
+            for kept, given in zip(self._inputs, inputs, strict=True):
+                kept[:count].copy_(given)
+                if count < self.batch_size:
+                    kept[count:].copy_(given[-1:].expand(self.batch_size - count, *given.shape[1:]))
             self._replay()
-        return self._output[:count].clone()
+            return self._output[:count].clone()

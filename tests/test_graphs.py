@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,19 @@ def test_padding_repeats_the_last_sample() -> None:
 
     GraphedStep(step, torch.tensor([7.0, 8.0, 9.0]))(torch.tensor([1.0, 2.0]))
     assert seen[-1] == [1, 2, 2]
+
+
+def test_a_replay_waits_for_the_one_before_it_on_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both use the same memory."""
+    said: list[str] = []
+    streams = [SimpleNamespace(wait_stream=lambda other, k=k: said.append(f"{k} waits")) for k in range(2)]
+    graph: Any = SimpleNamespace(replay=lambda: said.append("replay"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    memory = graphs._Memory()
+    for k in (0, 0, 1, 0):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda k=k: streams[k])
+        memory.replay(graph)
+    assert said == ["replay", "replay", "1 waits", "replay", "0 waits", "replay"]
 
 
 def batches(template: Template) -> list[tuple[np.ndarray, Tensor]]:
@@ -389,6 +404,34 @@ def test_what_another_thread_does_is_not_recorded() -> None:
         replay()
     assert output.tolist() == [4, 4, 4]
     assert [one.tolist() for one in found] == [[12, 12, 12]] * 2
+
+
+@pytest.mark.cuda
+def test_recordings_share_their_memory() -> None:
+    """A farm records a step for each face."""
+    size = 16 << 20
+
+    def step(values: Tensor, level: int) -> Tensor:
+        with graphs.beside(CUDA) as join:
+            background = torch.zeros(size, device=CUDA)
+        wide = values.sum() * torch.ones(4 * size, device=CUDA)
+        join(background)
+        return values * level + wide[:3] + background[:3]
+
+    values, made, held = torch.ones(3, device=CUDA), [], []
+    for level in range(3):
+        made.append(GraphedStep(functools.partial(step, level=level), values))
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved())
+    assert held[2] - held[0] < size
+    assert [made[level](values).tolist() for level in (2, 0, 1, 2)] == [[level + 3.0] * 3 for level in (2, 0, 1, 2)]
+    with pytest.raises(RuntimeError):
+        graphs.capture(lambda: values * values.sum().item())
+    assert made[1](values).tolist() == [4, 4, 4], "one that fails takes nothing from the others"
+    made.append(GraphedStep(functools.partial(step, level=3), values))
+    assert [one(values)[0].item() for one in made] == [3, 4, 5, 6]
+    del made[:]
+    assert GraphedStep(functools.partial(step, level=4), values)(values).tolist() == [7, 7, 7]
 
 
 @pytest.mark.cuda
