@@ -100,7 +100,7 @@ def _engine(device: torch.device, *, exact: bool) -> str:
         quick = ", ".join(one.name for one in contenders(device, dtype))
         slow = ", ".join(one.name for one in runnable(device, dtype) if one.slow_to_build)
         more = f"; --engines measures {slow} too" if slow else ""
-        return f"auto: the fastest of {quick}, measured at the first render{more}"
+        return f"auto: the fastest of {quick}, measured at the first render{more}" if "," in quick else quick + more
     told = ", ".join("fails: " + name if math.isinf(ms) else f"{name} {ms:.1f}" for name, ms in figures.items())
     return f"{fastest(figures)} (ms a frame, mode ave, full width: {told})"
 

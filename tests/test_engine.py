@@ -285,6 +285,17 @@ def test_an_engine_that_fails_is_said_and_not_taken(
     assert told in fallbacks(), "and said again"
 
 
+def test_one_engine_alone_is_not_measured(
+    network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU in float32: its memory may be too small for the batch that engines are measured with."""
+    monkeypatch.setattr(remembered, "device_name", lambda device: "a GPU")
+    assert make_engine(network, device=torch.device("cuda"), exact=True).name == "eager"
+    assert not remembered.cache_file().exists()
+    remembered.remember(network, torch.device("cuda"), torch.float32, {"eager": 3.0, "compile": 2.0})
+    assert make_engine(network, device=torch.device("cuda"), exact=True).name == "compile", "asked for by doctor"
+
+
 def test_an_obstacle_is_said_and_does_not_outlast_itself(
     network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,7 +329,7 @@ def test_an_engine_that_takes_the_gpu_away_does_so_once(network: UNet328, monkey
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
 
     for name, value in (
-        ("contenders", lambda *_: []),
+        ("contenders", lambda *_: [DECLARED["fused"], DECLARED["eager"]]),
         ("measure", lambda *_: (figures, {"eager": SimpleNamespace(name="eager")})),
         ("recall", lambda *_: kept[-1] if kept else None),
         ("remember", lambda *given: kept.append(given[-1])),

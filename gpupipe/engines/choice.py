@@ -31,7 +31,7 @@ def make_engine(
 
     Args:
         engine: one of :data:`~gpupipe.engines.base.ENGINES`; ``"auto"`` measures once for each device, network shape,
-            precision and set of versions, and remembers.
+            precision and set of versions, and remembers. Where one alone comes into question it is taken unmeasured.
         exact: float32 arithmetic with TF32 off.
         precision: of weights and activations; None means float32 on the CPU and where ``exact``, else float16. A CPU
             takes bfloat16, too, if it multiplies that and OpenVINO is installed.
@@ -48,15 +48,14 @@ def make_engine(
     if engine != "auto":
         return DECLARED[engine].build(network, device, dtype)
     built: dict[str, Engine] = {}
-    figures = recall(network, device, dtype)
-    if figures is None:
-        engines = contenders(device, dtype)
+    figures, engines = recall(network, device, dtype) or {}, contenders(device, dtype)
+    if not figures and len(engines) > 1:
         names = " and ".join(one.name for one in engines)
         logger.info("engine: measuring %s on %s, once for this kind of network", names, device)
         figures, built = measure(network, device, dtype, engines)
         remember(network, device, dtype, figures)
         _require_alive(device, fastest(figures))
-    name = fastest(figures)
+    name = fastest(figures) if figures else engines[0].name
     for one in candidates(device, dtype):
         if not one.slow_to_build and (reason := one.obstacle(device)):
             note_fallback(f"engine {one.name} does not run here ({reason}): {name} runs instead")
@@ -64,8 +63,8 @@ def make_engine(
         for failed in (failed for failed, ms in figures.items() if math.isinf(ms)):
             note_fallback(f"engine {failed} failed when it was measured ({cache_file()} tells): {name} runs instead")
     chosen = built.get(name) or DECLARED[name].build(network, device, dtype)
-    told = ", ".join(f"{name} {ms:.1f}" for name, ms in figures.items())
-    logger.debug("engine %s on %s, %s: fastest of %s ms a frame", chosen.name, device, dtype, told)
+    told = ", ".join(f"{name} {ms:.1f} ms a frame" for name, ms in figures.items()) or "itself"
+    logger.debug("engine %s on %s, %s: fastest of %s", chosen.name, device, dtype, told)
     return chosen
 
 
