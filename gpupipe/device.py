@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from gpupipe.errors import DeviceError
+from gpupipe.errors import DeviceError, first_line
+from gpupipe.fallbacks import note_fallback
 
 
 def find_device(device: str | torch.device | None = None, *, here: bool = True) -> torch.device:
-    """The device of a name; None means a CUDA GPU if there is one, else the CPU.
+    """The device of a name; None means a CUDA GPU if there is one that works, else the CPU.
 
     ``cuda`` is the GPU that is current now, by its number: in other threads, or later, another one may be.
 
@@ -16,9 +17,10 @@ def find_device(device: str | torch.device | None = None, *, here: bool = True) 
         here: whether this machine is to have it; False only checks the name, for another machine.
 
     Raises:
-        DeviceError: an unknown name, or a GPU that is not there.
+        DeviceError: an unknown name, or a GPU that is not there or does not work.
     """
-    if device is None or device == "auto":
+    asked_for = device not in (None, "auto")
+    if device is None or not asked_for:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
@@ -26,11 +28,25 @@ def find_device(device: str | torch.device | None = None, *, here: bool = True) 
         raise DeviceError(f"device is {device!r}; expected cpu, cuda or cuda:N") from error
     if found.type not in {"cpu", "cuda"}:
         raise DeviceError(f"device is {str(device)!r}; expected cpu, cuda or cuda:N")
-    if found.type == "cuda" and here:
-        if not torch.cuda.is_available():
-            raise DeviceError(f"device is {str(device)!r}, but no CUDA GPU is available here; expected cpu")
-        if (found.index or 0) >= torch.cuda.device_count():
-            raise DeviceError(f"device is {str(device)!r}; expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
-        if found.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
+    if found.type == "cpu" or not here:
+        return found
+    if not torch.cuda.is_available():
+        raise DeviceError(f"device is {str(device)!r}, but no CUDA GPU is available here; expected cpu")
+    if (found.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device is {str(device)!r}; expected cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+    found = torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+    if reason := _obstacle(found):
+        if asked_for:
+            raise DeviceError(f"device is {str(device)!r}, which does not work ({reason}); expected cpu")
+        note_fallback(f"{found} does not work ({reason}): the CPU runs instead")
+        return torch.device("cpu")
     return found
+
+
+def _obstacle(device: torch.device) -> str | None:
+    """Why PyTorch runs nothing on a GPU that it sees: it may be of an architecture for which it has no kernels."""
+    try:
+        torch.ones(1, device=device)
+    except RuntimeError as error:
+        return first_line(error)
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ import gpupipe.onnx_export
 from gpupipe import CheckpointError, DeviceError, GpupipeError, InputError, OutputError, UNetModel
 from gpupipe.device import find_device
 from gpupipe.engines import EngineName
+from gpupipe.fallbacks import fallbacks
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode
 from gpupipe.models.audio_encoder import AudioEncoder
 from gpupipe.speech import SpeechEncoder
@@ -186,6 +188,23 @@ def test_the_current_gpu_is_meant_by_its_number(device: str | torch.device | Non
     last = torch.cuda.device_count() - 1
     with torch.cuda.device(last):
         assert find_device(device) == torch.device("cuda", last)
+
+
+def test_a_gpu_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one for which PyTorch brings no kernels. The CPU takes its place, unless it was asked for."""
+
+    def ones(size: int, device: torch.device) -> torch.Tensor:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand more")
+
+    for name, value in (("is_available", True), ("device_count", 1), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch, "ones", ones)
+    told = "no kernel image is available for execution on the device)"
+    assert find_device() == torch.device("cpu")
+    assert fallbacks() == [f"cuda:0 does not work (CUDA error: {told}: the CPU runs instead"]
+    with pytest.raises(DeviceError, match=f"^device is 'cuda', which does not work .*{re.escape(told)}; expected cpu"):
+        find_device("cuda")
+    assert find_device("cuda", here=False) == torch.device("cuda"), "that of another machine"
 
 
 @pytest.mark.parametrize("device", ["tpu", "meta", "mps", "", "cuda:x", "cpu0"])
