@@ -45,15 +45,15 @@ def examine(device: str | None = None) -> dict[str, Any]:
         that a render would take, and why); ``fallbacks``.
     """
     chosen = find_device(device)
-    cuda = torch.cuda.is_available()
+    gpu = chosen if chosen.type == "cuda" else find_device()  # the CPU where none works
     exact = chosen.type == "cpu"
     way = choose_way("auto", PictureFormat(1280, 720, Fraction(25), 20, segmented=chosen.type == "cuda"), chosen)
     return {
         "versions": versions(),
         "device": _device_facts(chosen),
-        "can": {name: "yes" if reason is None else f"no: {reason}" for name, reason in _obstacles(cuda).items()},
+        "can": {name: "yes" if reason is None else f"no: {reason}" for name, reason in _obstacles(gpu).items()},
         "render": {
-            "device": f"{chosen}: " + ("asked for" if device else "a CUDA GPU" if cuda else "there is no CUDA GPU"),
+            "device": f"{chosen}: " + ("asked for" if device else "there is no CUDA GPU" if exact else "a CUDA GPU"),
             "engine": _engine(chosen, exact=exact),
             "precision": f"float32; {_bfloat16()}" if exact else "float16; --exact for float32",
             "jpeg": jpeg_decoder(chosen, exact=exact),
@@ -67,18 +67,18 @@ def examine(device: str | None = None) -> dict[str, Any]:
     }
 
 
-def _obstacles(cuda: bool) -> dict[str, str | None]:
-    """Why each ability is not there; None for those that are."""
-    no_gpu = None if cuda else "no CUDA GPU is available"
+def _obstacles(gpu: torch.device) -> dict[str, str | None]:
+    """Why each ability is not there, those of a GPU on ``gpu``; None for those that are."""
+    no_gpu = None if gpu.type == "cuda" else "no CUDA GPU is available"
     found: dict[str, str | None] = {
-        "Triton kernels": no_gpu or obstacle("cuda"),
-        "Gluon kernels": no_gpu or DECLARED["gluon"].obstacle(torch.device("cuda")),
-        "nvJPEG": no_gpu or _nvjpeg_obstacle(),
+        "Triton kernels": no_gpu or obstacle(gpu),
+        "Gluon kernels": no_gpu or DECLARED["gluon"].obstacle(gpu),
+        "nvJPEG": no_gpu or _nvjpeg_obstacle(gpu),
         "NVDEC": no_gpu or _nvdec_obstacle(),
     }
     for encoder in _ENCODERS:
         nvenc = encoder.endswith("_nvenc")
-        found[encoder] = (no_gpu or _nvenc_obstacle(encoder)) if nvenc else encoder_obstacle(encoder)
+        found[encoder] = (no_gpu or _nvenc_obstacle(encoder, gpu)) if nvenc else encoder_obstacle(encoder)
     return found
 
 
@@ -132,12 +132,12 @@ def _device_facts(device: torch.device) -> dict[str, str]:
     return {"name": processor_name(), "cores": str(available_cores())}
 
 
-def _nvjpeg_obstacle() -> str | None:
+def _nvjpeg_obstacle(gpu: torch.device) -> str | None:
     """Why it does not decode a small picture."""
     try:
         from torchvision.io import decode_jpeg, encode_jpeg  # noqa: PLC0415 - a second: only where it is used
 
-        decode_jpeg(encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8)), device="cuda")
+        decode_jpeg(encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8)), device=gpu)
     except (ImportError, RuntimeError) as error:
         return first_line(error)
     return None
@@ -154,7 +154,7 @@ def _nvdec_obstacle() -> str | None:
     return None
 
 
-def _nvenc_obstacle(encoder: str) -> str | None:
-    """Why it does not take frames from the first GPU."""
-    sessions, reason = nvenc_sessions(encoder, PictureFormat(1280, 720, Fraction(25), 20), torch.device("cuda", 0))
+def _nvenc_obstacle(encoder: str, gpu: torch.device) -> str | None:
+    """Why it does not take frames from the GPU."""
+    sessions, reason = nvenc_sessions(encoder, PictureFormat(1280, 720, Fraction(25), 20), gpu)
     return None if sessions else reason

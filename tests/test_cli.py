@@ -266,6 +266,15 @@ def test_doctor_tells_what_would_be_measured(tmp_path: Path, monkeypatch: pytest
         assert facts["can"]["h264_nvenc"] == "no: no CUDA GPU is available"
 
 
+def test_doctor_asks_nothing_of_a_gpu_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpupipe.doctor.find_device", lambda device=None: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    facts = json.loads(run("doctor", "--json").stdout.splitlines()[-1])
+    assert {facts["can"][name] for name in ("Triton kernels", "nvJPEG", "NVDEC", "h264_nvenc")} == {
+        "no: no CUDA GPU is available"
+    }
+
+
 def test_doctor_names_the_way_a_render_takes(clip: dict[str, Path], tmp_path: Path) -> None:
     network, cpu = UNet328("ave"), torch.device("cpu")
     remembered.remember(network, cpu, torch.float32, {"onnxruntime": 100.0, "eager": 400.0, "compile": math.inf})
