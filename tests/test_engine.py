@@ -403,15 +403,24 @@ def small_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_batch")
-def test_each_run_on_a_gpu_is_waited_for(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["replayed", "launched"])
+def test_each_run_on_a_gpu_is_waited_for(how: str, network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a recording's, as a render's are, where the engine can be recorded."""
     said: list[str] = []
+
+    def capture(step: object) -> tuple[Callable[[], None], None]:
+        if how == "launched":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: said.append("replayed"), None
+
+    monkeypatch.setattr(measure, "capture", capture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("waited"))
     monkeypatch.setattr(measure, "_SECONDS", 0)
     engine: Any = SimpleNamespace(
         device=torch.device("cuda"), encode=lambda image: {}, decode=lambda *_: said.append("launched")
     )
     measure._seconds(engine, network)
-    assert said == ["launched", "waited"] * (1 + measure._RUNS)
+    assert said == [how, "waited"] * (1 + measure._RUNS)
 
 
 @pytest.mark.usefixtures("small_batch")
