@@ -120,9 +120,9 @@ class FrameCache:
         """Which of the computed rows are to be kept, and the first of their slots, which follow each other."""
         if self.capacity is None:
             size = sum(value[0].nbytes for value in computed.values())
-            self.capacity = min(int(self._cacheable.sum()), max(0, self.budget) // max(1, size))
-            self.bytes_used = self.capacity * size
-            self._bank = {name: value.new_empty(self.capacity, *value.shape[1:]) for name, value in computed.items()}
+            capacity = min(int(self._cacheable.sum()), max(0, self.budget) // max(1, size))
+            self._bank = {name: value.new_empty(capacity, *value.shape[1:]) for name, value in computed.items()}
+            self.capacity, self.bytes_used = capacity, capacity * size  # last: there may not be so much memory now
         first = self._taken
         rows = np.flatnonzero((self._slot[frames] == _ABSENT) & self._cacheable[frames])[: self.capacity - first]
         self._slot[frames[rows]] = _BEING_WRITTEN

@@ -62,6 +62,26 @@ def assert_right(cache: FrameCache, frames: Sequence[int] | NDArray[np.int64]) -
             assert torch.equal(found[name][row], value[0]), f"{name} of frame {frame}"
 
 
+def test_memory_that_is_not_there_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch fails, and is tried again with half its frames when something else has let go of memory."""
+    new_empty, tried = Tensor.new_empty, []
+
+    def refuse_once(value: Tensor, *size: int) -> Tensor:
+        tried.append(size)
+        if len(tried) == 2:  # of the second tensor
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return new_empty(value, *size)
+
+    some, recorder = cache(LENGTH * FRAME_BYTES)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", refuse_once)
+        with pytest.raises(torch.OutOfMemoryError):
+            some.lookup([1, 2, 3, 4])
+        assert_right(some, [1, 2])
+    assert_right(some, [2, 1, 2])
+    assert recorder.computed == [1, 2, 3, 4, 1, 2]
+
+
 BUDGETS = [0, FRAME_BYTES - 1, FRAME_BYTES, 4 * FRAME_BYTES + 3, LENGTH * FRAME_BYTES, 10**9]
 
 
