@@ -15,6 +15,7 @@ from torch import Tensor
 from gpupipe.avatar import Avatar
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.errors import InputError
+from gpupipe.fallbacks import note_fallback
 from gpupipe.features import SpeechFeatures
 from gpupipe.image_processor import Image, ImageProcessor
 from gpupipe.kernels.nv12 import PixelFormat
@@ -221,13 +222,28 @@ class FrameGenerator:
         return Shot(avatar, speech, timing, start_frame, range(timing.frames) if frames is None else frames)
 
     def _batches(self, shot: Shot) -> Iterator[Tensor]:
-        def render(pieces: list[Piece]) -> tuple[list[Piece], list[Tensor]]:
-            return pieces, render_batch(pieces)
+        device, size = self.unet_model.device, self.batch_size
 
-        batches = fill_batches([shot], lambda: self.batch_size)
-        for (piece,), (rows,) in map_batches(render, batches, self.unet_model.device):
-            logger.debug("rendered frames %d to %d", piece.frames.start, piece.frames.stop - 1)
-            yield from piece.frames_from_rows(rows, self.batch_size)
+        def render(pieces: list[Piece]) -> list[tuple[Piece, Tensor]]:
+            """A piece and its rows; in halves where a GPU has no memory for the whole, and so from then on."""
+            nonlocal size
+            (piece,) = pieces
+            try:
+                return [(piece, render_batch(pieces)[0])]
+            except torch.OutOfMemoryError:
+                if len(piece.rows) == 1:
+                    raise
+            # No longer in the handler, whose error keeps the batch's tensors.
+            torch.cuda.empty_cache()
+            if len(piece.rows) <= size:
+                size = len(piece.rows) // 2
+                note_fallback(f"{device} is out of memory: batches of {size} from here on")
+            return [rendered for half in piece.halves() for rendered in render([half])]
+
+        for rendered in map_batches(render, fill_batches([shot], lambda: size), device):
+            for piece, rows in rendered:
+                logger.debug("rendered frames %d to %d", piece.frames.start, piece.frames.stop - 1)
+                yield from piece.frames_from_rows(rows, self.batch_size)
 
     def _window(self, audio: ArrayLike | Tensor) -> Tensor:
         """One frame's audio as (1, *audio_shape)."""

@@ -13,11 +13,13 @@ import pytest
 import torch
 from clips import features, rendered
 
-from gpupipe import FrameGenerator, InputError, OutputError, SpeechFeatures, Template, UNetModel, audio_windows
+from gpupipe import FrameGenerator, InputError, OutputError, SpeechFeatures, Template, UNetModel, audio_windows, shots
 from gpupipe.avatar import Avatar
 from gpupipe.benchmarks import reference_loop as reference
+from gpupipe.fallbacks import fallbacks
 from gpupipe.lanes import Lanes
 from gpupipe.models import MODES, Mode
+from gpupipe.shots import Piece
 from gpupipe.video.decode import read_images
 
 MakeModel = Callable[..., UNetModel]
@@ -55,6 +57,41 @@ def test_half_the_memory_changes_nothing(tiny_model: MakeModel, template: Path) 
     budget = 5 * 192 * 128 * 3 + 2 * (sum(sizes) + 3 * 328 * 328) + 100
     found = rendered(FrameGenerator(tiny_model(), memory_budget=budget), template, features(10))
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("fps", [None, 20.0, 60.0])
+def test_batches_that_do_not_fit_in_a_gpu_s_memory_are_halved(
+    fps: float | None, tiny_model: MakeModel, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on, and said so."""
+    monkeypatch.setattr("gpupipe.frame_generator.map_batches", lambda function, batches, device: map(function, batches))
+    tried: list[int] = []
+
+    def render_batch(pieces: list[Piece]) -> list[torch.Tensor]:
+        (piece,) = pieces
+        tried.append(len(piece.rows))
+        if len(piece.rows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return shots.render_batch(pieces)
+
+    def frames() -> np.ndarray:
+        generator = FrameGenerator(tiny_model(), batch_size=5)
+        opened = generator.open_template_directory(template)
+        return torch.cat(list(generator.stream(opened, SpeechFeatures(features(10)), fps=fps))).numpy()
+
+    expected = frames()
+    monkeypatch.setattr("gpupipe.frame_generator.render_batch", render_batch)
+    assert np.array_equal(frames(), expected)
+    assert tried[:5] == [5, 2, 3, 1, 2]
+    assert max(tried[5:], default=0) <= 2
+    assert fallbacks() == ["cpu is out of memory: batches of 2 from here on"]
+
+    def never(pieces: list[Piece]) -> list[torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("gpupipe.frame_generator.render_batch", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        frames()
 
 
 @pytest.mark.parametrize("fit", [1, 3, 5])
