@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import subprocess
 from collections.abc import Callable
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from gpupipe.errors import first_line
 from gpupipe.fallbacks import note_fallback
 
 Backend = Literal["triton", "torch"]
@@ -47,9 +49,24 @@ def _cuda_obstacle(index: int | None) -> str | None:
     elif (capability := torch.cuda.get_device_capability(index)) < OLDEST_CAPABILITY:
         least = ".".join(map(str, OLDEST_CAPABILITY))
         reason = f"compute capability is {'.'.join(map(str, capability))}; the Triton kernels need {least} or newer"
+    else:
+        reason = _launch_obstacle()
     if reason is not None:
         note_fallback(f"plain torch in place of the Triton kernels: {reason}")
     return reason
+
+
+def _launch_obstacle() -> str | None:
+    """Why Triton launches nothing here: a C compiler makes what it launches with, once, and a folder keeps that."""
+    import triton
+
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except subprocess.CalledProcessError:  # which has told
+        return "triton cannot launch them: the C compiler fails, which also needs Python's headers (python3-dev)"
+    except Exception as error:  # no compiler, no folder that can be written …
+        return f"triton cannot launch them: {first_line(error)}"
+    return None
 
 
 def on_its_device(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,18 @@ def test_the_cpu_runs_plain_torch_and_that_is_no_fallback() -> None:
     assert not any("Triton" in message for message in fallbacks())
 
 
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What is said of a GPU of compute capability 9.0."""
+    said: list[str] = []
+    monkeypatch.setattr(dispatch, "note_fallback", said.append)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    dispatch._cuda_obstacle.cache_clear()
+    yield said
+    dispatch._cuda_obstacle.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("capability", "triton", "backend", "said"),
     [
@@ -28,20 +43,58 @@ def test_the_cpu_runs_plain_torch_and_that_is_no_fallback() -> None:
     ],
 )
 def test_cuda_runs_triton_where_it_can(
-    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], triton: bool, backend: str, said: str | None
+    monkeypatch: pytest.MonkeyPatch,
+    noted: list[str],
+    capability: tuple[int, int],
+    triton: bool,
+    backend: str,
+    said: str | None,
 ) -> None:
-    noted: list[str] = []
-    monkeypatch.setattr(dispatch, "note_fallback", noted.append)
-    monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(dispatch, "_launch_obstacle", lambda: None)
     monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: object() if triton else None)
-    dispatch._cuda_obstacle.cache_clear()
-    try:
-        assert dispatch.backend("cuda") == backend
-        assert len(noted) == (said is not None)
-        assert said is None or said in noted[0]
-    finally:
-        dispatch._cuda_obstacle.cache_clear()
+    assert dispatch.backend("cuda") == backend
+    assert len(noted) == (said is not None)
+    assert said is None or said in noted[0]
+
+
+@pytest.mark.parametrize(
+    ("compiler", "folder", "said"),
+    [
+        (None, "new", "Failed to find C compiler"),
+        ("#!/bin/sh\necho no Python.h >&2\nexit 1\n", "new", r"the C compiler fails.*python3-dev"),
+        ("#!/bin/sh\nexit 1\n", "compiler/gcc", "Not a directory"),
+    ],
+    ids=["no compiler", "no headers", "no cache"],
+)
+def test_plain_torch_runs_where_triton_cannot_launch(
+    compiler: str | None,
+    folder: str,
+    said: str,
+    noted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """By Triton's own code, up to the compiler."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.nvidia import driver
+    from triton.runtime import build
+
+    if hasattr(build, "_find_compiler"):  # in newer releases, which remember what it found
+        monkeypatch.setattr(build, "_find_compiler", build._find_compiler.__wrapped__)
+    (tmp_path / "compiler").mkdir()
+    if compiler is not None:
+        (tmp_path / "compiler" / "gcc").write_text(compiler)
+        (tmp_path / "compiler" / "gcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "compiler"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / folder))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(driver, "library_dirs", lambda: [])
+    monkeypatch.setattr(driver.CudaDriver, "is_active", staticmethod(lambda: True))
+    monkeypatch.setattr(triton.runtime.driver, "_default", None)
+    monkeypatch.setattr(triton.runtime.driver, "_active", None)
+    assert dispatch.backend("cuda") == "torch"
+    assert re.search(said, noted[0])
 
 
 def test_the_cpu_s_kernels_do_without_triton() -> None:
