@@ -80,6 +80,7 @@ class Step:
         at = np.resize(np.arange(len(rows)), count)
         self._audio = torch.cat([rows.windows(int(i), int(i) + 1) for i in at]).to(self.device)
         every = torch.arange(count)
+        self._places = every.to(self.device)  # a copy from the host would be waited for
         self._crops, self._images = self._crop(every)
         chunks = [model.engine.encode(self._images[i : i + 8]) for i in range(0, count, 8)]
         self._features = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -112,7 +113,7 @@ class Step:
         return read_images(paths, device=self.device, exact=self.model.exact)
 
     def _crop(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        index = index.to(self.device)
+        index = self._places[_slice(index)]
         half = self.model.engine.dtype.itemsize == 2
         return crop_resize.crop_and_input(
             self._pixels, index, self._boxes[index], dtype=self.model.engine.dtype, channels_last=half
@@ -122,11 +123,11 @@ class Step:
         return self.model.engine.encode(self._images[_slice(index)])
 
     def _speech_half(self, index: Tensor) -> Tensor:
-        return self.model.engine.decode(self._features, index.to(self.device), self._audio[_slice(index)])
+        return self.model.engine.decode(self._features, self._places[_slice(index)], self._audio[_slice(index)])
 
     def _paste(self, index: Tensor) -> Tensor:
         mouths = self._mouths[_slice(index)]
-        index = index.to(self.device)
+        index = self._places[_slice(index)]
         return paste_blend.paste_blend_nv12(
             mouths,
             self._crops,

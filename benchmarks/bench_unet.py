@@ -7,8 +7,9 @@ On a CPU, in float32: eager PyTorch and ONNX Runtime on the whole network as ``g
 cores on one frame, and ONNX Runtime with a frame to each core too; gpupipe's `onnxruntime` engine as a render runs it,
 side by side in its lanes; and in bfloat16 its `openvino` engine, where that runs.
 
-On CUDA: each engine × precision × batch, in the order given, each recorded as soon as it is there; and, where they are
-installed, ONNX Runtime's CUDA and TensorRT providers on the whole network (``--engine onnxruntime``).
+On CUDA: each engine × precision × batch, in the order given, replayed as CUDA graphs, its rows written as soon as they
+are there; and, where they are installed, ONNX Runtime's CUDA and TensorRT providers on the whole network (``--engine
+onnxruntime``).
 
 Providers take turns within a round, so that a noisy neighbour favours none.
 
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 
 from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
 from gpupipe.benchmarks.floors import operations_of
-from gpupipe.benchmarks.kernel_bench import copy_bandwidth
+from gpupipe.benchmarks.kernel_bench import copy_bandwidth, recorded
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines import Engine, EngineName, Precision, make_engine, openvino_cpu
 from gpupipe.engines.choice import find_dtype
@@ -152,7 +153,10 @@ def on_cuda(
         ) -> None:
             engine.decode(features, index, audio)
 
-        made += [Contestant(name, whole, batch, told), Contestant(name, half, batch, told, cached=True)]
+        made += [
+            Contestant(name, recorded(whole), batch, told),
+            Contestant(name, recorded(half), batch, told, cached=True),
+        ]
     if "onnxruntime" in engines and precision in PEERS:
         made += onnxruntime_peers(network, device, batch, precision, PEERS[precision])
     return made

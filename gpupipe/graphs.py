@@ -7,9 +7,12 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Output = TypeVar("Output")
 
 _turn = threading.Lock()
 """Held by the thread that records, for none may wait for the device meanwhile, as another one's recording begins with;
@@ -40,7 +43,7 @@ _memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictiona
 """By the device's number."""
 
 
-def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def capture(step: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
     """Record ``step`` on the current CUDA device.
 
     Args:

@@ -21,6 +21,7 @@ from gpupipe.benchmarks.meters import PeakMemory, resident_bytes
 from gpupipe.benchmarks.scenario import Scenario, given, resized_template
 from gpupipe.cli import app
 from gpupipe.errors import InputError
+from gpupipe.kernels.dispatch import backend
 from gpupipe.models import UNet328
 from gpupipe.models.hoisted import SpeechHalf
 from gpupipe.unet_model import UNetModel
@@ -228,6 +229,51 @@ def test_the_machine_s_rows_are_told_in_thousands_of_millions(monkeypatch: pytes
     monkeypatch.setattr(floors, "matrix_rate", lambda device, dtype: 3e9)
     rows = floors.machine_rows(CPU, torch.float32)
     assert [(row.p50, row.unit) for row in rows] == [(2, "GB/s"), (3, "Gop/s")]
+
+
+# ── what is timed on a GPU ────────────────────────────────────────────────────────────────────────────────────────────
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.cuda
+def test_calls_are_replayed_and_not_launched_one_by_one() -> None:
+    calls, values = [], torch.ones(3, device=GPU)
+
+    def double() -> torch.Tensor:
+        calls.append(1)
+        return values * 2
+
+    assert kernel_bench.seconds_of(double, GPU, rounds=100).n == 100
+    assert len(calls) < 100
+
+
+@pytest.mark.cuda
+def test_what_asks_the_host_is_timed_as_it_is() -> None:
+    calls, values = [], torch.ones(3, device=GPU)
+
+    def total() -> float:
+        calls.append(1)
+        return float(values.sum())
+
+    assert kernel_bench.seconds_of(total, GPU, rounds=100).n == 100
+    assert len(calls) > 100
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_stages_do_not_wait_for_the_gpu(scenario: Scenario, tmp_path: Path) -> None:
+    with torch.inference_mode():
+        step = bench_stages.Step(scenario, UNetModel(scenario.checkpoint, device=GPU, engine="eager"), tmp_path, 2)
+        plain = {"crop", "paste", "convert"} if backend(GPU) == "torch" else set()  # which ask the host
+        every = torch.arange(2)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for stage in step.stages:
+                if stage.where == "lanes" and stage.name not in plain:
+                    stage.run(every)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # ── sweeps and traces ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -10,6 +10,7 @@ import torch
 from gpupipe.benchmarks import bench_unet
 from gpupipe.benchmarks.common import Row
 from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.engines.eager import EagerEngine
 
 CPU = torch.device("cpu")
 
@@ -62,10 +63,13 @@ def test_what_is_measured_is_recorded_before_the_next_comparison(
 @torch.inference_mode()
 def test_an_engine_on_a_gpu_gives_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_unet, "copy_bandwidth", lambda device: 1e12)
-    monkeypatch.setattr(bench_unet, "WARMUP", 0)
+    decode, decoded = EagerEngine.decode, []
+    monkeypatch.setattr(EagerEngine, "decode", lambda *given: decoded.append(1) or decode(*given))
     network, gpu = seeded_network(width=1 / 8), torch.device("cuda")
     made = bench_unet.on_cuda(network, gpu, 2, "float16", ["eager", "onnxruntime"])
+    launched = len(decoded)
     rows = [row for row in bench_unet.rows_of(network, made, gpu, 2, rounds=1) if row.provider == "eager"]
+    assert len(decoded) == launched > 0, "it is replayed"
     assert {row.metric for row in rows} == {"latency", "operations", "layerwise_floor"}
     assert {row.config["cached"] for row in rows} == {True, False}
     assert all(row.error is None and row.value == 2 for row in rows)
