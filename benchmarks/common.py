@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import time
@@ -109,8 +110,11 @@ def package_version(name: str) -> str | None:
 def commit() -> str:
     """The commit that is measured, with ``-dirty`` where a tracked file differs; what was recorded does not count.
 
-    Outside a repository it is the installed version: ``gpupipe 0.1.0``.
+    ``$GPUPIPE_COMMIT`` names it where the files came without their history; outside a repository it is the installed
+    version: ``gpupipe 0.1.0``.
     """
+    if told := os.environ.get("GPUPIPE_COMMIT"):
+        return told
     if not IN_REPOSITORY:
         return f"gpupipe {package_version('gpupipe') or 'of unknown version'}"
     head = _output_of("git", "rev-parse", "--short=12", "HEAD")

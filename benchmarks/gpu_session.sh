@@ -10,7 +10,8 @@
 #
 # A part that fails or takes too long does not stop the others; the summary says which, and the exit status is 1 then.
 # PYTHON names the interpreter (python3); MINUTES bounds the whole (9); PARTS="bench_compile trace" runs only these parts,
-# for a second call: what comes last may find no time left. The kernels' ahead-of-time report needs no GPU and is not here.
+# for a second call: what comes last may find no time left. GPUPIPE_COMMIT names the commit for the rows where the files
+# came without .git. The kernels' ahead-of-time report needs no GPU and is not here.
 set -u
 
 out=$(mkdir -p "$1" && cd "$1" && pwd)

@@ -15,7 +15,7 @@ from clips import write_wav
 from conftest import MakeCheckpoint, MakeTemplate
 from typer.testing import CliRunner
 
-from gpupipe.benchmarks import bench, bench_stages, contestants, floors, kernel_bench, sweeps, tracing
+from gpupipe.benchmarks import bench, bench_stages, common, contestants, floors, kernel_bench, sweeps, tracing
 from gpupipe.benchmarks.common import Row, Spread, read_rows
 from gpupipe.benchmarks.meters import PeakMemory, resident_bytes
 from gpupipe.benchmarks.scenario import Scenario, given, resized_template
@@ -84,6 +84,17 @@ def test_recorded_rows_are_those_printed(run: Any) -> None:
     done, results = run
     printed = json.loads(done.stdout.splitlines()[-1])
     assert sorted(map(json.dumps, read_rows(results))) == sorted(map(json.dumps, printed))
+
+
+def test_the_commit_is_told_where_files_came_without_their_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "IN_REPOSITORY", True)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    monkeypatch.delenv("GPUPIPE_COMMIT", raising=False)
+    assert common.commit.__wrapped__() == "unknown"
+    monkeypatch.setenv("GPUPIPE_COMMIT", "0123456789ab")
+    assert common.commit.__wrapped__() == "0123456789ab"
 
 
 def test_a_run_that_is_cut_off_leaves_what_it_has_found(
