@@ -153,8 +153,14 @@ def _side_by_side(scenario: Scenario, options: Options, folder: Path, device: st
     if options.engine == "auto":
         made += contestants.half_precision_on_cpu(scenario, **how)
     size: dict[str, Any] = {"frames": options.frames, "rounds": options.rounds, "device": device}
-    contestants.take_turns(made, scenario, folder, say=say, **size)
-    yield rows + contestants.clip_rows(made, frames=options.frames, config=config, device=device)
+    told: dict[str, Any] = {"frames": options.frames, "config": config, "device": device}
+    try:
+        contestants.take_turns(made, scenario, folder, say=say, **size)
+    except KeyboardInterrupt:
+        if contestants.drop_broken_turn(made):
+            yield rows + contestants.clip_rows(made, **told)
+        raise
+    yield rows + contestants.clip_rows(made, **told)
     yield stage_rows(scenario, folder, device=device, engine=options.engine, rounds=options.rounds, say=say)
 
 

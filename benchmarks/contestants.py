@@ -195,6 +195,15 @@ def take_turns(
             say(f"turn {turn + 1}: {one.name} {frames / one.seconds[-1]:.2f} frames/s")
 
 
+def drop_broken_turn(contestants: list[Contestant]) -> int:
+    """Forget what was measured of a turn that not everybody has taken; returns how many turns are left."""
+    turns = min(len(one.stages) for one in contestants)
+    for one in contestants:
+        for measured in (one.seconds, one.stages, one.peak_bytes, one.joules):
+            del measured[turns:]
+    return turns
+
+
 def take_turn(
     one: Contestant,
     clip: tuple[Path, Path],

@@ -112,6 +112,27 @@ def test_a_run_that_is_cut_off_leaves_what_it_has_found(
     assert {"reference_loop", "gpupipe"} <= {one["provider"] for one in read_rows(tmp_path)}
 
 
+def test_a_run_that_is_cut_off_in_a_turn_leaves_those_before_it(
+    files: dict[str, Path], tiny_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_turn, taken = contestants.take_turn, itertools.count(1)
+
+    def cut_off(*given: Any, **how: Any) -> None:
+        if next(taken) == 5:  # the second of three in the second turn
+            raise KeyboardInterrupt
+        take_turn(*given, **how)
+
+    monkeypatch.setattr(contestants, "take_turn", cut_off)
+    monkeypatch.setattr(contestants, "WARMUP_FRAMES", 1)
+    options = bench.Options(**files, checkpoint=tiny_checkpoint(), frames=2, rounds=3, engine="eager", record=True)
+    options.results = tmp_path
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(options, print)
+    turns = {one["provider"]: one["n"] for one in read_rows(tmp_path) if one["metric"] == "throughput"}
+    assert turns == {"reference_loop": 1, "reference_loop_onnxruntime": 1, "gpupipe": 1}
+    assert sum(one["metric"] == "ratio" for one in read_rows(tmp_path)) == 2
+
+
 def test_ratios_are_taken_within_a_turn() -> None:
     slow = contestants.Contestant("reference_loop", 0, lambda *_: {}, seconds=[10, 40], stages=[{}, {}])
     fast = contestants.Contestant("gpupipe", 0, lambda *_: {}, seconds=[5, 10], stages=[{}, {}])
