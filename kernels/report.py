@@ -2,8 +2,8 @@
 
 ``python -m gpupipe.kernels.report [--arch 90 …] [--json FILE]`` compiles each kernel as it is launched (see
 :func:`variants`) and prints a row for each configuration: registers, stack frame, spills, shared memory, and how wide
-its loads and stores of global memory are (the width that carries the most). It exits with 1 on a spill, a stack frame
-or a compile error.
+its loads and stores of global memory are (the width that carries the most). It exits with 1 on a spill, a stack frame,
+more shared memory than an architecture has, or a compile error.
 
 Nothing here runs a kernel: it says what was compiled, not how fast it is.
 """
@@ -32,8 +32,11 @@ from triton.compiler import ASTSource
 from gpupipe.kernels import crop_resize_triton, nv12_triton, paste_blend_triton
 from gpupipe.kernels.whole_block import gluon_obstacle
 
-ARCHITECTURES = (80, 86, 89, 90, 100)
-"""Compute capabilities, times ten: A100, RTX 30, RTX 40 and L4, H100, B200."""
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities, times ten: A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50."""
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Shared memory that a program can have, by architecture: CUDA C++ Programming Guide, "Compute Capabilities"."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a variant on an architecture; sizes in bytes, ``None`` where it did not compile."""
+    """What became of a variant on an architecture; sizes in bytes, ``None`` where it did not compile or fit."""
 
     kernel: str
     config: str
@@ -81,7 +84,7 @@ class Row:
 
     @property
     def clean(self) -> bool:
-        """Compiled, with no spill and no stack frame."""
+        """Compiled, with no spill, no stack frame, and no more shared memory than there is."""
         return self.error is None and not self.spills and not self.stack
 
 
@@ -182,13 +185,17 @@ def compile_variant(variant: Variant, arch: int) -> Row:
         registers, stack, spills = _resources(ptx, arch)
     except Exception as error:  # whatever a compiler raises is this row's result
         return Row(*label, error=f"{type(error).__name__}: {error}".strip())
+    shared = compiled.metadata.shared
+    if arch in SHARED_KIB and shared > 1024 * SHARED_KIB[arch]:  # the driver would refuse to load it
+        told = f"{shared} bytes of shared memory; expected {1024 * SHARED_KIB[arch]} at most"
+        return Row(*label, registers, stack, spills, shared, error=told)
     loads, stores = _widths(ptx, "ld"), _widths(ptx, "st")
     return Row(
         *label,
         registers=registers,
         stack=stack,
         spills=spills,
-        shared_bytes=compiled.metadata.shared,
+        shared_bytes=shared,
         load_bits=_main_width(loads),
         store_bits=_main_width(stores),
         loads={f"{bits} bits": count for bits, count in sorted(loads.items())},

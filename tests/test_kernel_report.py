@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,14 +53,29 @@ def check_around(target: Path, *architectures: int) -> None:
 
 @pytest.mark.slow  # CI runs `make report`
 def test_kernels_compile_for_every_architecture(tmp_path: Path) -> None:
-    check_around(tmp_path / "around.json", 80, 86, 89, 90, 100)
-    widths = check(tmp_path / "network.json", NETWORK, 80, 86, 89, 90, 100)
+    check_around(tmp_path / "around.json", 80, 86, 89, 90, 100, 120)
+    widths = check(tmp_path / "network.json", NETWORK, 80, 86, 89, 90, 100, 120)
     assert all(stores == 128 for _, stores in widths.values())
     assert all(loads == 128 for (kernel, _), (loads, _) in widths.items() if kernel.startswith("depthwise"))
 
 
 def test_kernels_compile_for_the_oldest_and_the_newest(tmp_path: Path) -> None:
-    check_around(tmp_path / "rows.json", 80, 100)
+    check_around(tmp_path / "rows.json", 80, 120)
+
+
+@pytest.mark.parametrize(("arch", "clean"), [(80, True), (89, False), (90, True), (120, False)])
+def test_more_shared_memory_than_there_is_fails_the_report(
+    arch: int, clean: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpupipe.kernels import report
+
+    large = SimpleNamespace(asm={"ptx": ""}, metadata=SimpleNamespace(shared=100 * 1024))
+    monkeypatch.setattr(report, "compiled_kernel", lambda variant, arch: large)
+    monkeypatch.setattr(report, "_resources", lambda ptx, arch: (32, 0, 0))
+    row = report.compile_variant(report.Variant(None, "large", "", {}, {}), arch)
+    assert row.clean == clean
+    assert row.shared_bytes == 100 * 1024
+    assert clean or row.error == "102400 bytes of shared memory; expected 101376 at most"
 
 
 def test_a_spill_fails_the_report(tmp_path: Path) -> None:
