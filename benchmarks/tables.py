@@ -58,7 +58,8 @@ def headline(rows: Rows) -> str:
     said = f"**{row['p50']:.1f}× the reference loop's frames a second**"
     ours, on_onnxruntime = beside("gpupipe", "throughput"), beside("reference_loop_onnxruntime", "throughput")
     if ours and on_onnxruntime:
-        said += f", and {ours['p50'] / on_onnxruntime['p50']:.1f}× those of the same loop on ONNX Runtime,"
+        said += f", and {ours['p50'] / on_onnxruntime['p50']:.1f}× those of the same loop on ONNX Runtime"
+        said += f"{_without_the_gpu(on_onnxruntime)},"
     said += (
         f" to a finished .mp4 on {where}:"
         f" {row['value']:g} frames of {width}×{height}, template {config['template']}, full-width network,"
@@ -67,6 +68,12 @@ def headline(rows: Rows) -> str:
     if half := beside("gpupipe_bfloat16"):
         said += f"; **{half['p50']:.1f}×** with `--precision bfloat16`, which this processor multiplies"
     return said + " ([how it was measured](#results))."
+
+
+def _without_the_gpu(row: Record) -> str:
+    """Said of ONNX Runtime where there is a GPU that it did not run on: its package for CPUs was installed."""
+    on_cpu = row["driver"] and row["config"].get("onnxruntime_provider") == "CPUExecutionProvider"
+    return " (on the CPU)" if on_cpu else ""
 
 
 def end_to_end(rows: Rows) -> str:
@@ -87,7 +94,7 @@ def end_to_end(rows: Rows) -> str:
                 exact = "float32" if ours["config"]["exact"] else "float16"
                 beside = "not measured"
                 if by_onnxruntime and by_onnxruntime["commit"] == ours["commit"]:
-                    beside = f"{ours['p50'] / by_onnxruntime['p50']:.1f}×"
+                    beside = f"{ours['p50'] / by_onnxruntime['p50']:.1f}×{_without_the_gpu(by_onnxruntime)}"
                 lines.append(
                     f"| {group.device} | {group.template} | {frames:g} frames |"
                     f" {ours['config'].get('precision', exact)} | {reference['p50']:.2f} frames/s |"
@@ -128,7 +135,7 @@ def side_by_side(rows: Rows) -> str:
                 cells = [
                     str(group),
                     f"{frames:g} frames",
-                    name,
+                    name + _without_the_gpu(speed),
                     f"{speed['p50']:.2f} ({speed['p20']:.2f}–{speed['p80']:.2f})",
                     _ratio(ratio) if ratio else "",
                     f"{memory['p50']:.0f}" if memory else "",

@@ -68,6 +68,20 @@ def test_the_headline_s_bfloat16_is_of_its_own_run_and_template() -> None:
     assert "ONNX" not in TABLES["headline"]([*run, speeds[0], speeds[1] | {"commit": "d"}])
 
 
+@pytest.mark.parametrize(("driver", "said"), [("580", True), (None, False)], ids=["beside a GPU", "of a CPU"])
+def test_onnxruntime_without_the_gpu_is_said_to_be(driver: str | None, said: bool, rows: list[Record]) -> None:
+    """In every table that sets gpupipe beside it: its package for CPUs makes a GPU look faster than it is."""
+    mine = copy.deepcopy([row for row in rows if row["what"] == "end_to_end" and row["axis"] == "frames"])
+    newest = max((row for row in mine if row["provider"] == "reference_loop_onnxruntime"), key=lambda row: row["time"])
+    mine = [row for row in mine if all(row[fact] == newest[fact] for fact in ("device", "commit"))]
+    for row in mine:
+        row["driver"] = driver
+        if row["provider"] == "reference_loop_onnxruntime":
+            row["config"]["onnxruntime_provider"] = "CPUExecutionProvider"
+    for table in ("headline", "end_to_end", "side_by_side"):
+        assert ("(on the CPU)" in TABLES[table](mine)) == said, table
+
+
 def test_plots_show_the_recorded_figures(drawn: dict[str, str]) -> None:
     assert set(drawn) == set(plots.PLOTS)
     for name, svg in drawn.items():
