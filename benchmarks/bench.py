@@ -161,7 +161,7 @@ def _side_by_side(scenario: Scenario, options: Options, folder: Path, device: st
             yield rows + contestants.clip_rows(made, **told)
         raise
     yield rows + contestants.clip_rows(made, **told)
-    yield stage_rows(scenario, folder, device=device, engine=options.engine, rounds=options.rounds, say=say)
+    yield from stage_rows(scenario, folder, device=device, engine=options.engine, rounds=options.rounds, say=say)
 
 
 def _sweep(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> Iterator[list[Row]]:

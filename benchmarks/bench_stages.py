@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -203,13 +203,13 @@ def stage_rows(
     engine: EngineName = "auto",
     rounds: int = 3,
     say: Callable[[str], object] = lambda line: None,
-) -> list[Row]:
-    """Time every stage; a stage that fails is a row that says so."""
+) -> Iterator[list[Row]]:
+    """The machine's rows, then those of each stage as they are there; a stage that fails is a row that says so."""
     model = UNetModel(scenario.checkpoint, scenario.mode, device, engine=engine)
     step = Step(scenario, model, folder)
     dtype = model.engine.dtype
     config = scenario.facts() | {"engine": model.engine.name, "precision": str(dtype).removeprefix("torch.")}
-    rows = machine_rows(model.device, dtype)
+    yield machine_rows(model.device, dtype)
     for stage in step.stages:
         floor = Floor.of(stage.moved, stage.operations, model.device, dtype)
         facts = config | {"once": stage.once, "bytes": stage.moved, "operations": stage.operations}
@@ -219,10 +219,11 @@ def stage_rows(
         try:
             seconds = seconds_a_frame(stage, len(step.frames), model.device, rounds=rounds)
         except Exception as error:  # the next stage still runs
-            rows.append(row(None, metric="time", unit="ms/frame", error=f"{type(error).__name__}: {error}", **common))
+            yield [row(None, metric="time", unit="ms/frame", error=f"{type(error).__name__}: {error}", **common)]
             continue
-        rows.append(row(seconds.map(lambda s: 1000 * s), metric="time", unit="ms/frame", **common))
         share = seconds.map(lambda s, floor=floor: 100 * floor.seconds / s)  # type: ignore[misc]
-        rows.append(row(share, metric="floor_share", unit="% of floor", **common))
         say(f"stage {stage.name}: {1000 * seconds.p50:.2f} ms a {stage.once}")
-    return rows
+        yield [
+            row(seconds.map(lambda s: 1000 * s), metric="time", unit="ms/frame", **common),
+            row(share, metric="floor_share", unit="% of floor", **common),
+        ]

@@ -100,16 +100,18 @@ def test_the_commit_is_told_where_files_came_without_their_history(
 def test_a_run_that_is_cut_off_leaves_what_it_has_found(
     files: dict[str, Path], tiny_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cut_off(*_: object, **__: object) -> list[Row]:
+    def cut_off(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "stage_rows", cut_off)
+    monkeypatch.setattr(bench_stages.Step, "_paste", cut_off)
+    monkeypatch.setitem(bench_stages.FRAMES, "cpu", 2)
     monkeypatch.setattr(contestants, "WARMUP_FRAMES", 1)
     options = bench.Options(**files, checkpoint=tiny_checkpoint(), frames=2, rounds=1, engine="eager", record=True)
     options.results = tmp_path
     with pytest.raises(KeyboardInterrupt):
         bench.run(options, print)
     assert {"reference_loop", "gpupipe"} <= {one["provider"] for one in read_rows(tmp_path)}
+    assert {one["value"] for one in read_rows(tmp_path) if one["what"] == "stage"} >= {"decode", "crop"}
 
 
 def test_a_run_that_is_cut_off_in_a_turn_leaves_those_before_it(
@@ -349,7 +351,8 @@ def test_a_stage_that_fails_is_a_row_and_the_next_still_runs(
 
     monkeypatch.setitem(bench_stages.FRAMES, "cpu", 2)
     monkeypatch.setattr(bench_stages.Step, "_paste", fail)
-    rows: list[Row] = bench_stages.stage_rows(scenario, tmp_path, device="cpu", engine="eager", rounds=1)
+    made = bench_stages.stage_rows(scenario, tmp_path, device="cpu", engine="eager", rounds=1)
+    rows: list[Row] = list(itertools.chain.from_iterable(made))
     errors = {row.value: row.error for row in rows if row.error}
     assert errors == {"paste": "RuntimeError: no such kernel"}
     assert any(row.value == "encode" and row.p50 for row in rows)
