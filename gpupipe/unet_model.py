@@ -74,7 +74,8 @@ class UNetModel:
             uint8 (320, 320, 3) for a batch of one, (B, 320, 320, 3) for more; BGR.
 
         Raises:
-            InputError: shapes that do not fit, batches that differ, or values that are NaN or infinite.
+            InputError: shapes that do not fit, batches that differ, whole numbers (as of an image that is not yet
+                divided by 255), or values that are NaN or infinite.
         """
         image = self._batch(image_tensor, (6, INPUT_SIZE, INPUT_SIZE), "image_tensor")
         audio = self._batch(audio_features, AUDIO_SHAPES[self.mode], "audio_features")
@@ -108,6 +109,8 @@ class UNetModel:
         if tensor.dim() != len(shape) + 1 or tuple(tensor.shape[1:]) != shape or not len(tensor):
             wanted = ", ".join(map(str, shape))
             raise InputError(f"{name}: shape is {tuple(tensor.shape)}; expected (B, {wanted})")
+        if not tensor.is_floating_point():
+            raise InputError(f"{name}: dtype is {str(tensor.dtype).removeprefix('torch.')}; expected float32")
         tensor = tensor.float()
         if not tensor.isfinite().all():
             raise InputError(f"{name}: holds NaN or infinite values; expected finite ones")

@@ -106,6 +106,14 @@ def test_shapes_that_do_not_fit(image: Any, audio: Any, named: str, tiny_model: 
         tiny_model().predict(torch.zeros(image), torch.zeros(audio))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_images_of_whole_numbers(dtype: torch.dtype, tiny_model: MakeModel) -> None:
+    """They would be of 0 to 255, and give a picture of nothing."""
+    image, audio = network_inputs("ave")
+    with pytest.raises(InputError, match=f"^image_tensor: dtype is {str(dtype)[6:]}; expected float32"):
+        tiny_model().predict((255 * image).to(dtype), audio)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e39])
 @pytest.mark.parametrize("name", ["image_tensor", "audio_features"])
 def test_values_that_are_no_numbers(name: str, value: float, tiny_model: MakeModel) -> None:
