@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,23 @@ def test_a_task_that_fails_as_a_whole_is_one_failure_of_each_of_its_jobs(farm_jo
         states = farm_status(tmp_path / "jobs.jsonl", tmp_path / "out")
         assert [(state.attempts, state.error) for state in states] == [(attempts, "no driver here")] * 2
     assert queue.finished and {state.status for state in states} == {"parked"}
+
+
+def test_a_long_clip_is_heard_of_before_it_ends(
+    farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every so often, not for each of its parts."""
+    caplog.set_level(logging.INFO, logger="gpupipe")
+    now = 1000.0
+    monkeypatch.setattr("gpupipe.farm.farm.time.monotonic", lambda: now)
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
+    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    task = queue.next_task(frames=1000)
+    assert isinstance(task, RenderTask) and len(task.parts) == 3
+    for part, then in zip(task.parts, (1004.0, 1011.0, 1012.0), strict=True):
+        now = then
+        queue.rendered(Outcome(part, {"seconds": 1.0}))
+    assert caplog.messages == ["0.mp4: 2 of 3 parts"]
 
 
 def test_a_video_of_too_few_frames_gets_no_name(farm_jobs: Jobs, tmp_path: Path) -> None:

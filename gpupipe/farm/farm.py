@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ MAX_LOSSES = 5
 
 PART_SECONDS = 20.0
 """Length of a part: what a killed worker loses at most."""
+
+_TELL_SECONDS = 10.0
+"""How often a run says at most how far the clip at hand is, which may be one of hours."""
 
 OnJobEnd = Callable[[JobState], Any]
 """Called when a job comes to its end, well or not."""
@@ -118,6 +122,7 @@ class Farm:
         self.skipped: list[str] = []
         self.frames = 0
         self.done = 0
+        self._told = time.monotonic()
         self._on_job_end = on_job_end
         self._part_seconds = part_seconds
         self._runtime = json.dumps([versions(), device], sort_keys=True)
@@ -174,6 +179,7 @@ class Farm:
             return
         plan.facts[part.number] = result
         self.frames += len(part.frames)
+        self._tell(plan)
         self._join_if_whole(plan)
 
     def settle(self, task: Task, result: Any) -> None:
@@ -301,6 +307,11 @@ class Farm:
         """The plan that a part is of, unless its job has failed meanwhile, or has been cut anew."""
         plan = self._plans.get(part.job.output)
         return plan if plan is not None and plan.parts[part.number : part.number + 1] == [part] else None
+
+    def _tell(self, plan: _Plan) -> None:
+        if time.monotonic() - self._told >= _TELL_SECONDS:
+            self._told = time.monotonic()
+            logger.info("%s: %d of %d parts", plan.job.output, len(plan.facts), len(plan.parts))
 
     def _join_if_whole(self, plan: _Plan) -> None:
         if len(plan.facts) == len(plan.parts):
