@@ -1,4 +1,4 @@
-"""What the Triton kernels share: whether they are interpreted, rounding, and stores of four values side by side.
+"""What the Triton kernels share: how they are compiled, rounding, and stores of four values side by side.
 
 Only plain Triton: no libdevice and no inline assembly, so that Triton's interpreter runs the kernels on the CPU.
 """
@@ -6,12 +6,17 @@ Only plain Triton: no libdevice and no inline assembly, so that Triton's interpr
 from __future__ import annotations
 
 import os
+import re
 
 import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels; it was decided when they were defined."""
+
+FENCES_COPIES = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= (3, 7, 1)
+"""Whether Triton's pipelined loops have a fence between asynchronous copies to shared memory and the tensor cores of
+Hopper and Blackwell, which read it by a way of their own (triton-lang/triton, pull requests 9610 and 10537)."""
 
 _INTEGER = tl.constexpr(8388608.0)  # 2²³: float32 has no fractions from here on
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: the same for negative numbers too

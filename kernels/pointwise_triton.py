@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import INTERPRETED
+from gpupipe.kernels.common_triton import FENCES_COPIES, INTERPRETED
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.packed_triton import multiply_add, relu_to, summed_in
 
@@ -184,6 +184,8 @@ def pointwise_triton(
     out = x.new_empty(samples, height, width, n)
     pixels = samples * height * width
     tiles = pointwise_tiles(k, n, narrow=residual is not None and index is None)
+    if not FENCES_COPIES:
+        tiles["num_stages"] = 1  # no pipeline, and none of its copies
     grid = (triton.cdiv(pixels, tiles["BLOCK_M"]) * (n // tiles["BLOCK_N"]),)
     if pixels:
         _pointwise_kernel[grid](

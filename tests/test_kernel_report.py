@@ -78,6 +78,18 @@ def test_more_shared_memory_than_there_is_fails_the_report(
     assert clean or row.error == "102400 bytes of shared memory; expected 101376 at most"
 
 
+@pytest.mark.parametrize("fences", [True, False], ids=["as it is now", "before Triton 3.7.1"])
+def test_nothing_is_pipelined_where_triton_forgets_the_fence(fences: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else tensor cores may read shared memory before what was copied there."""
+    from gpupipe.kernels import pointwise_triton
+    from gpupipe.kernels.report_network import network_variants
+
+    monkeypatch.setattr(pointwise_triton, "INTERPRETED", False)  # as on a GPU
+    monkeypatch.setattr(pointwise_triton, "FENCES_COPIES", fences)
+    pipelined = {variant.name for variant in network_variants() if variant.num_stages != 1}
+    assert pipelined == ({"pointwise"} if fences else set())
+
+
 def test_a_spill_fails_the_report(tmp_path: Path) -> None:
     """The same command on a kernel that needs more registers than there are."""
     script = """
