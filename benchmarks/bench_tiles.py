@@ -31,6 +31,7 @@ from gpupipe.benchmarks.kernel_bench import seconds_of
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.fused import FusedEngine
 from gpupipe.kernels import depthwise_triton, inverted_residual_triton, pointwise_triton
+from gpupipe.kernels.common_triton import FENCES_COPIES
 from gpupipe.kernels.depthwise_triton import Tile
 from gpupipe.models.unet328 import INPUT_SIZE
 
@@ -44,6 +45,10 @@ AGREE = 0.02
 """How far a tile's result may be from that of the tile in use, by the latter's largest value."""
 
 
+_STAGES = 5 if FENCES_COPIES else 1
+"""The most that a loop is pipelined in."""
+
+
 @dataclass(frozen=True)
 class Launcher:
     """A function that launches a kernel.
@@ -52,13 +57,13 @@ class Launcher:
         module: where it is.
         name: of the function.
         tiles: name of the function that it asks for a tile.
-        channels: from the questions that it asks, the most that the tile's channels can be.
+        most: from the questions that it asks, the most that the tile's channels can be.
     """
 
     module: ModuleType
     name: str
     tiles: str
-    channels: Callable[..., Sizes]
+    most: Callable[..., Sizes]
 
 
 LAUNCHERS = (
@@ -83,7 +88,7 @@ class Launch:
     Attributes:
         times: how often the network makes it, or one of the same shapes.
         tile: the one in use.
-        channels: the most that its channels can be, by name.
+        most: the most that its channels can be, by name.
     """
 
     def __init__(self, launcher: Launcher, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -94,12 +99,12 @@ class Launch:
 
         def asking(*question: int, **more: Any) -> Tile | Sizes:
             tile: Tile | Sizes = in_use(*question, **more)
-            asked.append((_sizes(tile), launcher.channels(*question, **more)))
+            asked.append((_sizes(tile), launcher.most(*question, **more)))
             return tile
 
         with mock.patch.object(launcher.module, launcher.tiles, asking):
             self._expected = self()
-        [(self.tile, self.channels)] = asked
+        [(self.tile, self.most)] = asked
         self._scale = float(self._expected.abs().max())
 
     def __call__(self) -> Tensor:
@@ -148,19 +153,20 @@ def recorded(run: Callable[[], object]) -> list[Launch]:
     return list(launches.values())
 
 
-def neighbours(tile: Sizes, channels: Sizes) -> Iterator[Sizes]:
-    """Tiles with one size halved or doubled (stages: one less or more), within what tensor cores and channels allow."""
+def neighbours(tile: Sizes, most: Sizes) -> Iterator[Sizes]:
+    """Tiles with one size halved or doubled (stages: one less or more), from what tensor cores need to ``most``."""
     for name, size in tile.items():
-        least, most = {"num_stages": (1, 5), "num_warps": (1, 8), "warps": (1, 8)}.get(name, (16, 256))
+        lower, upper = {"num_stages": (1, _STAGES), "num_warps": (1, 8), "warps": (1, 8)}.get(name, (16, 256))
         for other in (size - 1, size + 1) if name == "num_stages" else (size // 2, size * 2):
-            if least <= other <= min(most, channels.get(name, most)):
+            if lower <= other <= min(upper, most.get(name, upper)):
                 yield {**tile, name: other}
 
 
-def descend(tile: Sizes, channels: Sizes, seconds: Callable[[Sizes], float], *, deadline: float) -> tuple[Sizes, float]:
+def descend(tile: Sizes, most: Sizes, seconds: Callable[[Sizes], float], *, deadline: float) -> tuple[Sizes, float]:
     """The tile that no neighbour is faster than, going downhill from ``tile``, and its seconds.
 
     Args:
+        most: see :func:`neighbours`.
         seconds: what a tile takes.
         deadline: by ``time.monotonic``; from then on no other tile is tried.
     """
@@ -168,7 +174,7 @@ def descend(tile: Sizes, channels: Sizes, seconds: Callable[[Sizes], float], *, 
     tried = [tile]
     while True:
         here, start = best, least
-        for other in neighbours(here, channels):
+        for other in neighbours(here, most):
             if other in tried:
                 continue
             if time.monotonic() >= deadline:
@@ -181,7 +187,7 @@ def descend(tile: Sizes, channels: Sizes, seconds: Callable[[Sizes], float], *, 
 
 
 def _sizes(tile: Tile | Sizes) -> Sizes:
-    return tile._asdict() if isinstance(tile, Tile) else {"num_stages": 3} | tile  # Triton's own where none is given
+    return tile._asdict() if isinstance(tile, Tile) else tile
 
 
 def _shapes(values: Any) -> Any:
@@ -202,7 +208,7 @@ def _network(device: torch.device, batch: int) -> Callable[[], object]:
 
 def rows_of(launch: Launch, batch: int, device: torch.device, *, deadline: float) -> list[Row]:
     """What a launch takes with the tile in use and, where there is a faster one, with that."""
-    fastest, seconds = descend(launch.tile, launch.channels, launch.seconds, deadline=deadline)
+    fastest, seconds = descend(launch.tile, launch.most, launch.seconds, deadline=deadline)
     found = {"in use": (launch.tile, launch.seconds(launch.tile))}
     if fastest != launch.tile:
         found["fastest"] = (fastest, seconds)

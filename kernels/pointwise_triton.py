@@ -157,6 +157,7 @@ def pointwise_tiles(k: int, n: int, *, narrow: bool = False) -> dict[str, int]:
         "BLOCK_N": min(n, 64 if narrow else 128),
         "BLOCK_K": min(k, 64),
         "num_warps": 4 if n <= 64 else 8,
+        "num_stages": 3 if FENCES_COPIES else 1,  # 1: no pipeline, and none of its copies
     }
 
 
@@ -184,8 +185,6 @@ def pointwise_triton(
     out = x.new_empty(samples, height, width, n)
     pixels = samples * height * width
     tiles = pointwise_tiles(k, n, narrow=residual is not None and index is None)
-    if not FENCES_COPIES:
-        tiles["num_stages"] = 1  # no pipeline, and none of its copies
     grid = (triton.cdiv(pixels, tiles["BLOCK_M"]) * (n // tiles["BLOCK_N"]),)
     if pixels:
         _pointwise_kernel[grid](

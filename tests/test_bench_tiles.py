@@ -81,14 +81,14 @@ def test_launches_are_made_again_with_other_tiles(monkeypatch: pytest.MonkeyPatc
         "depthwise_project 2×8×8×32 → 2×8×8×16": 1,
         "inverted_residual 2×8×8×16 → 2×8×8×16": 1,
     }
-    assert [launch.channels for launch in launches] == [
+    assert [launch.most for launch in launches] == [
         {"BLOCK_K": 16, "BLOCK_N": 32},
         {"BLOCK_K": 32, "BLOCK_N": 16},
         {"chunk": 32},
         {"chunk": 32},
     ]
     for launch in launches:
-        other = next(neighbours(launch.tile, launch.channels))
+        other = next(neighbours(launch.tile, launch.most))
         assert 0 < launch.seconds(other) < math.inf, (str(launch), other)
     # What cannot be compiled, or gives something else, takes for ever.
     assert launch.seconds({**launch.tile, "chunk": 12}) == math.inf
