@@ -72,6 +72,26 @@ def test_a_killed_worker_costs_nothing(jobs: Path, tmp_path: Path, monkeypatch: 
     assert (again.done, again.skipped) == (0, 4)
 
 
+@pytest.mark.parametrize(
+    ("machines", "count", "on_gpus", "cores"),
+    [
+        ([(8, 0)], 3, False, 2),
+        ([(8, 0), (8, 0)], 2, False, 8),
+        ([(8, 0), (8, 0)], 3, False, 4),
+        ([(64, 0), (8, 0)], 2, False, 32),
+        ([(64, 0), (16, 1), (16, 1)], 2, True, 16),
+        ([(64, 1), (16, 4)], 5, True, 4),
+        ([(64, 1), (16, 4)], 1, True, 64),
+    ],
+)
+def test_workers_have_as_many_cores_as_let_all_start(
+    machines: list[tuple[int, int]], count: int, on_gpus: bool, cores: int
+) -> None:
+    """A worker's cores are of one machine, and a machine without a GPU has room for none that needs one."""
+    resources = [{"CPU": float(cpus), "GPU": float(gpus)} for cpus, gpus in machines]
+    assert cluster.cores_of_each(count, resources, on_gpus) == cores
+
+
 def test_every_gpu_has_a_worker_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """With GPUs that Ray is only told of: no network runs on them."""
     import ray

@@ -94,19 +94,34 @@ class _RayWorker:
     last_avatar: AvatarKey | None = None
 
 
+def places(machines: Sequence[dict[str, float]], cores: int, on_gpus: bool) -> int:
+    """How many workers of so many cores, and with a GPU each, find room on machines with these resources of Ray's."""
+    found = 0
+    for there in machines:
+        fit = int(there.get("CPU", 0)) // cores
+        found += min(fit, int(there.get("GPU", 0))) if on_gpus else fit
+    return found
+
+
+def cores_of_each(count: int, machines: Sequence[dict[str, float]], on_gpus: bool) -> int:
+    """The most cores that each of ``count`` workers can have: one that finds no room would never start."""
+    most = max(int(there.get("CPU", 0)) for there in machines)
+    return next(cores for cores in range(most, 0, -1) if places(machines, cores, on_gpus) >= count)
+
+
 class _RayWorkers:
     """The workers of a cluster, and the tasks under way."""
 
     def __init__(self, ray: Any, farm: Farm, count: int | None, options: dict[str, Any]) -> None:
         self._ray, self._farm, self._options = ray, farm, options
-        there = ray.cluster_resources()
-        cores, gpus = int(there.get("CPU", 1)), int(there.get("GPU", 0))
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         on_gpus = options["device"] == "cuda"
-        count = count or (gpus if on_gpus else max(1, len(ray.nodes())))
-        if not 1 <= count <= (gpus if on_gpus else cores):
-            have = f"{gpus} GPUs" if on_gpus else f"{cores} cores"
+        most = places(machines, 1, on_gpus)
+        count = count or (most if on_gpus else len(machines))
+        if not 1 <= count <= most:
+            have = f"{most} GPUs" if on_gpus else f"{most} cores"
             raise InputError(f"workers is {count}; expected 1 to as many as the cluster has: {have}")
-        share = max(1, cores // count)
+        share = cores_of_each(count, machines, on_gpus)
         environment = {"env_vars": {"GPUPIPE_CORES": str(share)}}
         self._actor = ray.remote(num_cpus=share, num_gpus=int(on_gpus), runtime_env=environment)(_RayActor)
         self._join = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_join)
