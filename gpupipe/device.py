@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gpupipe.errors import DeviceError, first_line
+from gpupipe.errors import DeviceError, DeviceLostError, first_line
 from gpupipe.fallbacks import note_fallback
 
 
@@ -41,6 +41,20 @@ def find_device(device: str | torch.device | None = None, *, here: bool = True) 
         note_fallback(f"{found} does not work ({reason}): the CPU runs instead")
         return torch.device("cpu")
     return found
+
+
+def require_alive(device: torch.device, otherwise: str) -> None:
+    """Ask, after something has failed, whether that was the end: CUDA does nothing more once a kernel goes astray.
+
+    Raises:
+        DeviceLostError: it was; the message ends with ``otherwise``.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        raise DeviceLostError(f"{device} is lost to this process ({first_line(error)}); {otherwise}") from error
 
 
 def _obstacle(device: torch.device) -> str | None:

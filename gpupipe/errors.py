@@ -25,6 +25,10 @@ class DeviceError(InputError):
     """A device, engine or codec that was asked for by name and is not there."""
 
 
+class DeviceLostError(GpupipeError):
+    """A GPU that does nothing more for this process."""
+
+
 class OutputError(InputError):
     """An output that cannot be written."""
 

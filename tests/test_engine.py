@@ -35,7 +35,7 @@ from gpupipe.engines.base import Declaration
 from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
-from gpupipe.errors import DeviceError, GpupipeError, InputError
+from gpupipe.errors import DeviceError, DeviceLostError, InputError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.kernels import dispatch
 from gpupipe.lanes import Lanes
@@ -339,7 +339,7 @@ def test_an_engine_that_takes_the_gpu_away_does_so_once(network: UNet328, monkey
     monkeypatch.setattr(Declaration, "build", lambda one, *_: SimpleNamespace(name=one.name))
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     told = r"CUDA error: an illegal memory access was encountered\); run it again: .* eager runs instead"
-    with pytest.raises(GpupipeError, match=told):
+    with pytest.raises(DeviceLostError, match=told):
         make_engine(network, device=cuda, exact=False)
     assert make_engine(network, device=cuda, exact=False).name == "eager"
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from gpupipe import FrameGenerationPipeline, InputError
 from gpupipe.cli import app
-from gpupipe.errors import DeviceError, DiskFullError, OutputError
+from gpupipe.errors import DeviceError, DeviceLostError, DiskFullError, OutputError
 from gpupipe.farm import farm_status, ledger, worker
 from gpupipe.farm.ledger import Ledger
 from gpupipe.models.audio_encoder import AudioEncoder
@@ -224,6 +224,33 @@ def test_memory_that_is_never_enough_fails_the_job(
 
     monkeypatch.setattr(worker, "render_batch", never)
     assert farm(farm_jobs[1:2], tmp_path / "out", batch_size=4).parked == 1
+
+
+def test_a_gpu_that_is_lost_stops_the_farm_and_fails_no_job(
+    farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every batch after the first fails; of the second part nobody knows more."""
+    real, batches = worker.render_batch, []
+
+    def lost(pieces: Any) -> Any:
+        batches.append(pieces)
+        if len(batches) > 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return real(pieces)
+
+    def alive(device: torch.device, otherwise: str) -> None:
+        if len(batches) > 1:
+            raise DeviceLostError(f"{device} is lost to this process; {otherwise}")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "render_batch", lost)
+        patch.setattr(worker, "require_alive", alive)
+        with pytest.raises(DeviceLostError, match="is lost to this process; run it again: what is whole is recorded"):
+            farm(farm_jobs, out, batch_size=10)
+    assert {(row["status"], row["attempts"]) for row in results(out).values()} <= {("waiting", 0)}
+    assert not [name for name in left_over(out) if name.endswith(".part.mp4")]
+    assert farm(farm_jobs, out, batch_size=10).done == 3
 
 
 def test_a_disk_that_fills_up_while_frames_are_written_stops_the_farm(

@@ -17,8 +17,9 @@ import pytest
 from farming import left_over, results, videos, write_jobs, write_speech
 
 from gpupipe import InputError
-from gpupipe.errors import DiskFullError, GpupipeError
+from gpupipe.errors import DeviceLostError, DiskFullError, GpupipeError
 from gpupipe.farm import cluster, run_farm
+from gpupipe.farm.farm import RenderTask
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -139,6 +140,20 @@ def test_a_worker_that_cannot_start_is_no_fault_of_the_jobs(
     assert str(error.value) == "a worker cannot start (RuntimeError: no driver here)"
     rows = results(tmp_path / "out").values()
     assert {(row["status"], row["losses"]) for row in rows} == {("waiting", 0)}
+
+
+def test_a_worker_whose_gpu_is_lost_ends_for_another_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would fail whatever it is given."""
+
+    def lost(parts: Any) -> Any:
+        raise DeviceLostError("cuda:0 is lost to this process")
+
+    ended: list[int] = []
+    actor = cluster._RayActor({"device": "cpu", "memory_budget": None, "batch_size": None})
+    monkeypatch.setattr(actor._worker, "render", lost)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    actor.do(RenderTask([]))
+    assert ended == [1]
 
 
 def test_a_full_disk_ends_the_run(jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

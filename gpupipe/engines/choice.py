@@ -7,12 +7,13 @@ import math
 
 import torch
 
+from gpupipe.device import require_alive
 from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import ENGINES, Engine, EngineName, Precision
 from gpupipe.engines.declared import DECLARED, candidates, contenders
 from gpupipe.engines.measure import fastest, measure
 from gpupipe.engines.remembered import cache_file, recall, remember
-from gpupipe.errors import DeviceError, GpupipeError, first_line
+from gpupipe.errors import DeviceError
 from gpupipe.fallbacks import note_fallback
 from gpupipe.models.unet328 import UNet328
 
@@ -38,7 +39,7 @@ def make_engine(
 
     Raises:
         DeviceError: an engine that does not run on ``device`` or at ``precision``, or an unknown name.
-        GpupipeError: an engine that was measured has taken the GPU away from this process; the next one knows.
+        DeviceLostError: an engine that was measured has taken the GPU away from this process; the next one knows.
     """
     if engine not in ENGINES:
         raise DeviceError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}")
@@ -54,7 +55,7 @@ def make_engine(
         logger.info("engine: measuring %s on %s, once for this kind of network", names, device)
         figures, built = measure(network, device, dtype, engines)
         remember(network, device, dtype, figures)
-        _require_alive(device, fastest(figures))
+        require_alive(device, f"run it again: what did it is remembered, and {fastest(figures)} runs instead")
     name = fastest(figures) if figures else engines[0].name
     for one in candidates(device, dtype):
         if not one.slow_to_build and (reason := one.obstacle(device)):
@@ -66,17 +67,6 @@ def make_engine(
     told = ", ".join(f"{name} {ms:.1f} ms a frame" for name, ms in figures.items()) or "itself"
     logger.debug("engine %s on %s, %s: fastest of %s", chosen.name, device, dtype, told)
     return chosen
-
-
-def _require_alive(device: torch.device, name: str) -> None:
-    """Raise if a kernel has gone astray, after which CUDA does nothing more for the process."""
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError as error:
-        told = f"an engine that was measured has put an end to CUDA in this process ({first_line(error)})"
-        raise GpupipeError(f"{told}; run it again: that is remembered, and {name} runs instead") from error
 
 
 def find_dtype(device: torch.device, *, exact: bool, precision: Precision | None) -> torch.dtype:

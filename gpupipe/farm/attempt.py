@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from gpupipe.errors import DiskFullError, one_line
+from gpupipe.errors import DeviceLostError, DiskFullError, one_line
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -26,10 +26,11 @@ def attempt(
 
     Raises:
         DiskFullError: there is no room, for this job or any other.
+        DeviceLostError: the GPU does nothing more, for this job or any other.
     """
     try:
         return function(*args, **kwargs)
-    except DiskFullError:
+    except (DiskFullError, DeviceLostError):
         raise
     except Exception as error:
         return Failed(one_line(error))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gpupipe.errors import DiskFullError, GpupipeError, InputError
+from gpupipe.errors import DeviceLostError, DiskFullError, GpupipeError, InputError
 from gpupipe.farm.attempt import attempt
 from gpupipe.farm.farm import Farm, FeaturesTask, JoinTask, RenderTask, Task
 from gpupipe.farm.residents import AvatarKey, Residents
@@ -70,7 +70,10 @@ class _RayActor:
         if isinstance(task, FeaturesTask):
             return _returned(self._worker.features, task.job, task.path, task.inputs)
         self._upcoming = [AvatarKey.of(part.job) for part in task.parts]
-        return _returned(lambda: list(self._worker.render(task.parts)))
+        try:
+            return _returned(lambda: list(self._worker.render(task.parts)))
+        except DeviceLostError:
+            os._exit(1)  # another process has a GPU again, and this one would fail every part there is
 
 
 def _join(task: JoinTask) -> Any:

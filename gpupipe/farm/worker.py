@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gpupipe.device import require_alive
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.errors import one_line
 from gpupipe.fallbacks import note_fallback
@@ -92,13 +93,14 @@ class Worker:
 
         Raises:
             DiskFullError: no room for a part; what is whole is recorded.
+            DeviceLostError: a part failed with the GPU, on which every other would fail as well.
         """
         with _OpenParts(self.residents) as open_parts:
             batches = fill_batches(open_parts.shots(parts), lambda: self.batch_size)
             for pieces, rendered in map_batches(self._try_batch, batches, self.device):
                 self._write(pieces, rendered, open_parts)
-                yield from open_parts.outcomes()
-            yield from open_parts.outcomes(wait=True)
+                yield from map(self._told, open_parts.outcomes())
+            yield from map(self._told, open_parts.outcomes(wait=True))
 
     def features(self, job: Job, path: Path, inputs: str) -> None:
         """Make and record the features of a job's sound."""
@@ -110,6 +112,12 @@ class Worker:
         with replacing(path) as temporary:
             write_features(self._encoder[1].covering_features(job.audio), temporary)
         write_record(path, inputs, {"seconds": round(time.perf_counter() - start, 3)})
+
+    def _told(self, outcome: Outcome) -> Outcome:
+        """An outcome, if it can be the part's own."""
+        if isinstance(outcome.result, Failed):
+            require_alive(self.device, "run it again: what is whole is recorded")
+        return outcome
 
     def _try_batch(self, pieces: list[Piece]) -> tuple[list[Piece], list[Tensor] | Exception]:
         """Render a batch; an error is kept for who knows what to do about it."""
