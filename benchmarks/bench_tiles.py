@@ -46,7 +46,9 @@ AGREE = 0.02
 
 
 _STAGES = 5 if FENCES_COPIES else 1
-"""The most that a loop is pipelined in."""
+"""The most stages of a loop whose products take both sides from memory. One that computes the left side, as upsampling
+does, is not pipelined: compilers have been seen to write over what Hopper's products still read (triton-lang/triton,
+issue 9433)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ LAUNCHERS = (
         pointwise_triton,
         "upsample_expand_triton",
         "upsample_tiles",
-        lambda low, skip, n: {"BLOCK_LOW": low, "BLOCK_SKIP": skip, "BLOCK_N": n},
+        lambda low, skip, n: {"BLOCK_LOW": low, "BLOCK_SKIP": skip, "BLOCK_N": n, "num_stages": 1},
     ),
     Launcher(depthwise_triton, "depthwise_triton", "depthwise_tile", lambda hidden: {"chunk": hidden}),
     Launcher(depthwise_triton, "depthwise_project_triton", "projection_tile", lambda hidden, out: {"chunk": hidden}),

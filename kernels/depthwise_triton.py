@@ -5,7 +5,8 @@ never written.
 
 A program makes four rows of output in a strip of columns, which are counted on through the samples. It reads each of
 six rows of input (with stride 2, nine) once, at three shifts, and finds out once for all rows and channels whether a
-column has neighbours. Products are accumulated in float32; the nine taps of float16 in float16, two channels an
+column has neighbours. Programs of a strip are neighbours, top down, so that the rows which two of them read come from
+caches the second time. Products are accumulated in float32; the nine taps of float16 in float16, two channels an
 instruction (:mod:`gpupipe.kernels.packed_triton`).
 """
 
@@ -26,7 +27,7 @@ from gpupipe.kernels.packed_triton import multiply_add, multiply_add_relu, summe
 @triton.jit
 def _strip(samples, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """Columns of a strip: the first one's sample, and each one's sample after that, column and whether it exists."""
-    strip = tl.program_id(0)
+    strip = tl.program_id(1)
     column = strip * COLUMNS + tl.arange(0, COLUMNS)
     first = strip * COLUMNS // WIDTH
     return first.to(tl.int64), column // WIDTH - first, column % WIDTH, column < samples * WIDTH
@@ -118,8 +119,8 @@ def _depthwise_kernel(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Program (strip, four rows, chunk)."""
-    y0 = tl.program_id(1) * 4
+    """Program (four rows, strip, chunk)."""
+    y0 = tl.program_id(0) * 4
     channel = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
     first, sample, column, exists = _strip(samples, OUT_WIDTH, COLUMNS)
     source = x + first * (HEIGHT * WIDTH * HIDDEN)
@@ -151,8 +152,8 @@ def _depthwise_project_kernel(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Program (strip, four rows)."""
-    y0 = tl.program_id(1) * 4
+    """Program (four rows, strip)."""
+    y0 = tl.program_id(0) * 4
     first, sample, column, exists = _strip(samples, OUT_WIDTH, COLUMNS)
     source = x + first * (HEIGHT * WIDTH * HIDDEN)
     output = tl.arange(0, OUT)
@@ -218,7 +219,7 @@ def depthwise_triton(hidden: Tensor, taps: Tensor, bias: Tensor, *, stride: int 
     strips = triton.cdiv(samples * shape[2], tile.block)
     out = hidden.new_empty(*shape, channels)
     if samples:
-        _depthwise_kernel[(strips, triton.cdiv(shape[1], 4), channels // tile.chunk)](
+        _depthwise_kernel[(triton.cdiv(shape[1], 4), strips, channels // tile.chunk)](
             hidden,
             taps,
             bias,
@@ -250,7 +251,7 @@ def depthwise_project_triton(
     strips = triton.cdiv(samples * shape[2], tile.block)
     out = hidden.new_empty(*shape, outputs)
     if samples:
-        _depthwise_project_kernel[(strips, triton.cdiv(shape[1], 4))](
+        _depthwise_project_kernel[(triton.cdiv(shape[1], 4), strips)](
             hidden,
             *projection,
             residual,
