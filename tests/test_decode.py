@@ -294,7 +294,7 @@ def test_a_torchvision_without_jpegs(picture: np.ndarray, tmp_path: Path, monkey
     cv2.imwrite(str(tmp_path / "0.jpg"), picture)
     assert decode._nvjpeg([tmp_path / "0.jpg"], torch.device("cuda")) is None
     assert not can_encode_jpeg(torch.device("cpu"))
-    assert "cannot import name 'decode_jpeg'" in str(_nvjpeg_obstacle())
+    assert "cannot import name 'decode_jpeg'" in str(_nvjpeg_obstacle(torch.device("cuda")))
     assert [told.partition(" (")[0] for told in noted] == ["nvJPEG refused a batch", "nvJPEG does not encode here"]
 
 
