@@ -1,16 +1,6 @@
-"""The command ``gpupipe``, which is ``python -m gpupipe`` too."""
+"""``python -m gpupipe`` is the command ``gpupipe``."""
 
-import sys
-
-
-def main() -> None:
-    """Run the command line; Ctrl-C while it is still loading ends it as it does later: one line, and exit code 1."""
-    try:
-        from gpupipe.cli import main as run  # noqa: PLC0415 - takes a second or two, in which Ctrl-C may come
-    except KeyboardInterrupt:
-        sys.exit("gpupipe: interrupted")
-    run()
-
+from gpupipe.cli import main
 
 if __name__ == "__main__":
     main()

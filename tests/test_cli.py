@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import runpy
 import shlex
 import shutil
 import signal
@@ -426,19 +425,6 @@ def test_signals_leave_nothing_half_written(number: int, clip: dict[str, Path], 
     assert "gpupipe: interrupted; what files are left are whole ones" in told and "Traceback" not in told
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip_frames"]
     assert all(cv2.imread(str(path)) is not None for path in kept.iterdir()), "and nothing but images"
-
-
-def test_an_interrupt_while_the_command_is_loading(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupting:
-        def find_spec(self, name: str, *_: object) -> None:
-            if name == "gpupipe.cli":
-                raise KeyboardInterrupt
-
-    monkeypatch.delitem(sys.modules, "gpupipe.cli")
-    monkeypatch.setattr(sys, "meta_path", [Interrupting(), *sys.meta_path])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("gpupipe", run_name="__main__")
-    assert ended.value.code == "gpupipe: interrupted", "which Python prints to standard error, and exits with 1"
 
 
 def test_signals_are_as_before_afterwards() -> None:
