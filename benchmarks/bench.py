@@ -154,13 +154,11 @@ def _side_by_side(scenario: Scenario, options: Options, folder: Path, device: st
         made += contestants.half_precision_on_cpu(scenario, **how)
     size: dict[str, Any] = {"frames": options.frames, "rounds": options.rounds, "device": device}
     told: dict[str, Any] = {"frames": options.frames, "config": config, "device": device}
-    try:
-        contestants.take_turns(made, scenario, folder, say=say, **size)
-    except KeyboardInterrupt:
-        if contestants.drop_broken_turn(made):
-            yield rows + contestants.clip_rows(made, **told)
-        raise
-    yield rows + contestants.clip_rows(made, **told)
+
+    def clips() -> list[Row]:
+        return rows + contestants.clip_rows(made, **told)
+
+    yield from contestants.rows_of_turns(made, clips, scenario, folder, say=say, **size)
     yield from stage_rows(scenario, folder, device=device, engine=options.engine, rounds=options.rounds, say=say)
 
 
@@ -168,14 +166,14 @@ def _sweep(scenario: Scenario, options: Options, folder: Path, device: str, say:
     how: dict[str, Any] = {"device": device, "crf": options.crf, "rounds": options.rounds, "values": options.values}
     how["say"] = say
     if options.sweep == "batch":
-        yield sweeps.batch_rows(scenario, folder, frames=options.frames, **how)
+        yield from sweeps.batch_rows(scenario, folder, frames=options.frames, **how)
     elif options.sweep == "length":
-        yield sweeps.length_rows(scenario, folder, **how)
+        yield from sweeps.length_rows(scenario, folder, **how)
     else:
         reference = importlib.util.find_spec("cv2") is not None
         if not reference:
             say(NO_OPENCV)
-        yield sweeps.resolution_rows(scenario, folder, frames=options.frames, reference=reference, **how)
+        yield from sweeps.resolution_rows(scenario, folder, frames=options.frames, reference=reference, **how)
 
 
 def _look_into(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> None:

@@ -195,13 +195,29 @@ def take_turns(
             say(f"turn {turn + 1}: {one.name} {frames / one.seconds[-1]:.2f} frames/s")
 
 
-def drop_broken_turn(contestants: list[Contestant]) -> int:
-    """Forget what was measured of a turn that not everybody has taken; returns how many turns are left."""
-    turns = min(len(one.stages) for one in contestants)
-    for one in contestants:
-        for measured in (one.seconds, one.stages, one.peak_bytes, one.joules):
-            del measured[turns:]
-    return turns
+def rows_of_turns(
+    contestants: list[Contestant],
+    rows: Callable[[], list[Row]],
+    scenario: Scenario,
+    folder: Path,
+    *,
+    frames: int,
+    rounds: int,
+    device: str,
+    say: Say,
+) -> Iterator[list[Row]]:
+    """:func:`take_turns`, then ``rows``; an interrupt goes on only after those of the turns that all have taken."""
+    try:
+        take_turns(contestants, scenario, folder, frames=frames, rounds=rounds, device=device, say=say)
+    except KeyboardInterrupt:
+        turns = min(len(one.stages) for one in contestants)
+        for one in contestants:
+            for measured in (one.seconds, one.stages, one.peak_bytes, one.joules):
+                del measured[turns:]
+        if turns:
+            yield rows()
+        raise
+    yield rows()
 
 
 def take_turn(

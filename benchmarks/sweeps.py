@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import wave
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,19 +32,25 @@ _LONG = 60
 
 def batch_rows(
     scenario: Scenario, folder: Path, *, device: str, crf: int, frames: int, rounds: int, values: list[int], say: Say
-) -> list[Row]:
+) -> Iterator[list[Row]]:
     """gpupipe end to end at several batch sizes, in turns."""
     values = values or list(BATCHES[torch.device(device).type])
     made = [contestants.gpupipe(scenario, device=device, crf=crf, batch_size=size) for size in values]
     for one, size in zip(made, values, strict=True):
         one.name = f"gpupipe, batch {size}"  # told while it runs
-    contestants.take_turns(made, scenario, folder, frames=frames, rounds=rounds, device=device, say=say)
-    rows = []
-    for one, size in zip(made, values, strict=True):
-        one.name = "gpupipe"
-        config = scenario.facts() | {"crf": crf, "frames": frames}
-        rows += contestants.clip_rows([one], frames=frames, config=config, device=device, axis="batch", value=size)
-    return rows
+
+    def rows() -> list[Row]:
+        found = []
+        for one, size in zip(made, values, strict=True):
+            one.name = "gpupipe"
+            config = scenario.facts() | {"crf": crf, "frames": frames}
+            how: dict[str, Any] = {"frames": frames, "config": config, "device": device}
+            found += contestants.clip_rows([one], axis="batch", value=size, **how)
+        return found
+
+    yield from contestants.rows_of_turns(
+        made, rows, scenario, folder, frames=frames, rounds=rounds, device=device, say=say
+    )
 
 
 def resolution_rows(
@@ -56,13 +64,12 @@ def resolution_rows(
     values: list[int],
     say: Say,
     reference: bool,
-) -> list[Row]:
-    """The template resized, by the reference loop (where OpenCV is there) and by gpupipe, in turns.
+) -> Iterator[list[Row]]:
+    """The template resized, by the reference loop (where OpenCV is there) and by gpupipe, in turns; size by size.
 
     Args:
         values: heights of the sizes to take; none takes all.
     """
-    rows = []
     for size in RESOLUTIONS:
         if values and size[1] not in values:
             continue
@@ -72,22 +79,23 @@ def resolution_rows(
         made = [contestants.reference_loop(resized, device=device, crf=crf)] if reference else []
         made.append(contestants.gpupipe(resized, device=device, crf=crf))
         say(f"{name}:")
-        contestants.take_turns(made, resized, folder, frames=frames, rounds=rounds, device=device, say=say)
         config = scenario.facts() | {"crf": crf, "frames": frames, "size": list(size), "resized": True}
-        rows += contestants.clip_rows(made, frames=frames, config=config, device=device, axis="size", value=name)
-    return rows
+        told: dict[str, Any] = {"frames": frames, "config": config, "device": device, "axis": "size", "value": name}
+        rows = functools.partial(contestants.clip_rows, made, **told)
+        yield from contestants.rows_of_turns(
+            made, rows, resized, folder, frames=frames, rounds=rounds, device=device, say=say
+        )
 
 
 def length_rows(
     scenario: Scenario, folder: Path, *, device: str, crf: int, rounds: int, values: list[int], say: Say
-) -> list[Row]:
-    """Everything but the network, by the clip's length: a stub paints grey, the sound is silence, frames are small.
+) -> Iterator[list[Row]]:
+    """Everything but the network, length by length: a stub paints grey, the sound is silence, frames are small.
 
     What a frame costs and what memory is held must not depend on how many there are; an hour says whether they do.
     """
     template = resized_template(scenario.template, folder / "small", STUB_SIZE, _TEMPLATE_FRAMES)
     small = replace(scenario, template=template, size=STUB_SIZE)
-    rows = []
     for seconds in values or LENGTHS:
         frames = seconds * small.fps
         clip = _silent_clip(small, frames, folder)
@@ -96,13 +104,14 @@ def length_rows(
         for _ in range(rounds if seconds <= _LONG else 1):
             contestants.take_turn(one, clip, folder / "clip.mp4", frames=frames, device=device)
         config = small.facts() | {"crf": crf, "network": "stub", "resized": True}
-        rows += contestants.clip_rows([one], frames=frames, config=config, device=device, axis="seconds", value=seconds)
+        told: dict[str, Any] = {"frames": frames, "config": config, "device": device}
+        rows = contestants.clip_rows([one], axis="seconds", value=seconds, **told)
         milliseconds = Spread.of([1000 * spent / frames for spent in one.seconds])
         place: dict[str, Any] = {"what": "end_to_end", "axis": "seconds", "value": seconds, "device": device}
         facts: dict[str, Any] = {"provider": "gpupipe", "config": config | one.facts}
         rows.append(row(milliseconds, metric="time", unit="ms/frame", **place, **facts))
         say(f"{seconds} s: {milliseconds.p50:.3f} ms a frame")
-    return rows
+        yield rows
 
 
 class _StubEngine:

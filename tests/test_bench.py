@@ -315,10 +315,28 @@ def test_stages_do_not_wait_for_the_gpu(scenario: Scenario, tmp_path: Path) -> N
 
 def test_a_long_clip_of_the_stub_has_its_length(scenario: Scenario, tmp_path: Path) -> None:
     how: dict[str, Any] = {"device": "cpu", "crf": 30, "rounds": 1, "say": print}
-    rows = sweeps.length_rows(scenario, tmp_path, values=[2], **how)
+    [rows] = sweeps.length_rows(scenario, tmp_path, values=[2], **how)
     told = {row.metric: row for row in rows}
     assert told["throughput"].value == 2 and told["throughput"].config["network"] == "stub"
     assert told["time"].p50 == pytest.approx(1000 / told["throughput"].p50)
+
+
+def test_a_sweep_that_is_cut_off_leaves_the_sizes_before_it(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_turns(made: list[contestants.Contestant], taken: Scenario, *_: Any, **__: Any) -> None:
+        if taken.size != (640, 360):
+            raise KeyboardInterrupt
+        for one in made:
+            one.seconds.append(1.0)
+            one.stages.append({})
+
+    monkeypatch.setattr(contestants, "take_turns", take_turns)
+    how: dict[str, Any] = {"device": "cpu", "crf": 30, "frames": 2, "rounds": 1, "say": print, "reference": False}
+    rows = sweeps.resolution_rows(scenario, tmp_path, values=[360, 720], **how)
+    assert {row.value for row in next(rows)} == {"640×360"}
+    with pytest.raises(KeyboardInterrupt):
+        next(rows)
 
 
 def test_a_template_is_resized_with_its_landmarks(files: dict[str, Path], tmp_path: Path) -> None:
