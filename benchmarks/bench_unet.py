@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
 from gpupipe.benchmarks.floors import operations_of
-from gpupipe.benchmarks.kernel_bench import copy_bandwidth, recorded
+from gpupipe.benchmarks.kernel_bench import copy_bandwidth
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines import Engine, EngineName, Precision, make_engine, openvino_cpu
 from gpupipe.engines.choice import find_dtype
@@ -45,6 +45,7 @@ from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.engines.openvino_cpu import OpenVinoEngine
 from gpupipe.errors import DeviceError, first_line
+from gpupipe.graphs import replayed
 from gpupipe.lanes import Lanes, available_cores, cpu_lanes, map_in_lanes
 from gpupipe.models import MODES, UNet328
 from gpupipe.models.fold import fold_batch_norms
@@ -154,8 +155,8 @@ def on_cuda(
             engine.decode(features, index, audio)
 
         made += [
-            Contestant(name, recorded(whole), batch, told),
-            Contestant(name, recorded(half), batch, told, cached=True),
+            Contestant(name, replayed(whole), batch, told),
+            Contestant(name, replayed(half), batch, told, cached=True),
         ]
     if "onnxruntime" in engines and precision in PEERS:
         made += onnxruntime_peers(network, device, batch, precision, PEERS[precision])

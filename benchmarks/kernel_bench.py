@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, measure, row
-from gpupipe.graphs import capture
+from gpupipe.graphs import replayed
 
 SIZE = (1280, 720)
 BOX = 182
@@ -24,7 +24,7 @@ _LONGEST = 0.05
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, *, rounds: int) -> Spread:
-    """Seconds of one call. On CUDA by events around many calls in a row, see :func:`recorded`."""
+    """Seconds of one call. On CUDA by events around many calls in a row, see :func:`~gpupipe.graphs.replayed`."""
     if device.type != "cuda":
         return measure(function, rounds=rounds, device=device)[0]
     alone, _ = measure(function, rounds=1, warmup=3, device=device)
@@ -34,7 +34,7 @@ def seconds_of(function: Callable[[], object], device: torch.device, *, rounds: 
         for _ in range(calls):
             function()
 
-    run = recorded(several)
+    run = replayed(several)
     times = []
     for _ in range(rounds):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -44,17 +44,6 @@ def seconds_of(function: Callable[[], object], device: torch.device, *, rounds: 
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / calls)
     return Spread.of(times)
-
-
-def recorded(function: Callable[[], object]) -> Callable[[], object]:
-    """``function`` as a CUDA graph, as a render replays it: Python takes longer to launch a kernel than many run.
-
-    What asks the host, as the plain references do, cannot be recorded and is left as it is.
-    """
-    try:
-        return capture(function)[0]
-    except RuntimeError:
-        return function
 
 
 @cache

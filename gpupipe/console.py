@@ -220,5 +220,5 @@ def print_record(record: RenderRecord | None, output: Path, as_json: bool, *, fr
     if as_json:
         print(json.dumps(record.as_dict()))
     elif free and record.device == "cpu" and openvino_cpu.likely():
-        tip = "--precision bfloat16 is usually faster on this processor; mouths then stand at about 57 dB to float32's"
-        console.print(f"tip: {tip}", soft_wrap=True)
+        tip = "--precision bfloat16, which this processor multiplies, may be faster; it changes pictures a little"
+        console.print(f"tip: {tip} (see the README)", soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -11,6 +12,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from gpupipe.errors import first_line
+
+logger = logging.getLogger(__name__)
 
 Output = TypeVar("Output")
 
@@ -78,6 +83,16 @@ def capture(step: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
             raise
         _end(graph, memory.pool)
     return functools.partial(memory.replay, graph), output
+
+
+def replayed(function: Callable[[], object]) -> Callable[[], object]:
+    """``function`` on the current CUDA device as a recording of it, to be timed: Python takes longer to launch a kernel
+    than many run. One that cannot be recorded, as the plain references that ask the host, is left as it is, aloud."""
+    try:
+        return capture(function)[0]
+    except RuntimeError as error:
+        logger.warning("cannot be recorded as a CUDA graph, and is launched piece by piece (%s)", first_line(error))
+        return function
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -27,8 +26,7 @@ from typer.testing import CliRunner, Result
 from gpupipe import __version__
 from gpupipe.cli import app, main
 from gpupipe.console import progress_bar, reporting
-from gpupipe.engines import openvino_cpu, remembered
-from gpupipe.models import UNet328
+from gpupipe.engines import openvino_cpu
 from gpupipe.models.audio_encoder import AudioEncoder
 
 FRAMES = 5
@@ -253,44 +251,6 @@ def test_help_in_an_encoding_without_its_letters() -> None:
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
     assert "--checkpoint" in told.stdout
-
-
-def test_doctor_tells_what_would_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path))
-    facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
-    told = "auto: the fastest of onnxruntime, eager, measured at the first render; --engines measures compile too"
-    assert facts["render"]["engine"] == told
-    assert not any("Errno" in line or "{" in line for line in facts["can"].values())
-    if not torch.cuda.is_available():
-        assert facts["can"]["h264_nvenc"] == "no: no CUDA GPU is available"
-
-
-def test_doctor_asks_nothing_of_a_gpu_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpupipe.doctor.find_device", lambda device=None: torch.device("cpu"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    facts = json.loads(run("doctor", "--json").stdout.splitlines()[-1])
-    assert {facts["can"][name] for name in ("Triton kernels", "nvJPEG", "NVDEC", "h264_nvenc")} == {
-        "no: no CUDA GPU is available"
-    }
-
-
-def test_doctor_names_the_way_a_render_takes(clip: dict[str, Path], tmp_path: Path) -> None:
-    network, cpu = UNet328("ave"), torch.device("cpu")
-    remembered.remember(network, cpu, torch.float32, {"onnxruntime": 100.0, "eager": 400.0, "compile": math.inf})
-    result = run("doctor", "--json", "--device", "cpu")
-    assert result.exit_code == 0, result.output
-    facts = json.loads(result.stdout.splitlines()[-1])
-    assert "onnxruntime 100.0, eager 400.0, fails: compile" in facts["render"]["engine"]
-    rendered = run(*render_words(clip, tmp_path / "out.mp4", "--json", "--device", "cpu"))
-    record = json.loads(rendered.stdout.splitlines()[-1])
-    assert facts["render"]["engine"].startswith(record["engine"])
-    assert facts["render"]["codec"].startswith(record["codec"])
-    assert facts["render"]["kernels"].startswith(record["kernels"])
-    assert facts["versions"] == record["versions"]
-    told = run("doctor", "--device", "cpu")
-    assert told.exit_code == 0
-    assert " 1 frame " in told.stdout
-    assert told.stdout.split()[-2:] == ["fallbacks", "none"]
 
 
 @pytest.mark.parametrize(

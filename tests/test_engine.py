@@ -413,7 +413,7 @@ def test_each_run_on_a_gpu_is_waited_for(how: str, network: UNet328, monkeypatch
             raise RuntimeError("operation not permitted when stream is capturing")
         return lambda: said.append("replayed"), None
 
-    monkeypatch.setattr(measure, "capture", capture)
+    monkeypatch.setattr("gpupipe.graphs.capture", capture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("waited"))
     monkeypatch.setattr(measure, "_SECONDS", 0)
     engine: Any = SimpleNamespace(

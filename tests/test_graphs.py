@@ -434,6 +434,23 @@ def test_recordings_share_their_memory() -> None:
     assert GraphedStep(functools.partial(step, level=4), values)(values).tolist() == [7, 7, 7]
 
 
+def test_what_cannot_be_recorded_is_timed_as_it_is_and_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(step: Callable[[], Any]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    def step() -> int:
+        return 7
+
+    monkeypatch.setattr(graphs, "capture", refuse)
+    assert graphs.replayed(step) is step
+    assert caplog.messages[0].endswith("piece by piece (operation not permitted when stream is capturing)")
+    monkeypatch.setattr(graphs, "capture", lambda step: (lambda: 2 * step(), None))
+    assert graphs.replayed(step)() == 14
+    assert len(caplog.messages) == 1
+
+
 @pytest.mark.cuda
 def test_two_threads_record() -> None:
     """One after the other, though both would begin at once."""

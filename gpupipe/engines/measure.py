@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from torch import Tensor
 from gpupipe.engines.base import BATCH_SIZES, Declaration, Engine
 from gpupipe.errors import DeviceError, first_line
 from gpupipe.fallbacks import note_fallback
-from gpupipe.graphs import capture
+from gpupipe.graphs import replayed
 from gpupipe.models.unet328 import UNet328, random_inputs
 
 _RUNS = 3
@@ -88,9 +87,8 @@ def _seconds(engine: Engine, network: UNet328) -> float:
 
     run: Callable[[], object] = decode
     if engine.device.type == "cuda":
-        # As a render replays it: Python may take longer to launch kernels than they run.
-        with contextlib.suppress(RuntimeError), torch.cuda.device_of(index):
-            run, _ = capture(decode)
+        with torch.cuda.device_of(index):
+            run = replayed(decode)  # as by a render
 
     def once() -> float:
         start = time.perf_counter()

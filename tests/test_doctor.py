@@ -1,0 +1,62 @@
+"""What ``doctor`` says of a machine, and whether a render goes that way."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from gpupipe.cli import app
+from gpupipe.engines import remembered
+from gpupipe.models import UNet328
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_it_tells_what_would_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path))
+    facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
+    told = "auto: the fastest of onnxruntime, eager, measured at the first render; --engines measures compile too"
+    assert facts["render"]["engine"] == told
+    assert not any("Errno" in line or "{" in line for line in facts["can"].values())
+    if not torch.cuda.is_available():
+        assert facts["can"]["h264_nvenc"] == "no: no CUDA GPU is available"
+
+
+def test_it_asks_nothing_of_a_gpu_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpupipe.doctor.find_device", lambda device=None: torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    facts = json.loads(run("doctor", "--json").stdout.splitlines()[-1])
+    assert {facts["can"][name] for name in ("Triton kernels", "nvJPEG", "NVDEC", "h264_nvenc")} == {
+        "no: no CUDA GPU is available"
+    }
+
+
+def test_it_names_the_way_a_render_takes(
+    clip: dict[str, Path], tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    network, cpu = UNet328("ave"), torch.device("cpu")
+    remembered.remember(network, cpu, torch.float32, {"onnxruntime": 100.0, "eager": 400.0, "compile": math.inf})
+    result = run("doctor", "--json", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout.splitlines()[-1])
+    assert "onnxruntime 100.0, eager 400.0, fails: compile" in facts["render"]["engine"]
+    given = ("--template", clip["template"], "--audio-features", clip["features"], "--audio", clip["sound"])
+    more = ("--output", tmp_path / "out.mp4", "--json", "--device", "cpu")
+    rendered = run("render", "--checkpoint", tiny_checkpoint(), *given, *more)
+    record = json.loads(rendered.stdout.splitlines()[-1])
+    assert facts["render"]["engine"].startswith(record["engine"])
+    assert facts["render"]["codec"].startswith(record["codec"])
+    assert facts["render"]["kernels"].startswith(record["kernels"])
+    assert facts["versions"] == record["versions"]
+    told = run("doctor", "--device", "cpu")
+    assert told.exit_code == 0
+    assert " 1 frame " in told.stdout
+    assert told.stdout.split()[-2:] == ["fallbacks", "none"]
