@@ -65,7 +65,7 @@ def headline(rows: Rows) -> str:
         f" {row['value']:g} frames of {width}×{height}, template {config['template']}, full-width network,"
         f" mode {config['mode']}, {precision}"
     )
-    if half := beside("gpupipe_bfloat16"):
+    if (half := beside("gpupipe_bfloat16")) and half["p50"] > row["p50"]:
         said += f"; **{half['p50']:.1f}×** with `--precision bfloat16`, which this processor multiplies"
     return said + " ([how it was measured](#results))."
 

@@ -219,6 +219,6 @@ def print_record(record: RenderRecord | None, output: Path, as_json: bool, *, fr
     )
     if as_json:
         print(json.dumps(record.as_dict()))
-    elif free and record.device == "cpu" and openvino_cpu.likely():
-        tip = "--precision bfloat16, which this processor multiplies, may be faster; it changes pictures a little"
+    elif free and record.device == "cpu" and openvino_cpu.pays():
+        tip = "--precision bfloat16, which this processor's AMX multiplies, may be faster; it changes pictures a little"
         console.print(f"tip: {tip} (see the README)", soft_wrap=True)

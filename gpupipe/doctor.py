@@ -117,8 +117,10 @@ def measure_engines(device: str | torch.device | None = None) -> Figures:
 
 def _bfloat16() -> str:
     """What a CPU makes of `--precision bfloat16`."""
-    reason = openvino_cpu.obstacle()
-    return f"not bfloat16: {reason}" if reason else "--precision bfloat16 for openvino"
+    if reason := openvino_cpu.obstacle():
+        return f"not bfloat16: {reason}"
+    doubt = "" if openvino_cpu.pays() else ", hardly faster without AMX"
+    return f"--precision bfloat16 for openvino{doubt}"
 
 
 def _device_facts(device: torch.device) -> dict[str, str]:

@@ -41,8 +41,9 @@ def device_name(device: torch.device | str = "cpu") -> str:
 
 
 def processor_name() -> str:
-    """The CPU's model name."""
-    return _processor_fact("model name") or platform.processor() or platform.machine()
+    """The CPU's model name, and whether it has AMX: virtual machines of the same name are given it, or not."""
+    name = _processor_fact("model name") or platform.processor() or platform.machine()
+    return f"{name} with AMX" if "amx_bf16" in processor_flags() else name
 
 
 def processor_flags() -> list[str]:

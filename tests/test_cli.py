@@ -73,7 +73,7 @@ def test_render_writes_a_video_with_sound_and_a_record(clip: dict[str, Path], tm
 
 
 @pytest.mark.parametrize(
-    ("likely", "words", "told"),
+    ("pays", "words", "told"),
     [
         (True, [], True),
         (False, [], False),
@@ -84,9 +84,9 @@ def test_render_writes_a_video_with_sound_and_a_record(clip: dict[str, Path], tm
     ],
 )
 def test_of_bfloat16_is_told_who_has_not_chosen(
-    likely: bool, words: list[str], told: bool, clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pays: bool, words: list[str], told: bool, clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openvino_cpu, "likely", lambda: likely)
+    monkeypatch.setattr(openvino_cpu, "pays", lambda: pays)
     result = run(*render_words(clip, tmp_path / "out.mp4", "--device", "cpu", *words))
     assert result.exit_code == 0, result.output
     assert result.stderr.count("tip: --precision bfloat16") == told

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from gpupipe.cli import app
-from gpupipe.engines import remembered
+from gpupipe.engines import openvino_cpu, remembered
 from gpupipe.models import UNet328
 
 
@@ -37,6 +37,23 @@ def test_it_asks_nothing_of_a_gpu_that_does_not_work(monkeypatch: pytest.MonkeyP
     assert {facts["can"][name] for name in ("Triton kernels", "nvJPEG", "NVDEC", "h264_nvenc")} == {
         "no: no CUDA GPU is available"
     }
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "pays", "told"),
+    [
+        (None, True, "float32; --precision bfloat16 for openvino"),
+        (None, False, "float32; --precision bfloat16 for openvino, hardly faster without AMX"),
+        ("it is made of wood", False, "float32; not bfloat16: it is made of wood"),
+    ],
+)
+def test_it_tells_what_bfloat16_is_good_for(
+    obstacle: str | None, pays: bool, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_cpu, "obstacle", lambda: obstacle)
+    monkeypatch.setattr(openvino_cpu, "pays", lambda: pays)
+    facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
+    assert facts["render"]["precision"] == told
 
 
 def test_it_names_the_way_a_render_takes(

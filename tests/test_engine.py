@@ -152,7 +152,7 @@ def test_engines_that_cannot_be(network: UNet328) -> None:
 
 
 def test_what_loads_no_openvino_promises_no_more_than_what_does() -> None:
-    assert not openvino_cpu.likely() or openvino_cpu.obstacle() is None
+    assert not openvino_cpu.pays() or openvino_cpu.obstacle() is None
 
 
 def test_bfloat16_where_the_cpu_is_not_made_for_it(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:

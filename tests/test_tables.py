@@ -59,6 +59,7 @@ def test_the_headline_s_bfloat16_is_of_its_own_run_and_template() -> None:
     assert "**8.0×** with `--precision bfloat16`" in TABLES["headline"](run)
     for other in ({"template": "ben"}, {"n": 5}, {"commit": "d"}, {"device": "another"}):
         assert "bfloat16" not in TABLES["headline"]([run[0], ratio("gpupipe_bfloat16", 9, **other)]), other
+    assert "bfloat16" not in TABLES["headline"]([run[0], ratio("gpupipe_bfloat16", 3)]), "slower: nobody's headline"
     assert "**4.0×" in TABLES["headline"]([*run, ratio("gpupipe", 6, template="ben", time="2027")]), (
         "the less flattering"
     )

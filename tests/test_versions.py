@@ -1,0 +1,19 @@
+"""What tells one machine from another."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpupipe import versions
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [("avx512_bf16 amx_tile amx_bf16", "Xeon with AMX"), ("avx512_bf16 avx512_fp16", "Xeon"), ("", "Xeon")],
+)
+def test_processors_of_one_name_with_amx_and_without_are_two(
+    flags: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "_processor_fact", {"model name": "Xeon", "flags": flags}.__getitem__)
+    monkeypatch.setattr(versions, "available_cores", lambda: 2)
+    assert versions.device_name("cpu") == f"{name}, 2 cores"
