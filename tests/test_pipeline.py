@@ -271,7 +271,7 @@ def test_images_of_a_longer_clip_are_said_aloud(
     pipeline.generator.save_frames(frames, folder)
     pipeline.generator.save_frames(frames[:1], folder, "other")
     assert not caplog.records
-    told = f"frame_{FRAMES:05d}.jpg: is left from an earlier, longer clip, 2 images in all; this one has {FRAMES}"
+    told = f"frame_{FRAMES:05d}.jpg: is the first of 2 left from an earlier, longer clip; this one has {FRAMES}"
     for again in (
         lambda: pipeline.generate_frames_only(clip["features"], clip["template"], folder),
         lambda: pipeline.generator.save_frames(frames[:FRAMES], folder),

@@ -70,7 +70,7 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
     ("crf", lambda folder: -1, r"crf is -1; expected 0"),
     ("fps", lambda folder: 0, r"fps is 0; expected more than 0"),
     ("fps", lambda folder: float("nan"), r"fps is nan; expected more than 0"),
-    ("codec", lambda folder: "betamax", r"codec 'betamax' does not open here"),
+    ("codec", lambda folder: "betamax", r"codec 'betamax' does not open here \(betamax: there is no such encoder\)"),
     ("codec", lambda folder: "aac", r"codec 'aac' does not open here \(aac: not a video encoder\)"),
 ]
 

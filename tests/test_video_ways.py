@@ -78,6 +78,13 @@ def test_gpu_without_nvenc_copies_to_the_cores(
         choose_way("av1_nvenc", PICTURE, GPU)
 
 
+def test_nvenc_without_a_gpu_is_refused_for_that() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(DeviceError, match=r"'av1_nvenc' does not open here \(av1_nvenc: no CUDA GPU is available\)"):
+        choose_way("av1_nvenc", PICTURE)
+
+
 @pytest.mark.parametrize(("can", "way"), [(True, Way("mjpeg", "nvjpeg")), (False, Way("mjpeg", "host"))])
 def test_jpeg_on_the_gpu(can: bool, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways, "can_encode_jpeg", lambda device: can)

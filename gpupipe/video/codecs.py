@@ -16,6 +16,7 @@ import av
 import av.error
 import numpy as np
 import torch
+from av.codec.codec import UnknownCodecError
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from numpy.typing import NDArray
 
@@ -194,9 +195,12 @@ def encoder_obstacle(encoder: str, width: int = 1280, height: int = 720) -> str 
         assert isinstance(context, av.VideoCodecContext)
         configure(context, PictureFormat(width, height, Fraction(25), 20))
         context.open()
+    except UnknownCodecError:
+        return "there is no such encoder"
     except (av.error.FFmpegError, ValueError) as error:
         logger.debug("encoder %s does not open: %s", encoder, error)
-        return why(error)
+        without_gpu = encoder.endswith("_nvenc") and not torch.cuda.is_available()
+        return "no CUDA GPU is available" if without_gpu else why(error)
     return None
 
 

@@ -68,7 +68,7 @@ def tell_of_others(folder: Path, count: int, prefix: str = "frame", *, image_for
     if others:
         first = frame_path(folder, others[0], prefix, image_format=image_format)
         logger.warning(
-            "%s: is left from an earlier, longer clip, %d images in all; this one has %d", first, len(others), count
+            "%s: is the first of %d left from an earlier, longer clip; this one has %d", first, len(others), count
         )
 
 
