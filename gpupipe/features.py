@@ -219,7 +219,8 @@ def write_features(pieces: Iterable[Tensor], path: str | Path) -> int:
         for piece in pieces:
             count += len(piece)
             file.write(np.ascontiguousarray(piece.cpu().numpy(), dtype="<f4").tobytes())
-        assert header() == begin
+        end = header()
+    assert end == begin
     return count
 
 

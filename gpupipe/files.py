@@ -27,7 +27,7 @@ def input_file(path: str | Path, what: str, error: type[InputError] = InputError
         error: what is raised.
 
     Raises:
-        InputError: no such file, one that may not be looked at, or something that is none.
+        InputError: it is missing, not accessible, or not an ordinary file.
     """
     mode = _mode(Path(path), what, error)
     if not stat.S_ISREG(mode):
@@ -39,7 +39,7 @@ def input_folder(path: str | Path, what: str) -> Path:
     """The path of a folder, or of a link to one, which errors call ``what``.
 
     Raises:
-        InputError: no such folder, one that may not be looked at, or something that is none.
+        InputError: it is missing, not accessible, or not a folder.
     """
     if not stat.S_ISDIR(_mode(Path(path), what, InputError)):
         raise InputError(f"{path}: is no folder; expected a {what}")
@@ -82,7 +82,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary name beside ``path``, with the same suffix; rename it on success, delete it on any failure.
 
     Raises:
-        OutputError: the folder is missing or not writable, or the disk is full.
+        OutputError: the folder is missing or not writable, or the disk is full. Errors that name another file pass.
     """
     path = Path(path)
     try:
@@ -96,6 +96,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
+        other = error.filename and Path(str(error.filename)).name not in {path.name, temporary.name}
+        if other:  # whose error is not this file's
+            raise
         raise output_error(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # where it could not be made

@@ -250,7 +250,7 @@ def numbered_files(directory: Path, suffix: str, what: str) -> list[Path]:
     Raises:
         InputError: no such directory, no file, or a gap in the numbers.
     """
-    input_folder(directory, f"directory; expected one with 0{suffix}, 1{suffix}, …")
+    input_folder(directory, f"directory of {what}s")
     stems = (path.stem for path in directory.glob(f"*{suffix}"))
     numbers = {int(stem) for stem in stems if stem.isdecimal() and stem == str(int(stem))}  # 007 is no 7
     if not numbers:

@@ -44,6 +44,11 @@ def with_exif(jpeg: bytes, orientation: int, *, order: str = "big", entries: int
     return jpeg[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + jpeg[2:]
 
 
+def orientation_in(path: Path) -> int:
+    with Image.open(path) as image:
+        return exif_orientation(image)
+
+
 # ── pictures that are whole ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -109,7 +114,7 @@ def test_orientation_is_the_one_that_opencv_heeds(
     read, plain = cv2.imread(str(path)), cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     assert np.array_equal(read_image(path).numpy(), read)
     assert image_size(path) == read.shape[:2]
-    found = exif_orientation(path.read_bytes())
+    found = orientation_in(path)
     assert found == (orientation if 1 <= orientation <= 8 else 1)
     assert np.array_equal(read, plain) == (found == 1)
 
@@ -130,17 +135,22 @@ def test_size_is_found_without_decoding(
     assert bool(decoded) == (behind == b"x" or suffix == "webp")
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"Exif\0\0", b"Exif\0\0II*\0", b"Exif\0\0XX" + bytes(40)])
-def test_a_block_that_is_none_asks_for_nothing(content: bytes) -> None:
-    assert exif_orientation(content) == 1
+@pytest.mark.parametrize("block", [b"", b"Exif\0\0", b"Exif\0\0II*\0", b"Exif\0\0XX" + bytes(40)])
+def test_a_block_that_is_none_asks_for_nothing(block: bytes) -> None:
+    image = Image.new("RGB", (2, 2))
+    assert exif_orientation(image) == 1
+    image.info["exif"] = block
+    assert exif_orientation(image) == 1
 
 
-def test_block_of_another_program(picture: np.ndarray, tmp_path: Path) -> None:
-    exif = Image.Exif()
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_block_of_another_program(suffix: str, picture: np.ndarray, tmp_path: Path) -> None:
+    exif, path = Image.Exif(), tmp_path / f"turned.{suffix}"
     exif[0x010F], exif[0x0112], exif[0x0132] = "a camera", 6, "2024:01:01 00:00:00"
-    Image.fromarray(picture[..., ::-1]).save(tmp_path / "turned.jpg", exif=exif)
-    assert exif_orientation((tmp_path / "turned.jpg").read_bytes()) == 6
-    assert np.array_equal(read_image(tmp_path / "turned.jpg").numpy(), cv2.imread(str(tmp_path / "turned.jpg")))
+    Image.fromarray(picture[..., ::-1]).save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    assert orientation_in(path) == 6
+    assert np.array_equal(read_image(path).numpy(), cv2.imread(str(path)))
+    assert image_size(path) == (64, 48)
 
 
 @pytest.mark.parametrize("progressive", [False, True])

@@ -99,6 +99,18 @@ def test_new_files_are_as_readable_as_the_user_s(umask: int, tmp_path: Path, mon
     assert (tmp_path / "out.npy").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+def test_another_file_s_error_is_not_blamed_on_the_one_that_is_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"features\.npy"), replacing(tmp_path / "out.mp4"):
+        (tmp_path / "features.npy").open()
+    for url in (tmp_path / "out.mp4", f"file:{tmp_path}/out.mp4", None):
+        with (
+            pytest.raises(OutputError, match=r"out\.mp4: cannot be written: disk on fire"),
+            replacing(tmp_path / "out.mp4"),
+        ):
+            raise OSError(5, "disk on fire", url)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_that_write_one_file_at_once(tmp_path: Path) -> None:
     with replacing(tmp_path / "out.txt") as first, replacing(tmp_path / "out.txt") as second:
         assert first != second

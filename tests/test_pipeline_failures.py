@@ -58,6 +58,7 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
         r"clip\.mp4: cannot be written: there is no folder .*absent$",
     ),
     ("output_path", a_file, r"clip\.mp4: cannot be written: Not a directory"),
+    ("output_path", lambda folder: folder / "out" / ("a" * 300 + ".mp4"), r"a\.mp4: cannot be written: File name too"),
     ("output_path", lambda folder: folder, r"is a folder; expected the name of a file"),
     ("output_path", lambda folder: folder / "out" / "clip.xyz", r"clip\.xyz: suffix is '\.xyz'; expected \.mp4"),
     ("output_path", lambda folder: folder / "out" / "clip", r"clip: suffix is ''; expected \.mp4"),

@@ -138,7 +138,9 @@ def test_missing_directories(template: Path, tmp_path: Path) -> None:
     assert "no such template directory" in refusal(tmp_path / "absent", tmp_path / "absent")
     (template / "full_body_img").rename(template / "frames")
     message = refusal(template, template / "full_body_img")
-    assert "no such directory; expected one with 0.jpg, 1.jpg, …" in message
+    assert message.endswith("full_body_img: no such directory of template frames")
+    (template / "full_body_img").touch()
+    assert "is no folder; expected a directory of template frames" in refusal(template, template / "full_body_img")
     with pytest.raises(InputError, match=r"0\.lms: no such landmark file"):
         Template(template / "frames", template / "absent")
 

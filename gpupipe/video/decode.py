@@ -47,9 +47,6 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}
 
 _LAST_BYTES = 64
 
-_EXIF_END = 1 << 17
-"""Bytes of a JPEG among which its EXIF block begins and ends: it is among the first segments, of 64 KB at most."""
-
 MAX_PIXELS = 1 << 26
 """Of an image that is decoded; of frames of 8192×4320 the largest video has half as many."""
 
@@ -87,7 +84,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
         if not _ends_as_one(path, image):
             height, width, _ = _turned_bgr(image).shape
             return height, width
-        turn = _TURNS.get(exif_orientation(image.info.get("exif", b"")))
+        turn = _TURNS.get(exif_orientation(image))
         return (image.width, image.height) if turn in _ON_THE_SIDE else (image.height, image.width)
 
 
@@ -130,13 +127,12 @@ def _check_header(path: Path, image: Image.Image) -> None:
 def _turned_bgr(image: Image.Image) -> Tensor:
     """Decode, and turn as EXIF asks: uint8 (H, W, 3), BGR."""
     image.load()
-    exif = image.info.get("exif", b"")
+    turn = _TURNS.get(exif_orientation(image))
     if image.mode.startswith("I"):  # 16 bits: the upper 8 are kept
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     rgb = image if image.mode == "RGB" else image.convert("RGB")
-    turn = _TURNS.get(exif_orientation(exif))
     upright = rgb if turn is None else rgb.transpose(turn)
     pixels = bytearray(upright.tobytes("raw", "BGR"))  # several times faster than a flip of the array
     return torch.frombuffer(pixels, dtype=torch.uint8).view(upright.height, upright.width, 3)
@@ -210,21 +206,21 @@ def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
 def _not_for_nvjpeg(path: Path) -> str | None:
     """Why a JPEG is not to be decoded by nvJPEG: it would be another picture than the CPU's, without an error."""
     with _opened(path) as image:
-        if exif_orientation(image.info.get("exif", b"")) != 1:
+        if exif_orientation(image) != 1:
             return "does not turn pictures as their EXIF block asks"
         if image.mode not in {"RGB", "L"} or image.info.get("adobe_transform") == 0:
             return "takes all pictures for grey or of Y, Cb and Cr"
         return None if _ends_as_one(path, image) else "does not tell of a file that is cut short"
 
 
-def exif_orientation(jpeg: bytes) -> int:
-    """The orientation that a JPEG's EXIF block asks for, 1 (upright) to 8; 1 without one.
+def exif_orientation(image: Image.Image) -> int:
+    """The orientation that an image's EXIF block asks for, 1 (upright) to 8; 1 without one.
 
-    The block is a TIFF file's first directory, entry 0x0112 (Exif 2.32, section 4.6; TIFF 6.0, section 2).
+    It is entry 0x0112 of a TIFF file's first directory (Exif 2.32, section 4.6; TIFF 6.0, section 2). Pillow's own
+    reader fails on damaged blocks.
     """
-    start = jpeg.find(b"Exif\0\0", 0, _EXIF_END)
-    tiff = jpeg[start + 6 :]
-    if start < 0 or tiff[:2] not in (b"II", b"MM"):
+    tiff = image.info.get("exif", b"").removeprefix(b"Exif\0\0")  # WebP's block comes without
+    if tiff[:2] not in (b"II", b"MM"):
         return 1
     order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -297,19 +298,18 @@ class VideoWriter:
                 self._sound.advance(self._decode_times.packets / self.picture.rate)
 
 
-def check_suffix(path: str | Path) -> str:
-    """The suffix of a video that is to be written, in small letters.
+def check_suffix(path: str | Path) -> None:
+    """Check the name of a video that is to be written.
 
     Raises:
-        InputError: it is none of :data:`SUFFIXES`.
+        InputError: its suffix is none of :data:`SUFFIXES`.
         OutputError: ``path`` is a folder.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir it raises nothing, of a name that is too long either
         raise OutputError(f"{path}: is a folder; expected the name of a file")
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: suffix is {path.suffix!r}; expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    return path.suffix.lower()
 
 
 @contextlib.contextmanager
@@ -320,7 +320,8 @@ def open_output(path: Path, temporary: Path) -> Iterator[av.container.OutputCont
         InputError: another suffix than :data:`SUFFIXES`.
     """
     options = {"fflags": "+bitexact"}  # nothing in the file by chance, by the clock or by FFmpeg's version
-    if check_suffix(path) in {".mp4", ".mov"}:
+    check_suffix(path)
+    if path.suffix.lower() in {".mp4", ".mov"}:
         options["movflags"] = "+faststart"
     output = av.open(media_url(temporary), "w", options=options)
     try:
