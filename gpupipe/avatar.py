@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -158,9 +158,14 @@ class Avatar:
         derived, kept, crop_index, kept_index = sources
         boxes = self.template.boxes.index_select(0, frames)
         where = (mouth, derived["crop"], kept["frame"], kept_index, boxes)
-        seam, keep, largest = self.feather, kept.get("keep"), self.template.max_box
+        how: dict[str, Any] = {
+            "feather": self.feather,
+            "keep": kept.get("keep"),
+            "crop_index": crop_index,
+            "max_box": self.template.max_box,
+        }
         if self.pixel_format == "bgr":
-            pasted = paste_blend(*where, feather=seam, keep=keep, crop_index=crop_index, max_box=largest)
+            pasted = paste_blend(*where, **how)
             if background is None:
                 return pasted
             finished = from_nv12(background)
@@ -169,10 +174,10 @@ class Avatar:
             return finished
         assert background is not None
         if "nv12" not in kept:
-            return paste_blend_nv12(*where, background, feather=seam, keep=keep, crop_index=crop_index, max_box=largest)
+            return paste_blend_nv12(*where, background, **how)
         luma, chroma = nv12_window(background, self.template.window)
         part = torch.cat([luma, chroma], dim=1)
-        pasted = paste_blend_nv12(*where, part, feather=seam, keep=keep, crop_index=crop_index, max_box=largest)
+        pasted = paste_blend_nv12(*where, part, **how)
         # A cell that a box cuts through was computed as a whole; outside the box its luma is still the source's.
         luma.copy_(torch.where(_inside(boxes, luma), pasted[:, : luma.shape[1]], luma))
         chroma.copy_(pasted[:, luma.shape[1] :])

@@ -23,7 +23,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from gpupipe.engines import openvino_cpu
 from gpupipe.errors import InputError, one_line
 from gpupipe.pipeline import RenderRecord
 
@@ -204,12 +203,8 @@ def standard_output() -> Console:
     return output
 
 
-def print_record(record: RenderRecord | None, output: Path, as_json: bool, *, free: bool = False) -> None:
-    """Say what was made; with ``--json`` the record is the last line of the standard output.
-
-    Args:
-        free: the user has asked for no engine and precision, and may be told of a faster one.
-    """
+def print_record(record: RenderRecord | None, output: Path, as_json: bool) -> None:
+    """Say what was made; with ``--json`` the record is the last line of the standard output."""
     assert record is not None
     ways = [record.device, record.engine, f"kernels in {record.kernels}", *([record.codec] if record.codec else [])]
     console.print(
@@ -219,6 +214,3 @@ def print_record(record: RenderRecord | None, output: Path, as_json: bool, *, fr
     )
     if as_json:
         print(json.dumps(record.as_dict()))
-    elif free and record.device == "cpu" and openvino_cpu.pays():
-        tip = "--precision bfloat16, which this processor's AMX multiplies, may be faster; it changes pictures a little"
-        console.print(f"tip: {tip} (see the README)", soft_wrap=True)

@@ -113,7 +113,8 @@ class FrameGenerator:
         Args:
             img_dir, lms_dir, parsing_dir: ``0.jpg`` …, ``0.lms`` … and, if given, ``0.png`` ….
             audio_features: (N, …), as :class:`~gpupipe.features.SpeechFeatures` takes it.
-            start_frame: first template frame of the walk there and back.
+            start_frame: first frame of the stretch of the template that is walked to its end and back; the clip begins
+                with the one after it (:func:`~gpupipe.schedule.template_indices`).
             fps: kept for the seed's callers: a list of frames has no rate, there is one for each row.
 
         Returns:
@@ -183,7 +184,8 @@ class FrameGenerator:
         """Render a clip batch by batch.
 
         Args:
-            start_frame: first template frame of the walk there and back.
+            start_frame: first frame of the stretch of the template that is walked to its end and back; the clip begins
+                with the one after it (:func:`~gpupipe.schedule.template_indices`).
             pixel_format: of the finished frames.
             fps: frames a second; another rate than the features' own resamples the clip
                 (:class:`~gpupipe.schedule.Resampling`). None renders one frame for each row.

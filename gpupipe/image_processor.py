@@ -150,7 +150,8 @@ class ImageProcessor:
             if parsing.shape != frame.shape:
                 raise InputError(f"parsing_image has shape {tuple(parsing.shape)}; expected {tuple(frame.shape)}")
             keep = keep_mask(parsing)[None]
-        index, boxes = (torch.tensor(value, device="cpu") for value in ([0], [[xmin, ymin, xmax, ymax]]))
+        index = torch.tensor([0], device="cpu")
+        boxes = torch.tensor([[xmin, ymin, xmax, ymax]], device="cpu")
         if region.shape[2] == CROP_SIZE:
             crop, region = region, inner_region(region)
         else:

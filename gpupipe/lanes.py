@@ -6,7 +6,6 @@ waits. So the CPU is divided into lanes, each with a core or a few, and each ren
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import threading
@@ -63,14 +62,15 @@ def map_in_lanes(function: Callable[[Item], Result], items: Iterable[Item], lane
     """
     workers = ThreadPoolExecutor(lanes.number, LANE_THREAD, _run_torch_on, (lanes.threads,))
     pending: deque[Future[Result]] = deque()
-    with contextlib.ExitStack() as stack:
-        stack.callback(workers.shutdown, cancel_futures=True)
+    try:
         for item in items:
             pending.append(workers.submit(function, item))
             if len(pending) > lanes.number:  # one waits, so that no lane does
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    finally:
+        workers.shutdown(cancel_futures=True)
 
 
 def _run_torch_on(threads: int) -> None:

@@ -19,7 +19,7 @@ Encoder = Annotated[Path | None, Option(help="AVE encoder checkpoint: makes the 
 Mode = Annotated[models.Mode, Option(help="Kind of speech features.")]
 Fps = Annotated[float | None, Option(help="Frames a second; by default the features' rate, 25 and 20 for wenet.")]
 StartFrame = Annotated[
-    int, Option(help="Template frame to start from; the clip goes on to the last one, back, and so on.")
+    int, Option(help="Walk the template from this frame to its end and back; the clip begins with the one after it.")
 ]
 UseParsing = Annotated[
     bool, Option("--use-parsing", help="Keep the template where the images in parsing/ are red or white.")
@@ -31,7 +31,13 @@ Precision = Annotated[
     engines.Precision | None,
     Option(help="Of the network: by default float32 on a CPU and float16 on CUDA; some CPUs take bfloat16."),
 ]
-Exact = Annotated[bool, Option("--exact", help="float32, TF32 off, JPEGs decoded on the CPU.")]
+Exact = Annotated[
+    bool,
+    Option(
+        "--exact",
+        help="Compute as the reference does, and a CPU by default: float32, TF32 off, JPEGs decoded on the CPU.",
+    ),
+]
 BatchSize = Annotated[int | None, Option(help="Frames rendered at once; by default what suits the device.")]
 MemoryBudget = Annotated[
     int | None, Option(help="MB for what is kept of template frames; by default a share of what is free.")

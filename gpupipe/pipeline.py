@@ -33,7 +33,7 @@ from gpupipe.template import Template
 from gpupipe.unet_model import UNetModel
 from gpupipe.versions import versions
 from gpupipe.video.encode import VideoWriter, check_suffix
-from gpupipe.video.images import ImageFormat, frame_path, save_image, tell_of_others, write_frames
+from gpupipe.video.images import ImageFormat, frame_path, save_image, warn_of_others, write_frames
 from gpupipe.video.sound import compare_lengths, open_sound
 
 Progress = Callable[[int, int], Any]
@@ -145,13 +145,14 @@ class FrameGenerationPipeline:
             template_dir: as :meth:`gpupipe.Template.from_directory` takes it.
             audio_path: any file that FFmpeg reads with a sound track; None renders a silent video.
             output_path: ``.mp4``, ``.mkv`` or ``.mov``; appears only when it is whole.
-            start_frame: first template frame of the walk there and back.
+            start_frame: first frame of the stretch of the template that is walked to its end and back; the clip begins
+                with the one after it (:func:`~gpupipe.schedule.template_indices`).
             fps: frames a second of the video. Features come at the mode's rate, 25 rows a second and 20 for wenet; at
                 another rate the picture is resampled to keep pace with the sound
                 (:class:`~gpupipe.schedule.Resampling`), and the sound stays as it is.
             crf: quality, 0 (best) to 51.
             save_frames: keep the frames as JPEGs too, in ``frames_dir`` or beside the video in ``<name>_frames``.
-                Without it ``frames_dir`` means nothing. Images of an earlier, longer clip stay, and are said aloud.
+                Without it ``frames_dir`` means nothing. A warning names images left from an earlier, longer clip.
             codec: see :data:`gpupipe.video.codecs.CODECS`.
             preset: the encoder's, such as ``p1`` to ``p7`` for NVENC; None takes ours
                 (:class:`~gpupipe.video.encode.VideoWriter`).
@@ -218,8 +219,8 @@ class FrameGenerationPipeline:
     ) -> list[str]:
         """Render a clip to ``frame_00000.jpg`` … in ``output_dir`` and return their paths.
 
-        ``image_format="png"`` writes ``frame_00000.png`` … without loss. Images of an earlier, longer clip stay in the
-        folder, and are said aloud. There is one image for each row of features, whatever ``fps``; with ``resample``
+        ``image_format="png"`` writes ``frame_00000.png`` … without loss. A warning names images left in the folder
+        from an earlier, longer clip. There is one image for each row of features, whatever ``fps``; with ``resample``
         there are those of :meth:`generate_video`'s video of ``fps`` frames a second.
         """
         phases, stages = _Phases(), Stages()
@@ -247,6 +248,8 @@ class FrameGenerationPipeline:
     ) -> dict[str, Any]:
         """Write sample frames, pasted hard, for programs in other languages to compare with.
 
+        They are as precise as the model: on CUDA give the pipeline ``exact=True``, as the command does.
+
         ``num_sample_frames`` frames spread evenly over the clip, its first and last included, go to
         ``reference_<i>.png`` (lossless; ``i`` is the frame's number), the features to ``audio_features.bin`` (see
         :func:`~gpupipe.features.save_features_bin`), and the facts to ``metadata.json``.
@@ -266,7 +269,7 @@ class FrameGenerationPipeline:
             template_frame = template_indices(i, i + 1, template.length)
             frame = avatar.render(template_frame, speech.windows(i, i + 1))[0].cpu().numpy()
             paths.append(str(save_image(frame, folder / f"reference_{i:05d}.png")))
-        save_features_bin(np.asarray(speech.rows(0, len(speech))).reshape(speech.shape), folder / "audio_features.bin")
+        save_features_bin(speech.rows(0, len(speech)).reshape(speech.shape), folder / "audio_features.bin")
         facts = {
             "num_total_frames": len(speech),
             "sample_indices": indices,
@@ -327,4 +330,4 @@ def _saving(batches: Iterator[Tensor], folder: Path) -> Iterator[Tensor]:
             save_image(frame, frame_path(folder, number))
             number += 1
         yield batch
-    tell_of_others(folder, number)
+    warn_of_others(folder, number)

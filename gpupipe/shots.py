@@ -57,7 +57,10 @@ class Shot:
 
     def piece(self, start: int, limit: int) -> Piece:
         """The frames from ``start`` on that show at most ``limit`` rows."""
-        frames = range(start, min(self.timing.reach(start, limit), self.frames.stop))
+        return self.piece_of(range(start, min(self.timing.reach(start, limit), self.frames.stop)))
+
+    def piece_of(self, frames: range) -> Piece:
+        """These frames."""
         rows, row_of_frame = np.unique(self.timing.rows(frames.start, frames.stop), return_inverse=True)
         return Piece(self, frames, rows, row_of_frame)
 
@@ -97,9 +100,7 @@ class Piece:
         if len(self.rows) == 1:
             return [self]
         first = self.shot.piece(self.frames.start, len(self.rows) // 2)
-        rest = range(first.frames.stop, self.frames.stop)
-        rows, row_of_frame = np.unique(self.rows[self.row_of_frame[len(first.frames) :]], return_inverse=True)
-        return [first, Piece(self.shot, rest, rows, row_of_frame)]
+        return [first, self.shot.piece_of(range(first.frames.stop, self.frames.stop))]
 
     def frames_from_rows(self, rendered: Tensor, limit: int) -> Iterator[Tensor]:
         """The frames of the piece, at most ``limit`` at a time, from its rendered rows."""

@@ -262,10 +262,11 @@ def test_saved_frames_lie_beside_the_video(
     assert {file.name for file in path.parent.iterdir()} == {"clip.mp4", "clip_frames", "other.mp4"}
 
 
-def test_images_of_a_longer_clip_are_said_aloud(
+def test_images_left_from_a_longer_clip_are_warned_of(
     render: Callable[..., Path], pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
+    caplog.set_level(logging.WARNING, "gpupipe")
     folder = tmp_path / "frames"
     frames = [np.zeros((32, 48, 3), np.uint8)] * (FRAMES + 2)
     pipeline.generator.save_frames(frames, folder)

@@ -20,6 +20,8 @@ from av.codec.codec import UnknownCodecError
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from numpy.typing import NDArray
 
+from gpupipe.errors import InputError
+
 logger = logging.getLogger(__name__)
 
 CODECS: dict[str, tuple[str, ...]] = {
@@ -138,14 +140,18 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
         context.qmin = context.qmax = jpeg_quantiser(picture.crf)  # no rate control
 
 
-def preset_names(encoder: str) -> tuple[str, ...] | None:
-    """The presets of an encoder, where they are known here: libx264 says on standard error what it does not know."""
-    return _X26X_PRESETS if encoder in {"libx264", "libx265"} else None
+def check_preset(encoder: str, preset: str) -> None:
+    """Check that an encoder has a preset, as far as its presets are known here.
 
+    libx264 and libx265 say what they do not know on standard error only.
 
-def has_presets(encoder: str) -> bool:
-    """Whether an encoder trades speed for size by a preset."""
-    return "preset" in _OPTIONS.get(encoder, {})
+    Raises:
+        InputError: the encoder has no presets, or none of that name.
+    """
+    if "preset" not in _OPTIONS.get(encoder, {}):
+        raise InputError(f"preset is {preset!r} and {encoder} has none; expected no preset")
+    if encoder in {"libx264", "libx265"} and preset not in _X26X_PRESETS:
+        raise InputError(f"{encoder} does not open with preset {preset!r}; expected one of {', '.join(_X26X_PRESETS)}")
 
 
 def jpeg_quantiser(crf: int) -> int:

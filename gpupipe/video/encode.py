@@ -27,7 +27,7 @@ from gpupipe.files import media_url, replacing
 from gpupipe.kernels.nv12 import PixelFormat, to_nv12
 from gpupipe.schedule import frame_rate
 from gpupipe.stages import ENCODE_THREAD, UNTIMED, Stages
-from gpupipe.video.codecs import PictureFormat, configure, has_presets, preset_names, why
+from gpupipe.video.codecs import PictureFormat, check_preset, configure, why
 from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc, rgb_planes
 from gpupipe.video.segments import DecodeTimes, Encoder, HostEncoder, SegmentPool, put_unless_failed
 from gpupipe.video.sound import SoundTrack
@@ -123,7 +123,7 @@ class VideoWriter:
         self._way = choose_way(codec, self.picture, device)
         self.encoder = self._way.name
         if preset is not None:
-            self._check_preset(preset)
+            check_preset(self.encoder, preset)
         self._device = torch.device(device)
         self._copies: torch.cuda.Stream | None = None
         whole = even == (width, height) and self._way.where != "nvjpeg"
@@ -182,15 +182,6 @@ class VideoWriter:
     def sound_seconds(self) -> float | None:
         """Length of the sound written so far; None without sound."""
         return None if self._sound is None else self._sound.seconds
-
-    def _check_preset(self, preset: str) -> None:
-        if not has_presets(self.encoder):
-            raise InputError(f"preset is {preset!r} and {self.encoder} has none; expected no preset")
-        names = preset_names(self.encoder)
-        if names is not None and preset not in names:
-            raise InputError(
-                f"{self.path}: {self.encoder} does not open with preset {preset!r}; expected one of {', '.join(names)}"
-            )
 
     def _add_video_stream(self) -> av.VideoStream:
         try:
@@ -306,7 +297,7 @@ def check_suffix(path: str | Path) -> None:
         OutputError: ``path`` is a folder.
     """
     path = Path(path)
-    if os.path.isdir(path):  # unlike Path.is_dir it raises nothing, of a name that is too long either
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises an error for a name that is too long
         raise OutputError(f"{path}: is a folder; expected the name of a file")
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path}: suffix is {path.suffix!r}; expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")

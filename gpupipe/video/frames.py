@@ -155,10 +155,8 @@ class VideoFrames:
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         container = None
         try:
-            current: dict[str, object] = {
-                "primary_ctx": "0",
-                "current_ctx": "1",
-            }  # of the contexts that FFmpeg may take
+            # Of the contexts that FFmpeg may take.
+            current: dict[str, object] = {"primary_ctx": "0", "current_ctx": "1"}
             wanted = HWAccel("cuda", device=index, allow_software_fallback=False, options=current, is_hw_owned=True)
             with current_context(self.device):
                 container = av.open(media_url(self.path), hwaccel=wanted)

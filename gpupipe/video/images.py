@@ -40,7 +40,7 @@ def write_frames(
 ) -> list[str]:
     """Write BGR frames as ``<prefix>_00000.jpg`` …, or without loss as ``.png``, each as it comes.
 
-    Images of an earlier, longer clip stay in the folder, and are said aloud (:func:`tell_of_others`).
+    A warning names images left in the folder from an earlier, longer clip (:func:`warn_of_others`).
 
     Returns:
         their paths.
@@ -56,11 +56,11 @@ def write_frames(
         str(save_image(frame, frame_path(folder, number, prefix, image_format=image_format)))
         for number, frame in enumerate(frames)
     ]
-    tell_of_others(folder, len(paths), prefix, image_format=image_format)
+    warn_of_others(folder, len(paths), prefix, image_format=image_format)
     return paths
 
 
-def tell_of_others(folder: Path, count: int, prefix: str = "frame", *, image_format: ImageFormat = "jpeg") -> None:
+def warn_of_others(folder: Path, count: int, prefix: str = "frame", *, image_format: ImageFormat = "jpeg") -> None:
     """Warn of images that follow the ``count`` just written: who reads the folder would take them for the clip's."""
     found = (path.stem.rpartition("_") for path in folder.glob(f"*_*{_SUFFIXES[image_format]}"))
     numbers = (int(end) for start, _, end in found if start == prefix and end.isdecimal() and len(end) >= 5)
