@@ -1,18 +1,22 @@
-# `make demo` and `make test` set up everything they need; `make setup` does only that.
+# `make demo` and `make test` set up everything they need; `make setup` sets up what development needs, and does no more.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
 .PHONY: setup demo test lint types simulated report clean
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.development
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.development: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: setup
+demo: $(VENV)/.installed
 	$(BIN)/gpupipe demo --output demo.mp4
 
 test: setup lint types
