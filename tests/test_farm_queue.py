@@ -11,10 +11,19 @@ from farming import Jobs, write_jobs
 from gpupipe.farm import farm_status, read_jobs
 from gpupipe.farm.attempt import Failed
 from gpupipe.farm.farm import MAX_ATTEMPTS, MAX_LOSSES, Farm, JoinTask, RenderTask
-from gpupipe.farm.ledger import Ledger
+from gpupipe.farm.ledger import Ledger, write_record
 from gpupipe.farm.residents import AvatarKey
-from gpupipe.farm.worker import Joined, Outcome
+from gpupipe.farm.worker import Joined, Outcome, Part
 from gpupipe.video.codecs import segment_length
+
+
+def render(part: Part) -> Outcome:
+    """A part's file and record, as a worker leaves them."""
+    part.path.parent.mkdir(parents=True, exist_ok=True)
+    part.path.write_text("rendered")
+    facts = {"seconds": 1.0, "device": "cpu", "engine": "eager", "codec": "libx264"}
+    write_record(part.path, part.inputs, facts)
+    return Outcome(part, facts)
 
 
 def test_a_job_over_which_workers_die_is_parked_at_last(farm_jobs: Jobs, tmp_path: Path) -> None:
@@ -44,6 +53,54 @@ def test_a_task_that_fails_as_a_whole_is_one_failure_of_each_of_its_jobs(farm_jo
         states = farm_status(tmp_path / "jobs.jsonl", tmp_path / "out")
         assert [(state.attempts, state.error) for state in states] == [(attempts, "no driver here")] * 2
     assert queue.finished and {state.status for state in states} == {"parked"}
+
+
+def test_a_job_that_failed_is_tried_again_when_its_parts_are_back(farm_jobs: Jobs, tmp_path: Path) -> None:
+    """What other workers have of it is not rendered twice, and fails it no second time."""
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
+    ledger = Ledger(tmp_path / "out", jobs)
+    queue = Farm(jobs, ledger, device="cpu", part_seconds=2)
+    first, second, third = (queue.next_task() for _ in range(3))
+    assert isinstance(first, RenderTask) and isinstance(second, RenderTask) and isinstance(third, RenderTask)
+    queue.settle(first, [Outcome(first.parts[0], Failed("once"))])
+    assert queue.next_task() is None and not queue.finished
+    queue.settle(second, [render(second.parts[0])])
+    queue.settle(third, [Outcome(third.parts[0], Failed("the same again"))])
+    state = ledger.states["0.mp4"]
+    assert (state.status, state.attempts, state.error) == ("failed", 1, "once")
+    again = queue.next_task(frames=1000)
+    assert isinstance(again, RenderTask) and [part.number for part in again.parts] == [0, 2]
+    queue.settle(again, [render(part) for part in again.parts])
+    joined = queue.next_task()
+    assert isinstance(joined, JoinTask) and queue.next_task() is None
+    joined.path.write_text("joined")
+    queue.settle(joined, Joined(24, None, "checksum", 1.0))
+    assert queue.finished and (queue.done, queue.frames, state.status) == (1, 24, "done")
+
+
+def test_a_job_whose_try_ends_with_a_lost_worker_is_tried_again(farm_jobs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
+    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    first, second = queue.next_task(), queue.next_task(frames=1000)
+    assert isinstance(first, RenderTask) and isinstance(second, RenderTask)
+    queue.settle(first, [Outcome(first.parts[0], Failed("once"))])
+    queue.lost(second)
+    again = queue.next_task(frames=1000)
+    assert isinstance(again, RenderTask) and len(again.parts) == 3
+
+
+def test_a_job_is_parked_once(farm_jobs: Jobs, tmp_path: Path) -> None:
+    """However many workers die with what they had of it."""
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
+    ended: list[str] = []
+    ledger = Ledger(tmp_path / "out", jobs)
+    queue = Farm(jobs, ledger, device="cpu", part_seconds=2, on_job_end=lambda state: ended.append(state.status))
+    late = queue.next_task() or pytest.fail("nothing to do")
+    for _ in range(MAX_LOSSES):
+        queue.lost(queue.next_task() or pytest.fail("parked"))
+    queue.lost(late)
+    assert queue.finished and ended == ["parked"]
+    assert ledger.states["0.mp4"].error == "5 workers died over it"
 
 
 def test_a_long_clip_is_heard_of_before_it_ends(

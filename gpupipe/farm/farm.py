@@ -76,13 +76,19 @@ Task = FeaturesTask | RenderTask | JoinTask
 
 @dataclass
 class _Plan:
-    """A job under way: its parts, those that nobody is at yet, and the facts of those that are recorded."""
+    """One try of a job: its parts, those to be handed out, the facts of those that are recorded, and its first failure.
+
+    ``rendering`` counts the parts that workers have. A job that failed is tried again when all of them are back: what
+    comes back is always of the present try, and no part is rendered by two workers.
+    """
 
     job: Job
     frames: int
     parts: list[Part]
     missing: deque[Part] = field(default_factory=deque)
+    rendering: int = 0
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    failed: Failed | None = None
 
 
 class Farm:
@@ -171,16 +177,18 @@ class Farm:
     def rendered(self, outcome: Outcome) -> None:
         """Take note of a part that has been rendered, or has failed."""
         part, result = outcome.part, outcome.result
-        plan = self._plan_of(part)
+        plan = self._plans.get(part.job.output)
         if plan is None:
-            return  # the job has failed meanwhile; the part is on disk if it is whole
+            return  # parked meanwhile; the part is on disk if it is whole
+        plan.rendering -= 1
         if isinstance(result, Failed):
-            self._failed(part.job, result)
-            return
-        plan.facts[part.number] = result
-        self.frames += len(part.frames)
-        self._tell(plan)
-        self._join_if_whole(plan)
+            plan.failed = plan.failed or result
+            plan.missing.clear()
+        else:
+            plan.facts[part.number] = result
+            self.frames += len(part.frames)
+            self._tell(plan)
+        self._end_if_due(plan)
 
     def settle(self, task: Task, result: Any) -> None:
         """Take note of a task that is done, or has failed.
@@ -209,6 +217,8 @@ class Farm:
         """Take note of a worker that died over a task: others do it."""
         jobs = [part.job for part in task.parts] if isinstance(task, RenderTask) else [task.job]
         for job in {job.output: job for job in jobs}.values():
+            if not self._is_under_way(job):
+                continue  # parked meanwhile
             state = self.ledger.states[job.output]
             state.losses += 1
             if state.losses >= MAX_LOSSES:
@@ -216,10 +226,13 @@ class Farm:
                 self._give_up(job, parked=True)
         if isinstance(task, RenderTask):
             for part in reversed(task.parts):
-                plan = self._plan_of(part)
-                if plan is not None and part.number not in plan.facts:
-                    plan.missing.appendleft(part)
-        elif task.job.output in self._featuring or task.job.output in self._plans:
+                plan = self._plans.get(part.job.output)
+                if plan is not None:
+                    plan.rendering -= 1
+                    if plan.failed is None:
+                        plan.missing.appendleft(part)
+                    self._end_if_due(plan)
+        elif self._is_under_way(task.job):
             self._ready.append(task)
 
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -236,6 +249,7 @@ class Farm:
             plan = self._choose(avatar)
             if plan is not None and AvatarKey.of(plan.job) == avatar:
                 parts.append(plan.missing.popleft())
+                plan.rendering += 1
                 frames -= len(parts[-1].frames)
             elif self._queue and AvatarKey.of(self._queue[0]) == avatar and not self._ready:
                 self._begin(self._queue.popleft())
@@ -274,7 +288,7 @@ class Farm:
             self.ledger.states[job.output].timings["features"] = made.facts["seconds"]
         plan = self._plans[job.output] = self._cut(job, features, fingerprint)
         self.ledger.save(job)
-        self._join_if_whole(plan)
+        self._end_if_due(plan)
 
     def _cut(self, job: Job, features: Path, fingerprint: str) -> _Plan:
         """The parts of a job, and what is recorded of them."""
@@ -303,26 +317,26 @@ class Farm:
                 plan.facts[part.number] = record.facts
         return plan
 
-    def _plan_of(self, part: Part) -> _Plan | None:
-        """The plan that a part is of, unless its job has failed meanwhile, or has been cut anew."""
-        plan = self._plans.get(part.job.output)
-        return plan if plan is not None and plan.parts[part.number : part.number + 1] == [part] else None
+    def _is_under_way(self, job: Job) -> bool:
+        return job.output in self._plans or job.output in self._featuring
 
     def _tell(self, plan: _Plan) -> None:
         if time.monotonic() - self._told >= _TELL_SECONDS:
             self._told = time.monotonic()
             logger.info("%s: %d of %d parts", plan.job.output, len(plan.facts), len(plan.parts))
 
-    def _join_if_whole(self, plan: _Plan) -> None:
-        if len(plan.facts) == len(plan.parts):
+    def _end_if_due(self, plan: _Plan) -> None:
+        """Give up a try that failed, when its parts are back; join the parts, when all are whole."""
+        if plan.failed is not None:
+            if plan.rendering == 0:
+                self._failed(plan.job, plan.failed)
+        elif len(plan.facts) == len(plan.parts):
             path = self.ledger.folder(plan.job) / f"joined{Path(plan.job.output).suffix}"
             self._ready.append(JoinTask(plan.job, plan.parts, path))
 
     def _joined(self, task: JoinTask, video: Joined) -> None:
         """A video that is whole gets its name."""
-        plan = self._plans.get(task.job.output)
-        if plan is None:
-            return  # parked meanwhile
+        plan = self._plans[task.job.output]
         published = attempt(self._publish, plan, task.path, video)
         if isinstance(published, Failed):
             self._failed(plan.job, published)
