@@ -89,6 +89,21 @@ def test_a_job_whose_try_ends_with_a_lost_worker_is_tried_again(farm_jobs: Jobs,
     assert isinstance(again, RenderTask) and len(again.parts) == 3
 
 
+def test_parts_that_a_lost_worker_had_finished_count(farm_jobs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
+    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    task = queue.next_task(frames=1000)
+    assert isinstance(task, RenderTask) and len(task.parts) == 3
+    render(task.parts[0])
+    queue.lost(task)
+    again = queue.next_task(frames=1000)
+    assert isinstance(again, RenderTask) and again.parts == task.parts[1:]
+    for part in again.parts:
+        render(part)
+    queue.lost(again)
+    assert isinstance(queue.next_task(), JoinTask) and queue.frames == 24
+
+
 def test_a_job_is_parked_once(farm_jobs: Jobs, tmp_path: Path) -> None:
     """However many workers die with what they had of it."""
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))

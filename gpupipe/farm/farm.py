@@ -226,14 +226,22 @@ class Farm:
                 self._give_up(job, parked=True)
         if isinstance(task, RenderTask):
             for part in reversed(task.parts):
-                plan = self._plans.get(part.job.output)
-                if plan is not None:
-                    plan.rendering -= 1
-                    if plan.failed is None:
-                        plan.missing.appendleft(part)
-                    self._end_if_due(plan)
+                self._lost_part(part)
         elif self._is_under_way(task.job):
             self._ready.append(task)
+
+    def _lost_part(self, part: Part) -> None:
+        plan = self._plans.get(part.job.output)
+        if plan is None:
+            return  # parked meanwhile
+        record = read_record(part.path, part.inputs)
+        if record is not None:  # the part was whole before its worker died
+            self.rendered(Outcome(part, record.facts))
+            return
+        plan.rendering -= 1
+        if plan.failed is None:
+            plan.missing.appendleft(part)
+        self._end_if_due(plan)
 
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
