@@ -167,6 +167,13 @@ def test_a_parked_job_is_done_by_the_next_run_when_its_cause_is_gone(
     assert videos(out) == videos(farmed)
 
 
+def test_a_template_of_an_impossible_name_stops_no_other_job(farm_jobs: Jobs, tmp_path: Path) -> None:
+    """Where it cannot even be asked whether it is a folder."""
+    record = farm([farm_jobs[1] | {"template": "t" * 300, "output": "bad.mp4"}, farm_jobs[2]], tmp_path / "out")
+    assert (record.done, record.parked) == (1, 1)
+    assert "(File name too long)" in results(tmp_path / "out")["bad.mp4"]["error"]
+
+
 def test_sound_that_is_missing_is_told_before_anything_is_rendered(farm_jobs: Jobs, tmp_path: Path) -> None:
     record = farm([farm_jobs[1] | {"audio": "gone.wav"}], tmp_path / "out")
     assert (record.parked, record.frames) == (1, 0)

@@ -235,9 +235,12 @@ class Fingerprints:
         return text_hash(json.dumps([__version__, options, suffix, contents], sort_keys=True))
 
     def _content(self, path: Path, job: Job) -> list[list[str]]:
-        if not path.is_dir():
+        try:
+            files = template_files(path, use_parsing=job.use_parsing) if path.is_dir() else None
+        except OSError:  # who opens it says what is wrong
+            files = None
+        if files is None:
             return [["", self._file(path)]]
-        files = template_files(path, use_parsing=job.use_parsing)
         return [[str(file.relative_to(path)), self._file(file)] for file in files]
 
     def _file(self, path: Path) -> str:
