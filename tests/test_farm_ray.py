@@ -142,6 +142,35 @@ def test_a_worker_that_cannot_start_is_no_fault_of_the_jobs(
     assert {(row["status"], row["losses"]) for row in rows} == {("waiting", 0)}
 
 
+def test_workers_killed_for_memory_are_replaced(jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Ray's memory monitor, told that any use is too much."""
+
+    class Idle:
+        """Stands in for a worker that is at its work until it is killed."""
+
+        def __init__(self, options: dict[str, Any]) -> None:
+            pass
+
+        def do(self, task: Any) -> Any:
+            time.sleep(60)
+
+    monkeypatch.setattr(cluster, "_RayActor", Idle)
+    monkeypatch.setattr("gpupipe.farm.farm.MAX_LOSSES", 2)
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.0001")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    one = tmp_path / "jobs.jsonl"
+    one.write_text(jobs.read_text().splitlines()[0])
+    try:
+        record = run_farm(one, tmp_path / "out", workers=1, device="cpu")
+    except InputError as error:
+        if "cannot be reached" not in str(error):
+            raise
+        pytest.skip(f"no cluster starts here: {error}")
+    assert record.parked == 1
+    (row,) = results(tmp_path / "out").values()
+    assert (row["attempts"], row["error"]) == (0, "2 workers died over it")
+
+
 def test_a_worker_whose_gpu_is_lost_ends_for_another_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would fail whatever it is given."""
 

@@ -133,8 +133,16 @@ class _RayWorkers:
 
     def work(self) -> int:
         """Until nothing is left; returns the number of workers."""
-        from ray.exceptions import RayActorError, WorkerCrashedError  # noqa: PLC0415
+        from ray import exceptions  # noqa: PLC0415
 
+        # Ray has names of its own for what its memory monitor kills, and for what dies with a machine.
+        died = (
+            exceptions.RayActorError,
+            exceptions.WorkerCrashedError,
+            exceptions.OutOfMemoryError,
+            exceptions.NodeDiedError,
+            exceptions.ObjectLostError,
+        )
         while True:
             self._assign()
             if not self._running:
@@ -145,7 +153,7 @@ class _RayWorkers:
                 worker.tasks -= 1
             try:
                 result = self._ray.get(ref)
-            except (RayActorError, WorkerCrashedError) as error:
+            except died as error:
                 if getattr(error, "actor_init_failed", False):  # the next one would fail as well
                     raise GpupipeError(f"a worker cannot start ({str(error).splitlines()[-1]})") from error
                 logger.warning("a worker died (%s): others take its work", type(error).__name__)
