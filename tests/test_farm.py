@@ -16,7 +16,7 @@ import torch
 from farming import Jobs, farm, frames_of, left_over, results, videos, write_jobs
 from typer.testing import CliRunner
 
-from gpupipe import FrameGenerationPipeline, InputError
+from gpupipe import FrameGenerationPipeline, InputError, template
 from gpupipe.cli import app
 from gpupipe.errors import DeviceError, DeviceLostError, DiskFullError, OutputError
 from gpupipe.farm import farm_status, ledger, worker
@@ -200,6 +200,19 @@ def test_a_job_that_fails_while_it_is_rendered_is_the_only_one(
     expected = {name: content for name, content in videos(farmed).items() if name != "1.mp4"}
     assert videos(out).keys() == expected.keys()
     assert not [name for name in left_over(out) if ".part" in name]
+
+
+def test_a_template_is_measured_for_its_avatar_not_for_each_part(
+    farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, measured = template.image_size, []
+    monkeypatch.setattr(template, "image_size", lambda path: (measured.append(path), real(path))[1])
+    counts = []
+    for jobs in (farm_jobs[2:], [farm_jobs[0], farm_jobs[2]]):  # one part, and four
+        measured.clear()
+        farm(jobs, tmp_path / f"{len(jobs)}")
+        counts.append(len(measured))
+    assert counts[0] == counts[1] > 0
 
 
 def test_memory_that_runs_out_halves_the_batch(

@@ -21,7 +21,7 @@ from gpupipe.kernels.nv12 import PixelFormat
 from gpupipe.models import Mode
 from gpupipe.models.unet328 import INPUT_SIZE
 from gpupipe.seam import Blend
-from gpupipe.template import template_size
+from gpupipe.template import TemplateSize, template_size
 from gpupipe.unet_model import UNetModel
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,18 @@ class Residents:
             resident = self._residents[key, pixel_format] = self._open(key, pixel_format)
         return resident.generator, resident.avatar
 
+    def size(self, template: str) -> TemplateSize:
+        """The size of a template: an avatar's, if one is here, since to measure a video is to read all of it.
+
+        Raises:
+            InputError: a template that cannot be read.
+        """
+        for (key, _), resident in self._residents.items():
+            if key.template == template:
+                known = resident.avatar.template
+                return TemplateSize(known.length, known.width, known.height)
+        return template_size(template)
+
     def __len__(self) -> int:
         return len(self._residents)
 
@@ -127,7 +139,7 @@ class Residents:
         network = self._networks.get(key.network)
         if network is None:
             network = self._networks[key.network] = Network(key.network, self.device)
-        size = template_size(key.template)
+        size = self.size(key.template)
         need = size.length * bytes_per_frame(size.width, size.height, network.feature_bytes)
         self._make_room(need)
         room = max(0, self.budget - self.used)

@@ -34,7 +34,6 @@ from gpupipe.features import SpeechFeatures, write_features
 from gpupipe.files import make_folder, replacing
 from gpupipe.shots import Piece, Shot, fill_batches, map_batches, render_batch
 from gpupipe.speech import SpeechEncoder
-from gpupipe.template import template_size
 from gpupipe.video.encode import VideoWriter
 from gpupipe.video.join import join_videos
 from gpupipe.video.segments import room_for_frames
@@ -235,7 +234,7 @@ class _PartWriter:
         self.part = part
         self._began = time.perf_counter()
         speech = SpeechFeatures(part.features, job.mode, check=False)  # whoever cut the clip has checked them
-        size = template_size(job.template)
+        size = residents.size(job.template)
         make_folder(part.path.parent)
         self._resources = contextlib.ExitStack()
         with self._resources:
