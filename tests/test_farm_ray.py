@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,14 @@ def test_every_gpu_has_a_worker_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
             cluster._RayWorkers(ray, None, 3, {"device": "cuda"})  # type: ignore[arg-type]
     finally:
         ray.shutdown()
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_a_cluster_without_gpus_is_told_as_one(workers: int | None) -> None:
+    """Not as a number of workers, which may not have been given."""
+    ray: Any = SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": 4.0}}])
+    with pytest.raises(InputError, match="device is 'cuda', but the cluster has no GPU; expected cpu"):
+        cluster._RayWorkers(ray, None, workers, {"device": "cuda"})  # type: ignore[arg-type]
 
 
 def test_a_worker_that_cannot_start_is_no_fault_of_the_jobs(

@@ -120,6 +120,8 @@ class _RayWorkers:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         on_gpus = options["device"] == "cuda"
         most = places(machines, 1, on_gpus)
+        if on_gpus and not most:
+            raise InputError("device is 'cuda', but the cluster has no GPU; expected cpu")
         count = count or (most if on_gpus else len(machines))
         if not 1 <= count <= most:
             have = f"{most} GPUs" if on_gpus else f"{most} cores"
