@@ -141,6 +141,7 @@ def test_a_bad_job_stops_no_other_and_is_parked(farmed: Path, farm_jobs: Jobs, t
     assert (row["status"], row["attempts"]) == ("parked", 3)
     assert "2.jpg" in row["error"]
     assert sorted(told) == ["0.mp4 done", "1.mp4 done", "bad.mp4 parked", "deep/er/2.mp4 done"]
+    assert not [name for name in left_over(out) if ".part" in name]
     # Another run tries it as often.
     assert farm(jobs, out).skipped == 3
     assert (results(out)["bad.mp4"]["status"], results(out)["bad.mp4"]["attempts"]) == ("parked", 3)

@@ -236,21 +236,18 @@ class _PartWriter:
         speech = SpeechFeatures(part.features, job.mode, check=False)  # whoever cut the clip has checked them
         size = residents.size(job.template)
         make_folder(part.path.parent)
-        self._resources = contextlib.ExitStack()
-        with self._resources:
-            self._video = self._resources.enter_context(
-                VideoWriter(
-                    part.path,
-                    width=size.width,
-                    height=size.height,
-                    fps=job.frame_rate,
-                    codec=job.codec,
-                    crf=job.crf,
-                    segmented=True,
-                    preset=job.preset,
-                    device=residents.device,
-                )
-            )
+        self._video = VideoWriter(
+            part.path,
+            width=size.width,
+            height=size.height,
+            fps=job.frame_rate,
+            codec=job.codec,
+            crf=job.crf,
+            segmented=True,
+            preset=job.preset,
+            device=residents.device,
+        )
+        try:
             self.bytes = len(part.frames) * self._video.picture.frame_bytes
             self.on_nvenc = self._video.encoder.endswith("_nvenc")
             generator, avatar = residents.get(job, self._video.pixel_format)
@@ -259,7 +256,9 @@ class _PartWriter:
                 avatar, speech, start_frame=job.start_frame, fps=job.frame_rate, frames=part.frames
             )
             self._device = str(residents.device)
-            self._resources = self._resources.pop_all()
+        except BaseException:
+            self.abandon()
+            raise
 
     def write(self, piece: Piece, rows: Tensor) -> None:
         """Write the frames of a piece from its rendered rows."""
@@ -268,7 +267,8 @@ class _PartWriter:
 
     def finish(self) -> dict[str, Any]:
         """Bring the file to its end, and record it; its facts."""
-        self._resources.close()
+        with self._video:
+            pass  # leaving it is what ends the file
         facts = {
             "frames": self._video.frames,
             "seconds": round(time.perf_counter() - self._began, 3),
@@ -282,7 +282,7 @@ class _PartWriter:
 
     def abandon(self) -> None:
         """Leave nothing of the file."""
-        with contextlib.suppress(_Abandoned), self._resources:
+        with contextlib.suppress(_Abandoned), self._video:
             raise _Abandoned
 
 
