@@ -10,7 +10,7 @@ from farming import Jobs, write_jobs
 
 from gpupipe.farm import farm_status, read_jobs
 from gpupipe.farm.attempt import Failed
-from gpupipe.farm.farm import MAX_ATTEMPTS, MAX_LOSSES, Farm, JoinTask, RenderTask
+from gpupipe.farm.farm import MAX_ATTEMPTS, MAX_WORKER_DEATHS, Farm, JoinTask, RenderTask
 from gpupipe.farm.ledger import Ledger, write_record
 from gpupipe.farm.residents import AvatarKey
 from gpupipe.farm.worker import Joined, Outcome, Part
@@ -29,7 +29,7 @@ def render(part: Part) -> Outcome:
 def test_a_job_over_which_workers_die_is_parked_at_last(farm_jobs: Jobs, tmp_path: Path) -> None:
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
     queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
-    for _ in range(MAX_LOSSES):
+    for _ in range(MAX_WORKER_DEATHS):
         task = queue.next_task(frames=1000)
         assert isinstance(task, RenderTask) and len(task.parts) == 3
         assert not queue.finished
@@ -38,7 +38,7 @@ def test_a_job_over_which_workers_die_is_parked_at_last(farm_jobs: Jobs, tmp_pat
     state = farm_status(tmp_path / "jobs.jsonl", tmp_path / "out")[0]
     assert (state.status, state.error) == ("parked", "5 workers died over it")
     again = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
-    for _ in range(MAX_LOSSES - 1):  # what an earlier run lost does not count
+    for _ in range(MAX_WORKER_DEATHS - 1):  # what an earlier run lost does not count
         again.lost(again.next_task(frames=1000) or pytest.fail("parked"))
     assert not again.finished
 
@@ -111,7 +111,7 @@ def test_a_job_is_parked_once(farm_jobs: Jobs, tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "out", jobs)
     queue = Farm(jobs, ledger, device="cpu", part_seconds=2, on_job_end=lambda state: ended.append(state.status))
     late = queue.next_task() or pytest.fail("nothing to do")
-    for _ in range(MAX_LOSSES):
+    for _ in range(MAX_WORKER_DEATHS):
         queue.lost(queue.next_task() or pytest.fail("parked"))
     queue.lost(late)
     assert queue.finished and ended == ["parked"]

@@ -68,7 +68,7 @@ def test_a_killed_worker_costs_nothing(jobs: Path, tmp_path: Path, monkeypatch: 
     assert videos(out) == videos(tmp_path / "alone")
     assert left_over(out) == []
     rows = results(out).values()
-    assert sum(row["losses"] for row in rows) >= 1
+    assert sum(row["worker_deaths"] for row in rows) >= 1
     assert all(row["attempts"] == 0 for row in rows)
     again = run_farm(jobs, out, part_seconds=2, workers=2, device="cpu")
     assert (again.done, again.skipped) == (0, 4)
@@ -148,7 +148,7 @@ def test_a_worker_that_cannot_start_is_no_fault_of_the_jobs(
         pytest.skip(f"no cluster starts here: {error.value}")
     assert str(error.value) == "a worker cannot start (RuntimeError: no driver here)"
     rows = results(tmp_path / "out").values()
-    assert {(row["status"], row["losses"]) for row in rows} == {("waiting", 0)}
+    assert {(row["status"], row["worker_deaths"]) for row in rows} == {("waiting", 0)}
 
 
 def test_workers_killed_for_memory_are_replaced(jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +164,7 @@ def test_workers_killed_for_memory_are_replaced(jobs: Path, tmp_path: Path, monk
             time.sleep(60)
 
     monkeypatch.setattr(cluster, "_RayActor", Idle)
-    monkeypatch.setattr("gpupipe.farm.farm.MAX_LOSSES", 2)
+    monkeypatch.setattr("gpupipe.farm.farm.MAX_WORKER_DEATHS", 2)
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.0001")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
     one = tmp_path / "jobs.jsonl"

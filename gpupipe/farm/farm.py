@@ -31,10 +31,10 @@ from gpupipe.video.sound import compare_lengths, open_sound
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-"""A job that fails so many times in a run is parked: the run leaves it."""
+"""A job is parked after this many failures in a run: the run leaves it."""
 
-MAX_LOSSES = 5
-"""So is one with which so many workers died."""
+MAX_WORKER_DEATHS = 5
+"""A job is also parked after this many workers died on it in a run."""
 
 PART_SECONDS = 20.0
 """Length of a part: what a killed worker loses at most."""
@@ -220,9 +220,9 @@ class Farm:
             if not self._is_under_way(job):
                 continue  # parked meanwhile
             state = self.ledger.states[job.output]
-            state.losses += 1
-            if state.losses >= MAX_LOSSES:
-                state.error = f"{state.losses} workers died over it"
+            state.worker_deaths += 1
+            if state.worker_deaths >= MAX_WORKER_DEATHS:
+                state.error = f"{state.worker_deaths} workers died over it"
                 self._give_up(job, parked=True)
         if isinstance(task, RenderTask):
             for part in reversed(task.parts):

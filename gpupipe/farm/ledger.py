@@ -51,8 +51,8 @@ Status = Literal["waiting", "done", "failed", "parked"]
 class JobState:
     """What is known of a job.
 
-    ``fingerprint`` is of the inputs that the rest belongs to, ``attempts`` and ``losses`` count failures and workers
-    that died with it in the run that was last at it, ``timings`` holds the seconds of work on it (``features`` if they
+    ``fingerprint`` is of the inputs that the rest belongs to, ``attempts`` and ``worker_deaths`` count failures and
+    workers that died on it in the run that was last at it, ``timings`` holds the seconds of work on it (``features`` if they
     were made, ``render``, parts beside each other counted each, and ``join``), ``checksum`` is the video's SHA-256.
     ``sound_minus_picture`` is the difference of their lengths in seconds, if it is more than a frame.
     """
@@ -61,7 +61,7 @@ class JobState:
     status: Status = "waiting"
     fingerprint: str = ""
     attempts: int = 0
-    losses: int = 0
+    worker_deaths: int = 0
     error: str | None = None
     frames: int | None = None
     parts: int | None = None
