@@ -51,10 +51,12 @@ Status = Literal["waiting", "done", "failed", "parked"]
 class JobState:
     """What is known of a job.
 
-    ``fingerprint`` is of the inputs that the rest belongs to, ``attempts`` and ``worker_deaths`` count failures and
-    workers that died on it in the run that was last at it, ``timings`` holds the seconds of work on it (``features`` if they
-    were made, ``render``, parts beside each other counted each, and ``join``), ``checksum`` is the video's SHA-256.
-    ``sound_minus_picture`` is the difference of their lengths in seconds, if it is more than a frame.
+    Attributes:
+        fingerprint: of the inputs that the rest belongs to.
+        attempts, worker_deaths: failures, and workers that died on it, in the run that was last at it.
+        sound_minus_picture: the difference of their lengths in seconds, if it is more than a frame.
+        timings: seconds of work: ``features`` if they were made, ``render``, the sum over parts, and ``join``.
+        checksum: SHA-256 of the video.
     """
 
     output: str
