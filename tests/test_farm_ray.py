@@ -152,7 +152,7 @@ def test_a_worker_that_cannot_start_is_no_fault_of_the_jobs(
 
 
 def test_workers_killed_for_memory_are_replaced(jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By Ray's memory monitor, told that any use is too much."""
+    """By Ray's memory monitor, told that any use is too much. Each had two tasks of the job, and died on one."""
 
     class Idle:
         """Stands in for a worker that is at its work until it is killed."""
@@ -164,20 +164,23 @@ def test_workers_killed_for_memory_are_replaced(jobs: Path, tmp_path: Path, monk
             time.sleep(60)
 
     monkeypatch.setattr(cluster, "_RayActor", Idle)
-    monkeypatch.setattr("gpupipe.farm.farm.MAX_WORKER_DEATHS", 2)
+    monkeypatch.setattr("gpupipe.farm.farm.MAX_WORKER_DEATHS", 3)
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.0001")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
+    monkeypatch.setattr(cluster, "BUNDLE_FRAMES", 1)
+    real, started = cluster._RayWorkers._start_worker, []
+    monkeypatch.setattr(cluster._RayWorkers, "_start_worker", lambda self: (started.append(self), real(self))[1])
     one = tmp_path / "jobs.jsonl"
     one.write_text(jobs.read_text().splitlines()[0])
     try:
-        record = run_farm(one, tmp_path / "out", workers=1, device="cpu")
+        record = run_farm(one, tmp_path / "out", part_seconds=2, workers=1, device="cpu")
     except InputError as error:
         if "cannot be reached" not in str(error):
             raise
         pytest.skip(f"no cluster starts here: {error}")
-    assert record.parked == 1
+    assert record.parked == 1 and len(started) == 4
     (row,) = results(tmp_path / "out").values()
-    assert (row["attempts"], row["error"]) == (0, "2 workers died over it")
+    assert (row["attempts"], row["error"]) == (0, "3 workers died over it")
 
 
 def test_a_worker_whose_gpu_is_lost_ends_for_another_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,9 +159,11 @@ class _RayWorkers:
                 if getattr(error, "actor_init_failed", False):  # the next one would fail as well
                     raise GpupipeError(f"a worker cannot start ({str(error).splitlines()[-1]})") from error
                 logger.warning("a worker died (%s): others take its work", type(error).__name__)
+                # Of a worker's tasks the first one is to blame: the others waited behind it.
+                blamed = worker is None or worker in self.workers
                 if worker in self.workers:
                     self.workers[self.workers.index(worker)] = self._start_worker()
-                self._farm.lost(task)
+                self._farm.lost(task, blamed=blamed)
                 continue
             if isinstance(result, DiskFullError):
                 raise result

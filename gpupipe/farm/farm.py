@@ -213,12 +213,16 @@ class Farm:
         else:
             self._joined(task, result)
 
-    def lost(self, task: Task) -> None:
-        """Take note of a worker that died over a task: others do it."""
+    def lost(self, task: Task, *, blamed: bool = True) -> None:
+        """Take note of a task whose worker died: others do it.
+
+        Args:
+            blamed: whether it is the task that the worker died on, not one that waited for its turn.
+        """
         jobs = [part.job for part in task.parts] if isinstance(task, RenderTask) else [task.job]
         for job in {job.output: job for job in jobs}.values():
-            if not self._is_under_way(job):
-                continue  # parked meanwhile
+            if not blamed or not self._is_under_way(job):  # not: parked meanwhile
+                continue
             state = self.ledger.states[job.output]
             state.worker_deaths += 1
             if state.worker_deaths >= MAX_WORKER_DEATHS:
