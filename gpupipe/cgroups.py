@@ -1,8 +1,8 @@
-"""What a container may use of its machine: the limits of Linux control groups, version 1 and 2.
+"""Limits of Linux control groups, version 1 and 2: how much of its machine a container may use.
 
-A group's limits hold for those inside it too: the least of a process's own group and of all that it lies in counts. In
-a container the path of its group may be the host's, and what is mounted is the group itself: what is not there is
-passed over.
+A group's limits also bind the groups inside it: the lowest one, from the process's own group up to the root, counts. In
+a container the group's path may be the one on the host, while the group itself is mounted as the root: folders that do
+not exist are skipped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _OWN = Path("/proc/self/cgroup")
 
 
 def cpu_quota() -> float | None:
-    """Cores' worth of time that this process may use (``--cpus``); None without a limit."""
+    """Return the CPU time that this process may use, in cores (``--cpus``); None without a limit."""
     quotas: list[float] = []
     for group in _groups("cpu"):
         quota = _words(group / "cpu.max")
@@ -25,9 +25,9 @@ def cpu_quota() -> float | None:
 
 
 def memory_left() -> int | None:
-    """Bytes that this process may still take (``--memory``); None without a limit.
+    """Return how many bytes this process may still take (``--memory``); None without a limit.
 
-    Files that the kernel keeps in memory, and has not read lately, count as free: it gives them up first.
+    Cached files that have not been read lately count as free: the kernel gives them up first.
     """
     left: list[int] = []
     for group in _groups("memory"):
@@ -42,7 +42,7 @@ def memory_left() -> int | None:
 
 
 def _groups(controller: str) -> list[Path]:
-    """Folders of this process's groups that may limit a resource, from its own up to the root."""
+    """Return the folders of the groups that may limit a resource, from this process's own up to the root."""
     try:
         lines = _OWN.read_text().splitlines()
     except OSError:  # no such file outside Linux

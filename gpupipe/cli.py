@@ -1,4 +1,4 @@
-"""The command line: words → one call each."""
+"""The command line: each command is one call."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def render(
     output: Annotated[Path, typer.Option("--output", "-o", help="The video: .mp4, .mkv or .mov; replaced if there.")],
     audio_features: options.OptionalFeatures = None,
     encoder: options.Encoder = None,
-    audio: Annotated[Path | None, typer.Option(help="Sound: any file that FFmpeg reads; silent without.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Sound: any file that FFmpeg reads; silent if omitted.")] = None,
     mode: options.Mode = "ave",
     device: options.Device = None,
     start_frame: options.StartFrame = 0,
@@ -140,7 +140,7 @@ def frames(
     engine: options.Engine = "auto",
     exact: options.Exact = False,
     precision: options.Precision = None,
-    image_format: Annotated[ImageFormat, typer.Option("--format", help="Of the images; png is lossless.")] = "jpeg",
+    image_format: Annotated[ImageFormat, typer.Option("--format", help="Image format; png is lossless.")] = "jpeg",
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -252,12 +252,12 @@ def farm(
     part_seconds: Annotated[float, typer.Option(help="Length of the parts that clips are rendered in.")] = 20.0,
     workers: Annotated[int | None, typer.Option(help="Number of Ray workers; by default this process.")] = None,
     ray: Annotated[str | None, typer.Option(help="Address of a Ray cluster; auto finds this machine's.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Render what is done, too.")] = False,
-    status: Annotated[bool, typer.Option("--status", help="Only tell how far it is.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Render finished jobs again.")] = False,
+    status: Annotated[bool, typer.Option("--status", help="Only report progress.")] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Render many clips; what is done already is skipped, and a run that was stopped goes on."""
+    """Render many clips; finished ones are skipped, and a stopped run is resumed."""
     from gpupipe import farm as many  # noqa: PLC0415 - the other commands do not wait for it
 
     with reporting(debug):
@@ -293,18 +293,18 @@ def bench(
     audio_features: Annotated[Path | None, typer.Option(help="Speech features, .npy, with --template.")] = None,
     audio: Annotated[Path | None, typer.Option(help="Sound, with --template.")] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="U-Net, with --template; by default random weights, as costly.")
+        Path | None, typer.Option(help="U-Net, with --template; by default random weights, which cost the same.")
     ] = None,
     mode: options.Mode = "ave",
     width: Annotated[
-        float, typer.Option(help="Of the network with random weights, with --template; 1 is the published one.")
+        float, typer.Option(help="Width of the network with random weights, with --template; 1 is as published.")
     ] = 1.0,
     device: options.Device = None,
     engine: options.Engine = "auto",
     frames: Annotated[int, typer.Option(help="Length of the clip.")] = 100,
     rounds: Annotated[int, typer.Option(help="Turns of each contestant.")] = 3,
     crf: options.Crf = 20,
-    sweep: Annotated[Sweep | None, typer.Option(help="Vary this in place of the comparison.")] = None,
+    sweep: Annotated[Sweep | None, typer.Option(help="Vary this instead of comparing.")] = None,
     values: Annotated[str, typer.Option(help="Steps of the sweep, as 1,8,64: batches, heights or seconds.")] = "",
     record: Annotated[bool, typer.Option("--record", help="Append the rows to the results.")] = False,
     results: Annotated[Path | None, typer.Option(help="Folder of recorded results.")] = None,
@@ -382,20 +382,20 @@ def _version(
 def main() -> None:
     """Run the command line: exit 0 when done, 2 for wrong input, 1 for anything else."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # help and tables go beyond ASCII, a terminal may not
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters of our help and tables
     with wrong_usage():
         sys.exit(app(standalone_mode=False))
 
 
 def _bytes(megabytes: int | None) -> int | None:
-    """Of ``--memory-budget``."""
+    """``--memory-budget`` in bytes."""
     if megabytes is not None and megabytes < 0:
         raise InputError(f"memory budget is {megabytes} MB; expected 0 or more")
     return None if megabytes is None else megabytes * 1_000_000
 
 
 def _suggest_bfloat16(pipeline: FrameGenerationPipeline) -> None:
-    """Tell whoever has left the choice to us of what we do not choose unasked."""
+    """Suggest bfloat16 where it pays: it is never chosen unless asked for."""
     if pipeline.unet_model.device.type == "cpu" and openvino_cpu.pays():
         console.print(
             "tip: --precision bfloat16 is usually faster on this processor; mouths differ slightly", soft_wrap=True
@@ -413,7 +413,7 @@ def _check_source(audio_features: Path | None, encoder: Path | None, audio: Path
 def _features(
     path: Path | None, encoder: Path | None, sound: Path | None, pipeline: FrameGenerationPipeline
 ) -> Iterator[Path]:
-    """The file of features, or features made from the sound, on disk for as long as they are needed."""
+    """Yield the file of features, or a temporary one with features made from the sound."""
     if path is not None:
         yield path
         return

@@ -1,4 +1,4 @@
-"""What commands say: lines, bars and tables on standard error, records on standard output, an error in one line."""
+"""Output of the commands: lines, bars and tables on standard error, records on standard output, errors in one line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class _Messages(Console):
-    """Standard error. Where it cannot be written, its reader gone or a log's disk full, the work goes on unheard."""
+    """Standard error. If writing fails (its reader is gone, or a log's disk is full), the work goes on silently."""
 
     def __exit__(self, *error: object) -> None:
         try:
@@ -40,7 +40,7 @@ class _Messages(Console):
             self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
-        """Say nothing from here on."""
+        """Print nothing from here on."""
         sys.stderr = None
 
 
@@ -49,10 +49,10 @@ console = _Messages(stderr=True, markup=False, highlight=False)  # a path may ho
 
 @contextlib.contextmanager
 def reporting(debug: bool) -> Iterator[None]:
-    """Turn errors, Ctrl-C and a signal to end into one line and an exit code, and logging on."""
+    """Turn on logging; turn errors, Ctrl-C and termination signals into one line and an exit code."""
     form = "%(message)s"
     handler: logging.Handler = RichHandler(console=console, show_time=debug, show_path=debug, show_level=True)
-    if not console.is_terminal:  # who reads a log looks for a message in one line
+    if not console.is_terminal:  # a log is searched for messages: one line each
         form, handler = ("%(asctime)s " if debug else "") + "%(levelname)-8s %(message)s", _PlainHandler()
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format=form, handlers=[handler])
     logging.getLogger("gpupipe").setLevel(logging.DEBUG if debug else logging.INFO)
@@ -62,7 +62,7 @@ def reporting(debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        console.print("gpupipe: interrupted; what files are left are whole ones", soft_wrap=True)
+        console.print("gpupipe: interrupted; all files that are left are whole", soft_wrap=True)
         raise typer.Exit(1) from None
     except Exception as error:
         if debug:
@@ -72,19 +72,19 @@ def reporting(debug: bool) -> Iterator[None]:
 
 
 _UsageError: Any = typer.BadParameter.__base__
-"""Of words that no command takes: typer's own, or in older ones click's."""
+"""Raised for unknown commands and options: typer's class, click's in older versions."""
 
 
 @contextlib.contextmanager
 def wrong_usage() -> Iterator[None]:
-    """Turn words that no command takes into one line and exit code 2."""
+    """Turn usage errors into one line and exit code 2."""
     try:
         yield
     except typer.Abort:
         sys.exit(1)
     except _UsageError as error:
         message = " ".join(error.format_message().split()).replace(": Value error, ", ": ")  # pydantic's
-        if message:  # none where help was shown instead
+        if message:  # empty where help was shown instead
             path = error.ctx.command_path if error.ctx else "gpupipe"
             console.print(f"gpupipe: {message.rstrip('.')}; '{path} --help' tells more", soft_wrap=True)
         sys.exit(2)
@@ -92,13 +92,13 @@ def wrong_usage() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _signals_interrupt() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP end a command as Ctrl-C does: files that are not whole are deleted on the way out.
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: unfinished files are deleted on the way out.
 
-    One that is ignored stays so, as under ``nohup``. After the first the others are: ``timeout`` and terminals that
-    close send two, and the second would stop the tidying up.
+    A signal that is ignored, as under ``nohup``, stays ignored. After the first signal the others are ignored:
+    ``timeout`` and closing terminals send two, and the second would interrupt the cleanup.
     """
     taken: list[int] = []
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
         numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
         taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
 
@@ -117,10 +117,10 @@ def _signals_interrupt() -> Iterator[None]:
 
 
 class _PlainHandler(logging.Handler):
-    """A line for each message, however long."""
+    """Prints each message as one line, however long."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print it."""
+        """Print a record."""
         console.print(self.format(record), soft_wrap=True)
 
 
@@ -130,7 +130,7 @@ class _Rate(ProgressColumn):
 
 
 class _ProgressLines:
-    """A line every few seconds. The rate is of what came after the first frames: before them, things were opened."""
+    """Prints a line every few seconds. The rate leaves the first frames out: their time includes opening the files."""
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None
@@ -154,7 +154,7 @@ class _ProgressLines:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A function of (frames done, frames in all): a bar on a terminal, lines otherwise."""
+    """Yield a function of (frames done, frames in all) that updates a bar on a terminal, or prints lines otherwise."""
     if not console.is_terminal:
         yield _ProgressLines()
         return
@@ -165,7 +165,7 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def state_line(state: JobState) -> str:
-    """A farm's job and how far it is."""
+    """Describe a farm's job: its output and status."""
     if state.status == "done":
         return f"{state.output}: {state.frames} frames, done"
     way_out = ", the next run tries it again" if state.status == "parked" else ""
@@ -173,7 +173,7 @@ def state_line(state: JobState) -> str:
 
 
 def print_states(states: list[JobState], as_json: bool) -> None:
-    """How many jobs are how far, and what is wrong with those that failed."""
+    """Print what is wrong with the jobs that failed, and how many jobs have each status."""
     for state in states:
         if state.error is not None:
             console.print(state_line(state), soft_wrap=True)
@@ -184,7 +184,7 @@ def print_states(states: list[JobState], as_json: bool) -> None:
 
 
 def print_waterfall(record: RenderRecord | None) -> None:
-    """Busy seconds of each stage, beside the clock's."""
+    """Print each stage's busy seconds and their share of the run."""
     assert record is not None
     table = Table("stage", "busy, s", "ms a frame", "of the run", "", box=None, title_justify="left")
     for stage, seconds in record.busy.items():
@@ -196,7 +196,7 @@ def print_waterfall(record: RenderRecord | None) -> None:
 
 
 def standard_output() -> Console:
-    """Where tables go; a line for each of their rows, however long, if that is no terminal."""
+    """Return the console for tables; if it is not a terminal, each row is one line, however long."""
     output = Console()
     if not output.is_terminal:
         output.width = 10_000
@@ -204,7 +204,7 @@ def standard_output() -> Console:
 
 
 def print_record(record: RenderRecord | None, output: Path, as_json: bool) -> None:
-    """Say what was made; with ``--json`` the record is the last line of the standard output."""
+    """Print what was made; with ``--json`` the record is the last line of standard output."""
     assert record is not None
     ways = [record.device, record.engine, f"kernels in {record.kernels}", *([record.codec] if record.codec else [])]
     console.print(

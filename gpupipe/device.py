@@ -1,4 +1,4 @@
-"""Which device a name means, checked once for every command and class."""
+"""The device that a name means, checked in one place for every command and class."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from gpupipe.fallbacks import note_fallback
 
 
 def find_device(device: str | torch.device | None = None, *, here: bool = True) -> torch.device:
-    """The device of a name; None means a CUDA GPU if there is one that works, else the CPU.
+    """Return the device of a name; None means a CUDA GPU if there is one that works, else the CPU.
 
-    ``cuda`` is the GPU that is current now, by its number: in other threads, or later, another one may be.
+    ``cuda`` becomes the number of the GPU that is current now: in other threads, or later, another may be current.
 
     Args:
-        here: whether this machine is to have it; False only checks the name, for another machine.
+        here: whether this machine must have the device; False only checks the name, for another machine.
 
     Raises:
-        DeviceError: an unknown name, or a GPU that is not there or does not work.
+        DeviceError: an unknown name, or a GPU that is missing or does not work.
     """
     asked_for = device not in (None, "auto")
     if device is None or not asked_for:
@@ -44,10 +44,10 @@ def find_device(device: str | torch.device | None = None, *, here: bool = True) 
 
 
 def require_alive(device: torch.device, otherwise: str) -> None:
-    """Ask, after something has failed, whether that was the end: CUDA does nothing more once a kernel goes astray.
+    """Check after an error that the device still works: once a kernel has faulted, CUDA runs nothing more.
 
     Raises:
-        DeviceLostError: it was; the message ends with ``otherwise``.
+        DeviceLostError: it does not; the message ends with ``otherwise``.
     """
     if device.type != "cuda":
         return
@@ -58,7 +58,7 @@ def require_alive(device: torch.device, otherwise: str) -> None:
 
 
 def _obstacle(device: torch.device) -> str | None:
-    """Why PyTorch runs nothing on a GPU that it sees: it may be of an architecture for which it has no kernels."""
+    """Return why PyTorch cannot run on a GPU that it sees (it may have no kernels for the architecture), or None."""
     try:
         torch.ones(1, device=device)
     except RuntimeError as error:

@@ -38,14 +38,14 @@ def examine(device: str | None = None) -> dict[str, Any]:
     """Look at the machine.
 
     Args:
-        device: the device that a render would be asked to use; None for the one it would take by itself.
+        device: the device that a render would be asked to use; None for the one it would choose itself.
 
     Returns:
         ``versions``; ``device`` (name, memory, cores); ``can`` (each ability: yes, or why not); ``render`` (the way
         that a render would take, and why); ``fallbacks``.
     """
     chosen = find_device(device)
-    gpu = chosen if chosen.type == "cuda" else find_device()  # the CPU where none works
+    gpu = chosen if chosen.type == "cuda" else find_device()  # the CPU if no GPU works
     exact = chosen.type == "cpu"
     way = choose_way("auto", PictureFormat(1280, 720, Fraction(25), 20, segmented=chosen.type == "cuda"), chosen)
     return {
@@ -68,7 +68,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
 
 
 def _obstacles(gpu: torch.device) -> dict[str, str | None]:
-    """Why each ability is not there, those of a GPU on ``gpu``; None for those that are."""
+    """Return why each ability is missing, None for those that are there; a GPU's abilities are tried on ``gpu``."""
     no_gpu = None if gpu.type == "cuda" else "no CUDA GPU is available"
     found: dict[str, str | None] = {
         "Triton kernels": no_gpu or obstacle(gpu),
@@ -83,7 +83,7 @@ def _obstacles(gpu: torch.device) -> dict[str, str | None]:
 
 
 def _codec(way: Way) -> str:
-    """The way that video is encoded, in words."""
+    """Describe the way that video is encoded."""
     if way.where == "nvenc":
         return f"{way.encoder}: NVENC takes frames from the device, {way.workers} at once"
     opens = "NVENC opens" if way.encoder.endswith("nvenc") else "NVENC does not open"
@@ -91,9 +91,9 @@ def _codec(way: Way) -> str:
 
 
 def _engine(device: torch.device, *, exact: bool) -> str:
-    """The engine that auto takes for a full-width network, where that has been measured."""
+    """Describe the engine that auto takes for a full-width network, or what it would measure if it has not yet."""
     dtype = find_dtype(device, exact=exact, precision=None)
-    with torch.device("meta"):  # nothing but its kind is asked for
+    with torch.device("meta"):  # only its mode and width are needed
         network = UNet328("ave")
     figures = recall(network, device, dtype)
     if figures is None:
@@ -106,7 +106,7 @@ def _engine(device: torch.device, *, exact: bool) -> str:
 
 
 def measure_engines(device: str | torch.device | None = None) -> Figures:
-    """Measure what runs on a device on a full-width network of mode ave with made-up weights, and remember it."""
+    """Measure and remember how fast each engine of a device runs a full-width ave network with random weights."""
     chosen = find_device(device)
     dtype = find_dtype(chosen, exact=chosen.type == "cpu", precision=None)
     network = UNet328("ave").eval()
@@ -116,7 +116,7 @@ def measure_engines(device: str | torch.device | None = None) -> Figures:
 
 
 def _bfloat16() -> str:
-    """What a CPU makes of `--precision bfloat16`."""
+    """Describe what `--precision bfloat16` does on this CPU."""
     if reason := openvino_cpu.obstacle():
         return f"not bfloat16: {reason}"
     doubt = "" if openvino_cpu.pays() else ", hardly faster without AMX"
@@ -135,9 +135,9 @@ def _device_facts(device: torch.device) -> dict[str, str]:
 
 
 def _nvjpeg_obstacle(gpu: torch.device) -> str | None:
-    """Why it does not decode a small picture."""
+    """Return why nvJPEG does not decode a small picture; None if it does."""
     try:
-        from torchvision.io import decode_jpeg, encode_jpeg  # noqa: PLC0415 - a second: only where it is used
+        from torchvision.io import decode_jpeg, encode_jpeg  # noqa: PLC0415 - takes a second
 
         decode_jpeg(encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8)), device=gpu)
     except (ImportError, RuntimeError) as error:
@@ -146,7 +146,7 @@ def _nvjpeg_obstacle(gpu: torch.device) -> str | None:
 
 
 def _nvdec_obstacle() -> str | None:
-    """Why it cannot be there; whether it takes a file is seen when that is opened."""
+    """Return why NVDEC cannot be used at all, or None; whether it takes a file is known when that is opened."""
     if "cuda" not in av.codec.hwaccel.hwdevices_available():
         return "this FFmpeg has no CUDA decoder"
     try:
@@ -157,6 +157,6 @@ def _nvdec_obstacle() -> str | None:
 
 
 def _nvenc_obstacle(encoder: str, gpu: torch.device) -> str | None:
-    """Why it does not take frames from the GPU."""
+    """Return why NVENC does not take frames from the GPU; None if it does."""
     sessions, reason = nvenc_sessions(encoder, PictureFormat(1280, 720, Fraction(25), 20), gpu)
     return None if sessions else reason

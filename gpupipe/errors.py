@@ -22,11 +22,11 @@ class CheckpointError(InputError):
 
 
 class DeviceError(InputError):
-    """A device, engine or codec that was asked for by name and is not there."""
+    """A device, engine or codec that was asked for by name and is not available."""
 
 
 class DeviceLostError(GpupipeError):
-    """A GPU that does nothing more for this process."""
+    """A GPU that no longer works in this process."""
 
 
 class OutputError(InputError):
@@ -38,7 +38,7 @@ class DiskFullError(OutputError):
 
 
 def output_error(path: object, error: OSError, what: str = "written") -> OutputError:
-    """What to raise for an error of the file system while ``path`` was written or made."""
+    """Return what to raise for an error of the file system while ``path`` was written or made."""
     kind = DiskFullError if error.errno in {errno.ENOSPC, errno.EDQUOT} else OutputError
     folder = Path(str(path)).parent
     reason = error.strerror or error
@@ -48,12 +48,12 @@ def output_error(path: object, error: OSError, what: str = "written") -> OutputE
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says first, or its type where it says nothing."""
+    """Return the first line of another library's error, or its type if it has no message."""
     return next(iter(str(error).splitlines()), "").strip() or type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line, with its type where that is not one of those whose messages are written for users."""
+    """Return an error as one line, which begins with its type unless its messages are written for users."""
     kind, line = type(error).__name__, " ".join(str(error).split())
-    told = isinstance(error, (GpupipeError, OSError, MemoryError))
-    return (line or kind) if told else f"{kind}: {line}".removesuffix(": ")
+    for_users = isinstance(error, (GpupipeError, OSError, MemoryError))
+    return (line or kind) if for_users else f"{kind}: {line}".removesuffix(": ")

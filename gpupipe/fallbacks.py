@@ -1,4 +1,4 @@
-"""What was wanted and could not be had in this process: said once in the log, and named by `--json` and `doctor`."""
+"""Fallbacks of this process: each is logged once, and `--json` and `doctor` list them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _noted: dict[str, None] = {}
 
 
 def note_fallback(message: str) -> None:
-    """Record that a slower way is taken; ``message`` names what was wanted, why not, and what is taken instead."""
+    """Record that a slower way is taken; ``message`` names what was wanted, why it failed, and what is used instead."""
     if message not in _noted:
         _noted[message] = None
         logger.warning("%s", message)

@@ -35,7 +35,7 @@ _CHECK_BYTES = 1 << 24
 
 
 def video_rate(mode: Mode, fps: float | None = None) -> float:
-    """Frames a second of a video: what is asked for, by default the rate of its features."""
+    """Return a video's frames a second: ``fps``, or by default the rate of the mode's features."""
     return FRAME_RATES[mode] if fps is None else fps
 
 
@@ -46,7 +46,7 @@ class SpeechFeatures:
         source: a ``.npy`` file of float32, or an array or tensor: ``(N, …)`` with 512 (ave), 2·1024 (hubert) or 16·512
             (wenet) values a row, or already windowed ``(N, *AUDIO_SHAPES[mode])``.
         mode: the kind of features.
-        check: look for NaN and infinite values, which reads the whole file; for parts of a clip once is enough.
+        check: look for NaN and infinite values, which reads the whole file: once is enough for a clip in parts.
 
     Raises:
         InputError: a file that is missing or not a ``.npy``; another shape or dtype; no rows; NaN or infinite values.
@@ -87,15 +87,15 @@ class SpeechFeatures:
         return self.shape[0]
 
     def timing(self, fps: float | Fraction | None = None) -> Resampling:
-        """Which rows the frames of a video show that has ``fps`` frames a second; None for one frame for each row."""
+        """Return which row each frame of a video at ``fps`` frames a second shows; None makes one frame of each row."""
         rate = Fraction(FRAME_RATES[self.mode])
         return Resampling(len(self), rate, rate if fps is None else frame_rate(fps))
 
     def windows(self, start: int, stop: int, *, device: torch.device | str = "cpu") -> Tensor:
-        """The windows of frames ``[start, stop)``: float32 (stop − start, *AUDIO_SHAPES[mode]), on ``device``.
+        """Return the windows of frames ``[start, stop)``: float32 (stop − start, *AUDIO_SHAPES[mode]), on ``device``.
 
-        Frame i sees rows ``[i − 8, i + 8)``; rows outside the clip are zeros. The rows are what is copied to the
-        device: they are a sixteenth of their windows.
+        Frame i sees rows ``[i − 8, i + 8)``; rows outside the clip are zeros. Rows are copied to the device and
+        windowed there, because windows are 16 times their size.
         """
         device = torch.device(device)
         if self.windowed:
@@ -119,10 +119,10 @@ class SpeechFeatures:
         return rows.reshape(stop - start, width).astype(np.float32, copy=False)
 
     def _open(self, path: Path) -> tuple[tuple[int, ...], int]:
-        """Read the header: the shape, and where the values begin. A file in another order is read whole."""
+        """Read the header: the shape, and where the values begin. A Fortran or big-endian file is read whole."""
         input_file(path, "file of audio features")
         try:
-            with path.open("rb") as file, no_warnings():  # Python's, of what the header says
+            with path.open("rb") as file, no_warnings():  # Python's warnings about the header
                 version = np.lib.format.read_magic(file)
                 read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
                 shape, fortran, dtype = read(file)
@@ -160,7 +160,7 @@ def _fits(shape: tuple[int, ...], mode: Mode) -> bool:
 
 
 def audio_windows(features: ArrayLike | Tensor, mode: Mode = "ave") -> Tensor:
-    """All windows of a clip's features, one a video frame: float32 (N, *AUDIO_SHAPES[mode]).
+    """Return all windows of a clip's features, one a video frame: float32 (N, *AUDIO_SHAPES[mode]).
 
     Args:
         features: (N, …), one row a video frame, as :class:`SpeechFeatures` takes it.
@@ -177,7 +177,7 @@ def save_features(features: np.ndarray | Tensor, path: str | Path, *, bin: bool 
 
     Args:
         features: ``(N, …)``, written as float32.
-        path: of the ``.npy`` (the suffix is added if it is not there); its folder must exist.
+        path: the ``.npy`` file (the suffix is added if it is missing); its folder must exist.
         bin: write the pair too.
 
     Returns:
@@ -190,7 +190,7 @@ def save_features(features: np.ndarray | Tensor, path: str | Path, *, bin: bool 
     path = Path(path)
     if path.name and path.suffix != ".npy":
         path = path.with_name(path.name + ".npy")
-    with replacing(path) as temporary, temporary.open("wb") as file:  # np.save and tofile do not say why they cannot
+    with replacing(path) as temporary, temporary.open("wb") as file:  # np.save and tofile do not say why they fail
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         file.write(array.data)
     if not bin:
@@ -200,11 +200,11 @@ def save_features(features: np.ndarray | Tensor, path: str | Path, *, bin: bool 
 
 
 def write_features(pieces: Iterable[Tensor], path: str | Path) -> int:
-    """Write features to a ``.npy`` as they come, without holding the whole; returns how many rows there were.
+    """Write features to a ``.npy`` as they come, never holding the whole; return the number of rows.
 
     Args:
         pieces: (n, 512) each.
-        path: an existing temporary file, or one to be made.
+        path: a temporary file, which may exist.
     """
     count = 0
 

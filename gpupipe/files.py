@@ -20,11 +20,11 @@ _KINDS = {
 
 
 def input_file(path: str | Path, what: str, error: type[InputError] = InputError) -> Path:
-    """The path of an ordinary file, or of a link to one. A pipe would be waited for, and a device never ends.
+    """Return the path of an ordinary file, or of a link to one: reading a pipe would block, and a device never ends.
 
     Args:
-        what: the file is called in errors, as in "no such image file".
-        error: what is raised.
+        what: what errors call the file, as in "no such image file".
+        error: the class of those errors.
 
     Raises:
         InputError: it is missing, not accessible, or not an ordinary file.
@@ -36,18 +36,18 @@ def input_file(path: str | Path, what: str, error: type[InputError] = InputError
 
 
 def input_folder(path: str | Path, what: str) -> Path:
-    """The path of a folder, or of a link to one, which errors call ``what``.
+    """Return the path of a folder, or of a link to one; errors call it ``what``.
 
     Raises:
         InputError: it is missing, not accessible, or not a folder.
     """
     if not stat.S_ISDIR(_mode(Path(path), what, InputError)):
-        raise InputError(f"{path}: is no folder; expected a {what}")
+        raise InputError(f"{path}: is not a folder; expected a {what}")
     return Path(path)
 
 
 def media_url(path: str | Path) -> str:
-    """A file's name for FFmpeg, which takes what stands before a colon for a protocol."""
+    """Return a file's name for FFmpeg, which takes what stands before a colon for a protocol."""
     return f"file:{path}"
 
 
@@ -61,7 +61,7 @@ def _mode(path: Path, what: str, error: type[InputError]) -> int:
 
 
 def similar(path: Path) -> str:
-    """What an error adds about a missing file: a name beside it that differs in case, suffix or zeros in front only."""
+    """Return a hint about a missing file: a name beside it that differs only in case, suffix or leading zeros."""
 
     def bare(path: Path) -> str:
         return path.stem.casefold().lstrip("0")
@@ -79,34 +79,34 @@ def _kind(mode: int) -> str:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path``, with the same suffix; rename it on success, delete it on any failure.
+    """Yield a temporary file beside ``path``, with the same suffix; rename it on success, delete it on any failure.
 
     Raises:
-        OutputError: the folder is missing or not writable, or the disk is full. Errors that name another file pass.
+        OutputError: the folder is missing or not writable, or the disk is full. Errors about other files pass through.
     """
     path = Path(path)
     try:
-        if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode):  # /dev/null would be put away
+        if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode):  # /dev/null would be replaced
             raise OutputError(f"{path}: is {_kind(mode)}; expected the name of a file to write")
     except OSError as error:
         raise output_error(path, error) from error
     temporary = path.with_name(f".{path.stem}-{secrets.token_hex(6)}.part{path.suffix}")
-    try:  # from before it is made: an interrupt may come as soon as it is
-        temporary.touch(exist_ok=False)  # as readable as any new file of the user's, which mkstemp's are not
+    try:  # before the file exists: an interrupt may come as soon as it does
+        temporary.touch(exist_ok=False)  # with the user's default permissions, unlike mkstemp
         yield temporary
         temporary.replace(path)
     except OSError as error:
         other = error.filename and Path(str(error.filename)).name not in {path.name, temporary.name}
-        if other:  # whose error is not this file's
+        if other:
             raise
         raise output_error(path, error) from error
     finally:
-        with contextlib.suppress(OSError):  # where it could not be made
+        with contextlib.suppress(OSError):  # it may never have been made
             temporary.unlink(missing_ok=True)
 
 
 def make_folder(path: str | Path) -> Path:
-    """Make a folder, and those above it, if it is not there.
+    """Make a folder and its parents if they do not exist.
 
     Raises:
         OutputError: it cannot be made.

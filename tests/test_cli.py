@@ -382,7 +382,7 @@ def test_signals_leave_nothing_half_written(number: int, clip: dict[str, Path], 
             running.send_signal(number)  # as `timeout` does, and terminals that close
         _, told = running.communicate(timeout=60)
     assert running.returncode == 1
-    assert "gpupipe: interrupted; what files are left are whole ones" in told and "Traceback" not in told
+    assert "gpupipe: interrupted; all files that are left are whole" in told and "Traceback" not in told
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip_frames"]
     assert all(cv2.imread(str(path)) is not None for path in kept.iterdir()), "and nothing but images"
 

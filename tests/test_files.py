@@ -50,7 +50,7 @@ def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     assert input_file(tmp_path / "link", "file") == tmp_path / "link"
     assert input_folder(str(tmp_path), "folder") == tmp_path
-    with pytest.raises(InputError, match="file: is no folder; expected a template directory"):
+    with pytest.raises(InputError, match="file: is not a folder; expected a template directory"):
         input_folder(tmp_path / "file", "template directory")
     with pytest.raises(InputError, match=r"null (byte|character)"):
         input_file("a\0b", "file")

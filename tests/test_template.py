@@ -140,7 +140,7 @@ def test_missing_directories(template: Path, tmp_path: Path) -> None:
     message = refusal(template, template / "full_body_img")
     assert message.endswith("full_body_img: no such directory of template frames")
     (template / "full_body_img").touch()
-    assert "is no folder; expected a directory of template frames" in refusal(template, template / "full_body_img")
+    assert "is not a folder; expected a directory of template frames" in refusal(template, template / "full_body_img")
     with pytest.raises(InputError, match=r"0\.lms: no such landmark file"):
         Template(template / "frames", template / "absent")
 
