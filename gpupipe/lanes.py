@@ -1,7 +1,7 @@
-"""A CPU's cores, shared out among frames that are rendered side by side.
+"""A CPU's cores, divided into lanes that render batches side by side.
 
-All cores on one frame wait for each other at every layer, and for what runs on one core. A frame to each core, and none
-waits. So the CPU is divided into lanes, each with a core or a few, and each renders another batch.
+Cores that work on one frame wait for each other at every layer, and for all that runs on one core. A core with a frame
+of its own waits for none. So each lane has one core or a few, and renders a batch of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MAX_LANES = 8
-"""More cores go into the lanes, not beside them: each lane takes the memory of a network at work."""
+"""Further cores make the lanes wider, not more: each lane takes the memory of a network at work."""
 
 _lock = threading.Lock()
 
@@ -36,10 +36,10 @@ class Lanes(NamedTuple):
 
 
 def available_cores() -> int:
-    """Cores that this process may use: those that it is bound to, and of them at most ``$GPUPIPE_CORES``.
+    """Return how many cores this process may use: those that it is bound to, but at most ``$GPUPIPE_CORES``.
 
-    That is for processes that share a machine, and so share out its cores. In a container there are as many as its
-    share of time keeps busy, a part of a core counted as one.
+    The variable is for processes that divide a machine's cores among them. A container's CPU quota is a limit too,
+    rounded up to whole cores.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if (quota := cpu_quota()) is not None:
@@ -49,23 +49,23 @@ def available_cores() -> int:
 
 
 def cpu_lanes(cores: int | None = None) -> Lanes:
-    """Lanes for a CPU of so many cores; None takes those that this process may use."""
+    """Return the lanes for a CPU of ``cores`` cores; None means those that this process may use."""
     cores = available_cores() if cores is None else cores
     number = min(cores, MAX_LANES)
     return Lanes(number, cores // number)
 
 
 def map_in_lanes(function: Callable[[Item], Result], items: Iterable[Item], lanes: Lanes) -> Iterator[Result]:
-    """``map``, with as many calls under way as there are lanes; results come in the order of the items.
+    """``map`` with one call at a time in each lane; results come in the order of the items.
 
-    Within a lane PyTorch runs on the lane's threads. Closing the iterator waits for the calls under way.
+    Within a lane PyTorch runs on the lane's threads. Closing the iterator waits for calls that have begun.
     """
     workers = ThreadPoolExecutor(lanes.number, LANE_THREAD, _run_torch_on, (lanes.threads,))
     pending: deque[Future[Result]] = deque()
     try:
         for item in items:
             pending.append(workers.submit(function, item))
-            if len(pending) > lanes.number:  # one waits, so that no lane does
+            if len(pending) > lanes.number:  # one item is queued, so that no lane waits
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -74,8 +74,11 @@ def map_in_lanes(function: Callable[[Item], Result], items: Iterable[Item], lane
 
 
 def _run_torch_on(threads: int) -> None:
-    """This new thread runs PyTorch on so many threads. That holds for threads to come too: there it is set back."""
+    """Limit PyTorch in this new thread.
+
+    ``set_num_threads`` also changes the default of later threads, so another thread restores it.
+    """
     with _lock, ThreadPoolExecutor(1) as another:
-        before = torch.get_num_threads()  # asked first: who has not asked is given what was set last
+        before = torch.get_num_threads()  # read first: a thread's first query returns whatever was set last
         torch.set_num_threads(threads)
         another.submit(torch.set_num_threads, before).result()

@@ -1,4 +1,4 @@
-"""Frames of one clip or of many, in batches: what is rendered together, and whose each frame is.
+"""Batches of frames of one clip or of many: what is rendered together, and which clip each frame belongs to.
 
     shot A ████████████████▌      batch 0 │ AAAAAAAA
     shot B ▐█████                 batch 1 │ AAAAAAAA
@@ -39,7 +39,7 @@ class Shot:
         frames: the video frames, by their numbers in the clip.
 
     Attributes:
-        cancelled: set it when nobody wants the rest.
+        cancelled: set it when the remaining frames are not wanted any more.
 
     Raises:
         InputError: ``start_frame`` outside the template.
@@ -56,11 +56,11 @@ class Shot:
         template_indices(0, 1, self.avatar.template.length, self.start_frame)  # raises now, not at the first frame
 
     def piece(self, start: int, limit: int) -> Piece:
-        """The frames from ``start`` on that show at most ``limit`` rows."""
+        """Return the piece from frame ``start`` on that shows at most ``limit`` rows."""
         return self.piece_of(range(start, min(self.timing.reach(start, limit), self.frames.stop)))
 
     def piece_of(self, frames: range) -> Piece:
-        """These frames."""
+        """Return the piece of these frames."""
         rows, row_of_frame = np.unique(self.timing.rows(frames.start, frames.stop), return_inverse=True)
         return Piece(self, frames, rows, row_of_frame)
 
@@ -70,10 +70,10 @@ class Piece:
     """Frames of a shot in one batch: each row that they show is rendered once.
 
     Attributes:
-        shot: whose they are.
+        shot: the shot that they belong to.
         frames: their numbers in the clip.
         rows: int64, the distinct rows of features, ascending.
-        row_of_frame: int64, where in ``rows`` the row stands that each frame shows.
+        row_of_frame: int64, for each frame the index in ``rows`` of the row that it shows.
     """
 
     shot: Shot
@@ -96,14 +96,14 @@ class Piece:
         return torch.cat([speech.windows(row, row + 1, device=device) for row in self.rows.tolist()])
 
     def halves(self) -> list[Piece]:
-        """The piece in two, or as it is if it shows one row."""
+        """Split the piece in two; one that shows a single row is returned as it is."""
         if len(self.rows) == 1:
             return [self]
         first = self.shot.piece(self.frames.start, len(self.rows) // 2)
         return [first, self.shot.piece_of(range(first.frames.stop, self.frames.stop))]
 
     def frames_from_rows(self, rendered: Tensor, limit: int) -> Iterator[Tensor]:
-        """The frames of the piece, at most ``limit`` at a time, from its rendered rows."""
+        """Yield the frames of the piece, at most ``limit`` at a time, from its rendered rows."""
         if len(self.frames) == len(rendered):
             yield rendered
             return
@@ -112,10 +112,10 @@ class Piece:
 
 
 def fill_batches(shots: Iterable[Shot], size: Callable[[], int]) -> Iterator[list[Piece]]:
-    """Batches of ``size()`` rows each, over the joints of shots whose avatars have one engine.
+    """Yield batches of ``size()`` rows each, across the boundaries of shots whose avatars share an engine.
 
-    A batch is smaller only before another engine's, and at the end. Shots are asked for one at a time, when there is
-    room for them.
+    A batch is smaller only where the engine changes, and at the end. Shots are taken one at a time, when there is room
+    for them.
     """
     batch: list[Piece] = []
     room = size()
@@ -136,7 +136,7 @@ def fill_batches(shots: Iterable[Shot], size: Callable[[], int]) -> Iterator[lis
 
 
 def render_batch(pieces: list[Piece]) -> list[Tensor]:
-    """The rendered rows of each piece, as :meth:`gpupipe.avatar.Avatar.render` returns them."""
+    """Return the rendered rows of each piece, as :meth:`gpupipe.avatar.Avatar.render` returns them."""
     by_avatar: dict[Avatar, list[Piece]] = {}
     for piece in pieces:
         by_avatar.setdefault(piece.shot.avatar, []).append(piece)
@@ -153,6 +153,6 @@ def render_batch(pieces: list[Piece]) -> list[Tensor]:
 def map_batches(
     function: Callable[[list[Piece]], Result], batches: Iterable[list[Piece]], device: torch.device
 ) -> Iterator[Result]:
-    """``map``; on a CPU batches are rendered side by side. A GPU's work is queued anyway: more hands would only get in
-    each other's way."""
+    """``map``, which renders batches side by side on a CPU. A GPU's work is queued anyway: more threads would only get
+    in each other's way."""
     return map_in_lanes(function, batches, cpu_lanes()) if device.type == "cpu" else map(function, batches)

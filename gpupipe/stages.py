@@ -2,9 +2,9 @@
 
     open ─ template decode ─ template half ─ speech half ─ paste ─ encode ─ mux
 
-Stages overlap: each is timed where it runs, on lanes, on the encoders' threads, on the GPU, so that their busy seconds
-add up to more than the clock's. A stage inside another one (a template frame that is decoded when the network asks for
-it) counts as itself alone.
+Stages overlap: each is timed where it runs (on lanes, on the encoders' threads, on the GPU), so that their busy seconds
+may add up to more than the run took. The time of a stage inside another one (a template frame that is decoded when the
+network asks for it) counts for the inner stage alone.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ STAGES = ("template decode", "template half", "speech half", "paste", "encode", 
 """In a frame's order. A recorded CUDA graph runs the speech half and the paste as one: ``speech half + paste``."""
 
 LANE_THREAD, ENCODE_THREAD = "lane", "encode"
-"""What the names of threads begin with that are taken together: the lanes (lanes.py) and the encoders (video/)."""
+"""How the names of threads begin that are summed as one group: the lanes (lanes.py) and the encoders (video/)."""
 
 _SATURATED = 0.9
-"""From this share of their time on, the cores are what bounds a run, whichever thread has the most to do."""
+"""Share of the cores' time from which on the cores count as the bound, whichever thread is the busiest."""
 
 
 class _Moment(NamedTuple):
@@ -49,11 +49,11 @@ class _Nested(threading.local):
 
 
 class Stages:
-    """Measures one render. Any thread may time its work; what that costs is two looks at a clock and a lock.
+    """Measures one render. Any thread may time its work, at the cost of reading a clock twice and taking a lock.
 
-    On a CPU the seconds are the clock's while a thread is in a stage; encoders have threads of their own, for which the
-    thread that feeds them waits. On CUDA a stage that is given its device is timed by events on the current stream,
-    which are read when the run is over.
+    On a CPU a stage is timed by the wall clock while a thread is in it; a thread that feeds an encoder waits in it for
+    the encoder's own threads. On CUDA a stage that is given its device is timed by events on the current stream, which
+    are read when the run is over.
 
     Args:
         trace: keep every piece of work, for :meth:`write_trace`.
@@ -72,12 +72,12 @@ class Stages:
 
     @contextlib.contextmanager
     def time(self, stage: str, device: torch.device | None = None) -> Iterator[None]:
-        """Count what happens inside as ``stage``; on a CUDA ``device`` the GPU's time."""
+        """Count the time inside as ``stage``'s; on a CUDA ``device``, count the GPU's time."""
         gpu = device if device is not None and device.type == "cuda" else None
         nested = self._nested.stages
         parent, parent_gpu = nested[-1] if nested else (None, gpu)
         if (parent_gpu is None) != (gpu is None):
-            parent = None  # the GPU's time is not taken from a stage of the host's, nor the other way round
+            parent = None  # the GPU's time is not subtracted from a stage of the host, nor the other way round
         begin = None if gpu is None else self._event(gpu)
         nested.append((stage, gpu))
         start = time.perf_counter()
@@ -94,20 +94,20 @@ class Stages:
                     self._queued.append(queued)
 
     def busy(self) -> dict[str, float]:
-        """Busy seconds by stage, in a frame's order; call it when the run is over. A GPU is waited for."""
+        """Wait for the GPU; return the busy seconds by stage, in a frame's order. Call it when the run is over."""
         self._read_events()
         with self._lock:
             names = sorted(self._busy, key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
             return {name: max(0.0, self._busy[name]) for name in names}
 
     def bound(self, *, cores: int) -> str:
-        """What bounded the run until now: the GPU, the cores, or the thread that was busy for most of the time.
+        """Say what bounded the run until now: the GPU, the cores, or the thread that was busy for most of the time.
 
         Args:
-            cores: that this process may use.
+            cores: how many this process may use.
 
         Returns:
-            one line: what, how busy it was, and with what most of all.
+            one line: what it was, how busy it was, and which stage took most of that.
         """
         self._read_events()
         seconds = time.perf_counter() - self._start
@@ -146,7 +146,7 @@ class Stages:
         path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
 
     def _add(self, stage: str, parent: str | None, row: str, start: float, end: float) -> None:
-        """Count a piece of work, and take it from the stage that it stands in."""
+        """Count a piece of work for its stage, and subtract it from the enclosing one."""
         with self._lock:
             for name, sign in ((stage, 1), (parent, -1)):
                 if name is not None:
@@ -172,7 +172,7 @@ class Stages:
         stream = torch.cuda.current_stream(device)
         if self._origin is None:
             origin = torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize(device)  # once, so that the GPU's clock can be laid beside the host's
+            torch.cuda.synchronize(device)  # once, to align the GPU's clock with the host's
             origin.record(stream)
             self._origin = (origin, time.perf_counter())
         event = torch.cuda.Event(enable_timing=True)
@@ -185,7 +185,7 @@ def measuring(trace: str | Path | None = None) -> Iterator[Stages]:
     """Measure a render; when it is done without an error, write its trace to the file ``trace``, if one is named.
 
     Raises:
-        OutputError: ``trace`` cannot be written, before anything is rendered.
+        OutputError: ``trace`` cannot be written; raised before anything is rendered.
     """
     with contextlib.ExitStack() as outputs:
         temporary = outputs.enter_context(replacing(trace)) if trace is not None else None
@@ -209,7 +209,7 @@ UNTIMED: Stages = _Untimed()
 
 
 def _group(row: str) -> str:
-    """What a row is called where rows of one kind are taken together: the lanes, the encoders."""
+    """The group that a trace row is summed under: all lanes, all encoders, or itself."""
     if row.startswith(LANE_THREAD):
         return "the lanes"
     if row.startswith(ENCODE_THREAD):
@@ -218,7 +218,7 @@ def _group(row: str) -> str:
 
 
 def _most(rows: list[dict[str, float]]) -> str:
-    """The stage in which most of the rows' time went."""
+    """Return the stage that took most of the rows' time."""
     total: dict[str, float] = defaultdict(float)
     for stages in rows:
         for stage, seconds in stages.items():
