@@ -73,14 +73,14 @@ class ImageProcessor:
         return _hwc(mask_mouth(_chw(_image(image, "image", INPUT_SIZE))))
 
     def prepare_input_tensors(self, image: Image | Tensor, normalize: bool = True) -> tuple[Tensor, Tensor]:
-        """The network's image of one crop.
+        """Return the network's input image of one crop.
 
         Args:
             image: the crop at (328, 328, 3), or its inner (320, 320, 3).
             normalize: scale to [0, 1]; otherwise values are 0 … 255.
 
         Returns:
-            float32 (1, 6, 320, 320), the inner crop beside the same masked; and float32 (3, 320, 320), the inner crop.
+            float32 (1, 6, 320, 320), the inner crop and its masked copy; and float32 (3, 320, 320), the inner crop.
         """
         inner = _chw(_image(image, "image", INPUT_SIZE, CROP_SIZE)).float()
         if inner.shape[2] == CROP_SIZE:
@@ -127,8 +127,8 @@ class ImageProcessor:
         blend: Blend = "none",
         feather: float = FEATHER,
     ) -> Image:
-        """As :meth:`paste_generated_region`; pixels whose parsing colour is BGR (0, 0, 255) or (255, 255, 255) keep the
-        frame's.
+        """Paste as :meth:`paste_generated_region`, but leave the frame as it is where the parsing colour is BGR
+        (0, 0, 255) or (255, 255, 255).
 
         Args:
             parsing_image: (H, W, 3), BGR; None pastes everywhere in the box.

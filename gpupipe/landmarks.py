@@ -42,7 +42,7 @@ def read_landmarks(path: str | Path) -> NDArray[np.int32]:
             x, y = (float(word) for word in line.split())
         except ValueError as error:
             raise InputError(f"{path}: line {number} is {line[:40]!r}; expected two numbers, 'x y'") from error
-        if not (abs(x) < 2**30 and abs(y) < 2**30):  # false for NaN too; what int32 holds, with room to spare
+        if not (abs(x) < 2**30 and abs(y) < 2**30):  # false for NaN too; fits int32 with room to spare
             raise InputError(f"{path}: line {number} is {line[:40]!r}; expected finite coordinates in pixels")
         points.append((x, y))
     if len(points) < MIN_POINTS:
@@ -52,7 +52,7 @@ def read_landmarks(path: str | Path) -> NDArray[np.int32]:
 
 
 def face_box(landmarks: ArrayLike | Tensor, *, name: str = "landmarks") -> Box:
-    """The square from point 1 to point 31, hung from point 52; it may reach over the frame's edge.
+    """Return the square that spans points 1 to 31 and has its top at point 52; it may reach over the frame's edge.
 
     Args:
         landmarks: (n, 2) points in pixels, n ≥ 53; floats are truncated.
@@ -74,7 +74,7 @@ def face_box(landmarks: ArrayLike | Tensor, *, name: str = "landmarks") -> Box:
 
 
 def crop_box(landmarks: ArrayLike | Tensor, width: int, height: int, *, name: str = "landmarks") -> Box:
-    """:func:`face_box` clamped to a frame; it may then not be square.
+    """Return :func:`face_box` clamped to a frame; a clamped box need not be square.
 
     Raises:
         InputError: as :func:`face_box`; also for a box wholly outside the frame.

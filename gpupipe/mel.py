@@ -3,7 +3,7 @@
     16 kHz mono ──pre-emphasis, STFT, mel──► (80, T) ──windows──► (N − 2, 1, 80, 16)
 
 A mel column is 200 samples (12.5 ms) and a window 16 columns (0.2 s); windows follow each other as video frames do, 25
-a second. Nothing here grows with the length of the sound but what :func:`mel_spectrogram` returns.
+a second. Memory does not grow with the length of the sound, except for what :func:`mel_spectrogram` returns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BATCH_WINDOWS = 256  # windows to a batch of the encoder
 
 @lru_cache(maxsize=4)
 def mel_filters(device: torch.device) -> Tensor:
-    """The filter bank, float32 ``(80, 401)``: triangles of unit area, evenly spaced on Slaney's mel scale.
+    """Return the filter bank, float32 ``(80, 401)``: triangles of unit area, evenly spaced on Slaney's mel scale.
 
     The scale is linear below 1 kHz (3 mels to 200 Hz) and logarithmic above (27 mels to a factor 6.4): M. Slaney,
     "Auditory Toolbox", 1998; it is the default of librosa's ``filters.mel``, on which the encoder was trained.
@@ -75,11 +75,11 @@ def _mel_columns(emphasised: Tensor) -> Tensor:
 
 
 def mel_pieces(chunks: Iterable[np.ndarray | Tensor], *, device: str | torch.device = "cpu") -> Iterator[Tensor]:
-    """The mel spectrogram of a sound that comes in chunks, in pieces ``(80, n)`` that join to the whole.
+    """Yield the mel spectrogram of a sound that comes in chunks, in pieces ``(80, n)`` that join to the whole.
 
     The chunks' lengths do not matter: column t covers samples [200·t − 400, 200·t + 400) of the pre-emphasised sound,
-    zeros outside it, and there are ``1 + samples // 200`` of them. A sound too short for one window of the encoder
-    is followed by silence up to it.
+    zeros outside it, and there are ``1 + samples // 200`` of them. A sound that is shorter than one window of the
+    encoder is padded with silence to that length.
 
     Args:
         chunks: float32 ``(n,)`` in [−1, 1], 16 kHz, mono.
@@ -126,12 +126,12 @@ def mel_spectrogram(wave: np.ndarray | Tensor) -> Tensor:
 
 
 def window_count(columns: int) -> int:
-    """How many windows the encoder sees in ``columns`` (≥ 16) mel columns; there are two more rows of features."""
+    """Return how many windows the encoder sees in ``columns`` (≥ 16) mel columns; features have two rows more."""
     return int((columns - MEL_COLUMNS) / COLUMNS_PER_SECOND * FEATURE_FPS) + 2
 
 
 def window_starts(first: int, last: int) -> Tensor:
-    """First mel column of windows ``first`` … ``last − 1``, int64, before any is pulled back from the end."""
+    """Return the first mel column of windows ``first`` … ``last − 1``, int64, none pulled back from the end yet."""
     return torch.arange(first, last) * COLUMNS_PER_SECOND // FEATURE_FPS
 
 

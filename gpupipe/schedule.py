@@ -21,10 +21,10 @@ WINDOW_ROWS = 16
 
 
 def frame_rate(fps: float | Fraction) -> Fraction:
-    """Frames a second as a fraction whose denominator is at most 1001, that of NTSC's rates.
+    """Return frames a second as a fraction whose denominator is at most 1001, as NTSC's rates need.
 
     Raises:
-        InputError: not more than 0 and at most 1000.
+        InputError: ``fps`` is not more than 0 and at most 1000.
     """
     rate = Fraction(fps).limit_denominator(1001) if 0 < fps <= 1000 else None
     if not rate:  # far below one frame a second the fraction is 0
@@ -34,7 +34,7 @@ def frame_rate(fps: float | Fraction) -> Fraction:
 
 @dataclass(frozen=True)
 class Resampling:
-    """Which row of features each video frame shows, where rows and frames come at rates of their own.
+    """Which row of features each video frame shows, whatever the rates of rows and frames.
 
     Frame j is on the screen from j / fps on and shows what a video at the rows' own rate shows at that time: row
     ⌊j·rate / fps⌋. N rows last N / rate seconds and make N·fps / rate frames, rounded half up, at least one.
@@ -55,29 +55,29 @@ class Resampling:
         return max(1, math.floor(self.length * self.fps / self.rate + Fraction(1, 2)))
 
     def rows(self, start: int, stop: int) -> NDArray[np.int64]:
-        """The row that each of the video frames ``[start, stop)`` shows: int64 (stop − start,), ascending."""
+        """Return the row that each of the video frames ``[start, stop)`` shows: int64 (stop − start,), ascending."""
         ratio = self.rate / self.fps
         return np.arange(start, stop, dtype=np.int64) * ratio.numerator // ratio.denominator
 
     def reach(self, start: int, most: int) -> int:
-        """Where the video frames from ``start`` on end that show at most ``most`` rows."""
+        """Return the end of the longest run of video frames from ``start`` on that shows at most ``most`` rows."""
         if self.fps <= self.rate:
             return min(start + most, self.frames)
         row = int(self.rows(start, start + 1)[0])
         return self.frames_of(row, row + most).stop
 
     def frames_of(self, start: int, stop: int) -> range:
-        """The video frames that show the rows ``[start, stop)``; none at a low rate, or several for each row."""
+        """Return the video frames that show rows ``[start, stop)``: none at a low rate, or several for each row."""
         ratio = self.fps / self.rate
         first, last = (min(math.ceil(row * ratio), self.frames) for row in (start, stop))
         return range(first, last)
 
 
 def template_indices(start: int, stop: int, length: int, start_frame: int = 0) -> NDArray[np.int64]:
-    """The template frames of video frames ``[start, stop)``: there and back over ``[start_frame, length)``.
+    """Return the template frames of video frames ``[start, stop)``: there and back over ``[start_frame, length)``.
 
     With n = length − start_frame, frame i stands at step i + 1 of a walk 0, 1 … n−1, n−2 … 1, 0, 1 … of period
-    2(n − 1): the first frame shown is ``start_frame + 1``. Any i can be asked for without the ones before it.
+    2(n − 1): the first frame shown is ``start_frame + 1``. Any i can be computed without the ones before it.
 
     Args:
         start, stop: video frames, 0 ≤ start ≤ stop.
@@ -101,7 +101,7 @@ def template_indices(start: int, stop: int, length: int, start_frame: int = 0) -
 
 
 def times_shown(stop: int, length: int, start_frame: int = 0) -> NDArray[np.int64]:
-    """How often the video frames ``[0, stop)`` show each template frame: int64 (length,).
+    """Count how often the video frames ``[0, stop)`` show each template frame: int64 (length,).
 
     Raises:
         InputError: ``start_frame`` outside ``[0, length)``.
@@ -110,5 +110,5 @@ def times_shown(stop: int, length: int, start_frame: int = 0) -> NDArray[np.int6
 
 
 def window_rows(start: int, stop: int) -> tuple[int, int]:
-    """The feature rows that frames ``[start, stop)`` see: frame i sees ``[i − 8, i + 8)``; rows may lie outside."""
+    """Return the rows that frames ``[start, stop)`` see, ``[i − 8, i + 8)`` for frame i; some may lie outside."""
     return start - WINDOW_ROWS // 2, stop - 1 + WINDOW_ROWS // 2

@@ -28,7 +28,7 @@ def feather_width(blend: Blend, feather: float = FEATHER) -> float:
 
 
 def keep_mask(parsing: Tensor) -> Tensor:
-    """Pixels that keep the template's: parsing colour BGR (0, 0, 255) or (255, 255, 255).
+    """Return which pixels stay the template's: parsing colour BGR (0, 0, 255) or (255, 255, 255).
 
     uint8 (…, H, W, 3) BGR → bool (…, H, W).
     """

@@ -4,8 +4,8 @@
                                                                                             │ AVE encoder
                                                  (N, 512), first and last row twice ◄───────┘
 
-A row of features is 40 ms of video (25 a second) and sees 0.2 s of sound. Nothing here grows with the length of the
-sound but what :meth:`SpeechEncoder.features` returns.
+A row of features is 40 ms of video (25 a second) and sees 0.2 s of sound. Memory does not grow with the length of the
+sound, except for what :meth:`SpeechEncoder.features` returns.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SpeechEncoder:
 
     Raises:
         CheckpointError: the checkpoint cannot be used.
-        DeviceError: an unknown device, or one that is not there.
+        DeviceError: an unknown device, or one that is missing.
     """
 
     def __init__(self, checkpoint_path: str | Path, device: str | torch.device | None = None) -> None:
@@ -49,7 +49,7 @@ class SpeechEncoder:
     def feature_rows(self, chunks: Iterable[np.ndarray | Tensor]) -> Iterator[Tensor]:
         """Sound in chunks (float32, 16 kHz, mono) → rows of features in pieces ``(n, 512)`` on the device.
 
-        Holds seconds of sound at a time, however long it is. The first and the last row come twice.
+        Holds only seconds of sound at a time, however long it is. The first and the last row come twice.
         """
         last: Tensor | None = None
         for windows in mel_windows(mel_pieces(chunks, device=self.device)):
@@ -66,10 +66,10 @@ class SpeechEncoder:
 
     @torch.inference_mode()
     def covering_features(self, audio_path: str | Path) -> Iterator[Tensor]:
-        """As :meth:`features`, in pieces ``(n, 512)`` on the device, and as long as the sound, to a frame.
+        """Yield :meth:`features` in pieces ``(n, 512)`` on the device, but as many rows as the sound has whole frames.
 
-        The family's count of rows ends up to 70 ms before the sound does: a video would be that much shorter. The last
-        row is repeated until then.
+        The number of rows that this family of models defines ends up to 70 ms before the sound, and a video would be
+        that much shorter. The last row is repeated to fill the gap.
         """
         samples, count, last = 0, 0, torch.empty(0, FEATURES)
 
