@@ -1,4 +1,4 @@
-"""The network as ONNX: whole, with a dynamic batch, for other programs; in halves for engines of ours."""
+"""The network as ONNX: whole, with a dynamic batch, for other programs; in halves, for our own engines."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ OPSET_VERSION = 17
 """Default ONNX operator set."""
 
 _OPSETS = range(11, 21)
-"""In which the network can be said: from 11 on images are resized with their corners aligned, and the tracing exporter
-ends with 20."""
+"""Operator sets that can express the network: resizing with aligned corners begins with 11, the tracing exporter ends
+with 20."""
 
 TOLERANCE = 1e-4
-"""How far the exported network may be from PyTorch's, on outputs in (0, 1)."""
+"""How far the exported network's outputs, in (0, 1), may be from PyTorch's."""
 
 
 def export_onnx(
@@ -43,10 +43,10 @@ def export_onnx(
     """Write ``module`` as ONNX.
 
     Args:
-        dynamic_batch: the first axis of every input and output is the dynamic ``batch``; otherwise shapes are fixed.
+        dynamic_batch: make the first axis of every input and output the dynamic ``batch``; otherwise shapes are fixed.
     """
-    # The tracing exporter is marked as deprecated; the new one takes 5 times as long for the same graph. It knows one
-    # export at a time, and so does this context. What it makes of itself is on the program's device and of its type.
+    # The tracing exporter is deprecated, but the new one takes 5 times as long for the same graph. It cannot run twice
+    # at once: no_warnings holds a lock. Tensors it creates take the program's default device and dtype: both are set.
     with no_warnings(), torch.device("cpu"), contextlib.ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
@@ -64,10 +64,10 @@ def export_onnx(
 
 @torch.autocast("cpu", enabled=False)
 def export_halves(network: UNet328) -> tuple[bytes, bytes]:
-    """The halves of :mod:`gpupipe.models.blocked`, template's and speech's, for one frame: all shapes are fixed.
+    """Return the halves of :mod:`gpupipe.models.blocked`, template's and speech's, for one frame: all shapes are fixed.
 
-    Inputs are ``image``, and the names of :data:`~gpupipe.models.hoisted.TEMPLATE_FEATURES` with ``audio``; outputs
-    those names, and ``mouth``; all float32.
+    The template half turns ``image`` into :data:`~gpupipe.models.hoisted.TEMPLATE_FEATURES`, by their names; the speech
+    half turns those and ``audio`` into ``mouth``. All are float32.
     """
     network = fold_batch_norms(network)
     template, speech = BlockedTemplateHalf(network).eval(), BlockedSpeechHalf(network).eval()

@@ -1,4 +1,4 @@
-"""Warnings of other libraries that are nothing to a user, kept from them."""
+"""Suppresses warnings of other libraries that do not concern a user."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def no_warnings() -> Iterator[None]:
-    """Within this context Python warns of nothing.
+    """Suppress Python's warnings within this context.
 
-    Its filters are the whole process's: one thread at a time changes them, so that they are always set back to the
-    program's own, and not to what another thread had set.
+    The filters belong to the whole process. Only one thread at a time changes them, so that they are always restored to
+    the program's own, never to what another thread had set.
     """
     with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
-"""ONNX Runtime that reports to nobody: import it from here.
+"""ONNX Runtime with its telemetry off: import it from here.
 
-By itself it keeps an identifier in the user's cache folder and looks for a host to report to (seen of 1.32 on Linux).
-The variable is read when it is loaded; who wants to report sets ``ORT_DISABLE_TELEMETRY=0``.
+By default it keeps an identifier in the user's cache folder and looks for a host to report to (seen with 1.32 on
+Linux). It reads the variable when it is loaded; users who want it to report set ``ORT_DISABLE_TELEMETRY=0``.
 """
 
 import os
