@@ -1,4 +1,4 @@
-"""One clip, from files to a file."""
+"""Renders one clip: files in, a video or images out."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ Progress = Callable[[int, int], Any]
 class RenderRecord:
     """Facts of the last finished render.
 
-    ``phases`` holds the seconds of what follows each other: ``open`` (template and features), ``render`` (compute, and
+    ``phases`` holds the seconds of consecutive phases: ``open`` (template and features), ``render`` (compute, and
     waiting for the encoder), ``finish`` (the encoder's last frames and the muxer). ``busy`` holds the seconds in which
-    each of :data:`gpupipe.stages.STAGES` was at work: those overlap, so that they may add up to more than ``seconds``.
+    each of :data:`gpupipe.stages.STAGES` was at work: stages overlap, so these may add up to more than ``seconds``.
     ``bound`` says in words what bounded the run.
     """
 
@@ -62,25 +62,25 @@ class RenderRecord:
 
     @property
     def frames_per_second(self) -> float:
-        """Frames over all of ``seconds``."""
+        """Frames a second over the whole render."""
         return self.frames / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """The record that `--json` prints: these facts, phases as ``stages``, the rate, ``versions``, ``fallbacks``."""
+        """Return what `--json` prints: these facts, phases as ``stages``, the rate, ``versions``, ``fallbacks``."""
         facts = dataclasses.asdict(self)
         facts |= {"stages": facts.pop("phases"), "frames_per_second": self.frames_per_second}
         return facts | {"versions": versions(), "fallbacks": fallbacks()}
 
 
 class _Phases:
-    """Seconds of a render's phases, each of which begins where the one before it ends."""
+    """Seconds of a render's phases; each begins where the one before it ends."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._begin = time.perf_counter()
 
     def end(self, phase: str) -> None:
-        """The phase ends here."""
+        """End a phase here."""
         begin, self._begin = self._begin, time.perf_counter()
         self.seconds[phase] = self._begin - begin
 
@@ -152,9 +152,9 @@ class FrameGenerationPipeline:
                 (:class:`~gpupipe.schedule.Resampling`), and the sound stays as it is.
             crf: quality, 0 (best) to 51.
             save_frames: keep the frames as JPEGs too, in ``frames_dir`` or beside the video in ``<name>_frames``.
-                Without it ``frames_dir`` means nothing. A warning names images left from an earlier, longer clip.
+                Without it ``frames_dir`` is ignored. A warning names images left from an earlier, longer clip.
             codec: see :data:`gpupipe.video.codecs.CODECS`.
-            preset: the encoder's, such as ``p1`` to ``p7`` for NVENC; None takes ours
+            preset: the encoder's preset, such as ``p1`` to ``p7`` for NVENC; None takes ours
                 (:class:`~gpupipe.video.encode.VideoWriter`).
             progress: called after each batch.
             profile: where to write a trace of every stage's work, ``.json`` for ``chrome://tracing`` or Perfetto.
@@ -163,8 +163,8 @@ class FrameGenerationPipeline:
             ``output_path``.
 
         Raises:
-            InputError: input that cannot be used, before a frame is rendered where it can be known then.
-            OutputError: a file that cannot be written; nothing is left of it.
+            InputError: input that cannot be used; raised before the first frame is rendered where possible.
+            OutputError: a file that cannot be written; no part of it is left behind.
         """
         phases = _Phases()
         output_path = Path(output_path)
@@ -236,7 +236,7 @@ class FrameGenerationPipeline:
         return paths
 
     def export_model_to_onnx(self, output_path: str | Path, opset_version: int = OPSET_VERSION) -> str:
-        """As :meth:`UNetModel.export_to_onnx`."""
+        """Write the network as ONNX: see :meth:`gpupipe.UNetModel.export_to_onnx`."""
         return self.unet_model.export_to_onnx(output_path, opset_version)
 
     def generate_reference_outputs(
@@ -246,9 +246,9 @@ class FrameGenerationPipeline:
         output_dir: str | Path,
         num_sample_frames: int = 5,
     ) -> dict[str, Any]:
-        """Write sample frames, pasted hard, for programs in other languages to compare with.
+        """Write sample frames, pasted with a hard edge, for programs in other languages to compare with.
 
-        They are as precise as the model: on CUDA give the pipeline ``exact=True``, as the command does.
+        They are only as precise as the model: on CUDA, give the pipeline ``exact=True``, as the command does.
 
         ``num_sample_frames`` frames spread evenly over the clip, its first and last included, go to
         ``reference_<i>.png`` (lossless; ``i`` is the frame's number), the features to ``audio_features.bin`` (see
@@ -290,7 +290,7 @@ class FrameGenerationPipeline:
         use_parsing: bool,
         stages: Stages = UNTIMED,
     ) -> tuple[Template, SpeechFeatures]:
-        """A clip's template and features, checked."""
+        """Open and check a clip's template and features."""
         speech = SpeechFeatures(features_path, self.mode)
         template = self.generator.open_template_directory(
             template_dir, use_parsing=use_parsing, clip=(start_frame, len(speech)), stages=stages
@@ -313,7 +313,7 @@ class FrameGenerationPipeline:
 
 
 def _counting(batches: Iterator[Tensor], total: int, progress: Progress | None) -> Iterator[Tensor]:
-    """Tell ``progress`` of each batch when the next one is asked for."""
+    """Pass batches on; report each to ``progress`` when the next one is asked for."""
     done = 0
     for batch in batches:
         yield batch
@@ -323,7 +323,7 @@ def _counting(batches: Iterator[Tensor], total: int, progress: Progress | None) 
 
 
 def _saving(batches: Iterator[Tensor], folder: Path) -> Iterator[Tensor]:
-    """Save batches as numbered JPEGs on their way."""
+    """Pass batches on, saving their frames as numbered JPEGs."""
     number = 0
     for batch in batches:
         for frame in (batch if batch.dim() == 4 else from_nv12(batch)).cpu().numpy():

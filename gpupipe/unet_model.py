@@ -27,18 +27,18 @@ class UNetModel:
         checkpoint_path: ``.pth`` or ``.safetensors`` state dict, of any width; only tensors are read.
         mode: the kind of speech features it was trained on: ``"ave"``, ``"hubert"`` or ``"wenet"``.
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …; None takes a CUDA GPU if there is one.
-        engine: how the network is run; see :mod:`gpupipe.engines`.
+        engine: how the network is run: see :mod:`gpupipe.engines`.
         exact: float32 with TF32 off, and JPEGs decoded on the CPU; None means exact on the CPU, half precision on CUDA.
         precision: what the network computes in: ``"float32"``, and without ``exact`` ``"float16"`` or ``"bfloat16"`` on
             CUDA, ``"bfloat16"`` on a CPU that multiplies it. None means float32 on the CPU and float16 on CUDA. Asking
-            for half precision lets go of the CPU's default for ``exact``.
+            for half precision makes ``exact`` default to False on the CPU too.
 
     Attributes:
         engine: what runs the network.
 
     Raises:
         CheckpointError: a checkpoint that cannot be used, or one of another mode.
-        DeviceError: a device or engine that is not there.
+        DeviceError: a device or engine that is not available.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class UNetModel:
             uint8 (320, 320, 3) for a batch of one, (B, 320, 320, 3) for more; BGR.
 
         Raises:
-            InputError: shapes that do not fit, batches that differ, whole numbers (as of an image that is not yet
-                divided by 255), or values that are NaN or infinite.
+            InputError: wrong shapes, batches of different sizes, integers (such as an image that is not divided by 255
+                yet), or values that are NaN or infinite.
         """
         image = self._batch(image_tensor, (6, INPUT_SIZE, INPUT_SIZE), "image_tensor")
         audio = self._batch(audio_features, AUDIO_SHAPES[self.mode], "audio_features")
@@ -98,7 +98,7 @@ class UNetModel:
         return str(export_unet(self.network, output_path, opset_version=opset_version))
 
     def get_input_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the image and the audio of a batch of one: (1, 6, 320, 320) and (1, *audio_shape)."""
+        """Return the shapes of image and audio for a batch of one: (1, 6, 320, 320) and (1, *audio_shape)."""
         return (1, 6, INPUT_SIZE, INPUT_SIZE), (1, *AUDIO_SHAPES[self.mode])
 
     @staticmethod

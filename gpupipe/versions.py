@@ -1,4 +1,4 @@
-"""Which machine and which versions do the work."""
+"""Names of the machine's processors, and versions of the packages that do the work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __version__ = _installed("gpupipe", "0+unknown")  # unknown: imported from a sou
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that do the work; "missing" for one that is not installed."""
+    """Return the versions of Python and of the packages that do the work; "missing" for one that is not installed."""
     found = {"python": platform.python_version()}
     found |= {package: _installed(package, "missing") for package in _PACKAGES}
     found["ffmpeg"] = ".".join(map(str, av.library_versions["libavcodec"])) + " (libavcodec)"
@@ -34,20 +34,20 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device | str = "cpu") -> str:
-    """The GPU's name, or the CPU's with the number of cores that this process may use."""
+    """Return the GPU's name, or the CPU's with the number of cores that this process may use."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{processor_name()}, {available_cores()} cores"
 
 
 def processor_name() -> str:
-    """The CPU's model name, and whether it has AMX: virtual machines of the same name are given it, or not."""
+    """Return the CPU's model name, and whether it has AMX: a virtual machine may hide it from the same model."""
     name = _processor_fact("model name") or platform.processor() or platform.machine()
     return f"{name} with AMX" if "amx_bf16" in processor_flags() else name
 
 
 def processor_flags() -> list[str]:
-    """What the CPU can do beyond its architecture, by Linux's names; none elsewhere."""
+    """Return the CPU's features by Linux's names, or none on other systems."""
     return _processor_fact("flags").split()
 
 
