@@ -1,4 +1,4 @@
-"""One avatar's template: its frames, where the mouth is in each, and what is not to be painted over."""
+"""One avatar's template: its frames, where the mouth is in each, and which pixels must not be painted over."""
 
 from __future__ import annotations
 
@@ -33,33 +33,32 @@ class Template:
     """Template frames on a device, every file checked before the first frame is rendered.
 
     ``image_dir`` holds ``0.jpg``, ``1.jpg`` … without gaps, ``landmark_dir`` a ``.lms`` and ``parsing_dir`` (if given)
-    a ``.png`` of the same number for each. In place of a directory of images stands a video file, if it has as many
-    frames as there are landmark files. Frames are kept as uint8 BGR; of a video the decoded NV12 is kept, and BGR only
-    where the boxes are. Frames that do not fit in the budget are decoded again when they come round.
+    a ``.png`` of the same number for each. ``image_dir`` may also be a video file with as many frames as there are
+    landmark files. Images are kept as uint8 BGR. Of a video the decoded NV12 is kept, and BGR only where the boxes are.
+    Frames that do not fit in the budget are decoded again each time they are needed.
 
     Args:
-        clip: start frame and number of frames of the one clip that the template is opened for: of the others' files
-            it is only looked whether they are there, whole and of the right size, and they are decoded when they are
-            asked for after all. None decodes every frame.
+        clip: (start frame, number of frames) of the only clip to be rendered. Frames it does not show are checked
+            (present, whole, right size) but decoded only if asked for. None decodes every frame.
         device: where frames, boxes and masks are kept.
         exact: decode JPEGs on the CPU even for a CUDA device.
         memory_budget: bytes for all that is kept per template frame; None lets the device decide
             (:func:`~gpupipe.frame_cache.default_budget`).
-        stages: what measures where the time of this template's clip goes.
+        stages: measures where the time of this template's clip goes.
 
     Attributes:
         length: number of frames L.
         width, height: of every frame, in pixels.
-        frames: cache of ``frame``, uint8 (h, w, 3) BGR, what stands in ``window``; with parsing, ``keep``, bool (h, w);
+        frames: cache of ``frame``, uint8 (h, w, 3) BGR, the pixels in ``window``; with parsing, ``keep``, bool (h, w);
             of a video, ``nv12``, uint8 (H·3/2, W).
-        window: half-open (xmin, ymin, xmax, ymax): the whole frame; of a video the even rectangle around all boxes.
+        window: half-open (xmin, ymin, xmax, ymax): the whole image; for a video, the even rectangle around all boxes.
         boxes: int64 (L, 4) on ``device``: half-open (xmin, ymin, xmax, ymax) in the window, clamped to the frame.
-        max_box: the widest box's width and the highest one's height, known without asking the device.
+        max_box: the greatest width and the greatest height of any box, known without asking the device.
         memory_left: bytes of the budget that the frames leave for what is derived from them.
 
     Raises:
         InputError: anything missing, unreadable or inconsistent; the message names the file.
-        DeviceError: an unknown device, or one that is not there.
+        DeviceError: an unknown device, or one that is missing.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class Template:
             self._parsing = [Path(parsing_dir) / f"{i}.png" for i in range(self.length)]
         landmarks = [Path(landmark_dir) / f"{i}.lms" for i in range(self.length)]
         beyond = Path(landmark_dir) / f"{self.length}.lms"
-        if os.path.lexists(beyond):  # of a template that has lost its last images, or of another one
+        if os.path.lexists(beyond):  # the last images are lost, or it is from another template
             logger.warning("%s: has no frame; %s ends with frame %d", beyond, self.name, self.length - 1)
         boxes = [crop_box(read_landmarks(path), self.width, self.height, name=str(path)) for path in landmarks]
         self.boxes = torch.tensor(boxes, dtype=torch.int64, device=self.device)
@@ -115,7 +114,7 @@ class Template:
         self._check_files(np.flatnonzero(~shown))
         self.frames = FrameCache(self.length, self._decode, budget=budget, device=self.device, cacheable=shown)
         wanted = np.flatnonzero(shown)
-        for start in range(0, len(wanted), _LOAD_BATCH):  # decodes, and so checks, them
+        for start in range(0, len(wanted), _LOAD_BATCH):  # decoding checks them
             self.frames.lookup(wanted[start : start + _LOAD_BATCH])
         self.memory_left = budget - self.frames.bytes_used
         logger.debug(
@@ -149,7 +148,7 @@ class Template:
 
     @property
     def is_video(self) -> bool:
-        """Whether the frames come from a video file, and are kept as its NV12."""
+        """Whether the frames come from a video file and are kept as NV12."""
         return self._video is not None
 
     def _decode(self, frames: NDArray[np.int64]) -> Tensors:
@@ -188,21 +187,21 @@ class Template:
 
 
 def template_parts(directory: str | Path, *, use_parsing: bool = False) -> tuple[Path, Path, Path | None]:
-    """Where a template directory holds its frames (images or a video), its landmarks and, if used, its masks.
+    """Return where a template directory holds its frames (images or a video), its landmarks and, if used, its masks.
 
     Raises:
-        InputError: no such directory, or one that holds both images and a video.
+        InputError: no such directory, or one that holds both images and a video, or several videos.
     """
     directory = input_folder(directory, "template directory")
     places = _sources(directory)
-    found = [path for path in places if os.path.lexists(path)] or places[:1]  # a broken link is told as one
+    found = [path for path in places if os.path.lexists(path)] or places[:1]  # reports a broken link as such
     if len(found) > 1:
         raise InputError(f"{directory}: holds {' and '.join(path.name for path in found)}; expected one of them")
     return found[0], directory / "landmarks", directory / "parsing" if use_parsing else None
 
 
 def template_files(directory: str | Path, *, use_parsing: bool = False) -> list[Path]:
-    """The files that a template is made of, whether they can be used or not, always in the same order."""
+    """Return the files that a template is made of, usable or not, always in the same order."""
     directory = Path(directory)
     places = [*_sources(directory), directory / "landmarks", *([directory / "parsing"] if use_parsing else [])]
     inside = [path for place in places for path in sorted(place.glob("*"))]
@@ -210,7 +209,7 @@ def template_files(directory: str | Path, *, use_parsing: bool = False) -> list[
 
 
 def _sources(directory: Path) -> list[Path]:
-    """Where the frames of a template directory may be: a folder of images, or a video."""
+    """Return where the frames of a template directory may be: a folder of images, or a video."""
     return [directory / "full_body_img", *(directory / f"template{suffix}" for suffix in VIDEO_SUFFIXES)]
 
 
@@ -223,7 +222,7 @@ class TemplateSize(NamedTuple):
 
 
 def template_size(directory: str | Path) -> TemplateSize:
-    """How large a template is, from its landmark files and its first frame: nothing else is read.
+    """Return how large a template is, from its landmark files and its first frame: nothing else is read.
 
     Raises:
         InputError: one of them is missing or unreadable.
@@ -239,20 +238,20 @@ def template_size(directory: str | Path) -> TemplateSize:
 
 
 def _even_window(boxes: list[Box]) -> Box:
-    """The rectangle of whole 2×2 pixels around all boxes."""
+    """Return the smallest rectangle of whole 2×2 blocks of pixels around all boxes."""
     xmin, ymin, xmax, ymax = zip(*boxes, strict=True)
     return min(xmin) // 2 * 2, min(ymin) // 2 * 2, (max(xmax) + 1) // 2 * 2, (max(ymax) + 1) // 2 * 2
 
 
 def numbered_files(directory: Path, suffix: str, what: str) -> list[Path]:
-    """``0<suffix>``, ``1<suffix>`` … of a directory.
+    """List ``0<suffix>``, ``1<suffix>`` … of a directory.
 
     Raises:
-        InputError: no such directory, no file, or a gap in the numbers.
+        InputError: no such directory, no such file in it, or a gap in the numbers.
     """
     input_folder(directory, f"directory of {what}s")
     stems = (path.stem for path in directory.glob(f"*{suffix}"))
-    numbers = {int(stem) for stem in stems if stem.isdecimal() and stem == str(int(stem))}  # 007 is no 7
+    numbers = {int(stem) for stem in stems if stem.isdecimal() and stem == str(int(stem))}  # 007 is not 7
     if not numbers:
         there = "".join(f"; there is {first.name}" for first in sorted(directory.glob("[!.]*"))[:1])
         raise InputError(f"{directory}: holds no {what}; expected 0{suffix}, 1{suffix}, …{there}")

@@ -1,4 +1,4 @@
-"""Float32 that is float32: neither a program's autocast nor TF32, in which PyTorch convolves on CUDA, makes it less."""
+"""True float32: neither a program's autocast nor TF32, PyTorch's default for convolutions on CUDA, may lower it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Setting = TypeVar("Setting")
 
 _lock = threading.Lock()
 _state = SimpleNamespace(users=0, set_back=lambda: None)
-"""How many are in the context, and what sets the switches as they stood before the first of them."""
+"""How many threads are in the context, and what restores the switches to their state before the first of them."""
 
 
 @contextlib.contextmanager
 def own_precision(device: torch.device) -> Iterator[None]:
-    """Within this context tensors are computed in their own precision: a program's autocast is off, and neither
-    convolutions nor products of matrices on a CUDA device use TF32.
+    """Compute in the tensors' own precision within this context: autocast is off, and neither convolutions nor matrix
+    products on a CUDA device use TF32.
 
-    PyTorch's switches for TF32 are the whole process's. Threads may be in this context at once: the first one's finds
-    them as the program had set them, and the last one's leaves them so. On other devices they are not touched.
+    PyTorch's switches for TF32 belong to the whole process. Several threads may be in this context at once: the first
+    to enter saves the program's settings, and the last to leave restores them. On other devices they are not touched.
     """
     with contextlib.ExitStack() as inside:
         inside.enter_context(torch.autocast(device.type, enabled=False))
@@ -48,19 +48,19 @@ def _tf32_off() -> Iterator[None]:
 
 
 def _turn_off() -> Callable[[], None]:
-    """Turn TF32 off by both names that PyTorch has for each switch; returns what sets all of them back."""
+    """Turn TF32 off by both of PyTorch's names for each switch; return a function that restores all of them."""
     cudnn: Any = torch.backends.cudnn
     product: Any = torch.backends.cuda.matmul
     newer = {switch: switch.fp32_precision for switch in (cudnn.conv, cudnn.rnn, product)}
-    convolution = _told(lambda: cudnn.allow_tf32)
-    level = _told(torch.get_float32_matmul_precision)
+    convolution = _setting(lambda: cudnn.allow_tf32)
+    level = _setting(torch.get_float32_matmul_precision)
 
     def set_back() -> None:
         if convolution is not None:
             cudnn.allow_tf32 = convolution
         if level == "high":
             product.allow_tf32 = True
-        elif level == "medium":  # which is oneDNN's too
+        elif level == "medium":  # applies to oneDNN too
             torch.set_float32_matmul_precision(level)
         for switch, precision in newer.items():
             switch.fp32_precision = precision
@@ -71,9 +71,9 @@ def _turn_off() -> Callable[[], None]:
     return set_back
 
 
-def _told(setting: Callable[[], Setting]) -> Setting | None:
-    """A setting by its older name; None where PyTorch refuses to tell it, because a newer one was set otherwise."""
+def _setting(read: Callable[[], Setting]) -> Setting | None:
+    """Read a setting by its older name; None where PyTorch refuses because a newer one was set differently."""
     try:
-        return setting()
+        return read()
     except RuntimeError:
         return None
