@@ -117,7 +117,7 @@ def test_why_nvenc_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     monkeypatch.setattr(av, "__version__", "17.1.0")
     count, reason = nvenc_sessions("h264_nvenc", PICTURE, GPU)
-    assert (count, reason.partition(",")[0]) == (0, "PyAV 17.1.0 does not encode in PyTorch's context")
+    assert (count, reason.partition(";")[0]) == (0, "PyAV 17.1.0 does not encode in PyTorch's context")
 
     nvenc_sessions.cache_clear()
     monkeypatch.setattr(av, "__version__", "18.1rc1")

@@ -1,6 +1,6 @@
 """Codecs: which FFmpeg encoder stands behind a name, what it is fed, and whether it opens on this machine.
 
-Pictures are BT.709 in limited range, tagged so, chroma in the middle of its 2×2 pixels, as kernels/nv12.py puts it.
+Pictures are BT.709 in limited range, tagged so, with chroma in the middle of its 2×2 pixels, as in kernels/nv12.py.
 Motion-JPEG is the exception: a JPEG is BT.601 in full range by its standard (JFIF), whatever tags say, and is converted
 to that.
 """
@@ -38,7 +38,7 @@ CODECS: dict[str, tuple[str, ...]] = {
 """
 
 X264_PRESET = "veryfast"
-"""libx264's, where no other is asked for."""
+"""libx264's preset, unless another is asked for."""
 
 _NVENC = {"preset": "p4", "rc": "vbr", "cq": "{crf}", "b": "0"}
 _OPTIONS: dict[str, dict[str, str]] = {
@@ -61,17 +61,17 @@ _X26X_PRESETS = (
 )
 
 _WITHOUT_AVX512 = "AVX2,FMA3,BMI2,LZCNT"
-"""What x264 may use of a processor with AVX-512: all but that, in which its macroblock tree with B-frames gives other
-bytes now and then for the same frames (seen of small pictures, libx264.so.165), and is no faster."""
+"""What x264 may use of a processor with AVX-512: all but that. With it, macroblock tree and B-frames now and then give
+other bytes for the same frames (seen with small pictures, libx264.so.165), and it is no faster."""
 
 SEGMENTED = frozenset({"libx264", "libx265"})
-"""Encoders that can be run on one thread each, beside each other on the segments of a clip (video/segments.py)."""
+"""Encoders that can run on one thread each, side by side on the segments of a clip (video/segments.py)."""
 
 FULL_RANGE_601 = frozenset({"mjpeg"})
 """Encoders whose pictures are BT.601 in full range."""
 
 _ZERO_IS_UNSET = frozenset({"libsvtav1", "h264_nvenc", "hevc_nvenc", "av1_nvenc"})
-"""Encoders to which a quality of 0 means one of their own choice (35 of 63, or some bits a second): 1 is their best."""
+"""Encoders that take a quality of 0 as unset and choose their own (35 of 63, or a bit rate): 1 is their best."""
 
 
 class PictureFormat(NamedTuple):
@@ -90,21 +90,21 @@ class PictureFormat(NamedTuple):
 
     @property
     def frame_bytes(self) -> int:
-        """Of a frame in NV12."""
+        """Bytes of one NV12 frame."""
         return self.width * self.height * 3 // 2
 
     @property
     def segment_length(self) -> int:
-        """Frames of a segment."""
+        """Number of frames in a segment."""
         return segment_length(self.rate)
 
     def segmented_by(self, encoder: str) -> bool:
-        """Whether an encoder that is fed from memory encodes these frames in segments."""
+        """Return whether an encoder that is fed from memory encodes these frames in segments."""
         return self.segmented and encoder in SEGMENTED
 
 
 def segment_length(rate: Fraction) -> int:
-    """Frames of a segment (video/segments.py) at ``rate`` frames a second: two seconds."""
+    """Return the number of frames in a segment (video/segments.py) at ``rate`` frames a second: two seconds."""
     return max(2, round(2 * rate))
 
 
@@ -120,7 +120,7 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
     context.color_range = ColorRange.JPEG if full else ColorRange.MPEG
     context.color_primaries = ColorPrimaries.BT709
     context.color_trc = ColorTrc.BT709
-    context.thread_count, context.thread_type = 0, "AUTO"  # all cores, frames beside each other
+    context.thread_count, context.thread_type = 0, "AUTO"  # all cores, frames side by side
     quality = max(picture.crf, 1) if encoder in _ZERO_IS_UNSET else picture.crf
     context.options = {key: value.format(crf=quality) for key, value in _OPTIONS.get(encoder, {}).items()}
     if picture.preset is not None:
@@ -143,7 +143,7 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
 def check_preset(encoder: str, preset: str) -> None:
     """Check that an encoder has a preset, as far as its presets are known here.
 
-    libx264 and libx265 say what they do not know on standard error only.
+    libx264 and libx265 report an unknown preset on standard error only.
 
     Raises:
         InputError: the encoder has no presets, or none of that name.
@@ -155,12 +155,12 @@ def check_preset(encoder: str, preset: str) -> None:
 
 
 def jpeg_quantiser(crf: int) -> int:
-    """Scale of a JPEG's quantiser, 1 to 31, for a quality 0 to 51: 3 at 20, and as H.264's it doubles every 6 steps."""
+    """Return a JPEG's quantiser scale, 1 to 31, for a quality 0 to 51: 3 at 20; doubled every 6 steps, like H.264's."""
     return min(max(round(3 * 2 ** ((crf - 20) / 6)), 1), 31)
 
 
 def pixel_format(encoder: str) -> str:
-    """What an encoder is fed: NV12 where it takes it, else planar 4:2:0, else its first format."""
+    """Return the pixel format that an encoder is fed: NV12 if it takes that, else planar 4:2:0, else its first."""
     if encoder in FULL_RANGE_601:
         return "yuvj420p"
     formats = [format.name for format in av.Codec(encoder, "w").video_formats or ()]
@@ -168,12 +168,12 @@ def pixel_format(encoder: str) -> str:
 
 
 def host_frame(nv12: NDArray[np.uint8], format: str) -> av.VideoFrame:
-    """A frame for an encoder that is fed from memory, in its pixel format, of NV12 uint8 (H·3/2, W).
+    """Make a frame in an encoder's pixel format ``format`` from NV12 uint8 (H·3/2, W) in memory.
 
-    An encoder of NV12 reads ``nv12`` where it lies: do not write to it any more.
+    An NV12 encoder may read ``nv12`` itself, without a copy: do not write to it afterwards.
     """
-    as_it_lies = format == "nv12" and nv12.shape[0] % 6 == 0  # PyAV takes the height of others for a smaller one
-    make = av.VideoFrame.from_numpy_buffer if as_it_lies else av.VideoFrame.from_ndarray
+    in_place = format == "nv12" and nv12.shape[0] % 6 == 0  # PyAV mistakes other heights for smaller ones
+    make = av.VideoFrame.from_numpy_buffer if in_place else av.VideoFrame.from_ndarray
     frame = make(nv12, format="nv12")
     frame.colorspace, frame.color_range = Colorspace.ITU709, ColorRange.MPEG
     if format == "yuvj420p":
@@ -188,10 +188,10 @@ def host_frame(nv12: NDArray[np.uint8], format: str) -> av.VideoFrame:
 
 
 def encoder_obstacle(encoder: str, width: int = 1280, height: int = 720) -> str | None:
-    """Why an encoder does not open on this machine at this size; None if it does.
+    """Return why an encoder does not open on this machine at this size; None if it does.
 
-    It is tried at 25 frames a second, and with our own preset: one that it does not have is the caller's mistake, which
-    opening it for good will tell.
+    It is tried at 25 frames a second with our own preset. Another preset that it does not have is the caller's mistake,
+    which is reported when the encoder is opened for good.
     """
     try:
         codec = av.Codec(encoder, "w")
@@ -211,5 +211,5 @@ def encoder_obstacle(encoder: str, width: int = 1280, height: int = 720) -> str 
 
 
 def why(error: Exception) -> str:
-    """What an error of FFmpeg's says, without the call that met it."""
+    """Return what an error of FFmpeg's says, without the call that met it."""
     return getattr(error, "strerror", None) or str(error)

@@ -1,7 +1,7 @@
 """Encoding frames where they are, on a CUDA device: NVENC without a copy to the host, and JPEG by nvJPEG.
 
-None of this has run on a GPU yet. It is written after PyAV's and torchvision's sources; what can be is tested with
-frames in memory.
+None of this has run on a GPU yet. It follows PyAV's and torchvision's sources, and is tested with frames in memory as
+far as possible.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _WITHOUT_NVENC = (
 
 
 def nvenc_engines(gpu: str) -> int:
-    """NVENC engines of a GPU by its name, such as ``NVIDIA L4``; 0 for those that have none."""
+    """Return the number of NVENC engines of a GPU by its name, such as ``NVIDIA L4``; it may be 0."""
     words = f" {gpu} ".replace("-", " ")
     if any(f" {name} " in words for name in _WITHOUT_NVENC):
         return 0
@@ -47,27 +47,27 @@ def nvenc_engines(gpu: str) -> int:
 
 
 _IN_FLIGHT = 8
-"""Frames that an NVENC session has at a time; with a preset that looks ahead (``p6``, ``p7``) it takes more."""
+"""Frames that an NVENC session holds at a time; with a preset that looks ahead (``p6``, ``p7``) it takes more."""
 
 _TAKES_OUR_CONTEXT = (18, 1)
-"""The first version of PyAV whose frames may lie in a CUDA context that is there already, as PyTorch's is."""
+"""The first version of PyAV whose frames may be in a CUDA context that exists already, such as PyTorch's."""
 
 _PITCH = 256
-"""Bytes that the rows of what NVENC reads are a multiple of, as FFmpeg lays them out itself; NVENC asks for 4."""
+"""Alignment in bytes of the rows of NVENC's surfaces: that of FFmpeg's own; NVENC asks for 4."""
 
 
 class NvencEncoder:
     """Encodes NV12 tensors uint8 (H·3/2, W) on a CUDA device; nothing is copied to the host.
 
-    One session for all of a worker's segments, in PyTorch's context. NVENC reads surfaces of the session's own, into
-    which each frame is copied: they are aligned whatever the width, and registered once. One is written again when the
-    packet of its frame has come out. The caller has waited until a frame is computed.
+    A worker has one session for all its segments, in PyTorch's context. Each frame is copied into a surface of the
+    session, which NVENC reads: surfaces are aligned whatever the width, and registered once. A surface is reused when
+    the packet of its frame has come out. The caller must have waited until a frame is computed.
 
     Args:
         picture: what all frames share.
         model: a set-up encoder of the stream that the packets go into; see :func:`configure_nvenc`.
         use_model: this worker's session is ``model`` itself.
-        device: of the tensors.
+        device: where the tensors are.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class NvencEncoder:
     ) -> None:
         self._picture = picture
         self._context = model if use_model else _session(model.name, picture, device)
-        self._context.flags = model.flags  # where headers go is the container's choice
+        self._context.flags = model.flags  # the container decides where headers go
         self._cuda: Any = None
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._cuda, self._stream = _cuda_context(device)
         self._device = device
         self._free: deque[Tensor] = deque()
-        self._held: deque[Tensor] = deque()  # by NVENC, in the frames' order
+        self._held: deque[Tensor] = deque()  # surfaces that NVENC holds, in the frames' order
         self._begins = True
 
     def encode(self, number: int, picture: Tensor) -> list[av.Packet]:
@@ -93,7 +93,7 @@ class NvencEncoder:
             surface.copy_(picture)
             if self._stream is not None:
                 self._stream.synchronize()
-            # Here, as torch hands nothing over but what lies on the thread's current device.
+            # Inside this context, because torch hands over only tensors on the thread's current device.
             planes = (surface[:height], surface[height:])
             frame = av.VideoFrame.from_dlpack(planes, format="nv12", cuda_context=self._cuda)
         frame.pts, frame.time_base = number, 1 / self._picture.rate
@@ -116,15 +116,15 @@ class NvencEncoder:
         return packets
 
     def _surface(self) -> Tensor:
-        """Memory for a frame in NV12, uint8 (H·3/2, W), whose rows begin at multiples of :data:`_PITCH`."""
+        """Allocate an NV12 frame, uint8 (H·3/2, W), whose rows begin at multiples of :data:`_PITCH` bytes."""
         rows, pitch = self._picture.height * 3 // 2, -(-self._picture.width // _PITCH) * _PITCH
         return torch.empty(rows, pitch, dtype=torch.uint8, device=self._device)[:, : self._picture.width]
 
 
 class JpegEncoder:
-    """Encodes RGB tensors uint8 (3, H, W) on a CUDA device as JPEGs, 4:4:4, by nvJPEG; only those reach the host.
+    """Encodes RGB tensors uint8 (3, H, W) on a CUDA device as JPEGs, 4:4:4, by nvJPEG; only the JPEGs reach the host.
 
-    The caller has waited until a frame is computed.
+    The caller must have waited until a frame is computed.
 
     Args:
         picture: what all frames share.
@@ -148,7 +148,7 @@ class JpegEncoder:
 
 
 def jpeg_quality(crf: int) -> int:
-    """JPEG's quality, 1 to 100, for a quality 0 to 51: 92 at 20; as H.264's, the quantiser doubles every 6 steps.
+    """Return JPEG's quality, 1 to 100, for a quality 0 to 51: 92 at 20. Like H.264, 6 steps double the quantiser.
 
     libjpeg scales its tables by 2 − q/50 for q ≥ 50 and by 50/q below.
     """
@@ -162,15 +162,15 @@ def configure_nvenc(context: av.VideoCodecContext, picture: PictureFormat, *, on
     if on_device:
         context.pix_fmt = "cuda"  # the format's details come with the first frame
         context.options["surfaces"] = str(_IN_FLIGHT)
-    # No frame is shown later than it is decoded, so that a segment ends with its last frame's packet.
+    # Without B-frames, frames are decoded in the order they are shown: a segment ends with its last frame's packet.
     context.options |= {"g": str(picture.segment_length), "bf": "0", "forced-idr": "1"}
 
 
 @functools.cache
 def nvenc_sessions(encoder: str, picture: PictureFormat, device: torch.device) -> tuple[int, str]:
-    """Open a session on each engine at once, and encode a black frame: (how many opened, why not more).
+    """Open a session for each engine at once, encode black frames, and return (how many opened, why not more).
 
-    As many as there are engines is as many as there is use for. 0 where NVENC cannot be used at all. The answer is kept
+    More sessions than engines would be of no use. 0 opened means that NVENC cannot be used at all. The answer is kept
     for the process.
     """
     gpu = torch.cuda.get_device_name(device)
@@ -178,7 +178,7 @@ def nvenc_sessions(encoder: str, picture: PictureFormat, device: torch.device) -
     if wanted == 0:
         return 0, f"{gpu} has no NVENC engine"
     if tuple(map(int, re.findall(r"\d+", av.__version__)[:2])) < _TAKES_OUR_CONTEXT:
-        return 0, f"PyAV {av.__version__} does not encode in PyTorch's context, as 18.1 does, for Python 3.11 and newer"
+        return 0, f"PyAV {av.__version__} does not encode in PyTorch's context; 18.1 does, on Python 3.11 and newer"
     try:
         ctypes.CDLL("libnvidia-encode.so.1")
     except OSError:
@@ -210,12 +210,12 @@ def rgb_planes(frames: Tensor) -> Tensor:
 
 
 def _jpeg(rgb: Tensor, quality: int) -> bytes:
-    """A JPEG of uint8 (3, H, W) that is computed already.
+    """Encode uint8 (3, H, W), which must be computed already, as a JPEG.
 
-    torchvision waits for the stream that was current when it first encoded: on that of rendering each frame would wait
-    for all that is queued there.
+    torchvision waits for the stream that was current when it first encoded: if that were the stream of rendering, each
+    frame would wait for all that is queued there.
     """
-    from torchvision.io import encode_jpeg  # noqa: PLC0415 - a second: only where it is used
+    from torchvision.io import encode_jpeg  # noqa: PLC0415 - takes a second
 
     with torch.cuda.stream(_jpeg_stream(rgb.device) if rgb.is_cuda else None):
         jpeg: Tensor = encode_jpeg(rgb, quality=quality).cpu()
@@ -228,10 +228,10 @@ def _jpeg_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def can_encode_jpeg(device: torch.device) -> bool:
-    """Whether nvJPEG encodes on this device; a refusal is told as a fallback."""
+    """Return whether nvJPEG encodes on this device; a refusal is noted as a fallback."""
     try:
         _jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8, device=device), 75)
-    except (ImportError, RuntimeError) as error:  # torchvision is to leave it to torchcodec one day
+    except (ImportError, RuntimeError) as error:  # torchvision plans to leave it to torchcodec
         note_fallback(f"nvJPEG does not encode here ({first_line(error)}): the CPU encodes JPEGs")
         return False
     return True
@@ -246,10 +246,10 @@ def _session(encoder: str, picture: PictureFormat, device: torch.device) -> av.V
 
 @functools.cache
 def _cuda_context(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
-    """PyTorch's context on a device, as FFmpeg knows it, and the stream that NVENC works on; one for all sessions.
+    """Return PyTorch's context on a device, as FFmpeg knows it, and NVENC's stream; all sessions share both.
 
-    On the stream that FFmpeg takes by itself, NVENC and rendering would wait for each other: it is the one that PyTorch
-    renders on. PyAV takes another on the first device only.
+    By default FFmpeg takes the stream that PyTorch renders on, where NVENC and rendering would wait for each other.
+    PyAV accepts another stream on the first device only.
     """
     index = torch.cuda.current_device() if device.index is None else device.index
     stream = torch.cuda.Stream(index)
@@ -257,16 +257,16 @@ def _cuda_context(device: torch.device) -> tuple[Any, torch.cuda.Stream]:
         own = {"cuda_stream": stream.cuda_stream} if index == 0 else {}
         context = av.video.frame.CudaContext(device_id=index, primary_ctx=False, current_ctx=True, **own)
         planes = (torch.zeros(rows, 64, dtype=torch.uint8, device=device) for rows in (64, 32))
-        av.VideoFrame.from_dlpack(tuple(planes), format="nv12", cuda_context=context)  # it looks for its context now
+        av.VideoFrame.from_dlpack(tuple(planes), format="nv12", cuda_context=context)  # looks for its context now
     return context, stream
 
 
 @contextlib.contextmanager
 def current_context(device: torch.device) -> Iterator[None]:
-    """Within, PyTorch's context on a device is this thread's current one, for FFmpeg to take.
+    """Make PyTorch's context on a device this thread's current one, for FFmpeg to take.
 
-    FFmpeg can ask for a device's primary context too, but refuses one that is there already with other flags than its
-    own, as PyTorch's is.
+    FFmpeg can ask for a device's primary context too, but refuses one that exists already with other flags than its
+    own, such as PyTorch's.
     """
     with torch.cuda.device(device):
         torch.zeros(1, device=device)

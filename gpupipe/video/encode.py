@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 SUFFIXES = (".mp4", ".mkv", ".mov")
-"""Of videos that are written, in small letters or capitals."""
+"""Containers that can be written; case is ignored."""
 
 _QUEUE = 2  # batches that may wait for the encoder
 
@@ -50,7 +50,7 @@ class _Batch(NamedTuple):
 
 
 def _mark(frames: Tensor) -> torch.cuda.Event:
-    """An event on the current stream of the frames' device; who waits for it sleeps, and leaves the cores to others."""
+    """Record an event on the current stream of the frames' device; a thread waits for it asleep, taking no core."""
     event = torch.cuda.Event(blocking=True)
     event.record(torch.cuda.current_stream(frames.device))
     return event
@@ -62,31 +62,31 @@ class VideoWriter:
     Use it as a context: leaving it without an error finishes the file, leaving it with one deletes what was written.
 
     Args:
-        path: of the video; its suffix, one of :data:`SUFFIXES`, chooses the container.
-        width, height: of the frames in pixels. 4:2:0 video has even sizes and its cropping goes in steps of two pixels:
-            an odd size is made even by repeating the last column or row, and said aloud.
+        path: the video; its suffix, one of :data:`SUFFIXES`, chooses the container.
+        width, height: of the frames in pixels. 4:2:0 video has even sizes and is cropped in steps of two pixels: an odd
+            size is made even by repeating the last column or row, with a warning.
         fps: frames a second.
         codec: a key of :data:`~gpupipe.video.codecs.CODECS`, or the name of an FFmpeg encoder.
         crf: quality, 0 (best) to 51; for NVENC its ``cq``, for Motion-JPEG see
             :func:`~gpupipe.video.codecs.jpeg_quantiser`.
         sound: any file that FFmpeg reads with a sound track; None writes a silent video.
-        segmented: let libx264 and libx265 encode pieces of two seconds beside each other, one to a core
-            (:mod:`~gpupipe.video.segments`), instead of one encoder on all cores: for frames that come faster than that
-            one takes them, as from a GPU, and for parts to be joined. Files are some 5 % larger, as every piece begins
-            with a whole picture. Beside a network on two cores it was not seen to be faster.
+        segmented: let libx264 and libx265 encode segments of two seconds side by side, one to a core
+            (:mod:`~gpupipe.video.segments`), instead of one encoder on all cores. This is for frames that come faster
+            than one encoder takes them, as from a GPU, and for parts to be joined. Files are some 5 % larger, as every
+            segment begins with a whole picture. Beside a network on two cores it was not seen to be faster.
         preset: the encoder's own name for how hard it tries: ``p1`` (fastest) to ``p7`` for NVENC, ``ultrafast`` … for
             libx264 and libx265, a number for SVT-AV1; None takes ours.
-        device: that frames come from; a GPU may encode them itself (:func:`~gpupipe.video.ways.choose_way`).
-        stages: what measures where the time goes.
+        device: where frames come from; a GPU may encode them itself (:func:`~gpupipe.video.ways.choose_way`).
+        stages: measures where the time goes.
 
     Attributes:
         encoder: the encoder that was chosen, by FFmpeg's name or ``nvjpeg``.
         picture: size, rate and quality of what is written.
-        pixel_format: in which frames are best written.
+        pixel_format: the format in which frames are best written.
         frames: how many have been encoded.
 
     Raises:
-        InputError: another suffix; quality out of range; a preset that the encoder does not have; a container that
+        InputError: an unknown suffix; quality out of range; a preset that the encoder does not have; a container that
             cannot hold the codec; sound that cannot be read.
         DeviceError: a codec that does not open here.
         OutputError: ``path`` cannot be written.
@@ -141,7 +141,7 @@ class VideoWriter:
                 self._resources.callback(self._sound.close)
             self._pool = self._start_encoders()
             self._resources.callback(self._pool.close)
-            if self._way.where != "nvenc":  # which opens with a frame: its header comes with the first packet
+            if self._way.where != "nvenc":  # NVENC opens with its first frame: see _mux
                 self._write_header()
             self._resources = self._resources.pop_all()
         self._thread = threading.Thread(target=self._run, name=f"{ENCODE_THREAD} {self.path.name}", daemon=True)
@@ -198,10 +198,10 @@ class VideoWriter:
         return stream
 
     def _write_header(self) -> None:
-        """What the container cannot hold is told here."""
+        """Write the container's header, which fails if the container cannot hold the codec."""
         try:
             self._output.start_encoding()
-        except OSError as error:  # as FFmpeg's errors of the file system are, too
+        except OSError as error:  # FFmpeg's errors of the file system are OSErrors too
             raise output_error(self.path, error) from error
         except (av.error.FFmpegError, ValueError) as error:
             raise self._cannot_hold() from error
@@ -211,14 +211,14 @@ class VideoWriter:
         return InputError(f"{self.path}: {self.path.suffix} cannot hold {self.encoder}; expected {wanted}")
 
     def _start_encoders(self) -> SegmentPool[Any]:
-        """The first encoder is the stream's own, from which the container takes its header."""
+        """Start the encoders; the first is the stream's own, from which the container takes its header."""
         model, way = self._video.codec_context, self._way
-        if way.where != "nvenc":  # which opens with its first frame
+        if way.where != "nvenc":  # NVENC opens with its first frame
             try:
                 model.open()
             except (av.error.FFmpegError, ValueError) as error:
-                told = f" with preset {self.picture.preset!r}" if self.picture.preset else ""
-                raise InputError(f"{self.path}: {self.encoder} does not open{told} ({why(error)})") from error
+                preset = f" with preset {self.picture.preset!r}" if self.picture.preset else ""
+                raise InputError(f"{self.path}: {self.encoder} does not open{preset} ({why(error)})") from error
 
         def make(k: int) -> Encoder[Any]:
             if way.where == "nvenc":
@@ -232,7 +232,7 @@ class VideoWriter:
         return SegmentPool(make, workers=way.workers, length=length, name=self.path.name, stages=self._stages)
 
     def _to_host(self, frames: Tensor) -> _Batch:
-        """Copy a batch to the host; from CUDA behind what the current stream has to do, beside what comes next."""
+        """Copy a batch to the host; from CUDA, after the current stream's work so far and while its later work runs."""
         if not frames.is_cuda:
             return _Batch(frames, None)
         if self._copies is None:
@@ -241,11 +241,11 @@ class VideoWriter:
         with torch.cuda.stream(self._copies):
             host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
             host.copy_(frames, non_blocking=True)
-            frames.record_stream(self._copies)  # its memory is not given away before it is copied
+            frames.record_stream(self._copies)  # its memory is not reused before it is copied
             return _Batch(host, _mark(frames))
 
     def _stop(self, error: BaseException | None) -> None:
-        """Wait for the thread: until all is written or, after an error, until it has seen that."""
+        """Wait for the thread: until all is written or, after an error, until it has seen the error."""
         self._error = self._error or error
         while self._error is None:
             with contextlib.suppress(queue.Full):
@@ -305,12 +305,12 @@ def check_suffix(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def open_output(path: Path, temporary: Path) -> Iterator[av.container.OutputContainer]:
-    """Open the file that is to become ``path`` once it is whole; what its writer does not close is closed at the end.
+    """Open the file that is to become ``path`` once it is whole; close it at the end if its writer has not.
 
     Raises:
-        InputError: another suffix than :data:`SUFFIXES`.
+        InputError: a suffix that is none of :data:`SUFFIXES`.
     """
-    options = {"fflags": "+bitexact"}  # nothing in the file by chance, by the clock or by FFmpeg's version
+    options = {"fflags": "+bitexact"}  # nothing in the file depends on chance, the clock or FFmpeg's version
     check_suffix(path)
     if path.suffix.lower() in {".mp4", ".mov"}:
         options["movflags"] = "+faststart"

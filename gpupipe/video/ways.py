@@ -1,4 +1,4 @@
-"""Ways to encode video: chosen once by codec, device and what opens here, and said aloud."""
+"""Ways to encode video: chosen once by codec, device and what opens here; a fallback is logged."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gpupipe.video.segments import pool_size
 class Way(NamedTuple):
     """How a video is encoded.
 
-    ``where`` frames are encoded: ``host`` by FFmpeg from memory, ``nvenc`` or ``nvjpeg`` on the device that they are
-    on; by how many encoders beside each other, on segments if there are several.
+    ``where``: on the ``host`` FFmpeg encodes frames from memory; ``nvenc`` and ``nvjpeg`` encode them on the device
+    that they are on. ``workers``: how many encoders work side by side; several work on segments.
     """
 
     encoder: str
@@ -26,15 +26,15 @@ class Way(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As a record of a render tells it."""
+        """The encoder's name in the record of a render."""
         return "nvjpeg" if self.where == "nvjpeg" else self.encoder
 
 
 def choose_way(codec: str, picture: PictureFormat, device: torch.device | str = "cpu") -> Way:
-    """The first way behind ``codec`` that opens on this machine, for frames of this kind on ``device``.
+    """Return the first way behind ``codec`` that opens on this machine, for frames of this kind on ``device``.
 
-    On CUDA NVENC takes frames from the device, in as many sessions as the GPU has engines, and ``mjpeg`` is encoded by
-    nvJPEG; what else there is gets frames that are copied to the host.
+    On CUDA, NVENC takes frames from the device, in as many sessions as the GPU has engines, and nvJPEG encodes
+    ``mjpeg``; all other encoders get frames that are copied to the host.
 
     Raises:
         DeviceError: none opens; the message gives each one's reason.
