@@ -1,4 +1,4 @@
-"""Images in files → uint8 tensors, HWC BGR, on the CPU or decoded by the GPU."""
+"""Image files → uint8 tensors, HWC BGR, decoded on the CPU or by the GPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What makes a picture of an EXIF orientation upright: Exif 2.32, section 4.6.4."""
+"""How to turn a picture of each EXIF orientation upright: Exif 2.32, section 4.6.4."""
 
 _ON_THE_SIDE = {
     Image.Transpose.TRANSPOSE,
@@ -40,15 +40,15 @@ _ON_THE_SIDE = {
     Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 }
-"""Those that exchange height and width."""
+"""Turns that exchange height and width."""
 
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}
-"""What a whole file ends with, but for zeros: ISO/IEC 10918-1, B.1.1.3 (EOI), and PNG, section 11.2.5 (IEND)."""
+"""Last bytes of a whole file, not counting zeros: ISO/IEC 10918-1, B.1.1.3 (EOI), and PNG, section 11.2.5 (IEND)."""
 
 _LAST_BYTES = 64
 
 MAX_PIXELS = 1 << 26
-"""Of an image that is decoded; of frames of 8192×4320 the largest video has half as many."""
+"""The most pixels of an image that is decoded; a frame of the largest video, 8192×4320, has half as many."""
 
 JpegDecoder = Literal["cpu", "nvjpeg"]
 
@@ -57,10 +57,10 @@ def read_image(path: str | Path) -> Tensor:
     """Decode one JPEG, PNG, WebP or GIF file on the CPU.
 
     As OpenCV's ``imread`` with ``IMREAD_COLOR``: EXIF orientation is applied, grey images become BGR, and so does CMYK
-    (within a step of OpenCV's rounding); transparency is left out. A file named ``.jpg`` or ``.jpeg`` must be one.
+    (within a step of OpenCV's rounding); transparency is dropped. A file named ``.jpg`` or ``.jpeg`` must be a JPEG.
 
-    Pillow decodes, with the same libjpeg-turbo and so the same bits as torchvision, whose own decoders do not survive
-    every damaged file: some end the process.
+    Pillow decodes. It has the same libjpeg-turbo, and so gives the same bits, as torchvision, whose own decoders do not
+    survive every damaged file: some end the process.
 
     Returns:
         uint8 (H, W, 3), BGR.
@@ -73,23 +73,23 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """Height and width of an image as :func:`read_image` would give it, found without decoding it.
+    """Return the height and width of an image as :func:`read_image` would give it, without decoding it.
 
-    A JPEG or PNG that does not end as one is decoded after all, and so is what is neither.
+    A JPEG or PNG that does not end like a whole file is decoded after all, and so is an image of another format.
 
     Raises:
-        InputError: as :func:`read_image`, but for damage between the header and the end.
+        InputError: as :func:`read_image`, except for damage between the header and the end.
     """
     with _opened(path) as image:
-        if not _ends_as_one(path, image):
+        if not _ends_whole(path, image):
             height, width, _ = _turned_bgr(image).shape
             return height, width
         turn = _TURNS.get(exif_orientation(image))
         return (image.width, image.height) if turn in _ON_THE_SIDE else (image.height, image.width)
 
 
-def _ends_as_one(path: str | Path, image: Image.Image) -> bool:
-    """Whether a file's last bytes are what a whole file of its format ends with, where that is known."""
+def _ends_whole(path: str | Path, image: Image.Image) -> bool:
+    """Return whether a file ends like a whole file of its format; False for formats whose end is not known here."""
     end = _ENDS.get(image.format or "")
     with Path(path).open("rb") as file:
         file.seek(-min(_LAST_BYTES, Path(path).stat().st_size), os.SEEK_END)
@@ -98,7 +98,7 @@ def _ends_as_one(path: str | Path, image: Image.Image) -> bool:
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
-    """An image file; what goes wrong with it is an InputError."""
+    """Open an image file; whatever goes wrong with it within this context becomes an InputError."""
     path = input_file(path, "image file")
     is_jpeg = path.suffix.lower() in _JPEG_SUFFIXES
     try:
@@ -116,7 +116,7 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
 
 
 def _check_header(path: Path, image: Image.Image) -> None:
-    """Refuse what a few bytes of header promise beyond reason, before memory is taken for it."""
+    """Refuse an animation, and a size beyond reason, by the header alone: before memory is taken for the pixels."""
     pictures = getattr(image, "n_frames", 1) if image.format == "GIF" else 1
     if pictures > 1:
         raise InputError(f"{path}: is an animation of {pictures} pictures; expected a whole JPEG or PNG image")
@@ -125,7 +125,7 @@ def _check_header(path: Path, image: Image.Image) -> None:
 
 
 def _turned_bgr(image: Image.Image) -> Tensor:
-    """Decode, and turn as EXIF asks: uint8 (H, W, 3), BGR."""
+    """Decode an image and turn it as its EXIF block asks: uint8 (H, W, 3), BGR."""
     image.load()
     turn = _TURNS.get(exif_orientation(image))
     if image.mode.startswith("I"):  # 16 bits: the upper 8 are kept
@@ -143,7 +143,7 @@ def read_images(paths: Sequence[Path], *, device: torch.device | str = "cpu", ex
 
     Args:
         paths: at least one file.
-        device: where the tensor is to be.
+        device: where the tensor goes.
         exact: decode on the CPU, whose bits are the reference's. ``False`` lets a CUDA device decode JPEGs with
             nvJPEG, which may differ by a few steps.
 
@@ -169,27 +169,27 @@ def read_images(paths: Sequence[Path], *, device: torch.device | str = "cpu", ex
 
 
 def image_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
-    """:func:`image_size` of each, on several threads."""
+    """Return :func:`image_size` of each file, found on several threads."""
     return list(_threads().map(image_size, paths))
 
 
 def jpeg_decoder(device: torch.device | str, *, exact: bool) -> JpegDecoder:
-    """Which decoder :func:`read_images` tries first for JPEGs on this device."""
+    """Return which decoder :func:`read_images` tries first for JPEGs on this device."""
     return "nvjpeg" if torch.device(device).type == "cuda" and not exact else "cpu"
 
 
 def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
-    """Decode a batch on the GPU; None if nvJPEG refuses it, or must not be given it, so that the CPU decodes it.
+    """Decode a batch on the GPU; None if nvJPEG refuses it or must not be given it: the CPU decodes it then.
 
     Raises:
-        InputError: as :func:`read_image`, for what a file's header tells.
+        InputError: as :func:`read_image`, for what a file's header shows.
     """
     reason = next(filter(None, _threads().map(_not_for_nvjpeg, paths)), None)
     if reason is not None:
         note_fallback(f"nvJPEG {reason}: the CPU decodes such files")
         return None
     try:
-        # A second: only where it is used. torchvision is to leave it to torchcodec one day.
+        # Takes a second. May fail one day: torchvision plans to leave decoding to torchcodec.
         from torchvision.io import ImageReadMode, decode_jpeg, read_file  # noqa: PLC0415
 
         data = [read_file(str(path)) for path in paths]
@@ -204,22 +204,22 @@ def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
 
 
 def _not_for_nvjpeg(path: Path) -> str | None:
-    """Why a JPEG is not to be decoded by nvJPEG: it would be another picture than the CPU's, without an error."""
+    """Return why nvJPEG must not decode a JPEG: it would give another picture than the CPU, and no error. Or None."""
     with _opened(path) as image:
         if exif_orientation(image) != 1:
-            return "does not turn pictures as their EXIF block asks"
+            return "ignores the orientation in a picture's EXIF block"
         if image.mode not in {"RGB", "L"} or image.info.get("adobe_transform") == 0:
-            return "takes all pictures for grey or of Y, Cb and Cr"
-        return None if _ends_as_one(path, image) else "does not tell of a file that is cut short"
+            return "takes every picture for grey or YCbCr"
+        return None if _ends_whole(path, image) else "does not report that a file is cut short"
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """The orientation that an image's EXIF block asks for, 1 (upright) to 8; 1 without one.
+    """Return the orientation that an image's EXIF block asks for, 1 (upright) to 8; 1 without one.
 
     It is entry 0x0112 of a TIFF file's first directory (Exif 2.32, section 4.6; TIFF 6.0, section 2). Pillow's own
     reader fails on damaged blocks.
     """
-    tiff = image.info.get("exif", b"").removeprefix(b"Exif\0\0")  # WebP's block comes without
+    tiff = image.info.get("exif", b"").removeprefix(b"Exif\0\0")  # WebP's block has no such prefix
     if tiff[:2] not in (b"II", b"MM"):
         return 1
     order: Literal["little", "big"] = "little" if tiff[:2] == b"II" else "big"

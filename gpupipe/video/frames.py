@@ -1,7 +1,7 @@
 """Frames of a video file by their number, as NV12 tensors: decoded by FFmpeg's threads, or by NVDEC where there is one.
 
-What is BT.709 in limited range already, as nearly all video of today, is kept bit for bit. Other colours are converted
-once, from YCbCr to YCbCr, so that all that follows knows one convention: that of :mod:`gpupipe.kernels.nv12`.
+BT.709 in limited range, which nearly all video of today is, is kept bit for bit. Other colours are converted once, from
+YCbCr to YCbCr, so that all later code knows one convention: that of :mod:`gpupipe.kernels.nv12`.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ VideoDecoder = Literal["threads", "nvdec"]
 Matrix = Literal["bt709", "bt601"]
 
 _RECENT, _RECENT_BYTES = 32, 64 << 20
-"""Decoded frames that are kept by, and the bytes that they may take: who walks backwards needs each of them after the
-one that it was decoded for."""
+"""How many decoded frames are kept, and in how many bytes: a walk backwards needs next the frames that were decoded on
+the way to the one asked for."""
 
 _HD = (1280, 576)
-"""Video that does not name its matrix is BT.709 from this width on, or above this height, as mpv and others take it."""
+"""Video that names no matrix is taken as BT.709 from this width on, or above this height, as mpv and others do."""
 
 
 class Colours(NamedTuple):
-    """How a video's Y, Cb and Cr are meant."""
+    """How a video's Y, Cb and Cr are to be interpreted."""
 
     matrix: Matrix
     full_range: bool
@@ -56,28 +56,28 @@ class Colours(NamedTuple):
 BT709 = Colours("bt709", full_range=False)
 _KR_KB = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114)}
 _MATRICES: dict[int, Matrix] = {1: "bt709", 5: "bt601", 6: "bt601"}
-"""By the number that video carries for its matrix: ITU-T H.273, table 4."""
+"""Matrices by the numbers that videos carry for them: ITU-T H.273, table 4."""
 _UNSPECIFIED, _FULL_RANGE = 2, 2
 
 
 class VideoFrames:
     """Random access to the frames of a video file. Any thread may ask; one decodes at a time.
 
-    Frames are told apart by their times, so that what is found after a seek is what was found without. Walking on
-    decodes each frame once; walking back decodes from the keyframe before, and keeps the last frames by.
+    Frames are identified by their times, so that a seek finds the same frames as decoding from the start. Walking
+    forwards decodes each frame once; walking backwards decodes from the keyframe before, and keeps the last frames.
 
     Args:
-        path: of the file; its first video stream counts.
-        device: where frames are to be. A CUDA device decodes with NVDEC if it takes the stream.
+        path: the file; its first video stream counts.
+        device: where frames go. On a CUDA device NVDEC decodes them if it takes the stream.
 
     Attributes:
         length: number of frames.
         width, height: in pixels, even.
-        colours: how the file's pixels are meant; what :meth:`read` gives is always BT.709 in limited range.
+        colours: how the file's pixels are to be interpreted; :meth:`read` always gives BT.709 in limited range.
         decoder: ``"nvdec"`` or ``"threads"``.
 
     Raises:
-        InputError: the file is missing, is no video, or has odd sizes, a rotation or unknown colours.
+        InputError: the file is missing, is not a video, or has odd sizes, a rotation or unknown colours.
     """
 
     def __init__(self, path: str | Path, *, device: torch.device | str = "cpu") -> None:
@@ -91,10 +91,10 @@ class VideoFrames:
         self._container, self._frames = self._open()
         first, start = self._first()
         self.width, self.height = first.width, first.height
-        # No player shows those before it: they refer to pictures that were cut away.
+        # No player shows frames before the first decoded one: they refer to pictures that were cut away.
         self._times = self._times[bisect.bisect_left(self._times, start) :]
         self.length = len(self._times)
-        # The first can be sought too: where an edit list begins between keyframes, its keyframe is before it.
+        # The first frame can be sought too: if an edit list begins between keyframes, that frame's keyframe is earlier.
         self._keys = [start, *(key for key in keys if key > start)]
         self.colours = self._colours_of(first)
         self._recent_count = max(2, min(_RECENT, _RECENT_BYTES // (self.width * self.height * 3 // 2)))
@@ -121,7 +121,7 @@ class VideoFrames:
     # ── the file ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _scan(self) -> tuple[list[int], list[int]]:
-        """The times of all frames, in order, and those of the keyframes, without decoding any."""
+        """Return the times of all frames, in order, and those of the keyframes, without decoding any."""
         with self._reporting(), av.open(media_url(self.path)) as container:
             if not container.streams.video:
                 raise InputError(f"{self.path}: has no picture; expected a video file")
@@ -151,11 +151,11 @@ class VideoFrames:
             return container, container.decode(video=0)
 
     def _open_nvdec(self) -> tuple[av.container.InputContainer | None, str]:
-        """The file, decoded on the GPU into surfaces of PyTorch's context; or None, and why not."""
+        """Open the file to be decoded on the GPU, into surfaces of PyTorch's context; or return None, and why not."""
         index = torch.cuda.current_device() if self.device.index is None else self.device.index
         container = None
         try:
-            # Of the contexts that FFmpeg may take.
+            # FFmpeg is to take the thread's current context, not the device's primary one.
             current: dict[str, object] = {"primary_ctx": "0", "current_ctx": "1"}
             wanted = HWAccel("cuda", device=index, allow_software_fallback=False, options=current, is_hw_owned=True)
             with current_context(self.device):
@@ -165,7 +165,7 @@ class VideoFrames:
             if not luma.is_cuda or luma.dtype != torch.uint8:
                 raise ValueError(f"gives {'frames of the host' if not luma.is_cuda else luma.dtype}, not nv12")
             if (first.width, first.height) != (stream.width, stream.height):
-                raise ValueError("crops nothing off the left and the top")
+                raise ValueError("does not crop the left and the top")
             container.seek(self._times[0], stream=stream)
             return container, ""
         except (av.error.FFmpegError, RuntimeError, ValueError, StopIteration) as error:
@@ -174,7 +174,7 @@ class VideoFrames:
             return None, first_line(error)
 
     def _first(self) -> tuple[av.VideoFrame, int]:
-        """The first frame, and its time."""
+        """Return the first frame and its time."""
         with self._reporting():
             first = next(self._frames, None)
         if first is None or first.pts is None:
@@ -216,14 +216,14 @@ class VideoFrames:
         return self._recent[number]
 
     def _key_before(self, number: int) -> int:
-        """The time of the last keyframe that is not later than a frame."""
+        """Return the time of the last keyframe that is not later than a frame."""
         return self._keys[bisect.bisect_right(self._keys, self._times[number]) - 1]
 
     def _seek(self, number: int) -> None:
-        """Have the decoder begin at a keyframe, or at one before it where that does not do.
+        """Make the decoder begin at a keyframe, or at an earlier one if the decoder does not give that frame.
 
-        A stream that is refreshed bit by bit marks frames as keys from which on a decoder recovers, and gives none
-        until it has.
+        A stream that is refreshed gradually marks as keyframes the frames at which a decoder begins to recover: the
+        decoder gives no frame until it has.
         """
         with self._reporting():
             self._container.seek(self._times[number], stream=self._container.streams.video[0])
@@ -237,7 +237,7 @@ class VideoFrames:
         self._next = number
 
     def _step(self, *, keep: bool) -> None:
-        """Take the next frame from the decoder; those before it, which a seek may give, are passed over."""
+        """Take the next frame from the decoder; frames before it, which a seek may give, are skipped."""
         with self._reporting():
             frame = next((one for one in self._frames if one.pts is None or one.pts >= self._times[self._next]), None)
         if frame is None or frame.pts != self._times[self._next] or frame.is_corrupt:
@@ -256,10 +256,10 @@ class VideoFrames:
     def _pixels(self, frame: av.VideoFrame) -> Tensor:
         if self.decoder == "threads":
             return torch.from_numpy(host_nv12(frame, self.colours))
-        # Handed over as capsules: PyAV refuses the stream that torch would ask it to wait for, so the waiting is here.
+        # Handed over as capsules: PyAV refuses the stream that torch would ask it to wait for, so this waits instead.
         torch.cuda.synchronize(self.device)
         luma, chroma = (torch.from_dlpack(plane.__dlpack__()) for plane in frame.planes)
-        pixels = torch.cat([luma, chroma.flatten(1)])  # out of the surface, which the decoder will use again
+        pixels = torch.cat([luma, chroma.flatten(1)])  # a copy: the decoder will reuse the surface
         torch.cuda.synchronize(self.device)
         return pixels
 
@@ -274,7 +274,7 @@ class VideoFrames:
 
 
 def host_nv12(frame: av.VideoFrame, colours: Colours) -> NDArray[np.uint8]:
-    """A decoded frame as NV12 (H·3/2, W). 8-bit 4:2:0 is only laid out anew; other formats are converted to it."""
+    """Return a decoded frame as NV12 (H·3/2, W): 8-bit 4:2:0 is only rearranged, other formats are converted to it."""
     height, width = frame.height, frame.width
     if frame.format.name not in ("yuv420p", "yuvj420p", "nv12"):
         space = Colorspace.ITU709 if colours.matrix == "bt709" else Colorspace.ITU601
@@ -293,10 +293,10 @@ def host_nv12(frame: av.VideoFrame, colours: Colours) -> NDArray[np.uint8]:
 
 
 def to_bt709(frame: Tensor, colours: Colours) -> Tensor:
-    """NV12 (H·3/2, W) of any :class:`Colours` → BT.709 in limited range, rounded half up; what is that already stays.
+    """NV12 (H·3/2, W) of any :class:`Colours` → BT.709 in limited range, rounded half up; unchanged if it is that.
 
-    The way is linear: YCbCr → RGB → YCbCr, not clipped in between. Chroma depends on chroma alone, for grey has none in
-    either, and each luma takes the chroma of its 2×2 pixels.
+    The conversion is linear: YCbCr → RGB → YCbCr, not clipped in between. Chroma depends on chroma alone, because grey
+    has none in either, and each luma uses the chroma of its 2×2 pixels.
     """
     if colours == BT709:
         return frame

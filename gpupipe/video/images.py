@@ -19,7 +19,7 @@ from gpupipe.transfer import as_array
 logger = logging.getLogger(__name__)
 
 JPEG_QUALITY = 95
-"""Of saved frames: what OpenCV's ``imwrite`` takes by default."""
+"""Quality of saved frames: the default of OpenCV's ``imwrite``."""
 
 
 ImageFormat = Literal["jpeg", "png"]
@@ -27,7 +27,7 @@ _SUFFIXES: dict[ImageFormat, str] = {"jpeg": ".jpg", "png": ".png"}
 
 
 def frame_path(folder: Path, number: int, prefix: str = "frame", *, image_format: ImageFormat = "jpeg") -> Path:
-    """Where frame ``number`` is saved: ``<prefix>_00000.jpg`` or ``.png``."""
+    """Return where frame ``number`` is saved: ``<prefix>_00000.jpg`` or ``.png``."""
     return folder / f"{prefix}_{number:05d}{_SUFFIXES[image_format]}"
 
 
@@ -61,7 +61,7 @@ def write_frames(
 
 
 def warn_of_others(folder: Path, count: int, prefix: str = "frame", *, image_format: ImageFormat = "jpeg") -> None:
-    """Warn of images that follow the ``count`` just written: who reads the folder would take them for the clip's."""
+    """Warn of images that follow the ``count`` just written: a reader of the folder would take them for the clip's."""
     found = (path.stem.rpartition("_") for path in folder.glob(f"*_*{_SUFFIXES[image_format]}"))
     numbers = (int(end) for start, _, end in found if start == prefix and end.isdecimal() and len(end) >= 5)
     others = sorted(number for number in numbers if number >= count)
@@ -76,7 +76,7 @@ def save_image(frame: NDArray[np.uint8] | Tensor, path: Path) -> Path:
     """Write one uint8 (H, W, 3) BGR frame as JPEG or, for ``.png``, without loss; return ``path``.
 
     Raises:
-        InputError: a frame of another kind.
+        InputError: a frame of another dtype or shape.
         OutputError: ``path`` cannot be written.
     """
     pixels = np.ascontiguousarray(as_array(frame))
