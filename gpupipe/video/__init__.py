@@ -10,7 +10,7 @@ What encode.py is made of:
 
     ways.py       where and by how many encoders a video is encoded: chosen once
     codecs.py     which FFmpeg encoder stands behind a name, and how it is set up
-    segments.py   encoders beside each other on pieces of a clip, fed from memory
+    segments.py   encoders side by side on segments of a clip, fed from memory
     cuda.py       encoders that are fed on the GPU: NVENC and nvJPEG
     sound.py      a sound file → the video's sound track
 """

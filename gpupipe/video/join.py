@@ -19,7 +19,7 @@ from gpupipe.video.sound import SoundTrack
 
 
 class JoinedVideo(NamedTuple):
-    """What was joined: the number of frames, and the seconds of the sound, None without."""
+    """What was joined: the number of frames, and the seconds of the sound, None if there is none."""
 
     frames: int
     sound_seconds: float | None
@@ -41,7 +41,7 @@ def join_videos(paths: Sequence[str | Path], output: str | Path, *, sound: str |
         how many frames there are, and how long the sound is.
 
     Raises:
-        InputError: a part that is missing, is no video, or differs from the first in codec, size, rate or header.
+        InputError: a part that is missing, is not a video, or differs from the first in codec, size, rate or header.
         OutputError: ``output`` cannot be written.
     """
     if not paths:
@@ -65,7 +65,7 @@ def join_videos(paths: Sequence[str | Path], output: str | Path, *, sound: str |
             with _open(path) as part:
                 _compare(path, _traits(part), Path(paths[0]), expected)
                 source, begin = part.streams.video[0], frames
-                ratio = _fraction(source.time_base) * rate  # frames in a unit of the part's time
+                ratio = _fraction(source.time_base) * rate  # frames in a unit of the part's time base
                 for packet in _packets(path, part):
                     assert packet.pts is not None
                     delay = source.codec_context.reorder_depth  # Matroska does not keep decoding times
@@ -102,7 +102,7 @@ def _open(path: Path) -> Iterator[av.container.InputContainer]:
 
 
 def _packets(path: Path, part: av.container.InputContainer) -> Iterator[av.Packet]:
-    """A part's packets; the demuxer ends with an empty one."""
+    """Yield a part's packets, without the empty one that ends the demuxer's."""
     try:
         for packet in part.demux(part.streams.video[0]):
             if packet.size:
@@ -112,18 +112,18 @@ def _packets(path: Path, part: av.container.InputContainer) -> Iterator[av.Packe
 
 
 def _fraction(value: Fraction | None) -> Fraction:
-    """A rational of PyAV's, which from version 19 on has a type of its own; 0 where the file has none."""
+    """Convert a rational of PyAV's, which has a type of its own from version 19 on; 0 if the file has none."""
     return Fraction(value.numerator, value.denominator) if value else Fraction(0)
 
 
 def _scaled(value: int, ratio: Fraction) -> int:
-    """``value * ratio``, rounded half up."""
+    """Return ``value * ratio``, rounded half up."""
     n, d = ratio.numerator, ratio.denominator
     return (2 * value * n + d) // (2 * d)
 
 
 def _traits(part: av.container.InputContainer) -> dict[str, object]:
-    """What all parts must have in common."""
+    """Return what all parts must have in common."""
     stream = part.streams.video[0]
     context = stream.codec_context
     return {

@@ -1,8 +1,8 @@
-"""Encoding in segments: pieces of a clip by encoders of their own, joined by the muxer without encoding again.
+"""Encoding in segments: each is encoded on its own, and the muxer joins them without encoding again.
 
-A segment is a closed group of pictures: it begins with an IDR frame, and nothing in it refers to another. All segments
-but the last have the same number of frames, so that where they are cut depends on the frame's number alone, and each
-comes out the same whoever encodes it, whenever and beside however many others.
+A segment is a closed group of pictures: it begins with an IDR frame, and nothing in it refers to another segment. All
+segments but the last have the same number of frames, so that the cuts depend on frame numbers alone: a segment comes
+out the same whichever worker encodes it, at any time and beside any number of others.
 
     frames 0 …  L−1 ─▶ encoder 0 ─┐
     frames L … 2L−1 ─▶ encoder 1 ─┼─▶ packets in the frames' order ─▶ muxer
@@ -31,7 +31,7 @@ from gpupipe.video.codecs import PictureFormat, configure, host_frame
 
 MAX_WORKERS = 16
 POOL_BYTES = 2_000_000_000
-"""What frames that wait for encoders may take, on a small machine: see :func:`room_for_frames`."""
+"""Bytes that frames waiting for encoders may take on a small machine: see :func:`room_for_frames`."""
 
 Item = TypeVar("Item")
 Picture = TypeVar("Picture")
@@ -42,10 +42,10 @@ class Encoder(Protocol[Picture_contra]):
     """Encodes one segment after another."""
 
     def encode(self, number: int, picture: Picture_contra) -> list[av.Packet]:
-        """Encode the clip's frame ``number``; returns packets that are ready, not always its own."""
+        """Encode the clip's frame ``number``; return the packets that are ready, not always its own."""
 
     def finish(self) -> list[av.Packet]:
-        """End the segment: the packets that are left of it. The next frame begins another one."""
+        """End the segment and return the packets that are left of it. The next frame begins another segment."""
 
 
 class HostEncoder:
@@ -81,7 +81,7 @@ class HostEncoder:
         context = av.CodecContext.create(self._model.name, "w")
         assert isinstance(context, av.VideoCodecContext)
         configure(context, self._picture)
-        context.flags = self._model.flags  # where headers go is the container's choice
+        context.flags = self._model.flags  # the container decides where headers go
         context.open()
         if context.extradata != self._model.extradata:
             raise RuntimeError(f"{context.name} gave a segment another header than the first's: they cannot be joined")
@@ -89,13 +89,13 @@ class HostEncoder:
 
 
 def room_for_frames() -> int:
-    """Bytes that frames may take which wait for encoders: a sixteenth of the memory that is free, so that frames of 4K
-    have more than three encoders on a large machine."""
+    """Return how many bytes frames that wait for encoders may take: a sixteenth of the memory that is free, so that 4K
+    frames have more than three encoders on a large machine."""
     return max(POOL_BYTES, default_budget(torch.device("cpu")) // 4)
 
 
 def pool_size(picture: PictureFormat) -> int:
-    """Encoders for a CPU: one to a core, as long as there is room for a segment of frames for each."""
+    """Return how many encoders a CPU has: one to a core, as long as there is room for a segment of frames for each."""
     segment = picture.segment_length * picture.frame_bytes
     return max(1, min(available_cores(), MAX_WORKERS, room_for_frames() // segment))
 
@@ -107,12 +107,12 @@ _MAX_DELAY = 16
 class DecodeTimes:
     """Gives a clip's packets, which come in decoding order, their decoding times: packet n's is n − delay, in frames.
 
-    The delay is the first packet's ``pts − dts``: how many frames later than it is decoded a frame may be shown. What
-    the encoders say would not run on from segment to segment: each begins by so much before its segment's first frame,
-    and leaves out some times of a segment that is shorter than the delay.
+    The delay is the first packet's ``pts − dts``: how many frames after it is decoded a frame may be shown. The
+    encoders' own times do not continue from segment to segment: each encoder begins that much before its segment's
+    first frame, and leaves out some times of a segment that is shorter than the delay.
 
     Attributes:
-        packets: how many there were.
+        packets: how many have been given a time.
     """
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class DecodeTimes:
 
 
 def put_unless_failed(inbox: queue.Queue[Item], item: Item, error: Callable[[], BaseException | None]) -> None:
-    """Wait until there is room in a queue for an item; raise ``error()`` as soon as there is one of its reader's."""
+    """Put an item into a queue once there is room; raise ``error()`` as soon as the queue's reader has failed."""
     while (failure := error()) is None:
         with contextlib.suppress(queue.Full):
             inbox.put(item, timeout=0.5)
@@ -147,18 +147,18 @@ class _Segment:
 
 
 class SegmentPool(Generic[Picture]):
-    """Encoders at work beside each other on the segments of one clip.
+    """Encoders that work side by side on the segments of one clip.
 
-    Each has a thread and a queue of a segment's length: when the first is busy with a segment, the next one begins as
-    soon as its frames come, and memory is bounded by ``workers`` segments. Frames that come slowly are encoded by one
-    at a time, as they come.
+    Each has a thread and a queue of a segment's length: while one is busy with its segment, the next one begins as soon
+    as its own frames come. Memory is bounded by ``workers`` segments. If frames come slowly, one encoder works at a
+    time, as they come.
 
     Args:
         make: makes the encoder of worker k, 0 ≤ k < ``workers``.
-        workers: how many.
+        workers: number of encoders.
         length: frames of a segment; None for one segment without end, by one worker.
-        name: of the threads.
-        stages: what measures the time, as ``encode``.
+        name: part of the threads' names.
+        stages: measures the time, as ``encode``.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class SegmentPool(Generic[Picture]):
             thread.start()
 
     def encode(self, picture: Picture) -> list[av.Packet]:
-        """Take the clip's next frame; returns the packets that are next in order, as far as they are ready.
+        """Take the clip's next frame; return the packets that are next in order, as far as they are ready.
 
         Waits while the frame's encoder is a segment behind. Raises the error of an encoder that failed.
         """
@@ -203,14 +203,14 @@ class SegmentPool(Generic[Picture]):
         return self._ready()
 
     def finish(self) -> list[av.Packet]:
-        """End the clip and the workers: all packets that are left, in order."""
+        """End the clip and the workers; return all packets that are left, in order."""
         if self._frames % self._length:
             self._give(None)
         self._join()
         return self._ready()
 
     def close(self) -> None:
-        """End the workers, whatever is left undone."""
+        """End the workers, whatever work is left."""
         self._error = self._error or RuntimeError("the encoders were closed")
         self._join()
 
@@ -231,7 +231,7 @@ class SegmentPool(Generic[Picture]):
         packets: list[av.Packet] = []
         while self._segments:
             head = self._segments[0]
-            done = head.done  # before the packets are taken: what comes after it is not missed
+            done = head.done  # read before the packets are taken, so that none is missed
             while head.packets:
                 packets.append(head.packets.popleft())
             if not done:
@@ -240,7 +240,7 @@ class SegmentPool(Generic[Picture]):
         return packets
 
     def _work(self, make: Callable[[int], Encoder[Picture]], k: int) -> None:
-        """Encode what comes; after an error only empty the queue, so that nobody waits for it."""
+        """Encode what comes; after an error only empty the queue, so that no thread waits for room in it."""
         while (item := self._inboxes[k].get()) is not None:
             if self._error is not None:
                 continue

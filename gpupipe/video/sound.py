@@ -18,14 +18,14 @@ from gpupipe.mel import SAMPLE_RATE
 logger = logging.getLogger(__name__)
 
 MIN_RATE, MAX_RATE = 1000, 768_000
-"""Samples a second of a sound that is taken: a few samples at a rate of 1 would be hours of silence."""
+"""Sample rates that are accepted: a few samples at a rate of 1 would be hours of silence."""
 
 MAX_CHANNELS = 64
-"""What FFmpeg's resampler takes."""
+"""The most that FFmpeg's resampler takes."""
 
 _LOUDEST = 2.0**16
-"""Beyond any sound, even of 16-bit integers that nobody has scaled to [−1, 1]; FFmpeg's AAC encoder was seen to search
-for ever where samples are a million."""
+"""Above any real sample, even 16-bit integers that were not scaled to [−1, 1]. FFmpeg's AAC encoder was seen to search
+for ever when samples are a million."""
 
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
 
@@ -80,7 +80,7 @@ class SoundTrack:
         self._output.mux(self._stream.encode(None))
 
     def close(self) -> None:
-        """Close the file that is read."""
+        """Close the sound file."""
         self._input.close()
 
     def _decode(self, layout: str) -> Iterator[av.AudioFrame]:
@@ -97,7 +97,7 @@ def open_sound(path: str | Path) -> av.container.InputContainer:
     """Open a file that has a sound track.
 
     Raises:
-        InputError: the file is missing, unreadable or has no sound, or sound of a kind that cannot be decoded.
+        InputError: the file is missing or unreadable, has no sound, or has sound of a kind that cannot be decoded.
     """
     path = input_file(path, "sound file")
     try:
@@ -111,7 +111,7 @@ def open_sound(path: str | Path) -> av.container.InputContainer:
 
 
 def _problem(container: av.container.InputContainer) -> str | None:
-    """What is wrong with a file's sound track, by its header; None if nothing is."""
+    """Return what is wrong with a file's sound track, judging by its header; None if nothing is."""
     if not container.streams.audio:
         return "has no sound track"
     stream = container.streams.audio[0]
@@ -127,11 +127,11 @@ def _problem(container: av.container.InputContainer) -> str | None:
 def decode_sound(
     path: Path, container: av.container.InputContainer, resampler: av.AudioResampler
 ) -> Iterator[av.AudioFrame]:
-    """The first sound track of an open file, resampled to floats; ``path`` is only named in what is said of it.
+    """Yield the first sound track of an open file, resampled to floats; ``path`` is only for messages.
 
     Raises:
-        InputError: it cannot be decoded, becomes another kind of sound on its way, has no samples, or some that are
-            none.
+        InputError: it is undecodable, changes rate or layout midway, is empty, or holds NaN, infinite or boundless
+            samples.
     """
     samples = 0
     try:
@@ -139,7 +139,7 @@ def decode_sound(
             if frame is not None:
                 frame.pts = None  # a gap in the source's times is not a reason to stop
             for piece in resampler.resample(frame):
-                if not (np.abs(piece.to_ndarray()) < _LOUDEST).all():  # NaN is not
+                if not (np.abs(piece.to_ndarray()) < _LOUDEST).all():  # false for NaN too
                     raise InputError(
                         f"{path}: sound holds NaN, infinite or boundless samples near {samples / piece.rate:.2f} s;"
                         " expected samples in [−1, 1]"
@@ -155,7 +155,7 @@ def decode_sound(
 
 
 def _mixes(source: av.AudioStream) -> bool:
-    """Whether FFmpeg knows where a sound's channels belong, so that it mixes them to two: not of 9 without a name."""
+    """Return whether FFmpeg knows how to mix a sound's channels to two: it does not for 9 without a layout's name."""
     try:
         silence = av.AudioFrame("flt", source.layout.name, 1)
         silence.sample_rate = source.rate
@@ -166,9 +166,9 @@ def _mixes(source: av.AudioStream) -> bool:
 
 
 def mono_pieces(path: Path, container: av.container.InputContainer, rate: int) -> Iterator[np.ndarray]:
-    """The first sound track of an open file, as :func:`decode_sound` decodes it, averaged: float32 ``(n,)``."""
-    # FFmpeg's own mix to mono is 3 dB louder for a voice that is in both. Channels come interleaved: where each has a
-    # plane of its own, PyAV looks past the last of 8 or more, and may crash.
+    """Yield the first sound track of an open file like :func:`decode_sound`, channels averaged: float32 ``(n,)``."""
+    # FFmpeg's own mix to mono is 3 dB louder for a voice that is in both channels. Channels are taken interleaved: if
+    # each has a plane of its own, PyAV reads past the last of 8 or more, and may crash.
     for piece in decode_sound(path, container, av.AudioResampler(format="flt", rate=rate)):
         channels = piece.to_ndarray().reshape(-1, piece.layout.nb_channels)
         yield channels.mean(axis=1, dtype=np.float32)
@@ -183,8 +183,8 @@ def _resampled_mono(pieces: Iterator[np.ndarray], rate: int, resampler: av.Audio
 
 
 def _frames(path: Path, container: av.container.InputContainer) -> Iterator[av.AudioFrame]:
-    """The first sound track's frames. What follows the end of an MP3, as zeros or a note do, is passed over and said
-    aloud: the format has no end of its own, and players pass over it. In the middle it is damage."""
+    """Yield the first sound track's frames. Bytes after the end of an MP3, such as zeros or a note, are skipped with a
+    warning: the format does not mark its end, and players skip them too. Before the end they are damage."""
     is_mp3 = container.streams.audio[0].codec_context.codec.canonical_name == "mp3"
     began, refused = False, None
     for packet in container.demux(audio=0):
@@ -200,11 +200,11 @@ def _frames(path: Path, container: av.container.InputContainer) -> Iterator[av.A
         began = began or bool(frames)
         yield from frames
     if refused is not None:
-        logger.warning("%s: ends with bytes that are no sound; they are left out", path)
+        logger.warning("%s: ends with bytes that are not sound; they are skipped", path)
 
 
 def _then_none(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame | None]:
-    """All frames, then the None that drains the resampler."""
+    """Yield all frames, then the None that drains the resampler."""
     yield from frames
     yield None
 
@@ -214,13 +214,13 @@ def audio_chunks(path: str | Path, *, samples: int = 1 << 18) -> Iterator[np.nda
 
     Args:
         path: a sound file, or a video file with sound.
-        samples: about how long a piece is (the last is shorter).
+        samples: approximate length of a piece (the last is shorter).
 
     Yields:
         float32 ``(n,)`` in [−1, 1], 16 kHz, mono (channels are averaged).
 
     Raises:
-        InputError: the file is missing, unreadable, has no sound track, or a sound track without a sample.
+        InputError: the file is missing or unreadable, or has no sound track, or one without a sample.
     """
     path = Path(path)
     held, pending = 0, []
@@ -236,20 +236,20 @@ def audio_chunks(path: str | Path, *, samples: int = 1 << 18) -> Iterator[np.nda
 
 
 def load_audio(path: str | Path) -> np.ndarray:
-    """The whole sound track as one array: float32 ``(n,)`` in [−1, 1], 16 kHz, mono. Errors: :func:`audio_chunks`."""
+    """Return the sound track as one array: float32 ``(n,)`` in [−1, 1], 16 kHz, mono. Errors: :func:`audio_chunks`."""
     return np.concatenate(list(audio_chunks(path)))
 
 
 def compare_lengths(path: str | Path, picture: float, sound: float | None, fps: float) -> float | None:
-    """Say aloud that sound and picture of a video differ by more than one frame.
+    """Warn if sound and picture of a video differ by more than one frame.
 
     Args:
-        path: of the video.
+        path: the video.
         picture, sound: their seconds; None for a silent video.
         fps: frames a second.
 
     Returns:
-        the seconds by which the sound is longer, less than 0 where it is shorter; None if that is not said.
+        the seconds by which the sound is longer, negative if it is shorter; None without a warning.
     """
     if sound is None or abs(sound - picture) <= 1 / fps:
         return None
