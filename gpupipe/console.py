@@ -86,7 +86,7 @@ def wrong_usage() -> Iterator[None]:
         message = " ".join(error.format_message().split()).replace(": Value error, ", ": ")  # pydantic's
         if message:  # empty where help was shown instead
             path = error.ctx.command_path if error.ctx else "gpupipe"
-            console.print(f"gpupipe: {message.rstrip('.')}; '{path} --help' tells more", soft_wrap=True)
+            console.print(f"gpupipe: {message.rstrip('.')}; see '{path} --help'", soft_wrap=True)
         sys.exit(2)
 
 

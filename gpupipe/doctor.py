@@ -101,8 +101,8 @@ def _engine(device: torch.device, *, exact: bool) -> str:
         slow = ", ".join(one.name for one in runnable(device, dtype) if one.slow_to_build)
         more = f"; --engines measures {slow} too" if slow else ""
         return f"auto: the fastest of {quick}, measured at the first render{more}" if "," in quick else quick + more
-    told = ", ".join("fails: " + name if math.isinf(ms) else f"{name} {ms:.1f}" for name, ms in figures.items())
-    return f"{fastest(figures)} (ms a frame, mode ave, full width: {told})"
+    results = ", ".join("fails: " + name if math.isinf(ms) else f"{name} {ms:.1f}" for name, ms in figures.items())
+    return f"{fastest(figures)} (ms a frame, mode ave, full width: {results})"
 
 
 def measure_engines(device: str | torch.device | None = None) -> Figures:

@@ -1,7 +1,7 @@
 """A CPU's cores, divided into lanes that render batches side by side.
 
 Cores that work on one frame wait for each other at every layer, and for all that runs on one core. A core with a frame
-of its own waits for none. So each lane has one core or a few, and renders a batch of its own.
+of its own waits for no other. So each lane has one core or a few, and renders a batch of its own.
 """
 
 from __future__ import annotations

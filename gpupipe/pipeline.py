@@ -145,8 +145,8 @@ class FrameGenerationPipeline:
             template_dir: as :meth:`gpupipe.Template.from_directory` takes it.
             audio_path: any file that FFmpeg reads with a sound track; None renders a silent video.
             output_path: ``.mp4``, ``.mkv`` or ``.mov``; appears only when it is whole.
-            start_frame: first frame of the stretch of the template that is walked to its end and back; the clip begins
-                with the one after it (:func:`~gpupipe.schedule.template_indices`).
+            start_frame: the template is walked from this frame to its end and back; the clip begins with the frame
+                after it (:func:`~gpupipe.schedule.template_indices`).
             fps: frames a second of the video. Features come at the mode's rate, 25 rows a second and 20 for wenet; at
                 another rate the picture is resampled to keep pace with the sound
                 (:class:`~gpupipe.schedule.Resampling`), and the sound stays as it is.

@@ -66,7 +66,7 @@ class SpeechEncoder:
 
     @torch.inference_mode()
     def covering_features(self, audio_path: str | Path) -> Iterator[Tensor]:
-        """Yield :meth:`features` in pieces ``(n, 512)`` on the device, but as many rows as the sound has whole frames.
+        """Yield :meth:`features` in pieces ``(n, 512)`` on the device, at least one row for each frame of the sound.
 
         The number of rows that this family of models defines ends up to 70 ms before the sound, and a video would be
         that much shorter. The last row is repeated to fill the gap.

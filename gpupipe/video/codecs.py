@@ -34,7 +34,7 @@ CODECS: dict[str, tuple[str, ...]] = {
 }
 """FFmpeg encoders behind a codec's name, in the order they are tried; any encoder's own name is taken too.
 
-``mjpeg`` keeps every frame by itself, for editing; ``ffv1`` keeps the NV12 that it is given without loss, for parity.
+``mjpeg`` encodes each frame on its own, for editing; ``ffv1`` keeps the NV12 that it is given without loss, for parity.
 """
 
 X264_PRESET = "veryfast"
@@ -128,7 +128,7 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
     if encoder == "libx264" and torch.backends.cpu.get_cpu_capability() == "AVX512":
         context.options["x264-params"] += f":asm={_WITHOUT_AVX512}"
     if encoder == "libsvtav1":
-        os.environ.setdefault("SVT_LOG", "1")  # it prints its settings unless the environment says: errors only
+        os.environ.setdefault("SVT_LOG", "1")  # errors only; by default it prints its settings
     if picture.segmented_by(encoder):
         # One IDR frame, the segment's first: a cut gets a plain I frame, so that no two IDR frames meet at a joint
         # (their idr_pic_id would have to differ, H.264 7.4.3).
