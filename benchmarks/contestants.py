@@ -175,26 +175,6 @@ def half_precision_on_cpu(scenario: Scenario, *, device: str, crf: int) -> list[
 # ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def take_turns(
-    contestants: list[Contestant], scenario: Scenario, folder: Path, *, frames: int, rounds: int, device: str, say: Say
-) -> None:
-    """Measure all: a short clip that does not count, then ``rounds`` turns, each begun by another contestant.
-
-    Raises:
-        RuntimeError: a file lacks frames or sound: it was not rendered faster, but less.
-    """
-    warm, full = scenario.clip(WARMUP_FRAMES, folder), scenario.clip(frames, folder)
-    output = folder / "clip.mp4"
-    joules = energy_counter(device)
-    for one in contestants:
-        one.render(*warm, output)
-    for turn in range(rounds):
-        first = turn % len(contestants)
-        for one in contestants[first:] + contestants[:first]:
-            take_turn(one, full, output, frames=frames, device=device, joules=joules)
-            say(f"turn {turn + 1}: {one.name} {frames / one.seconds[-1]:.2f} frames/s")
-
-
 def rows_of_turns(
     contestants: list[Contestant],
     rows: Callable[[], list[Row]],
@@ -206,9 +186,24 @@ def rows_of_turns(
     device: str,
     say: Say,
 ) -> Iterator[list[Row]]:
-    """:func:`take_turns`, then ``rows``; an interrupt goes on only after those of the turns that all have taken."""
+    """Let all render a short clip that does not count, then ``rounds`` turns, each begun by another; then ``rows()``.
+
+    An interrupt is raised again once the rows of the turns that everybody has finished are out.
+
+    Raises:
+        RuntimeError: a file lacks frames or sound: it was not rendered faster, but less.
+    """
+    warm, full = scenario.clip(WARMUP_FRAMES, folder), scenario.clip(frames, folder)
+    output = folder / "clip.mp4"
+    joules = energy_counter(device)
     try:
-        take_turns(contestants, scenario, folder, frames=frames, rounds=rounds, device=device, say=say)
+        for one in contestants:
+            one.render(*warm, output)
+        for turn in range(rounds):
+            first = turn % len(contestants)
+            for one in contestants[first:] + contestants[:first]:
+                take_turn(one, full, output, frames=frames, device=device, joules=joules)
+                say(f"turn {turn + 1}: {one.name} {frames / one.seconds[-1]:.2f} frames/s")
     except KeyboardInterrupt:
         turns = min(len(one.stages) for one in contestants)
         for one in contestants:

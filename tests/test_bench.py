@@ -19,6 +19,7 @@ from gpupipe.benchmarks import bench, bench_stages, common, contestants, floors,
 from gpupipe.benchmarks.common import Row, Spread, read_rows
 from gpupipe.benchmarks.meters import PeakMemory, resident_bytes
 from gpupipe.benchmarks.scenario import Scenario, given, resized_template
+from gpupipe.benchmarks.tables import TABLES
 from gpupipe.cli import app
 from gpupipe.errors import InputError
 from gpupipe.kernels.dispatch import backend
@@ -84,6 +85,24 @@ def test_recorded_rows_are_those_printed(run: Any) -> None:
     done, results = run
     printed = json.loads(done.stdout.splitlines()[-1])
     assert sorted(map(json.dumps, read_rows(results))) == sorted(map(json.dumps, printed))
+
+
+def test_tables_take_the_rows_that_the_command_records(run: Any) -> None:
+    _, results = run
+    rows = read_rows(results)
+    for row in rows:
+        row["config"]["width"] = 1  # the test's network is smaller, and these are for the full one
+    for table in ("headline", "end_to_end", "side_by_side", "stages"):
+        said = TABLES[table](rows)
+        for row in rows:
+            if (row["metric"], row["provider"]) == ("ratio", "gpupipe"):
+                assert table == "stages" or f"**{row['p50']:.1f}×" in said, table
+    recorded = {row["provider"]: row for row in read_rows() if row["what"] == "end_to_end" and row["axis"] == "frames"}
+    for row in rows:
+        if row["what"] == "end_to_end" and row["axis"] == "frames":
+            assert set(row["config"]) == set(recorded[row["provider"]]["config"]), (
+                "--compare would set nothing beside it"
+            )
 
 
 def test_the_commit_is_told_where_files_came_without_their_history(
@@ -159,7 +178,7 @@ def test_a_file_that_lacks_frames_or_sound_is_no_result(
     short = scenario.clip(features, tmp_path)[0], scenario.clip(sound, tmp_path)[1]
     one.render = lambda features, sound, output: honest(*short, output)
     with pytest.raises(RuntimeError, match=f"^gpupipe wrote {told}"):
-        contestants.take_turns([one], scenario, tmp_path, frames=10, rounds=1, device="cpu", say=print)
+        next(contestants.rows_of_turns([one], list, scenario, tmp_path, frames=10, rounds=1, device="cpu", say=print))
 
 
 def test_features_and_sound_come_round_again(scenario: Scenario, tmp_path: Path) -> None:
@@ -324,14 +343,15 @@ def test_a_long_clip_of_the_stub_has_its_length(scenario: Scenario, tmp_path: Pa
 def test_a_sweep_that_is_cut_off_leaves_the_sizes_before_it(
     scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def take_turns(made: list[contestants.Contestant], taken: Scenario, *_: Any, **__: Any) -> None:
-        if taken.size != (640, 360):
-            raise KeyboardInterrupt
-        for one in made:
-            one.seconds.append(1.0)
-            one.stages.append({})
+    take_turn, taken = contestants.take_turn, itertools.count(1)
 
-    monkeypatch.setattr(contestants, "take_turns", take_turns)
+    def cut_off(*given: Any, **how: Any) -> None:
+        if next(taken) == 2:
+            raise KeyboardInterrupt
+        take_turn(*given, **how)
+
+    monkeypatch.setattr(contestants, "take_turn", cut_off)
+    monkeypatch.setattr(contestants, "WARMUP_FRAMES", 1)
     how: dict[str, Any] = {"device": "cpu", "crf": 30, "frames": 2, "rounds": 1, "say": print, "reference": False}
     rows = sweeps.resolution_rows(scenario, tmp_path, values=[360, 720], **how)
     assert {row.value for row in next(rows)} == {"640×360"}
