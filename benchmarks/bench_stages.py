@@ -184,13 +184,11 @@ def seconds_a_frame(stage: Stage, count: int, device: torch.device, *, rounds: i
     """Of a stage over ``count`` frames; a first pass does not count."""
     every = torch.arange(count)
     if stage.where == "host":
-        spread, _ = measure(lambda: stage.run(every), rounds=rounds, device=device)
+        spread = measure(lambda: stage.run(every), rounds=rounds, device=device)
     elif device.type == "cuda":
         spread = seconds_of(lambda: stage.run(every), device, rounds=rounds)
     else:
-        spread, _ = measure(
-            lambda: deque(map_in_lanes(stage.run, every.split(1), cpu_lanes()), maxlen=0), rounds=rounds
-        )
+        spread = measure(lambda: deque(map_in_lanes(stage.run, every.split(1), cpu_lanes()), maxlen=0), rounds=rounds)
     return spread.map(lambda seconds: seconds / count)
 
 

@@ -25,7 +25,6 @@ import argparse
 import io
 import itertools
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
+from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_name, row, timed
 from gpupipe.benchmarks.floors import operations_of
 from gpupipe.benchmarks.kernel_bench import copy_bandwidth
 from gpupipe.benchmarks.seeded import seeded_network
@@ -246,23 +245,13 @@ def measure(contestants: list[Contestant], device: torch.device, rounds: int) ->
             if isinstance(times, str):
                 continue
             try:
-                seconds = _timed(one.run, device)
+                seconds = timed(one.run, device)
             except Exception as error:  # a loss is a row too, and the others go on
                 found[place] = f"{type(error).__name__}: {first_line(error)}"
                 continue
             if turn >= WARMUP:
                 times.append(seconds / one.frames)
     return found
-
-
-def _timed(function: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def rows_of(
@@ -351,8 +340,8 @@ def main() -> None:
     parser.add_argument("--precision", nargs="*", choices=PRECISIONS, default=PRECISIONS, help="on CUDA")
     engines = (*(name for name, one in DECLARED.items() if "cuda" in one.devices), "onnxruntime")
     parser.add_argument("--engine", nargs="*", choices=engines, default=engines, help="on CUDA")
-    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
-    parser.add_argument("--results", type=Path, help="another folder for the rows")
+    parser.add_argument("--record", action="store_true", help="append the rows to the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.backends.cudnn.benchmark = True  # eager PyTorch at its best: cuDNN tries its algorithms out, once a shape
@@ -362,7 +351,7 @@ def main() -> None:
         rows = rows_of(network, made, device, batch, options.rounds)
         _show(rows)
         if options.record:  # now: whoever cuts the run off keeps what it has found
-            append_rows(rows, *([options.results] if options.results else []))
+            append_rows(rows, options.results)
 
 
 def _comparisons(

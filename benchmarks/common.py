@@ -54,26 +54,25 @@ class Spread:
         return Spread(p20, p50, p80, self.n)
 
 
+def timed(function: Callable[[], object], device: str | torch.device) -> float:
+    """Seconds of one call. A CUDA device is waited for: launch and idle time count, as for whoever needs the result."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 def measure(
     function: Callable[[], object], *, rounds: int, warmup: int = 1, device: str | torch.device = "cpu"
-) -> tuple[Spread, float]:
-    """Seconds of one call over ``rounds`` calls, and the seconds of the warm-up apart (compilation, caches, files).
-
-    On a CUDA device each call is waited for: launch and idle time count, as they do for who waits for the result.
-    """
-    cuda = torch.device(device).type == "cuda"
-
-    def once() -> float:
-        if cuda:
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        function()
-        if cuda:
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - start
-
-    first = sum(once() for _ in range(warmup))
-    return Spread.of([once() for _ in range(rounds)]), first
+) -> Spread:
+    """Seconds of one call, by :func:`timed`, over ``rounds`` calls, after ``warmup`` calls that do not count."""
+    for _ in range(warmup):
+        timed(function, device)
+    return Spread.of([timed(function, device) for _ in range(rounds)])
 
 
 # ── the machine ───────────────────────────────────────────────────────────────────────────────────────────────────────

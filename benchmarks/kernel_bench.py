@@ -26,8 +26,8 @@ _LONGEST = 0.05
 def seconds_of(function: Callable[[], object], device: torch.device, *, rounds: int) -> Spread:
     """Seconds of one call. On CUDA by events around many calls in a row, see :func:`~gpupipe.graphs.replayed`."""
     if device.type != "cuda":
-        return measure(function, rounds=rounds, device=device)[0]
-    alone, _ = measure(function, rounds=1, warmup=3, device=device)
+        return measure(function, rounds=rounds, device=device)
+    alone = measure(function, rounds=1, warmup=3, device=device)
     calls = max(1, min(20, int(_LONGEST / alone.p50)))
 
     def several() -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
+from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_name, row
 from gpupipe.demo import BUNDLE
 from gpupipe.engines import EngineName, Precision, make_engine, openvino_cpu
 from gpupipe.engines.choice import find_dtype
@@ -54,15 +54,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=24, help="spread evenly over the sample")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
-    parser.add_argument("--results", type=Path, help="another folder for the rows")
+    parser.add_argument("--record", action="store_true", help="append the rows to the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     rows = measure(options.frames, torch.device(options.device))
     print(f"{device_name(options.device)}: {options.frames} frames of the bundled avatar against float32")
     for one in rows:
         print(f"{one.provider:10} {one.value:14} {one.metric:18} {one.error or f'{one.p50:.2f} {one.unit}'}")
     if options.record:
-        append_rows(rows, *([options.results] if options.results else []))
+        append_rows(rows, options.results)
 
 
 @torch.inference_mode()
