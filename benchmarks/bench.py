@@ -123,10 +123,7 @@ def whole_numbers(text: str) -> list[int]:
 
 
 def _check(options: Options) -> None:
-    own = (options.template, options.audio_features, options.audio)
-    if any(own) and not all(own):
-        raise InputError("expected --template, --audio-features and --audio together, or none of them")
-    if not any(own) and (options.checkpoint or options.width != 1 or options.mode != "ave"):
+    if options.template is None and (options.checkpoint or options.width != 1 or options.mode != "ave"):
         raise InputError("--checkpoint, --width and --mode go with a template of your own; expected --template too")
     if options.frames < 1 or options.rounds < 1:
         raise InputError(f"--frames {options.frames} --rounds {options.rounds}: expected 1 or more of each")

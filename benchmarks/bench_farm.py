@@ -1,6 +1,6 @@
 """What a farm costs over single renders, how it scales over workers, and how it grows with the frames.
 
-    python -m gpupipe.benchmarks.bench_farm [--template DIR --features NPY --audio SOUND] [--rounds 3] [--record]
+    python -m gpupipe.benchmarks.bench_farm [--template DIR --audio-features NPY --audio SOUND] [--record]
 
 * ``overhead``: the same clips by one :class:`~gpupipe.FrameGenerationPipeline`, one after the other, and by a farm in
   this process; both load the network, and take turns. ``ratio`` is the farm's time over the single renders'; once for
@@ -23,11 +23,10 @@ from typing import Any
 import torch
 
 from gpupipe import FrameGenerationPipeline
-from gpupipe.benchmarks.common import ROOT, Row, Spread, append_rows, device_name, row
-from gpupipe.benchmarks.scenario import Scenario, chosen
+from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
+from gpupipe.benchmarks.scenario import Scenario, add_options, from_options
 from gpupipe.farm import FarmRecord, run_farm
 from gpupipe.lanes import available_cores
-from gpupipe.models import MODES
 
 SHAPES = {"one long clip": (1, 600), "many short clips": (20, 30)}
 """Clips, and frames of each."""
@@ -38,12 +37,17 @@ CLIPS_OF_A_WORKER, FRAMES_OF_A_CLIP = 2, 300
 
 def main() -> None:
     """Measure, print, and with ``--record`` append to the recorded results."""
-    options = _options()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=("overhead", "frames", "workers"), default=["overhead", "frames"])
+    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
+    options = parser.parse_args()
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = options.template, options.features, options.audio, folder
-        scenario = chosen(*files, mode=options.mode, width=options.width)
+        scenario = from_options(options, folder)
         bench = _Bench(scenario, folder, options)
         print(f"{device_name(options.device)}: " + ", ".join(f"{k} {v}" for k, v in scenario.facts().items()))
         for part in options.parts:
@@ -144,24 +148,6 @@ class _Bench:
         place: dict[str, Any] = {"what": "farm", "provider": "gpupipe", "axis": axis, "value": value}
         facts = self.scenario.facts() | config
         return row(spread, **place, metric=metric, unit=unit, config=facts, device=self.options.device)
-
-
-def _options() -> argparse.Namespace:
-    shared = ROOT.parent / "shared" / "data"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--template", type=Path, help="template directory; the bundled avatar by default")
-    parser.add_argument("--features", type=Path, help="with --template")
-    parser.add_argument("--audio", type=Path, default=shared / "speech.wav", help="with --template")
-    parser.add_argument("--mode", choices=MODES, default="ave")
-    parser.add_argument("--width", type=float, default=1.0, help="of the seeded network, with --template")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", choices=("overhead", "frames", "workers"), default=["overhead", "frames"])
-    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
-    options = parser.parse_args()
-    if options.template is not None:
-        options.features = options.features or options.template / f"features_{options.mode}.npy"
-    return options
 
 
 if __name__ == "__main__":

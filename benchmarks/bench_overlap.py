@@ -1,6 +1,6 @@
 """How well computing and encoding share a machine, and what a render costs besides its network.
 
-    python -m gpupipe.benchmarks.bench_overlap [--template DIR --features NPY --audio SOUND] [--frames 72] [--record]
+    python -m gpupipe.benchmarks.bench_overlap [--template DIR --audio-features NPY --audio SOUND] [--record]
 
 Four things take turns within a round, on the same clip:
 
@@ -32,9 +32,9 @@ import torch
 
 from gpupipe import FrameGenerationPipeline, SpeechFeatures, Template
 from gpupipe.benchmarks.common import ROOT, Row, Spread, append_rows, device_name, row
-from gpupipe.benchmarks.scenario import Scenario, chosen
+from gpupipe.benchmarks.scenario import Scenario, add_options, from_options
 from gpupipe.lanes import available_cores, cpu_lanes, map_in_lanes
-from gpupipe.models import AUDIO_SHAPES, MODES
+from gpupipe.models import AUDIO_SHAPES
 from gpupipe.models.unet328 import INPUT_SIZE
 from gpupipe.schedule import template_indices
 from gpupipe.template import template_size
@@ -50,12 +50,17 @@ class Cost(NamedTuple):
 
 def main() -> None:
     """Measure, print, and with ``--record`` append to the recorded results."""
-    options = _options()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--frames", type=int, default=72)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
+    options = parser.parse_args()
+    print(f"{device_name()}; {options.frames} frames, {options.rounds} turns")
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        files = options.template, options.features, options.audio, folder
-        scenario = chosen(*files, mode=options.mode, width=options.width)
+        scenario = from_options(options, folder)
         pipeline = FrameGenerationPipeline(scenario.checkpoint, scenario.mode, "cpu")
         costs = _measure(pipeline, scenario, options, folder)
     model = pipeline.unet_model
@@ -154,25 +159,6 @@ def _rows(costs: dict[str, list[Cost]], config: dict[str, Any], options: argpars
         )
         for provider, metric, unit, values in figures
     ]
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--template", type=Path, help="template directory; default: the bundled avatar")
-    parser.add_argument("--features", type=Path, help=".npy, with --template")
-    parser.add_argument("--audio", type=Path, help="sound, with --template")
-    parser.add_argument("--mode", choices=MODES, default="ave")
-    parser.add_argument("--width", type=float, default=1.0, help="of the seeded network, with --template")
-    parser.add_argument("--frames", type=int, default=72)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
-    options = parser.parse_args()
-    if len({options.template is None, options.features is None, options.audio is None}) > 1:
-        parser.error("expected --template, --features and --audio together, or none of them")
-    if options.frames < 1 or options.rounds < 1:
-        parser.error(f"--frames {options.frames} --rounds {options.rounds}: expected 1 or more of each")
-    print(f"{device_name()}; {options.frames} frames, {options.rounds} turns")
-    return options
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ from torchvision.io import write_jpeg
 
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.demo import BUNDLE
+from gpupipe.errors import InputError
 from gpupipe.features import FRAME_RATES, SpeechFeatures, save_features
 from gpupipe.landmarks import read_landmarks
-from gpupipe.models import Mode, load_unet
+from gpupipe.models import MODES, Mode, load_unet
 from gpupipe.speech import SpeechEncoder
 from gpupipe.template import Template, numbered_files
 from gpupipe.video.decode import read_image
@@ -107,10 +108,31 @@ def given(
 
 
 def chosen(template: Path | None, features: Path | None, audio: Path | None, folder: Path, **how: Any) -> Scenario:
-    """Somebody's own, as :func:`given` takes it, or the bundled avatar where nobody has named one."""
-    if template is None or features is None or audio is None:
-        return bundled(folder)
-    return given(template, features, audio, folder, **how)
+    """Somebody's own, as :func:`given` takes it, or the bundled avatar where no file is named.
+
+    Raises:
+        InputError: one or two of the three files are missing.
+    """
+    if template and features and audio:
+        return given(template, features, audio, folder, **how)
+    if template or features or audio:
+        raise InputError("expected --template, --audio-features and --audio together, or none of them")
+    return bundled(folder)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what is rendered, for :func:`from_options`."""
+    parser.add_argument("--template", type=Path, help="template directory; the bundled avatar by default")
+    parser.add_argument("--audio-features", type=Path, help=".npy, with --template")
+    parser.add_argument("--audio", type=Path, help="sound, with --template")
+    parser.add_argument("--mode", choices=MODES, default="ave", help="of the features")
+    parser.add_argument("--width", type=float, default=1.0, help="of the seeded network, with --template")
+
+
+def from_options(options: argparse.Namespace, folder: Path) -> Scenario:
+    """What the options name; see :func:`chosen`."""
+    files = options.template, options.audio_features, options.audio, folder
+    return chosen(*files, mode=options.mode, width=options.width)
 
 
 def _scenario(name: str, template: Path, features: Path, audio: Path, checkpoint: Path, mode: Mode) -> Scenario:

@@ -191,8 +191,8 @@ def test_features_and_sound_come_round_again(scenario: Scenario, tmp_path: Path)
 
 @pytest.mark.parametrize(
     "options",
-    [{"template": Path("x")}, {"width": 0.5}, {"frames": 0}, {"rounds": 0}, {"values": [1]}],
-    ids=["template alone", "width without template", "no frames", "no rounds", "values of no sweep"],
+    [{"template": Path("x")}, {"audio": Path("x")}, {"width": 0.5}, {"frames": 0}, {"rounds": 0}, {"values": [1]}],
+    ids=["template alone", "sound alone", "width without template", "no frames", "no rounds", "values of no sweep"],
 )
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected"):
