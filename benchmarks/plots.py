@@ -10,8 +10,10 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from gpupipe.benchmarks import recorded
+from gpupipe.benchmarks.claims import CLAIMS
 from gpupipe.benchmarks.common import Record
 
 MINE, OTHERS, LIMIT, CLAIM = "#1b6ca8", "#8a8f98", "#c0392b", "#c9ced6"
@@ -28,118 +30,12 @@ _STYLE: dict[str, Any] = {
 }
 
 
-class Claim(NamedTuple):
-    """A figure that somebody published; nobody here has measured it."""
-
-    who: str
-    frames_per_second: float
-    hardware: str
-    what: str
-    source: str
-
-
-CLAIMS = (
-    Claim("seed, Go", 8.9, "Apple M1 Pro", "1280×720", "its authors"),
-    Claim("seed, Python and ONNX", 12.6, "Apple M1 Pro", "1280×720", "its authors"),
-    Claim("seed, Go, pooled", 21.7, "Apple M1 Pro", "1280×720", "its authors"),
-    Claim("seed, Swift on macOS", 47, "Apple M1 Pro", "1280×720", "its authors"),
-    Claim("seed, Swift on iOS", 48, "iPhone", "1280×720", "its authors"),
-    Claim("LiveTalking, wav2lip256", 60, "RTX 3060", "inference only", "LiveTalking's README"),
-    Claim("LiveTalking, MuseTalk", 72, "RTX 4090", "inference only", "LiveTalking's README"),
-    Claim("Ultralight-Digital-Human", 100, "RTX 2080", "model loop, about", "its authors"),
-    Claim("LiveTalking, wav2lip256", 120, "RTX 3080 Ti", "inference only", "LiveTalking's README"),
-)
-
-NAMES = {
-    "reference_loop": "reference loop",
-    "reference_loop_onnxruntime": "the same on ONNX Runtime",
-    "gpupipe_exact": "gpupipe, exact",
-    "gpupipe": "gpupipe",
-    "gpupipe_bfloat16": "gpupipe, bfloat16",
-}
-
-
-# ── which rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Group(NamedTuple):
-    """What belongs side by side: one device, one template, one width of the network."""
-
-    device: str
-    template: str
-    width: float
-
-    def __str__(self) -> str:
-        network = "full-width network" if self.width == 1 else f"network of width {self.width:g}"
-        return f"{self.device}; template {self.template}, {network}"
-
-    @property
-    def short(self) -> str:
-        """For a plot, where room is scarce; the network is told where it is not the full one."""
-        return f"{self.device}, {self.template}{'' if self.width == 1 else f', width {self.width:g}'}"
-
-
-def group_of(record: Record) -> Group:
-    """The group of a row."""
-    config = record["config"]
-    return Group(record["device"], str(config.get("template", "?")), float(config.get("width", 1)))
-
-
-def clips(records: list[Record]) -> dict[Group, dict[float, dict[tuple[str, str], Record]]]:
-    """Newest rows of end-to-end runs: group → frames of the clip → (provider, metric) → row."""
-    found: dict[Group, dict[float, dict[tuple[str, str], Record]]] = {}
-    for record in records:
-        if record["what"] == "end_to_end" and record["axis"] == "frames" and record["error"] is None:
-            by_length = found.setdefault(group_of(record), {})
-            by_length.setdefault(record["value"], {})[record["provider"], record["metric"]] = record
-    return dict(sorted(found.items()))
-
-
-def longest(by_length: dict[float, dict[tuple[str, str], Record]]) -> dict[tuple[str, str], Record]:
-    """The rows of the longest clip."""
-    return by_length[max(by_length)]
-
-
-def stages(records: list[Record]) -> dict[Group, dict[str, dict[str, Record]]]:
-    """Newest rows of stages: group → stage → metric → row."""
-    found: dict[Group, dict[str, dict[str, Record]]] = {}
-    for record in records:
-        if record["what"] == "stage" and record["error"] is None:
-            found.setdefault(group_of(record), {}).setdefault(record["value"], {})[record["metric"]] = record
-    return dict(sorted(found.items()))
-
-
-def loop_stages(records: list[Record], group: Group) -> dict[str, float]:
-    """The reference loop's milliseconds a frame by stage, newest."""
-    return {
-        record["value"]: record["p50"]
-        for record in records
-        if record["what"] == "end_to_end"
-        and record["axis"] == "stage"
-        and record["provider"] == "reference_loop"
-        and group_of(record) == group
-    }
-
-
-def newest_groups(found: dict[Group, Any]) -> list[Group]:
-    """The groups that a plot with little room shows: of each device the widest network."""
-    by_device: dict[str, Group] = {}
-    for group in found:
-        kept = by_device.get(group.device)
-        if kept is None or group.width > kept.width:
-            by_device[group.device] = group
-    return list(by_device.values())
-
-
-# ── the plots ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def end_to_end(records: list[Record], figure: Any) -> None:
     """Frames a second to a finished file, measured, above what peers claim."""
     bars: list[tuple[str, float, str, str]] = []
-    for group, by_length in clips(records).items():
-        for provider, name in NAMES.items():
-            row = longest(by_length).get((provider, "throughput"))
+    for group, by_length in recorded.clips(records).items():
+        for provider, name in recorded.NAMES.items():
+            row = recorded.longest(by_length).get((provider, "throughput"))
             if row is not None:
                 colour = MINE if provider.startswith("gpupipe") else OTHERS
                 bars.append((f"{name} — {group.short}", row["p50"], colour, ""))
@@ -164,11 +60,11 @@ def end_to_end(records: list[Record], figure: Any) -> None:
 
 def waterfall(records: list[Record], figure: Any) -> None:
     """A frame's stages one after another: the reference loop's and gpupipe's, each of ours with its floor."""
-    found = stages(records)
-    groups = newest_groups(found)
+    found = recorded.stages(records)
+    groups = recorded.widest(found)
     figure.set_size_inches(10, 0.7 + 3.2 * len(groups))
     for number, group in enumerate(groups):
-        loop = loop_stages(records, group)
+        loop = recorded.loop_stages(records, group)
         ours = [(name, metrics["time"]) for name, metrics in found[group].items()]
         axes = figure.add_subplot(len(groups), 1, number + 1)
         figure.subplots_adjust(left=0.3, right=0.97, hspace=0.5, top=0.88, bottom=0.16)
@@ -193,8 +89,8 @@ def waterfall(records: list[Record], figure: Any) -> None:
 
 def roofline(records: list[Record], figure: Any) -> None:
     """What the network reaches under the roof of the machine, and how near each stage comes to its floor."""
-    found = stages(records)
-    groups = newest_groups(found)
+    found = recorded.stages(records)
+    groups = recorded.widest(found)
     figure.set_size_inches(10, 0.6 + 3.2 * len(groups))
     figure.subplots_adjust(left=0.08, right=0.97, wspace=0.55, hspace=0.5, top=0.88, bottom=0.16)
     for number, group in enumerate(groups):
@@ -233,14 +129,14 @@ def roofline(records: list[Record], figure: Any) -> None:
 
 def cost(records: list[Record], figure: Any) -> None:
     """What an hour of video costs, by what an hour of the machine costs: nobody's prices, only the measured times."""
-    found = clips(records)
+    found = recorded.clips(records)
     figure.set_size_inches(10, 5)
     axes = figure.add_axes((0.08, 0.36, 0.88, 0.57))
     prices = [10 ** (power / 10) for power in range(-20, 11)]
     styles = itertools.product(("-", "--", ":", "-."), (1.0, 2.5))
     for group, by_length in found.items():
-        for provider, name in NAMES.items():
-            row = longest(by_length).get((provider, "throughput"))
+        for provider, name in recorded.NAMES.items():
+            row = recorded.longest(by_length).get((provider, "throughput"))
             if row is None:
                 continue
             hours = row["config"].get("fps", 25) / row["p50"]
@@ -274,7 +170,7 @@ def draw(records: list[Record]) -> dict[str, str]:
     style.update(_STYLE)
     made = {}
     for name, plot in PLOTS.items():
-        if name in ("stages", "roofline") and not stages(records):
+        if name in ("stages", "roofline") and not recorded.stages(records):
             continue
         with matplotlib.rc_context(style):
             figure = Figure()

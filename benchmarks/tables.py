@@ -15,7 +15,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from gpupipe.benchmarks import plots
+from gpupipe.benchmarks import plots, recorded
+from gpupipe.benchmarks.claims import CLAIMS
 from gpupipe.benchmarks.common import RESULTS, ROOT, Record, read_rows
 from gpupipe.engines import ENGINES
 
@@ -83,7 +84,7 @@ def end_to_end(rows: Rows) -> str:
         " to the loop on ONNX Runtime | turns | commit |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for group, by_length in plots.clips(rows).items():
+    for group, by_length in recorded.clips(rows).items():
         for frames, found in sorted(by_length.items()):
             by_onnxruntime = found.get(("reference_loop_onnxruntime", "throughput"))
             for provider in ("gpupipe", "gpupipe_bfloat16"):
@@ -109,8 +110,8 @@ def hours(rows: Rows) -> str:
         "| machine | template | frames a second | hours a day | a hundred of them |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for group, by_length in plots.clips(rows).items():
-        speed = plots.longest(by_length).get(("gpupipe", "throughput"))
+    for group, by_length in recorded.clips(rows).items():
+        speed = recorded.longest(by_length).get(("gpupipe", "throughput"))
         if group.width == 1 and speed:
             a_day = speed["p50"] * 86_400 / (25 * 3_600)
             lines.append(
@@ -125,9 +126,9 @@ def side_by_side(rows: Rows) -> str:
         "| machine, template | clip | who | frames/s (p20–p80) | ratio (p20–p80) | memory, MB | load, s | commit |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for group, by_length in plots.clips(rows).items():
+    for group, by_length in recorded.clips(rows).items():
         for frames, found in sorted(by_length.items()):
-            for provider, name in plots.NAMES.items():
+            for provider, name in recorded.NAMES.items():
                 speed = found.get((provider, "throughput"))
                 if speed is None:
                     continue
@@ -152,8 +153,8 @@ def stages(rows: Rows) -> str:
         "| machine, template | stage | once a | ms (p20–p80) | floor, ms | set by | % of floor | reference loop, ms |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for group, found in plots.stages(rows).items():
-        loop = plots.loop_stages(rows, group)
+    for group, found in recorded.stages(rows).items():
+        loop = recorded.loop_stages(rows, group)
         for name, metrics in found.items():
             time, config = metrics["time"], metrics["time"]["config"]
             theirs = loop.get("network" if name.endswith("speech half") else name)
@@ -177,7 +178,7 @@ def sweeps(rows: Rows) -> str:
     newest: dict[tuple[Any, ...], dict[str, Record]] = {}
     for row in rows:
         if row["what"] == "end_to_end" and row["axis"] in names and row["error"] is None:
-            key = (plots.group_of(row), names[row["axis"]], row["value"], row["provider"])
+            key = (recorded.group_of(row), names[row["axis"]], row["value"], row["provider"])
             newest.setdefault(key, {})[row["metric"]] = row
     lines = [
         "| machine, template | varied | value | who | frames/s (p20–p80) | ratio | memory, MB | commit |",
@@ -189,7 +190,7 @@ def sweeps(rows: Rows) -> str:
             str(group),
             axis,
             str(value),
-            plots.NAMES[provider],
+            recorded.NAMES[provider],
             f"{speed['p50']:.2f} ({speed['p20']:.2f}–{speed['p80']:.2f})",
             _ratio(ratio) if ratio else "",
             f"{memory['p50']:.0f}" if memory else "",
@@ -202,7 +203,7 @@ def sweeps(rows: Rows) -> str:
 def claims(rows: Rows) -> str:
     """What others have published; not measured here."""
     lines = ["| who | frames/s | hardware | what | said by |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| {c.who} | {c.frames_per_second:g} | {c.hardware} | {c.what} | {c.source} |" for c in plots.CLAIMS]
+    lines += [f"| {c.who} | {c.frames_per_second:g} | {c.hardware} | {c.what} | {c.source} |" for c in CLAIMS]
     return "\n".join(lines)
 
 
@@ -306,7 +307,7 @@ def farm(rows: Rows) -> str:
     newest: dict[tuple[Any, ...], Record] = {}
     for row in rows:
         if row["what"] == "farm" and row["error"] is None:
-            newest[plots.group_of(row), axes[row["axis"]], row["value"], row["metric"]] = row
+            newest[recorded.group_of(row), axes[row["axis"]], row["value"], row["metric"]] = row
     lines = [
         "| machine, template | varied | value | what | (p20–p80) | runs | commit |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -7,6 +7,7 @@ import copy
 import pytest
 
 from gpupipe.benchmarks import plots
+from gpupipe.benchmarks.claims import CLAIMS
 from gpupipe.benchmarks.common import RESULTS, Record, read_rows
 from gpupipe.benchmarks.tables import PAGES, TABLES, fill, same_plot
 
@@ -104,10 +105,10 @@ def test_a_plot_of_another_matplotlib_is_held_to_what_it_says(drawn: dict[str, s
 def test_every_claim_names_hardware_and_source_and_is_drawn_apart(drawn: dict[str, str]) -> None:
     said = "\n".join(plots.texts(drawn["end_to_end"]))
     assert "not measured here" in said
-    for claim in plots.CLAIMS:
+    for claim in CLAIMS:
         assert claim.hardware and claim.source
         assert f"{claim.who} — {claim.hardware}" in said
-    assert plots.CLAIMS and all(claim.who in TABLES["claims"]([]) for claim in plots.CLAIMS)
+    assert CLAIMS and all(claim.who in TABLES["claims"]([]) for claim in CLAIMS)
 
 
 def test_the_newest_run_counts_whatever_its_place_in_the_file(rows: list[Record]) -> None:
