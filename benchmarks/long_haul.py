@@ -2,10 +2,10 @@
 
     python benchmarks/long_haul.py [--hours 24]
 
-The network and the pasting are stubs, frames are small, the sound is silence and the features are zeros, in files that
-are holes. All else is real: fingerprints, schedule, windows, batches, segments, encoder, records, joining and muxing.
-At the end it prints what each hour took and what memory the process held after it; it exits with 1 if the last hour's
-memory is more than 100 MB over the first one's, or if the video has a frame too few or too many.
+The network and the pasting are stubs, frames are small, the sound is silence and the features are zeros. All else is
+real: fingerprints, schedule, windows, batches, segments, encoder, records, joining and muxing.
+At the end it prints what each hour took and what memory the process held after it; it exits with 1 if memory at its
+highest is more than 100 MB over what was held after the first hour, or if the video has a frame too few or too many.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import wave
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -26,6 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gpupipe.benchmarks.meters import resident_bytes
+from gpupipe.benchmarks.scenario import silent_clip
 from gpupipe.farm.farm import Farm
 from gpupipe.farm.jobs import Job
 from gpupipe.farm.ledger import Ledger
@@ -126,17 +127,10 @@ def _job(seconds: int, folder: Path) -> Job:
     for number in range(TEMPLATE_FRAMES):
         save_image(np.full((HEIGHT, WIDTH, 3), 128, np.uint8), template / "full_body_img" / f"{number}.jpg")
         (template / "landmarks" / f"{number}.lms").write_text("1 1\n" * 110)
-    features, sound, checkpoint = (folder / name for name in ("zeros.npy", "silence.wav", "none.pth"))
+    checkpoint = folder / "none.pth"
     checkpoint.touch()
-    np.lib.format.open_memmap(features, mode="w+", dtype=np.float32, shape=(seconds * FPS, 512)).flush()
-    rate = 8000  # 24 hours of it stay below the 4 GB that a .wav can be
-    with wave.open(str(sound), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        second = bytes(2 * rate)
-        for _ in range(seconds):
-            file.writeframesraw(second)
+    # At 8 kHz 24 hours of sound stay below the 4 GB that a .wav can be.
+    features, sound = silent_clip(folder, frames=seconds * FPS, fps=FPS, row_shape=(512,), rate=8000)
     return Job(
         checkpoint=str(checkpoint),
         template=str(template),
@@ -147,9 +141,15 @@ def _job(seconds: int, folder: Path) -> Job:
 
 
 def _held() -> float:
-    """Megabytes that this process holds now, as Linux tells."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmRSS"))) / 1024
+    """Megabytes of this process that are in RAM.
+
+    Raises:
+        RuntimeError: the system does not say; Linux does.
+    """
+    held = resident_bytes()
+    if held is None:
+        raise RuntimeError("how much memory this process holds is not known; expected Linux")
+    return held / 1e6
 
 
 def main() -> None:

@@ -157,6 +157,28 @@ def resized_template(template: Path, folder: Path, size: tuple[int, int], frames
     return folder
 
 
+def silent_clip(
+    folder: Path, *, frames: int, fps: int, row_shape: tuple[int, ...], rate: int = 16000
+) -> tuple[Path, Path]:
+    """``frames`` rows of zeros as ``.npy``, a file that is one hole, and as much silence as ``.wav``, in ``folder``.
+
+    Args:
+        row_shape: of the features of one frame.
+        rate: samples of the sound a second, mono and 16 bit.
+    """
+    features, sound = folder / f"silent-{frames}.npy", folder / f"silent-{frames}.wav"
+    np.lib.format.open_memmap(features, mode="w+", dtype=np.float32, shape=(frames, *row_shape)).flush()
+    with wave.open(str(sound), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        second = bytes(2 * rate)
+        for _ in range(frames // fps):
+            file.writeframesraw(second)
+        file.writeframesraw(second[: 2 * round(rate * (frames % fps) / fps)])
+    return features, sound
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The bundled avatar at another size.")
     parser.add_argument("out", type=Path)

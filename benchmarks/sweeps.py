@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import wave
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from gpupipe.benchmarks import contestants
 from gpupipe.benchmarks.common import Row, Spread, row
 from gpupipe.benchmarks.contestants import Say
-from gpupipe.benchmarks.scenario import Scenario, resized_template
+from gpupipe.benchmarks.scenario import Scenario, resized_template, silent_clip
 from gpupipe.engines import EngineName
 
 BATCHES = {"cuda": (1, 4, 16, 32, 64, 128, 256), "cpu": (1, 2, 4, 8)}
@@ -96,11 +95,12 @@ def length_rows(
     """
     template = resized_template(scenario.template, folder / "small", STUB_SIZE, _TEMPLATE_FRAMES)
     small = replace(scenario, template=template, size=STUB_SIZE)
+    silence: dict[str, Any] = {"fps": small.fps, "row_shape": np.load(small.features, mmap_mode="r").shape[1:]}
     for seconds in values or LENGTHS:
         frames = seconds * small.fps
-        clip = _silent_clip(small, frames, folder)
+        clip = silent_clip(folder, frames=frames, **silence)
         one = contestants.gpupipe(small, device=device, crf=crf, engine="eager", stub=_StubEngine)
-        one.render(*_silent_clip(small, contestants.WARMUP_FRAMES, folder), folder / "clip.mp4")
+        one.render(*silent_clip(folder, frames=contestants.WARMUP_FRAMES, **silence), folder / "clip.mp4")
         for _ in range(rounds if seconds <= _LONG else 1):
             contestants.take_turn(one, clip, folder / "clip.mp4", frames=frames, device=device)
         config = small.facts() | {"crf": crf, "network": "stub", "resized": True}
@@ -130,19 +130,3 @@ class _StubEngine:
     def decode(self, features: dict[str, Tensor], index: Tensor, audio: Tensor) -> Tensor:
         """Grey."""
         return self._mouth.expand(len(index), -1, -1, -1)
-
-
-def _silent_clip(scenario: Scenario, frames: int, folder: Path) -> tuple[Path, Path]:
-    """Features that are all zero and silence, ``frames`` long; both files are holes, as long as they may be."""
-    features, sound = folder / f"silent-{frames}.npy", folder / f"silent-{frames}.wav"
-    shape = (frames, *np.load(scenario.features, mmap_mode="r").shape[1:])
-    np.lib.format.open_memmap(features, mode="w+", dtype=np.float32, shape=shape).flush()
-    with wave.open(str(sound), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16000)
-        second = bytes(2 * 16000)
-        for _ in range(frames // scenario.fps):
-            file.writeframes(second)
-        file.writeframes(second[: 2 * round(16000 * (frames % scenario.fps) / scenario.fps)])
-    return features, sound
