@@ -14,17 +14,14 @@ import torch
 from fuzz_media import wav
 from PIL import Image
 
-from gpupipe import FrameGenerator, UNetModel
 from gpupipe.demo import BUNDLE, cut_sound, drawing, render_demo, rig
 from gpupipe.demo.evaluate import Agreement, agreement, measure_gap
 from gpupipe.demo.mouth import mouth_track
 from gpupipe.demo.sheet import GAP, TILE, TILES, WAVE, write_contact_sheet
-from gpupipe.demo.train import read_template
+from gpupipe.demo.train import read_template, render_sample
 from gpupipe.errors import InputError
 from gpupipe.landmarks import face_box
 from gpupipe.models.checkpoint import load_state_dict
-from gpupipe.schedule import template_indices
-from gpupipe.speech import SpeechEncoder
 from gpupipe.video.sound import load_audio
 
 FRAMES = 75  # of the sample, 3 s
@@ -54,15 +51,9 @@ class Rendered:
 
 @pytest.fixture(scope="module")
 def rendered() -> Rendered:
-    features = SpeechEncoder(BUNDLE / "encoder.safetensors", "cpu").features(BUNDLE / "sample.flac")[: FRAMES + 8]
-    generator = FrameGenerator(UNetModel(BUNDLE / "unet.safetensors", "ave", "cpu"), blend="none")
-    template = BUNDLE / "template"
-    frames = generator.generate_frames_from_template_sequence(
-        template / "full_body_img", template / "landmarks", features
-    )[:FRAMES]
-    indices = [int(i) for i in template_indices(0, FRAMES, rig.FRAMES)]
+    frames, indices = render_sample(BUNDLE, FRAMES)
     mouths = mouth_track(load_audio(BUNDLE / "sample.flac"), frames=FRAMES + SHIFT)
-    return Rendered(frames, read_template(template)[0], indices, mouths)
+    return Rendered(frames, read_template(BUNDLE / "template")[0], indices, mouths)
 
 
 def test_the_mouth_follows_unheard_sound(rendered: Rendered) -> None:

@@ -33,12 +33,12 @@ from gpupipe.demo.mouth import mouth_track
 from gpupipe.demo.pictures import Pictures
 from gpupipe.demo.train_encoder import BRANCH_BATCH, Listener, make_sounds, rows_of, train_branch, train_encoder
 from gpupipe.demo.train_unet import BATCH, join, train_joined, train_painter
+from gpupipe.frame_generator import FrameGenerator
 from gpupipe.image_processor import ImageProcessor
-from gpupipe.kernels.crop_resize import crop_resize
-from gpupipe.kernels.paste_blend import paste_blend
-from gpupipe.models.checkpoint import load_unet
 from gpupipe.models.unet328 import UNet328
+from gpupipe.schedule import template_indices
 from gpupipe.speech import SpeechEncoder
+from gpupipe.unet_model import UNetModel
 from gpupipe.video.sound import load_audio
 
 logger = logging.getLogger("gpupipe.demo.train")
@@ -103,28 +103,29 @@ def save_half(state: dict[str, Tensor], path: Path) -> None:
 # ── the held-out check ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@torch.inference_mode()
+def render_sample(bundle: Path, count: int) -> tuple[list[np.ndarray], list[int]]:
+    """The first ``count`` frames of the bundled sample, with a hard seam, and the template frames they were made from.
+
+    Returns:
+        frames uint8 (432, 768, 3), BGR, fewer than ``count`` if the sample is shorter; their template frames.
+    """
+    features = SpeechEncoder(bundle / "encoder.safetensors", "cpu").features(bundle / "sample.flac")
+    generator = FrameGenerator(UNetModel(bundle / "unet.safetensors", "ave", "cpu"), blend="none")
+    template = bundle / "template"
+    frames = generator.generate_frames_from_template_sequence(
+        template / "full_body_img", template / "landmarks", features[: count + 8]
+    )[:count]  # the last window hears up to 8 rows more
+    return frames, template_indices(0, len(frames), rig.FRAMES).tolist()
+
+
 def held_out_check(bundle: Path) -> dict[str, Any]:
     """Render the bundled sample, which trained nothing, and compare: as it is, and with the truth shifted 5 frames."""
-    template, points = read_template(bundle / "template")
-    pictures = Pictures(template, points)
-    decoded, boxes = torch.from_numpy(template), torch.tensor(pictures.boxes)
-    features = SpeechEncoder(bundle / "encoder.safetensors", "cpu").features(bundle / "sample.flac")
-    count = min(125, len(features))
-    padded = torch.from_numpy(np.pad(features, ((8, 8), (0, 0))))
-    network = load_unet(bundle / "unet.safetensors").to(memory_format=torch.channels_last)
-    indices = np.arange(count) % rig.FRAMES
-    rendered: list[np.ndarray] = []
-    for part in np.array_split(np.arange(count), -(-count // 8)):
-        audio = torch.stack([padded[i : i + 16] for i in part]).reshape(-1, 32, 16, 16)
-        painted = network(pictures.image(indices[part]), audio)
-        shown = torch.from_numpy(indices[part])
-        crops = crop_resize(decoded, shown, boxes[shown])
-        rendered += list(paste_blend(painted, crops, decoded, shown, boxes[shown]).numpy())
-    mouths = mouth_track(load_audio(bundle / "sample.flac"), frames=count + 5)
+    rendered, indices = render_sample(bundle, 125)
+    template, _ = read_template(bundle / "template")
+    mouths = mouth_track(load_audio(bundle / "sample.flac"), frames=len(rendered) + 5)
     return {
         "sound": f"sample.flac: voice {corpus.HELD_OUT_VOICE}, not used in training",
-        "result": agreement(rendered, template, indices, mouths[:count]).as_dict(),
+        "result": agreement(rendered, template, indices, mouths[: len(rendered)]).as_dict(),
         "truth_shifted_by_5_frames": agreement(rendered, template, indices, mouths[5:]).as_dict(),
     }
 
