@@ -67,7 +67,8 @@ def headline(rows: Rows) -> str:
         f" mode {config['mode']}, {precision}"
     )
     if (half := beside("gpupipe_bfloat16")) and half["p50"] > row["p50"]:
-        said += f"; **{half['p50']:.1f}×** with `--precision bfloat16`, which this processor multiplies"
+        amx = ", which has AMX" if "with AMX" in row["device"] else ""
+        said += f"; **{half['p50']:.1f}×** with `--precision bfloat16` on this processor{amx}"
     return said + " ([how it was measured](#results))."
 
 
@@ -78,28 +79,32 @@ def _without_the_gpu(row: Record) -> str:
 
 
 def end_to_end(rows: Rows) -> str:
-    """Frames a second to a finished file: the reference loop and gpupipe at full width, by device and length."""
+    """Frames a second to a finished file: the reference loop and gpupipe at full width, by device and length.
+
+    Runs in which the loop on ONNX Runtime took no part, and those of a changed tree (``-dirty``), are left out here:
+    they stand in :func:`side_by_side`.
+    """
     lines = [
         "| machine | template | clip | precision | reference loop | gpupipe | ratio (p20–p80) |"
-        " to the loop on ONNX Runtime | turns | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        " to the loop on ONNX Runtime |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for group, by_length in recorded.clips(rows).items():
         for frames, found in sorted(by_length.items()):
             by_onnxruntime = found.get(("reference_loop_onnxruntime", "throughput"))
             for provider in ("gpupipe", "gpupipe_bfloat16"):
-                if group.width != 1 or (provider, "ratio") not in found:
+                ratio, ours = found.get((provider, "ratio")), found.get((provider, "throughput"))
+                if group.width != 1 or by_onnxruntime is None or ratio is None or ours is None:
                     continue
-                reference, ours = found["reference_loop", "throughput"], found[provider, "throughput"]
-                ratio = found[provider, "ratio"]
+                if by_onnxruntime["commit"] != ours["commit"] or ours["commit"].endswith("-dirty"):
+                    continue
                 exact = "float32" if ours["config"]["exact"] else "float16"
-                beside = "not measured"
-                if by_onnxruntime and by_onnxruntime["commit"] == ours["commit"]:
-                    beside = f"{ours['p50'] / by_onnxruntime['p50']:.1f}×{_without_the_gpu(by_onnxruntime)}"
+                beside = f"{ours['p50'] / by_onnxruntime['p50']:.1f}×{_without_the_gpu(by_onnxruntime)}"
                 lines.append(
                     f"| {group.device} | {group.template} | {frames:g} frames |"
-                    f" {ours['config'].get('precision', exact)} | {reference['p50']:.2f} frames/s |"
-                    f" {ours['p50']:.2f} frames/s | {_ratio(ratio)} | {beside} | {ratio['n']} | `{ratio['commit']}` |"
+                    f" {ours['config'].get('precision', exact)} |"
+                    f" {found['reference_loop', 'throughput']['p50']:.2f} frames/s |"
+                    f" {ours['p50']:.2f} frames/s | {_ratio(ratio)} | {beside} |"
                 )
     return "\n".join(lines)
 
@@ -218,8 +223,11 @@ def _networks(rows: Rows) -> dict[tuple[Any, ...], Record]:
 
 
 def network(rows: Rows) -> str:
-    """Milliseconds a frame of the network alone: PyTorch, ONNX Runtime, and the fastest engine, whole and again."""
-    newest = _networks(rows)
+    """Milliseconds a frame of the network alone: PyTorch, ONNX Runtime, and the fastest engine, whole and again.
+
+    Figures of a changed tree (``-dirty``) are left out here: they stand in :func:`unet`.
+    """
+    newest = {key: row for key, row in _networks(rows).items() if not row["commit"].endswith("-dirty")}
     lines = [
         "| machine | batch | PyTorch, as trained | ONNX Runtime, whole network | gpupipe | the first time round |"
         " again | commit |",

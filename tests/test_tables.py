@@ -58,6 +58,9 @@ def test_the_headline_s_bfloat16_is_of_its_own_run_and_template() -> None:
     run = [ratio("gpupipe", 4), ratio("gpupipe_bfloat16", 8)]
     assert "**4.0×" in TABLES["headline"](run) and "template anna" in TABLES["headline"](run)
     assert "**8.0×** with `--precision bfloat16`" in TABLES["headline"](run)
+    assert "AMX" not in TABLES["headline"](run)
+    amx = [row | {"device": "a CPU with AMX"} for row in run]
+    assert "`--precision bfloat16` on this processor, which has AMX (" in TABLES["headline"](amx)
     for other in ({"template": "ben"}, {"n": 5}, {"commit": "d"}, {"device": "another"}):
         assert "bfloat16" not in TABLES["headline"]([run[0], ratio("gpupipe_bfloat16", 9, **other)]), other
     assert "bfloat16" not in TABLES["headline"]([run[0], ratio("gpupipe_bfloat16", 3)]), "slower: nobody's headline"
@@ -68,6 +71,21 @@ def test_the_headline_s_bfloat16_is_of_its_own_run_and_template() -> None:
     speeds = [ratio("gpupipe", 12, metric="throughput"), ratio("reference_loop_onnxruntime", 8, metric="throughput")]
     assert "and 1.5× those of the same loop on ONNX Runtime, to a" in TABLES["headline"](run + speeds)
     assert "ONNX" not in TABLES["headline"]([*run, speeds[0], speeds[1] | {"commit": "d"}])
+
+
+def test_readme_s_tables_leave_out_runs_without_a_peer_and_changed_trees(rows: list[Record]) -> None:
+    for table, what, peer in (
+        ("end_to_end", "end_to_end", "reference_loop_onnxruntime"),
+        ("network", "unet", None),
+    ):
+        mine = [row for row in rows if row["what"] == what]
+        head = TABLES[table]([])
+        assert len(TABLES[table](mine).splitlines()) > len(head.splitlines())
+        assert (
+            TABLES[table]([row | {"commit": f"{row['commit'].removesuffix('-dirty')}-dirty"} for row in mine]) == head
+        )
+        if peer:
+            assert TABLES[table]([row for row in mine if row["provider"] != peer]) == head
 
 
 @pytest.mark.parametrize(("driver", "said"), [("580", True), (None, False)], ids=["beside a GPU", "of a CPU"])
