@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import io
-import itertools
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from gpupipe.benchmarks import recorded
 from gpupipe.benchmarks.claims import CLAIMS
 from gpupipe.benchmarks.common import Record
 
-MINE, OTHERS, LIMIT, CLAIM = "#1b6ca8", "#8a8f98", "#c0392b", "#c9ced6"
+MINE, OTHERS, LIMIT = "#1b6ca8", "#8a8f98", "#c0392b"
+CLAIM: dict[str, Any] = {"color": "#c9ced6", "hatch": "////", "edgecolor": "#6b7280"}
 
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "gpupipe",
@@ -30,32 +31,74 @@ _STYLE: dict[str, Any] = {
 }
 
 
+Bars = list[tuple[str, float, dict[str, Any]]]
+"""Label, value and colours of each bar of a panel."""
+
+
 def end_to_end(records: list[Record], figure: Any) -> None:
-    """Frames a second to a finished file, measured, above what peers claim."""
-    bars: list[tuple[str, float, str, str]] = []
+    """Frames a second to a finished file: a panel for each template on each machine, and one of what others claim."""
+    panels: dict[str, Bars] = {}
     for group, by_length in recorded.clips(records).items():
-        for provider, name in recorded.NAMES.items():
-            row = recorded.longest(by_length).get((provider, "throughput"))
-            if row is not None:
-                colour = MINE if provider.startswith("gpupipe") else OTHERS
-                bars.append((f"{name} — {group.short}", row["p50"], colour, ""))
-    measured = len(bars)
-    for claim in sorted(CLAIMS, key=lambda claim: claim.frames_per_second):
-        label = f"{claim.who} — {claim.hardware}, {claim.what}; {claim.source}"
-        bars.append((label, claim.frames_per_second, CLAIM, "////"))
-    figure.set_size_inches(10, 1.1 + 0.27 * len(bars))
-    axes = figure.add_axes((0.53, 0.6 / figure.get_figheight(), 0.44, 1 - 1.1 / figure.get_figheight()))
-    for place, (_, value, colour, hatch) in enumerate(bars):
-        axes.barh(place, value, color=colour, hatch=hatch, edgecolor="#6b7280" if hatch else colour, linewidth=0.5)
-        axes.text(value * 1.04, place, f"{value:.3g}", va="center")
-    axes.axhline(measured - 0.5, color="#6b7280", linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(bars)), [label for label, *_ in bars])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlim(right=3 * max(value for _, value, *_ in bars))
-    axes.set_xlabel("frames a second (logarithmic)")
-    text = "Above the line: measured, to a finished file with sound. Hatched: published claims, not measured here;"
-    figure.text(0.01, 1 - 0.28 / figure.get_figheight(), f"{text} hardware and work differ.")
+        panels[f"{group}, {max(by_length):g} frames"] = [
+            (name, row["p50"], _colour(provider)) for provider, name, row in _speeds(by_length)
+        ]
+    panels["Published claims, not measured here; hardware and work differ"] = [
+        (f"{claim.who}: {claim.hardware}, {claim.what}", claim.frames_per_second, CLAIM) for claim in CLAIMS
+    ]
+    axes = _panels(figure, panels)
+    for one in axes:
+        one.set_xscale("log")
+    values = [value for bars in panels.values() for _, value, _ in bars]
+    axes[0].set_xlim(min(values) / 2, 2 * max(values))
+    axes[-1].set_xlabel("frames a second to a finished file with sound (logarithmic)")
+
+
+def cost(records: list[Record], figure: Any) -> None:
+    """Machine hours for an hour of video; by the price of one, what the video costs: prices are nobody's to measure."""
+    panels: dict[str, Bars] = {}
+    found = recorded.clips(records)
+    for group in recorded.widest(found):
+        panels[f"{group}, {max(found[group]):g} frames"] = [
+            (name, row["config"].get("fps", 25) / row["p50"], _colour(provider))
+            for provider, name, row in _speeds(found[group])
+        ]
+    axes = _panels(figure, panels)
+    axes[0].set_xlim(right=1.1 * max(value for bars in panels.values() for _, value, _ in bars))
+    axes[-1].set_xlabel("hours of the machine for an hour of video; times the price of one: what the video costs")
+
+
+def _speeds(by_length: dict[float, dict[tuple[str, str], Record]]) -> list[tuple[str, str, Record]]:
+    """Provider, name and frames a second of everybody who rendered the longest clip."""
+    found = recorded.longest(by_length)
+    named = ((provider, name, found.get((provider, "throughput"))) for provider, name in recorded.NAMES.items())
+    return [(provider, name, row) for provider, name, row in named if row is not None]
+
+
+def _colour(provider: str) -> dict[str, Any]:
+    return {"color": MINE if provider.startswith("gpupipe") else OTHERS}
+
+
+def _panels(figure: Any, panels: dict[str, Bars]) -> list[Any]:
+    """Horizontal bars with their values, panel under panel, on one scale; sizes are inches, whatever the number."""
+    title, bar, below = 0.4, 0.24, 0.5
+    height = below + sum(title + bar * len(bars) for bars in panels.values())
+    figure.set_size_inches(10, height)
+    made: list[Any] = []
+    top = height
+    for name, bars in panels.items():
+        top -= title + bar * len(bars)
+        place = (0.38, top / height, 0.59, bar * len(bars) / height)
+        axes = figure.add_axes(place, sharex=made[0] if made else None)
+        for row, (_, value, look) in enumerate(bars):
+            axes.barh(row, value, height=0.7, linewidth=0.5, **look)
+            axes.annotate(f"{value:.3g}", (value, row), (4, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(bars)), [label for label, *_ in bars])
+        axes.set_ylim(len(bars) - 0.5, -0.5)
+        axes.tick_params(labelbottom=False)
+        figure.text(0.02, (top + bar * len(bars) + 0.08) / height, name, fontsize=10)
+        made.append(axes)
+    made[-1].tick_params(labelbottom=True)
+    return made
 
 
 def waterfall(records: list[Record], figure: Any) -> None:
@@ -96,20 +139,21 @@ def roofline(records: list[Record], figure: Any) -> None:
     for number, group in enumerate(groups):
         left = figure.add_subplot(len(groups), 2, 2 * number + 1)
         bandwidth, rate = (_ceiling(records, group.device, metric) for metric in ("copy_bandwidth", "matrix_rate"))
-        xs = [10 ** (power / 10) for power in range(-10, 51)]
+        xs = [10 ** (power / 20) for power in range(61)]
         left.plot(xs, [min(rate, x * bandwidth) for x in xs], color=LIMIT)
         for name, metrics in found[group].items():
             config = metrics["time"]["config"]
             if config["operations"]:
                 reached = config["operations"] / metrics["time"]["p50"] / 1e6
                 left.plot(config["operations"] / config["bytes"], reached, "o", color=MINE)
-                above = 7 if "speech" in name else -13
+                offset, side = ((7, 0), "left") if "speech" in name else ((2, -11), "right")
                 left.annotate(
                     name.removeprefix("network, "),
                     (config["operations"] / config["bytes"], reached),
-                    xytext=(0, above),
+                    xytext=offset,
                     textcoords="offset points",
-                    ha="center",
+                    ha=side,
+                    va="center",
                 )
         left.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="G operations/s")
         left.set_ylim(rate / 100, 2 * rate)
@@ -127,28 +171,6 @@ def roofline(records: list[Record], figure: Any) -> None:
         right.set_title("share of the floor's speed")
 
 
-def cost(records: list[Record], figure: Any) -> None:
-    """What an hour of video costs, by what an hour of the machine costs: nobody's prices, only the measured times."""
-    found = recorded.clips(records)
-    figure.set_size_inches(10, 5)
-    axes = figure.add_axes((0.08, 0.36, 0.88, 0.57))
-    prices = [10 ** (power / 10) for power in range(-20, 11)]
-    styles = itertools.product(("-", "--", ":", "-."), (1.0, 2.5))
-    for group, by_length in found.items():
-        for provider, name in recorded.NAMES.items():
-            row = recorded.longest(by_length).get((provider, "throughput"))
-            if row is None:
-                continue
-            hours = row["config"].get("fps", 25) / row["p50"]
-            colour = MINE if provider.startswith("gpupipe") else OTHERS
-            label = f"{hours:.3g} h: {name} — {group.short}"
-            style, width = next(styles, ("-", 1.0))
-            axes.plot(prices, [price * hours for price in prices], style, linewidth=width, color=colour, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="an hour of the machine, $", ylabel="an hour of video, $")
-    axes.set_title("Machine hours for an hour of video, by what the machine costs")
-    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2, frameon=False, fontsize=8)
-
-
 PLOTS: dict[str, Callable[[list[Record], Any], None]] = {
     "end_to_end": end_to_end,
     "stages": waterfall,
@@ -157,28 +179,41 @@ PLOTS: dict[str, Callable[[list[Record], Any], None]] = {
 }
 
 
-def draw(records: list[Record]) -> dict[str, str]:
-    """Name → SVG of every plot that has rows to show.
+def figures(records: list[Record]) -> dict[str, Any]:
+    """Name → :class:`matplotlib.figure.Figure` of every plot that has rows to show.
 
     Raises:
         ImportError: matplotlib is missing (``gpupipe[plots]``).
     """
-    import matplotlib  # noqa: PLC0415 - an extra
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
 
-    style: Any = dict(matplotlib.rcParamsDefault)
-    style.update(_STYLE)
     made = {}
     for name, plot in PLOTS.items():
         if name in ("stages", "roofline") and not recorded.stages(records):
             continue
-        with matplotlib.rc_context(style):
-            figure = Figure()
-            plot(records, figure)
-            buffer = io.StringIO()
+        with _style():
+            made[name] = Figure()
+            plot(records, made[name])
+    return made
+
+
+def draw(records: list[Record]) -> dict[str, str]:
+    """Name → SVG of each of the :func:`figures`."""
+    made = {}
+    for name, figure in figures(records).items():
+        buffer = io.StringIO()
+        with _style():
             figure.savefig(buffer, format="svg", metadata={"Date": None})
         made[name] = "".join(f"{line.rstrip()}\n" for line in buffer.getvalue().splitlines())
     return made
+
+
+def _style() -> AbstractContextManager[None]:
+    """matplotlib's own settings and these, whatever the machine's say."""
+    import matplotlib  # noqa: PLC0415 - an extra
+
+    style: Any = dict(matplotlib.rcParamsDefault)
+    return matplotlib.rc_context(style | _STYLE)
 
 
 def drawn_by(svg: str) -> str:

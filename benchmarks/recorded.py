@@ -27,11 +27,6 @@ class Group(NamedTuple):
         network = "full-width network" if self.width == 1 else f"network of width {self.width:g}"
         return f"{self.device}; template {self.template}, {network}"
 
-    @property
-    def short(self) -> str:
-        """For a plot, where room is scarce; the network is told where it is not the full one."""
-        return f"{self.device}, {self.template}{'' if self.width == 1 else f', width {self.width:g}'}"
-
 
 def group_of(record: Record) -> Group:
     """The group of a row."""

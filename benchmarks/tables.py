@@ -208,7 +208,9 @@ def sweeps(rows: Rows) -> str:
 def claims(rows: Rows) -> str:
     """What others have published; not measured here."""
     lines = ["| who | frames/s | hardware | what | said by |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| {c.who} | {c.frames_per_second:g} | {c.hardware} | {c.what} | {c.source} |" for c in CLAIMS]
+    for claim in CLAIMS:
+        source = f"[{claim.source}]({claim.url})" if claim.url else claim.source
+        lines.append(f"| {claim.who} | {claim.frames_per_second:g} | {claim.hardware} | {claim.what} | {source} |")
     return "\n".join(lines)
 
 

@@ -121,12 +121,40 @@ def test_a_plot_of_another_matplotlib_is_held_to_what_it_says(drawn: dict[str, s
 
 
 def test_every_claim_names_hardware_and_source_and_is_drawn_apart(drawn: dict[str, str]) -> None:
-    said = "\n".join(plots.texts(drawn["end_to_end"]))
+    said, table = "\n".join(plots.texts(drawn["end_to_end"])), TABLES["claims"]([])
     assert "not measured here" in said
     for claim in CLAIMS:
         assert claim.hardware and claim.source
-        assert f"{claim.who} — {claim.hardware}" in said
-    assert CLAIMS and all(claim.who in TABLES["claims"]([]) for claim in CLAIMS)
+        assert f"{claim.who}: {claim.hardware}" in said
+        assert claim.who in table
+        if claim.who.startswith("predecessor"):
+            assert claim.url is None
+        else:
+            assert f"({claim.url})" in table and claim.url and claim.url.startswith("https://")
+    assert CLAIMS
+
+
+@pytest.mark.parametrize("device", [None, "NVIDIA RTX PRO 6000 Blackwell Server Edition"])
+def test_all_that_a_plot_says_is_inside_of_it(device: str | None, rows: list[Record]) -> None:
+    backend = pytest.importorskip("matplotlib.backends.backend_agg")
+    from matplotlib.text import Text
+
+    if device:
+        rows = [row | {"device": device} for row in rows]
+    for name, figure in plots.figures(rows).items():
+        canvas, written = backend.FigureCanvasAgg(figure), []
+
+        def draw(text: Text, *given: object, written: list[Text] = written, **how: object) -> None:
+            written.append(text)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Text, "draw", draw)
+            canvas.draw()
+        assert len(written) > 10
+        for text in written:
+            box, page = text.get_window_extent(canvas.get_renderer()), figure.bbox
+            inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+            assert inside or not text.get_text(), f"{name}: {text.get_text()}"
 
 
 def test_the_newest_run_counts_whatever_its_place_in_the_file(rows: list[Record]) -> None:
