@@ -1,8 +1,8 @@
-"""`gpupipe bench`: what this machine does, end to end and stage by stage, beside the reference loop and the limits.
+"""`gpupipe bench`: this machine's figures, end to end and stage by stage, beside the reference loop and the limits.
 
-One run, in this order: the reference loop, the same loop on ONNX Runtime and gpupipe render the same clip to a file in
-turns (:mod:`gpupipe.benchmarks.contestants`); then each of gpupipe's stages runs by itself beside its floor
-(:mod:`gpupipe.benchmarks.bench_stages`). The method is written down in ``benchmarks/README.md``.
+A run has two parts. First the reference loop, the same loop on ONNX Runtime and gpupipe take turns at rendering the
+same clip to a file (:mod:`gpupipe.benchmarks.contestants`). Then each of gpupipe's stages runs by itself, beside its
+floor (:mod:`gpupipe.benchmarks.bench_stages`). ``benchmarks/README.md`` describes the method.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Report:
     """What a run found.
 
     Attributes:
-        verdicts: with ``compare``, one for each row that could be compared.
+        verdicts: one for each row that could be compared; none without ``compare``.
     """
 
     rows: list[Row]
@@ -76,8 +76,7 @@ class Report:
 
 
 def run(options: Options, say: Say) -> Report:
-    """Measure what is asked for, tell it, and record it if asked to: part by part, so that a run that is cut off leaves
-    what it has found.
+    """Measure what is asked for, and record it if asked to: part by part, so that an interrupted run keeps what it has.
 
     Raises:
         InputError: input or options that cannot be used.
@@ -174,7 +173,7 @@ def _sweep(scenario: Scenario, options: Options, folder: Path, device: str, say:
 
 
 def _look_into(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> None:
-    # A kernel profiler is to see the step, not the search for an engine before it.
+    # A kernel profiler should see the step, not the search for an engine before it.
     engine = "eager" if options.ncu_friendly and options.engine == "auto" else options.engine
     model = UNetModel(scenario.checkpoint, scenario.mode, device, engine=engine)
     step = Step(scenario, model, folder)
@@ -186,7 +185,7 @@ def _look_into(scenario: Scenario, options: Options, folder: Path, device: str, 
         say(f"{options.profile}: trace of {tracing.STEPS} steps of {len(step.frames)} frames")
 
 
-# ── telling ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── printing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def show(report: Report, console: Console) -> None:

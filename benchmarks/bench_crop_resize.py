@@ -1,6 +1,6 @@
 """crop_resize: µs a frame, and GB/s on its byte budget beside the device's own copy.
 
-``python -m gpupipe.benchmarks.bench_crop_resize [--record]``; the plain-torch reference runs beside the kernel on CUDA.
+``python -m gpupipe.benchmarks.bench_crop_resize [--record]``. On CUDA the plain-torch reference is timed as well.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
     frames, boxes, index = frames_of(batch, device), boxes_of(batch, device), torch.arange(batch, device=device)
     for dtype, channels_last in ((torch.float32, False), (torch.float16, True)):
         if device.type == "cpu" and dtype == torch.float16:
-            continue  # no engine takes it there
+            continue  # no engine on a CPU takes float16
         name = f"{str(dtype).removeprefix('torch.')}, {'channels last' if channels_last else 'planar'}"
         layout = torch.channels_last if channels_last else torch.contiguous_format
         functions = {

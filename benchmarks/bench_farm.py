@@ -2,12 +2,12 @@
 
     python -m gpupipe.benchmarks.bench_farm [--template DIR --audio-features NPY --audio SOUND] [--record]
 
-* ``overhead``: the same clips by one :class:`~gpupipe.FrameGenerationPipeline`, one after the other, and by a farm in
-  this process; both load the network, and take turns. ``ratio`` is the farm's time over the single renders'; once for
-  one long clip and once for many short ones of the same face.
-* ``frames``: milliseconds a frame of a farm's clip, by its length.
-* ``workers``: frames a second of a farm on 1, 2 … workers of Ray on this machine, which share its cores. Starting and
-  ending the cluster is in ``start``, measured with nothing to do, and taken off.
+* ``overhead``: a :class:`~gpupipe.FrameGenerationPipeline` renders clips one after the other, then a farm in this
+  process renders the same ones; both load the network, and they swap who begins. ``ratio`` is the farm's time over the
+  single renders', measured for one long clip and for many short ones of the same face.
+* ``frames``: milliseconds a frame of one clip on a farm, by the clip's length.
+* ``workers``: frames a second of a farm with 1, 2 … Ray workers on this machine, which share its cores. Starting and
+  ending the cluster is timed by a run with nothing to do; that time is the row ``start``, and is subtracted.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class _Bench:
     def _farm(
         self, clips: list[tuple[Path, Path]], *, again: bool = False, keep: bool = False, **how: Any
     ) -> FarmRecord:
-        """A run in a new folder; ``again`` in one that a run before has kept, where all is done."""
+        """Run in a new folder; with ``again`` in the one that an earlier run kept, where everything is done already."""
         out, jobs = self.folder / "out", self.folder / "jobs.jsonl"
         if not again:
             shutil.rmtree(out, ignore_errors=True)

@@ -1,10 +1,9 @@
 """The network's blocks: µs a frame, and GB/s on each block's byte budget beside the device's own copy.
 
-``python -m gpupipe.benchmarks.bench_inverted_residual [--record]``. On CUDA each block at full width and its own size
-runs on the Triton kernels and, as the baseline, in PyTorch layer by layer: channels last, batch norms folded, half
-precision.
-At the end come the fused engine's two halves, on what they must read and write at the least: image, features, mouth.
-On a CPU a few small blocks run on the plain reference, which shows that the script works and no more.
+``python -m gpupipe.benchmarks.bench_inverted_residual [--record]``. On CUDA each block, at full width and its own size,
+runs on the Triton kernels and, as the baseline, layer by layer in PyTorch: channels last, batch norms folded, half
+precision. The fused engine's two halves come last; their byte budget is what they must at least read and write: image,
+features, mouth. On a CPU a few small blocks run on the plain reference, only to show that the script works.
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ def _on(layers: nn.Sequential, device: torch.device, dtype: torch.dtype) -> nn.M
 
 
 def _split(expand: nn.Conv2d, low: int) -> tuple[Tensor, Tensor]:
-    """An expansion's matrix, the rows of the upsampled map's channels and of the skip's."""
+    """An expansion's matrix in two: the rows for the upsampled map's channels, and those for the skip's."""
     matrix = expand.weight.detach()[:, :, 0, 0].T
     return matrix[:low], matrix[low:]
 

@@ -2,19 +2,19 @@
 
     python -m gpupipe.benchmarks.bench_overlap [--template DIR --audio-features NPY --audio SOUND] [--record]
 
-Four things take turns within a round, on the same clip:
+Four kinds of work take turns within a round, on the same clip:
 
 * ``compute``: template and features opened, every frame rendered to NV12 and thrown away;
 * ``encode``: the finished frames, kept in memory, through the encoder and the muxer, with sound;
 * ``render``: both at once, as ``gpupipe render`` does it, from files to a file;
-* ``network``: the network's halves alone, the template's for each template frame that is shown, the speech's for each
-  frame, in the same lanes.
+* ``network``: the network's halves alone, in the same lanes: the template half once for each template frame that is
+  shown, the speech half once for each frame.
 
-``ratio`` is the time of ``render`` over that of the slower of ``compute`` and ``encode``: 1 if the other one were free.
-On a CPU both use the same cores, so that their CPU seconds add up, whoever waits for whom: ``least`` is that sum over
-the cores, again over the slower of the two, which no scheduling can beat. ``share`` is the part of a render's CPU
-seconds that is not spent in the network; it counts all threads, those of the encoder too. It is an upper bound: alone,
-the network sees one frame over and over, and a short clip opens a whole template.
+``ratio`` is the time of ``render`` over that of the slower of ``compute`` and ``encode``: it would be 1 if the other
+were free. On a CPU both need the same cores, so their CPU seconds add up: their sum divided by the number of cores is a
+time that no scheduling can beat, and ``least`` is that time over the slower of the two. ``share`` is the part of a
+render's CPU seconds that is not spent in the network, over all threads, the encoder's included. It is an upper bound:
+alone, the network sees the same frame again and again, and a short clip opens a whole template.
 """
 
 from __future__ import annotations

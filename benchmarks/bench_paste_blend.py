@@ -1,7 +1,7 @@
 """paste_blend: µs a frame, and GB/s on its byte budget beside the device's own copy.
 
-``python -m gpupipe.benchmarks.bench_paste_blend [--record]``. NV12 counts the copy of the background that the batch
-loop makes.
+``python -m gpupipe.benchmarks.bench_paste_blend [--record]``. NV12's bytes include the batch loop's copy of the
+background.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A frame's stages one by one: decode, crop, network, paste, convert, encode; each beside its floor.
 
 Each stage runs by itself on the template's own frames, as the pipeline runs it: on a CPU side by side in lanes, on CUDA
-a batch at once, decoding and encoding with all their threads. In a render the stages overlap, and those of a template
-frame (decode, crop, template half, convert) run once for each frame of the template, however long the clip is.
+in batches; decoding and encoding use all their threads. In a render the stages overlap, and four of them (decode, crop,
+template half, convert) run once for each frame of the template, however long the clip is.
 """
 
 from __future__ import annotations
@@ -45,12 +45,11 @@ class Stage:
     """One stage of a frame.
 
     Attributes:
-        once: what it runs once for.
-        run: does it for the frames of an index, int64 on the CPU, a number after the other.
-        where: ``lanes`` runs beside others of its kind, on CPU cores or as one batch on the GPU; ``host`` has threads
-            of its own.
-        moved: the fewest bytes of a frame, read and written.
-        operations: the fewest of a frame that are known to give the same result.
+        once: it runs once for each of these.
+        run: does it for the frames of an index: consecutive numbers, int64 on the CPU.
+        where: ``lanes`` runs frames side by side on CPU cores or as a batch on the GPU; ``host`` has its own threads.
+        moved: the fewest bytes that a frame's stage can read and write.
+        operations: the fewest that are known to give a frame the same result.
     """
 
     name: str
@@ -62,7 +61,7 @@ class Stage:
 
 
 class Step:
-    """A batch on its way: everything that each stage needs from the ones before it, made once."""
+    """A batch, with everything that each stage needs from the ones before it, made once."""
 
     def __init__(self, scenario: Scenario, model: UNetModel, folder: Path, frames: int | None = None) -> None:
         self.model = model
@@ -71,7 +70,9 @@ class Step:
         self._folder = folder
         self._paths = numbered_files(scenario.template / "full_body_img", ".jpg", "template frame")
         count = FRAMES[self.device.type] if frames is None else frames
-        self.frames = torch.from_numpy(np.resize(np.arange(len(self._paths)), count))  # comes round if it must
+        self.frames = torch.from_numpy(
+            np.resize(np.arange(len(self._paths)), count)
+        )  # starts again where the template is shorter
         self._template = Template.from_directory(scenario.template, device=self.device, exact=model.exact)
         kept, index = self._template.frames.lookup(self.frames.numpy())
         self._pixels = kept["frame"].index_select(0, index)
@@ -80,7 +81,7 @@ class Step:
         at = np.resize(np.arange(len(rows)), count)
         self._audio = torch.cat([rows.windows(int(i), int(i) + 1) for i in at]).to(self.device)
         every = torch.arange(count)
-        self._places = every.to(self.device)  # a copy from the host would be waited for
+        self._places = every.to(self.device)  # a copy from the host in a stage would be waited for
         self._crops, self._images = self._crop(every)
         chunks = [model.engine.encode(self._images[i : i + 8]) for i in range(0, count, 8)]
         self._features = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -152,15 +153,15 @@ class Step:
 
 
 def _slice(index: Tensor) -> slice:
-    """The frames of an index as a slice: what a stage gets in a render is not copied for it, and so not here either."""
+    """The frames of an index as a slice, which copies nothing: in a render a stage's input is not copied either."""
     return slice(int(index[0]), int(index[-1]) + 1)
 
 
 def network_costs(network: UNet328, dtype: torch.dtype, batch: int = 1) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(bytes, operations) of a frame of the template half and of the speech half.
+    """(bytes, operations) a frame, of the template half and of the speech half.
 
-    The operations are those of the halves as :mod:`gpupipe.models.hoisted` rearranges them.
-    The bytes are the inputs, the outputs, and the weights once a batch; nothing between the layers.
+    The operations are those of the halves as :mod:`gpupipe.models.hoisted` rearranges them. The bytes are inputs,
+    outputs and, once for each batch, weights; what passes between layers is not counted.
     """
     with torch.device("meta"), torch.inference_mode():  # shapes are enough to count
         empty = UNet328(network.mode, width=network.width).eval()
@@ -181,7 +182,7 @@ def network_costs(network: UNet328, dtype: torch.dtype, batch: int = 1) -> tuple
 
 
 def seconds_a_frame(stage: Stage, count: int, device: torch.device, *, rounds: int) -> Spread:
-    """Of a stage over ``count`` frames; a first pass does not count."""
+    """Seconds of a stage for one frame, measured over ``count`` frames; a first pass does not count."""
     every = torch.arange(count)
     if stage.where == "host":
         spread = measure(lambda: stage.run(every), rounds=rounds, device=device)
@@ -202,7 +203,7 @@ def stage_rows(
     rounds: int = 3,
     say: Callable[[str], object] = lambda line: None,
 ) -> Iterator[list[Row]]:
-    """The machine's rows, then those of each stage as they are there; a stage that fails is a row that says so."""
+    """The machine's rows, then each stage's as soon as it is measured; a stage that fails is a row with its error."""
     model = UNetModel(scenario.checkpoint, scenario.mode, device, engine=engine)
     step = Step(scenario, model, folder)
     dtype = model.engine.dtype

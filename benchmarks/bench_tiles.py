@@ -1,13 +1,13 @@
 """Tiles of the network's Triton kernels: which would be fastest on this GPU, and by how much.
 
 ``python -m gpupipe.benchmarks.bench_tiles [--seconds 200] [--record]``, on CUDA. The tiles in use (``pointwise_tiles``,
-``projection_tile`` and their like in ``kernels/``) are those that compile without spilling everywhere: whether they are
-fast, a compiler cannot tell. Here the fused engine's two halves run once, each launch is written down with its
-arguments, and for each, beginning with what takes longest, the search goes to the fastest neighbour of its tile, one
-size halved or doubled, as long as there is a faster one. Where the time ends, so does the search.
+``projection_tile`` and the like in ``kernels/``) were chosen because they compile without spilling on every
+architecture; a compiler cannot say whether they are fast. Here the fused engine's two halves run once, and each launch
+is noted with its arguments. Then, the slowest launch first, the search moves from its tile to the fastest neighbour, in
+which one size is halved or doubled, until no neighbour is faster or the time is up.
 
-Nothing is changed by it: a tile that wins belongs in those functions, if ``python -m gpupipe.kernels.report`` finds no
-spill in it elsewhere.
+This changes nothing: to use a tile that wins, write it into those functions, provided that ``python -m
+gpupipe.kernels.report`` finds no spill with it on other architectures.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ Sizes = dict[str, int]
 """A tile and how it is launched, by name: pixels, channels, warps, stages."""
 
 WORTH = 0.98
-"""A neighbour is gone to from this share of the time on: less is noise."""
+"""The search moves to a neighbour that takes at most this share of the time: a smaller gain is noise."""
 
 AGREE = 0.02
-"""How far a tile's result may be from that of the tile in use, by the latter's largest value."""
+"""How far a tile's result may be from that of the tile in use, as a share of the latter's largest value."""
 
 
 _STAGES = 5 if FENCES_COPIES else 1
-"""The most stages of a loop whose products take both sides from memory. One that computes the left side, as upsampling
-does, is not pipelined: compilers have been seen to write over what Hopper's products still read (triton-lang/triton,
-issue 9433)."""
+"""The most stages of a loop whose matrix products take both sides from memory. A loop that computes its left side, as
+upsampling does, is not pipelined: compiled code has been seen to overwrite what Hopper's products still read
+(triton-lang/triton, issue 9433)."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Launcher:
         module: where it is.
         name: of the function.
         tiles: name of the function that it asks for a tile.
-        most: from the questions that it asks, the most that the tile's channels can be.
+        most: takes the arguments of that function; returns the largest sizes that the tile's channels can have.
     """
 
     module: ModuleType
@@ -85,12 +85,12 @@ LAUNCHERS = (
 
 
 class Launch:
-    """One launch of the network's, which can be made again with another tile.
+    """One of the network's launches, which can be repeated with another tile.
 
     Attributes:
         times: how often the network makes it, or one of the same shapes.
         tile: the one in use.
-        most: the most that its channels can be, by name.
+        most: the largest sizes that the tile's channels can have, by name.
     """
 
     def __init__(self, launcher: Launcher, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Launch:
         self._scale = float(self._expected.abs().max())
 
     def __call__(self) -> Tensor:
-        """Make it, with the tile that the kernel's own function gives."""
+        """Launch with the tile that the kernel's own function gives."""
         result: Tensor = getattr(self._launcher.module, self._launcher.name)(*self._arguments, **self._options)
         return result
 
@@ -119,7 +119,7 @@ class Launch:
         return f"{self._launcher.name.removesuffix('_triton')} {given} → {made}"
 
     def seconds(self, tile: Sizes) -> float:
-        """Seconds that it takes with ``tile``; infinity where that does not compile, does not fit or is wrong."""
+        """Seconds with ``tile``; infinity where it does not compile, does not fit or gives a wrong result."""
         given = Tile(**tile) if "chunk" in tile else tile
         with mock.patch.object(self._launcher.module, self._launcher.tiles, lambda *_, **__: given):
             try:
@@ -128,12 +128,12 @@ class Launch:
                 if not error <= AGREE * self._scale:
                     return math.inf
                 return seconds_of(self, result.device, rounds=3).p50
-            except Exception:  # whatever the compiler or the driver has against it: the next tile is tried
+            except Exception:  # compilers and drivers raise what they like: the next tile is tried
                 return math.inf
 
 
 def recorded(run: Callable[[], object]) -> list[Launch]:
-    """The launches that ``run`` makes, those of equal shapes once."""
+    """The launches that ``run`` makes; those of equal shapes stand for one another."""
     launches: dict[tuple[Any, ...], Launch] = {}
     with contextlib.ExitStack() as stack:
         for launcher in LAUNCHERS:
@@ -156,7 +156,11 @@ def recorded(run: Callable[[], object]) -> list[Launch]:
 
 
 def neighbours(tile: Sizes, most: Sizes) -> Iterator[Sizes]:
-    """Tiles with one size halved or doubled (stages: one less or more), from what tensor cores need to ``most``."""
+    """Tiles with one size halved or doubled (stages: one less or more), no smaller than tensor cores need.
+
+    Args:
+        most: the largest sizes, by name.
+    """
     for name, size in tile.items():
         lower, upper = {"num_stages": (1, _STAGES), "num_warps": (1, 8), "warps": (1, 8)}.get(name, (16, 256))
         for other in (size - 1, size + 1) if name == "num_stages" else (size // 2, size * 2):
@@ -165,7 +169,7 @@ def neighbours(tile: Sizes, most: Sizes) -> Iterator[Sizes]:
 
 
 def descend(tile: Sizes, most: Sizes, seconds: Callable[[Sizes], float], *, deadline: float) -> tuple[Sizes, float]:
-    """The tile that no neighbour is faster than, going downhill from ``tile``, and its seconds.
+    """Go downhill from ``tile`` to one that no neighbour beats; returns that tile and its seconds.
 
     Args:
         most: see :func:`neighbours`.
@@ -193,7 +197,7 @@ def _sizes(tile: Tile | Sizes) -> Sizes:
 
 
 def _shapes(values: Any) -> Any:
-    """``values`` with tensors' shapes in their place."""
+    """``values``, in which each tensor is replaced by its shape."""
     if isinstance(values, Tensor):
         return tuple(values.shape)
     return tuple(map(_shapes, values)) if isinstance(values, (tuple, list)) else values
@@ -209,7 +213,7 @@ def _network(device: torch.device, batch: int) -> Callable[[], object]:
 
 
 def rows_of(launch: Launch, batch: int, device: torch.device, *, deadline: float) -> list[Row]:
-    """What a launch takes with the tile in use and, where there is a faster one, with that."""
+    """A launch's time with the tile in use and, where a faster one was found, with that."""
     fastest, seconds = descend(launch.tile, launch.most, launch.seconds, deadline=deadline)
     found = {"in use": (launch.tile, launch.seconds(launch.tile))}
     if fastest != launch.tile:
@@ -235,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=200, help="that the search may take")
+    parser.add_argument("--seconds", type=float, default=200, help="time limit of the search")
     parser.add_argument("--record", action="store_true", help="append the rows to the results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()

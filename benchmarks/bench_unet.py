@@ -1,22 +1,22 @@
-"""The network alone: gpupipe's engines, with nothing cached and with the template's half cached, beside their peers.
+"""The network alone: gpupipe's engines beside their peers, with nothing cached and with the template's half cached.
 
     python -m gpupipe.benchmarks.bench_unet [--width 1] [--rounds 20] [--device cuda] [--batch 1 8 …]
         [--precision float16 …] [--engine fused …] [--record]
 
-On a CPU, in float32: eager PyTorch and ONNX Runtime on the whole network as ``gpupipe export`` writes it, each with all
-cores on one frame, and ONNX Runtime with a frame to each core too; gpupipe's `onnxruntime` engine as a render runs it,
-side by side in its lanes; and in bfloat16 its `openvino` engine, where that runs.
+On a CPU, in float32: eager PyTorch, and ONNX Runtime on the whole network as ``gpupipe export`` writes it, each with
+all cores on one frame; ONNX Runtime again with one frame to each core; and gpupipe's `onnxruntime` engine as a render
+runs it, side by side in lanes. In bfloat16: the `openvino` engine, where it runs.
 
-On CUDA: each engine × precision × batch, in the order given, replayed as CUDA graphs, its rows written as soon as they
-are there; and, where they are installed, ONNX Runtime's CUDA and TensorRT providers on the whole network (``--engine
-onnxruntime``).
+On CUDA: each engine × precision × batch, in the order given, replayed as CUDA graphs; rows are written as soon as they
+are measured. ``--engine onnxruntime`` adds ONNX Runtime's CUDA and TensorRT providers on the whole network, where they
+are installed.
 
 Providers take turns within a round, so that a noisy neighbour favours none.
 
-Weights and inputs are random but fixed. Beside the time stand the achieved operations a second (a multiply-add counts
-as two; of the network as it is trained, whoever saves some) and, as ``floor``, the time that moving every layer's input
-and output once would take at the device's measured copy bandwidth, with batch norms folded: what running it layer by
-layer cannot beat.
+Weights and inputs are random but fixed. Two rows go with each time. ``operations`` is the achieved operations a second:
+a multiply-add counts as two, and what is counted is the network as trained, even where an engine saves some.
+``layerwise_floor`` compares with the time that reading and writing every layer's input and output once would take at
+the device's measured copy bandwidth, batch norms folded: running layer by layer cannot be faster.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ PEERS: dict[Precision, dict[str, dict[str, str]]] = {
     "float16": {"CUDAExecutionProvider": _CUDA, "TensorrtExecutionProvider": {"trt_fp16_enable": "1"}},
     "float32": {"CUDAExecutionProvider": _CUDA, "TensorrtExecutionProvider": {}},
 }
-"""ONNX Runtime's providers for a GPU, and the options that bring out their best, by precision."""
+"""ONNX Runtime's providers for a GPU, with the options that make them fastest, by precision."""
 _SIDE_BY_SIDE = 2
 """Frames that each lane takes in one call."""
 
@@ -127,7 +127,7 @@ def on_cpu(network: UNet328) -> list[Contestant]:
 def on_cuda(
     network: UNet328, device: torch.device, batch: int, precision: Precision, engines: Sequence[EngineName]
 ) -> list[Contestant]:
-    """Those of ``engines`` that know a precision, at one batch size; one that cannot be built raises when it is run."""
+    """Those of ``engines`` that support a precision, at one batch size; one that cannot be built raises when run."""
     made = []
     names = [one.name for one in candidates(device, find_dtype(device, exact=False, precision=precision))]
     for name in (name for name in names if name in engines):
@@ -169,10 +169,10 @@ def onnxruntime_peers(
     precision: Precision,
     providers: Mapping[str, Mapping[str, str]],
 ) -> list[Contestant]:
-    """ONNX Runtime on the whole network, by each of ``providers`` that is installed; inputs lie on the device.
+    """ONNX Runtime on the whole network, by each of ``providers`` that is installed, with its inputs on the device.
 
     Args:
-        providers: options of each, by its name.
+        providers: each one's options, by its name.
     """
     installed = [name for name in providers if name in onnxruntime.get_available_providers()]
     if not installed:
@@ -189,7 +189,7 @@ def onnxruntime_peers(
             if session.get_providers()[0] != provider:  # it falls back to the CPU
                 raise DeviceError(f"{provider} does not load here")
             run: Callable[[], object] = _bound(session, *(value.to(dtype) for value in _inputs(network, batch, device)))
-        except Exception as error:  # as providers raise what they like
+        except Exception as error:  # providers raise what they like
             run = _raising(error)
         made.append(Contestant(name, run, batch, told))
     return made
@@ -207,7 +207,7 @@ def _bound(session: onnxruntime.InferenceSession, image: Tensor, audio: Tensor) 
     ):
         bind(name, value.device.type, value.device.index or 0, number, tuple(value.shape), value.data_ptr())
 
-    def run(image: Tensor = image, audio: Tensor = audio) -> Tensor:  # which keep the memory that is bound
+    def run(image: Tensor = image, audio: Tensor = audio) -> Tensor:  # the defaults keep the bound memory alive
         session.run_with_iobinding(binding)
         return output
 
@@ -237,7 +237,7 @@ def _session(graph: bytes, threads: int) -> onnxruntime.InferenceSession:
 
 @torch.inference_mode()
 def measure(contestants: list[Contestant], device: torch.device, rounds: int) -> dict[int, list[float] | str]:
-    """Seconds a frame of each contestant by its place, or why there are none."""
+    """Seconds a frame of each contestant, by its place in the list; or the reason why it has none."""
     found: dict[int, list[float] | str] = {place: [] for place in range(len(contestants))}
     for turn in range(WARMUP + rounds):
         for place, one in enumerate(contestants):
@@ -246,7 +246,7 @@ def measure(contestants: list[Contestant], device: torch.device, rounds: int) ->
                 continue
             try:
                 seconds = timed(one.run, device)
-            except Exception as error:  # a loss is a row too, and the others go on
+            except Exception as error:  # a failure is a row too, and the others go on
                 found[place] = f"{type(error).__name__}: {first_line(error)}"
                 continue
             if turn >= WARMUP:
@@ -257,7 +257,7 @@ def measure(contestants: list[Contestant], device: torch.device, rounds: int) ->
 def rows_of(
     network: UNet328, contestants: list[Contestant], device: torch.device, batch: int, rounds: int
 ) -> list[Row]:
-    """Rows ``latency``, ``operations`` and ``floor`` of each contestant.
+    """Rows ``latency``, ``operations`` and ``layerwise_floor`` of each contestant.
 
     Args:
         batch: the place on the rows' axis.
@@ -288,7 +288,7 @@ def rows_of(
 
 @torch.inference_mode()
 def layerwise_numbers(network: UNet328, image: Tensor, audio: Tensor) -> int:
-    """Numbers that all layers read and write, one by one, batch norms folded: inputs, outputs and weights of each."""
+    """How many numbers the layers read and write one by one, batch norms folded: each one's input, output, weights."""
     return _traffic(fold_batch_norms(network), (image, audio))
 
 
@@ -314,7 +314,7 @@ class _Encoder(nn.Module):
 
 @torch.inference_mode()
 def _traffic(module: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Numbers that the layers of one call read and write."""
+    """How many numbers the layers read and write in one call."""
     total = 0
 
     def count(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
@@ -344,13 +344,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     device = torch.device(options.device)
-    torch.backends.cudnn.benchmark = True  # eager PyTorch at its best: cuDNN tries its algorithms out, once a shape
+    torch.backends.cudnn.benchmark = True  # eager PyTorch at its best: cuDNN tries its algorithms once for each shape
     network = seeded_network(options.mode, width=options.width)
     print(device_name(device))
     for batch, made in _comparisons(network, device, options):
         rows = rows_of(network, made, device, batch, options.rounds)
         _show(rows)
-        if options.record:  # now: whoever cuts the run off keeps what it has found
+        if options.record:  # at once: an interrupted run keeps what it has found
             append_rows(rows, options.results)
 
 

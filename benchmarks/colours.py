@@ -1,15 +1,15 @@
-"""Proof to look at that colours survive the way into a video file: ``benchmarks/results/colours.png``.
+"""A picture that shows colours surviving the way into a video file: ``benchmarks/results/colours.png``.
 
     python -m gpupipe.benchmarks.colours [--frame 40] [--crf 20] [--output benchmarks/results/colours.png]
 
-The bundled avatar is rendered twice: to pictures, and to an .mp4, which FFmpeg decodes again by the file's own tags.
+The bundled avatar is rendered twice: to pictures, and to an .mp4 that FFmpeg decodes again by the file's own tags.
 
     the template's frame, as it was drawn │ the rendered frame, decoded from the .mp4
     ──────────────────────────────────────┼──────────────────────────────────────────
     decoded − rendered, × 8, grey is none  │ the same, decoded as BT.601: what wrong tags would do
 
-Beside each other, the upper two differ in the mouth alone; the lower left shows what the encoder lost, and no colour
-that stands out; the lower right is the negative control.
+The upper two should differ in the mouth alone. The lower left shows what the encoder lost, in which no colour should
+stand out; the lower right is the negative control.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GAIN = 8
 GAP = 4
 
 _CAREFUL = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-"""FFmpeg's conversion is dark by a step without these flags, whatever the file."""
+"""Without these flags FFmpeg's conversion is a step too dark, for any file."""
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _decode(video: Path, number: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """A frame as BGR, by the tags of the file, and as if it were BT.601."""
+    """A frame as BGR, decoded twice: by the file's tags, and as if it were BT.601."""
     with av.open(str(video)) as container:
         for i, frame in enumerate(container.decode(video=0)):
             if i == number:

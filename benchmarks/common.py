@@ -1,4 +1,4 @@
-"""What every benchmark shares: timing, the facts of the machine, and rows that say how a figure came about."""
+"""What all benchmarks share: timing, facts about the machine, and rows that say how a figure came about."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gpupipe.versions import versions as gpupipe_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_REPOSITORY = (ROOT / "pyproject.toml").is_file()
-"""Installed from a wheel there is no repository around this file, and no commit to tell."""
+"""False where gpupipe was installed from a wheel: no repository is around this file, and no commit is known."""
 
 RESULTS = ROOT / "benchmarks" / "results" if IN_REPOSITORY else Path("gpupipe-results")
 """Where rows are appended."""
@@ -44,12 +44,12 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Percentiles by linear interpolation; with two or three values that is a range, not a statistic."""
+        """Percentiles by linear interpolation; of two or three values they are a range and no statistic."""
         p20, p50, p80 = (float(p) for p in np.percentile(values, [20, 50, 80]))
         return cls(p20, p50, p80, len(values))
 
     def map(self, function: Callable[[float], float]) -> Spread:
-        """The spread of another unit, for a monotonous function: seconds a frame → frames a second, say."""
+        """The spread in another unit, by a monotonic function: seconds a frame → frames a second, for example."""
         p20, p50, p80 = sorted(function(p) for p in (self.p20, self.p50, self.p80))
         return Spread(p20, p50, p80, self.n)
 
@@ -80,7 +80,7 @@ def measure(
 
 @cache
 def driver_version(device: str | torch.device = "cpu") -> str | None:
-    """Of the GPU's driver; None for the CPU, or where the driver does not say."""
+    """Version of the GPU's driver; None for the CPU, or where it cannot be read."""
     if torch.device(device).type != "cuda":
         return None
     lines = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -89,7 +89,7 @@ def driver_version(device: str | torch.device = "cpu") -> str | None:
 
 @cache
 def versions() -> dict[str, str]:
-    """Python and the packages that a figure depends on, those that are installed."""
+    """Versions of Python and of the installed packages that a figure depends on."""
     found = {name: version for name, version in gpupipe_versions().items() if version != "missing"}
     if opencv := package_version("opencv-python-headless"):
         found["opencv"] = opencv
@@ -99,7 +99,7 @@ def versions() -> dict[str, str]:
 
 
 def package_version(name: str) -> str | None:
-    """Of an installed package; None where it is not installed."""
+    """Version of a package; None where it is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
     return None
@@ -107,13 +107,13 @@ def package_version(name: str) -> str | None:
 
 @cache
 def commit() -> str:
-    """The commit that is measured, with ``-dirty`` where a tracked file differs; what was recorded does not count.
+    """The commit that is measured, with ``-dirty`` where a tracked file outside benchmarks/results differs.
 
-    ``$GPUPIPE_COMMIT`` names it where the files came without their history; outside a repository it is the installed
+    ``$GPUPIPE_COMMIT`` names it where the files came without their history. Outside a repository it is the installed
     version: ``gpupipe 0.1.0``.
     """
-    if told := os.environ.get("GPUPIPE_COMMIT"):
-        return told
+    if named := os.environ.get("GPUPIPE_COMMIT"):
+        return named
     if not IN_REPOSITORY:
         return f"gpupipe {package_version('gpupipe') or 'of unknown version'}"
     head = _output_of("git", "rev-parse", "--short=12", "HEAD")
@@ -135,7 +135,7 @@ def _output_of(*command: str) -> str | None:
 
 @dataclass(frozen=True)
 class Row:
-    """One figure with all that is needed to judge it or to repeat it.
+    """One figure, with all that is needed to judge or to repeat it.
 
     Attributes:
         what: the thing measured: ``end_to_end``, or a kernel's noun.
@@ -150,7 +150,7 @@ class Row:
         n: how many measurements.
         config: every other choice: sizes, precision, engine, codec, template.
         device: see :func:`device_name`; driver, versions, commit and time (UTC) likewise.
-        error: why there is no figure. A loss or a failure is a result too.
+        error: why there is no figure. A failure is a result too.
     """
 
     what: str
@@ -189,7 +189,7 @@ def row(
     device: str | torch.device = "cpu",
     error: str | None = None,
 ) -> Row:
-    """A row with the machine's facts filled in. Without a ``spread`` it must say why (``error``)."""
+    """A row with the machine's facts filled in; without a ``spread`` it must say why, in ``error``."""
     if (spread is None) == (error is None):
         raise ValueError(f"spread is {spread} and error {error!r}; expected exactly one of them")
     return Row(

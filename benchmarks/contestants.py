@@ -1,4 +1,4 @@
-"""Ways to render a clip to a file, and what each took: contestants render the same clip in turns."""
+"""Ways to render a clip to a file: contestants take turns at the same clip, and what each took is measured."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Say = Callable[[str], object]
 
 @dataclass
 class Contestant:
-    """One way to render, and what was measured of it, a value a turn.
+    """One way to render, and what was measured of it: one value for each turn.
 
     Attributes:
-        name: as rows tell it (``provider``).
+        name: the ``provider`` of its rows.
         load_seconds: loading the checkpoint and building the engine; not part of a render.
-        facts: what a row's ``config`` says of it alone.
-        joules: a turn, where the GPU counts them.
+        facts: entries of a row's ``config`` that are about this contestant alone.
+        joules: one value for each turn, where the GPU counts them.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Contestant:
 
 
 def reference_loop(scenario: Scenario, *, device: str, crf: int) -> Contestant:
-    """Frame by frame on OpenCV and eager PyTorch; cuDNN tries its algorithms out before anything is measured.
+    """Frame by frame on OpenCV and eager PyTorch; cuDNN tries its algorithms before anything is measured.
 
     Raises:
         ImportError: OpenCV is not installed.
@@ -74,7 +74,7 @@ def reference_loop(scenario: Scenario, *, device: str, crf: int) -> Contestant:
 def reference_loop_onnxruntime(scenario: Scenario, folder: Path, *, device: str, crf: int) -> Contestant:
     """The same loop with the whole network in ONNX Runtime on all cores, or on CUDA where ONNX Runtime can.
 
-    It encodes at gpupipe's preset: this is the loop as somebody might have it who cares for speed.
+    It encodes at gpupipe's preset: this is the loop as somebody who cares about speed would run it.
 
     Raises:
         ImportError: OpenCV is not installed.
@@ -99,11 +99,11 @@ class _OnnxNetwork:
         self._session = session
 
     def parameters(self) -> Iterator[Tensor]:
-        """Nothing but where the inputs go."""
+        """An empty tensor, which only says where the inputs go."""
         yield torch.empty(0)
 
     def __call__(self, image: Tensor, audio: Tensor) -> Tensor:
-        """As the network."""
+        """As :class:`~gpupipe.models.UNet328`."""
         [mouth] = self._session.run(None, {"image": image.numpy(), "audio": audio.numpy()})
         return torch.from_numpy(mouth)
 
@@ -133,10 +133,10 @@ def gpupipe(
     batch_size: int | None = None,
     stub: Callable[[torch.device, torch.dtype], Engine] | None = None,
 ) -> Contestant:
-    """gpupipe, as its options say; ``exact=None`` is what the device does by default.
+    """gpupipe with these options; ``exact=None`` is the device's default.
 
     Args:
-        stub: makes something that stands in for the network.
+        stub: makes an engine that stands in for the network.
     """
     start = time.perf_counter()
     pipeline = FrameGenerationPipeline(
@@ -166,7 +166,7 @@ def gpupipe(
 
 
 def half_precision_on_cpu(scenario: Scenario, *, device: str, crf: int) -> list[Contestant]:
-    """gpupipe in bfloat16, where ``device`` is a CPU that is made for it; else nobody."""
+    """gpupipe in bfloat16, where ``device`` is a CPU with instructions for it; else nobody."""
     if device != "cpu" or openvino_cpu.obstacle():
         return []
     return [gpupipe(scenario, device=device, crf=crf, name="gpupipe_bfloat16", precision="bfloat16")]
@@ -224,7 +224,7 @@ def take_turn(
     device: str,
     joules: Callable[[], float] | None = None,
 ) -> None:
-    """One measured render; what an earlier one left behind is cleared away first."""
+    """Measure one render; garbage of an earlier one is collected first."""
     gc.collect()
     before = joules() if joules else 0.0
     with PeakMemory(device) as memory:
@@ -240,9 +240,9 @@ def take_turn(
 
 
 def check_clip(output: Path, frames: int, name: str) -> None:
-    """Raise RuntimeError unless the file holds so many frames and one sound track that lasts about as long.
+    """Raise RuntimeError unless the file holds ``frames`` frames and one sound track that lasts about as long.
 
-    AAC rounds it up to whole blocks of 1024 samples, and puts one before the first.
+    AAC rounds the sound up to whole blocks of 1024 samples and puts another in front.
     """
     with av.open(str(output)) as container:
         written, sound = 0, 0.0
@@ -272,7 +272,7 @@ def clip_rows(
 ) -> list[Row]:
     """Rows of all that was measured. Ratios are to the first contestant, taken within each turn.
 
-    Stages are told of clips that are compared by their length alone; a sweep tells the whole.
+    Stages have rows only on the axis ``frames``: a sweep records whole renders alone.
 
     Args:
         axis, value: of the rows; by default the clip's length.

@@ -1,7 +1,7 @@
 """What this machine could do at best: bytes over its own copy bandwidth, operations over its own matrix rate.
 
-A floor is a bound from below, not a promise: nothing that reads and writes these bytes, or does these operations one by
-one, ends sooner. The ceilings are measured in the same run, so that a slow or a busy machine moves both.
+A floor is a lower bound, not a promise: nothing that reads and writes these bytes, or performs these operations, can
+finish sooner. The ceilings are measured in the same run, so that a slow or busy machine moves both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MATRIX = {"cuda": 8192, "cpu": 1024}
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that a frame's stage takes.
+    """The shortest time that a stage can take for a frame.
 
     Attributes:
         seconds: the larger of the two bounds.
@@ -34,7 +34,7 @@ class Floor:
 
     @classmethod
     def of(cls, moved: int, operations: int, device: torch.device, dtype: torch.dtype) -> Floor:
-        """Of a stage that moves so many bytes and does so many operations (a multiply-add counts as two)."""
+        """The floor of a stage that moves ``moved`` bytes and does ``operations`` (a multiply-add counts as two)."""
         by_bytes = moved / copy_bandwidth(device)
         by_operations = operations / matrix_rate(device, dtype) if operations else 0.0
         return cls(by_bytes, "bytes") if by_bytes >= by_operations else cls(by_operations, "operations")
@@ -51,7 +51,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 @torch.inference_mode()
 def operations_of(module: nn.Module, *inputs: Tensor) -> int:
-    """Operations of the convolutions and matrix products of one call; activations and sums are not counted."""
+    """Operations of the convolutions and matrix products in one call; activations and sums are not counted."""
     counter = FlopCounterMode(display=False)
     with counter:
         module(*inputs)

@@ -4,8 +4,8 @@
 (no GPU needed) and writes each as a ``.cubin``, with what a launch must know in ``manifest.json``.
 ``python -m gpupipe.benchmarks.gluon_cubins run FOLDER [--batch 64] [--record]`` loads them through the CUDA driver
 (cuda-bindings), compares each with the plain reference on maps of the network's own size, and times it beside the same
-three convolutions in eager PyTorch, half precision, channels last. At the end come the two halves of the network by the
-`gluon` engine on these kernels, whose mouths are held to the plain network's.
+three convolutions in eager PyTorch, half precision, channels last. Last it times the two halves of the network in the
+`gluon` engine on these kernels, once their mouths have been compared with the plain network's.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ from gpupipe.models.unet328 import random_inputs
 MANIFEST = "manifest.json"
 
 LARGEST_ERROR, MEAN_ERROR = 1e-2, 4e-4
-"""Of a float16 map beside the float32 reference, on values of 0 to about 6; the tests bound small maps likewise."""
+"""Bounds for a float16 map beside the float32 reference, on values of 0 to about 6; tests bound small maps likewise."""
 
 CHECKED_SAMPLES = 3
 
 EQUAL_VALUES = 0.97
-"""Share of a mouth's values that must equal the reference's; the others are a step away at most."""
+"""Share of a mouth's values that must equal the reference's; the others may be one step away."""
 
 MOUTH_ERROR = 1.5
-"""Root mean square, in steps of 255, of the whole network's mouths: half precision and truncation, seeded weights."""
+"""Bound for the root mean square error of the whole network's mouths, in steps of 255: it allows for half precision and
+truncation, with seeded weights."""
 
 
 # ── build ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -71,8 +72,8 @@ def build(folder: Path, arch: int, blocks: Sequence[str] | None = None) -> list[
                 continue
             row = compile_variant(variant, arch)
             if not row.clean:
-                told = row.error or f"{row.stack} bytes of stack, {row.spills} spilled"
-                raise RuntimeError(f"{variant.config}: {told}")
+                reason = row.error or f"{row.stack} bytes of stack, {row.spills} spilled"
+                raise RuntimeError(f"{variant.config}: {reason}")
             kernel = compiled_kernel(variant, arch)
             arguments = [one for one in variant.kernel.arg_names if one not in variant.constants]
             check_parameters(kernel, arguments)
@@ -112,9 +113,9 @@ def check_parameters(kernel: Any, arguments: Sequence[str]) -> None:
 
 
 def packed_arguments(pointers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Values of a launch's parameters, and the addresses of them that the driver wants; both must outlive the launch.
+    """Values of a launch's parameters, and their addresses, which the driver wants; both must outlive the launch.
 
-    Two null pointers follow: Triton's scratch memory, of which these kernels use none.
+    The last two are null pointers: Triton's scratch memory, which these kernels do not use.
     """
     values = np.array([*pointers, 0, 0], dtype=np.uint64)
     return values, values.ctypes.data + values.itemsize * np.arange(len(values), dtype=np.uint64)
@@ -149,7 +150,7 @@ class Cubin:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a block is given: weights and maps."""
+    """A block's input: weights and maps."""
 
     block: PackedBlock
     head: PackedHead | None
@@ -158,7 +159,7 @@ class Case:
     index: Tensor | None
 
     def expected(self) -> Tensor:
-        """By the plain reference."""
+        """The plain reference's result."""
         return whole_block(self.skip, self.block, low=self.low, index=self.index, head=self.head)
 
     def empty(self) -> Tensor:
@@ -170,7 +171,7 @@ class Case:
         return self.skip.new_empty(batch, 3, edge, edge, dtype=torch.uint8)
 
     def tensors(self, out: Tensor) -> dict[str, Tensor]:
-        """By the names of the kernels' arguments."""
+        """What the kernels take, by the names of their arguments."""
         given = {"skip": self.skip, "low": self.low, "index": self.index, "out": out}
         given |= {name: getattr(self.block, name) for name in ("expand", "expand_bias", "depthwise", "project")}
         given |= {"project_bias": self.block.project_bias}
@@ -180,9 +181,9 @@ class Case:
 
 
 class Cubins:
-    """:func:`~gpupipe.kernels.whole_block.whole_block` by a folder's kernels.
+    """:func:`~gpupipe.kernels.whole_block.whole_block`, run by a folder's kernels.
 
-    Of a block's two the later one counts, that of warpgroup instructions.
+    Where a block has two, the later one is used, which has warpgroup instructions.
     """
 
     def __init__(self, folder: Path, entries: Sequence[dict[str, Any]]) -> None:
@@ -208,12 +209,12 @@ class Cubins:
 
 
 def _kind(shape: dict[str, Any]) -> frozenset[tuple[str, Any]]:
-    """What tells a block from others, however its shape is told."""
+    """A key that is the same for the same block, whichever way its shape is written."""
     return frozenset((shape | {"stored": shape["stored"] or shape["skip"]}).items())
 
 
 def case_of(entry: dict[str, Any], batch: int, device: torch.device) -> Case:
-    """Random weights that keep values near 1, the same every time, and normal noise, for an entry of the manifest."""
+    """The input for an entry of the manifest: fixed random weights that keep values near 1, and normal noise."""
     shape = entry["block"]
     low, skip, hidden, out = (shape[name] for name in ("low", "skip", "hidden", "out"))
     torch.manual_seed(0)
@@ -237,14 +238,14 @@ def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int 
 
 
 def grid_of(entry: dict[str, Any], batch: int) -> tuple[int, int]:
-    """Programs of a launch."""
+    """How many programs a launch has."""
     edge = math.ceil(entry["block"]["size"] / entry["block"]["stride"])
     rows, columns = entry["tile"]
     return math.ceil(edge / rows) * math.ceil(edge / columns), batch
 
 
 def check(found: Tensor, expected: Tensor) -> None:
-    """Raise ``AssertionError`` unless the kernel's result is the reference's within the bounds above."""
+    """Raise ``AssertionError`` unless a kernel's result equals the reference's within the bounds above."""
     error = (found.float() - expected.float()).abs()
     largest, mean, equal = error.max().item(), error.mean().item(), (error == 0).float().mean().item()
     if found.dtype == torch.uint8:
@@ -276,10 +277,10 @@ def eager(case: Case) -> Tensor:
 
 
 def checked(folder: Path, entry: dict[str, Any], device: torch.device) -> Cubin:
-    """The kernel, once its result on a small batch is the reference's and not that of a block without its bias.
+    """The kernel, after a check on a small batch: it gives the reference's result, and not a block's without its bias.
 
     Raises:
-        AssertionError: it is not.
+        AssertionError: the check fails.
         RuntimeError: the driver refuses it.
     """
     kernel, case = Cubin(folder, entry), case_of(entry, CHECKED_SAMPLES, device)
@@ -293,7 +294,7 @@ def checked(folder: Path, entry: dict[str, Any], device: torch.device) -> Cubin:
         check(out, dataclasses.replace(case, block=unbiased).expected())
     except AssertionError:
         return kernel
-    raise AssertionError("the result is as near to a block without expand's bias: the check tells nothing")
+    raise AssertionError("the result is as near to a block without expand's bias: the check proves nothing")
 
 
 def run(folder: Path, device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
@@ -309,7 +310,7 @@ def run(folder: Path, device: torch.device, batch: int, rounds: int) -> Iterator
         launch = _launcher(folder, entry, device, grid_of(entry, batch), case.tensors(case.empty()))
         kernels: dict[str, Callable[[], object]] = {"gluon": launch}
         described = str(entry["block"])
-        if described not in timed:  # once for the two kernels of a block
+        if described not in timed:  # once for both kernels of a block
             timed.add(described)
             kernels["torch"] = partial(eager, case)
         for provider, function in kernels.items():
@@ -329,7 +330,7 @@ def run(folder: Path, device: torch.device, batch: int, rounds: int) -> Iterator
 
 
 def check_mouths(found: Tensor, expected: Tensor) -> None:
-    """Raise ``AssertionError`` unless mouths, uint8 (B, 3, 320, 320), are the network's, (0, 1), sample by sample."""
+    """Raise ``AssertionError`` unless mouths, uint8 (B, 3, 320, 320), match the network's, in (0, 1), one by one."""
 
     def off(expected: Tensor) -> float:
         return float((found.float() + 0.5 - 255 * expected).square().mean().sqrt())
@@ -337,13 +338,13 @@ def check_mouths(found: Tensor, expected: Tensor) -> None:
     if not off(expected) <= MOUTH_ERROR:
         raise AssertionError(f"mouths are {off(expected):.3g} steps of 255 off; expected {MOUTH_ERROR} at most")
     if not off(expected.roll(1, 0)) > MOUTH_ERROR:
-        raise AssertionError("mouths are as near to those of other samples: the check tells nothing")
+        raise AssertionError("mouths are as near to those of other samples: the check proves nothing")
 
 
 def run_halves(folder: Path, device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
-    """Time the halves of the network of full width on the kernels of ``folder``, once its mouths are the network's.
+    """Time the full-width network's halves on the kernels of ``folder``, once their mouths have passed the check.
 
-    Bytes are the least that a half can move: image, features, mouth.
+    The bytes are the fewest that a half can move: image, features, mouth.
     """
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     network = seeded_network(width=1)
@@ -380,7 +381,7 @@ def run_halves(folder: Path, device: torch.device, batch: int, rounds: int) -> I
 def _launcher(
     folder: Path, entry: dict[str, Any], device: torch.device, grid: tuple[int, int], tensors: dict[str, Tensor]
 ) -> Callable[[], object]:
-    """A launch to time; raises what the check raised."""
+    """A launch to time; where the check failed, one that raises its error."""
     try:
         kernel = checked(folder, entry, device)
     except (AssertionError, RuntimeError) as error:

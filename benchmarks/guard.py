@@ -1,14 +1,16 @@
-"""The regression guard: is this run slower than what was recorded of an earlier commit on the same device?
+"""The regression guard: is this run slower than what was recorded at an earlier commit on the same device?
 
-A row is compared with the newest recorded one that measured the same thing (what, provider, metric, place on its axis,
-and every choice in ``config`` that was made rather than found) at an ancestor of the commit at hand.
+A row is compared with the newest recorded one that measured the same thing at an ancestor of the current commit. The
+same thing means the same device, what, provider, metric, unit, place on the axis, and entries of ``config`` but
+:data:`FOUND`.
 
 **The bound.** A figure may be worse than the earlier one by 5 %, or by three times the noise of the two, whichever is
-more. A row's noise is half the distance of its 20th and 80th percentile over its median; that of two rows is the root
-of the sum of their squares. With fewer than three measurements a row does not know its noise: 10 % is taken.
+more. A row's noise is half the distance between its 20th and 80th percentiles, divided by its median; the noise of two
+rows is the square root of the sum of their squares. The noise of fewer than three measurements is not known; 10 % is
+assumed.
 
-**Noisy machines.** Absolute figures are compared only where both rows know their noise and it is 5 % or less; elsewhere
-only ratios are, whose two sides were measured in turns.
+**Noisy machines.** Absolute figures are compared only where the noise of both rows is known and at most 5 %. Elsewhere
+only ratios are compared, whose two sides were measured in turns.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ UNKNOWN_NOISE = 0.10
 QUIET = 0.05
 
 BETTER = {"throughput": 1, "ratio": 1, "latency": -1, "time": -1}
-"""Metrics that are guarded, and the sign of better; floors and memory are facts to look at."""
+"""Guarded metrics, with 1 where more is better and −1 where less is; floors and memory are only shown."""
 
 FOUND = ("bytes", "operations", "floor_ms", "floor_by", "rounds", "bytes_a_frame", "copy_gb_s")
-"""Entries of ``config`` that a run finds out; they do not make a measurement another one."""
+"""Entries of ``config`` that are results, or do not change what is measured: rows are compared whatever they say."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Verdict:
     """One comparison.
 
     Attributes:
-        change: of the median, as a share; positive is better.
-        bound: how much worse it may be, as a share.
+        change: of the median, as a fraction; positive is better.
+        bound: how much worse it may be, as a fraction.
     """
 
     name: str
@@ -53,7 +55,7 @@ class Verdict:
 
     @property
     def worse(self) -> bool:
-        """Beyond the bound."""
+        """Worse by more than the bound."""
         return self.change < -self.bound
 
     def __str__(self) -> str:
@@ -89,9 +91,10 @@ def compare(rows: Iterable[Row], recorded: Iterable[Record], is_ancestor: Callab
 
 @cache
 def is_ancestor(recorded: str) -> bool:
-    """Whether a row's commit is the one at hand or one that led to it; outside a repository any is.
+    """Whether a recorded commit is the current one or an ancestor of it; outside a repository every commit is.
 
-    A row of the very same changed tree (``-dirty``) says nothing of an earlier one and does not count.
+    A row that was recorded in a changed tree of the current commit (``-dirty``), where this one is changed too, is not
+    from an earlier commit and does not count.
     """
     if not IN_REPOSITORY:
         return True
@@ -103,14 +106,14 @@ def is_ancestor(recorded: str) -> bool:
 
 
 def _noise(record: Record) -> float | None:
-    """As a share of the median; None where too little was measured to tell."""
+    """As a fraction of the median; None with fewer than three measurements."""
     if record["n"] < 3:
         return None
     return float((record["p80"] - record["p20"]) / 2 / record["p50"])
 
 
 def _key(record: Record) -> str:
-    """All that makes two rows measurements of the same thing."""
+    """Equal for rows that measure the same thing."""
     config = {name: value for name, value in record["config"].items() if name not in FOUND}
     place = [record[name] for name in ("device", "what", "provider", "metric", "unit", "axis", "value")]
     return json.dumps([*place, config], sort_keys=True)

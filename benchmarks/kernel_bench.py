@@ -1,4 +1,4 @@
-"""What the kernels' benchmarks share: the device's own copy bandwidth, and rows of bytes over time."""
+"""What the kernels' benchmarks share: the device's own copy bandwidth, rows of time and bandwidth, and the command."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from gpupipe.graphs import replayed
 
 SIZE = (1280, 720)
 BOX = 182
-"""The real template's: width and height of its frames, and the side of its boxes."""
+"""As in a real template: width and height of the frames, and the side of the boxes."""
 
 BATCH = {"cuda": 64, "cpu": 4}
 
 _LONGEST = 0.05
-"""Seconds of calls in a row that are timed together, on CUDA."""
+"""On CUDA calls are timed in a row: up to 20, as many as take about this many seconds together."""
 
 
 def seconds_of(function: Callable[[], object], device: torch.device, *, rounds: int) -> Spread:
@@ -48,7 +48,7 @@ def seconds_of(function: Callable[[], object], device: torch.device, *, rounds: 
 
 @cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy too large for the caches: the ceiling that kernels are held to."""
+    """Bytes a second, read and written, of a copy too large for caches: the ceiling that kernels are compared with."""
     size = 1 << (30 if device.type == "cuda" else 27)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -66,13 +66,13 @@ def rows_of(
     device: torch.device,
     rounds: int,
 ) -> list[Row]:
-    """Time a frame, and the bandwidth on the kernel's own byte budget as a share of the device's copy bandwidth."""
+    """Time a frame, the bandwidth that the kernel's byte budget makes of it, and its share of the copy bandwidth."""
     common: dict[str, Any] = {"what": what, "provider": provider, "axis": "batch", "value": frames, "device": device}
     try:
         seconds = seconds_of(function, device, rounds=rounds)
     except Exception as error:  # a kernel that fails is a row of the table, and the next one still runs
-        told = f"{type(error).__name__}: {error}"
-        return [row(None, metric="latency", unit="µs/frame", config=config, error=told, **common)]
+        reason = f"{type(error).__name__}: {error}"
+        return [row(None, metric="latency", unit="µs/frame", config=config, error=reason, **common)]
     ceiling, moved = copy_bandwidth(device), bytes_a_frame * frames
     common["config"] = config | {"bytes_a_frame": bytes_a_frame, "copy_gb_s": round(ceiling / 1e9, 1)}
     share = seconds.map(lambda s: 100 * moved / s / ceiling)
@@ -84,7 +84,7 @@ def rows_of(
 
 
 def table(rows: Iterable[Row]) -> str:
-    """A line a measurement: what, who, µs a frame, GB/s, share of the copy bandwidth."""
+    """One line for each measurement: what, who, µs a frame, GB/s, share of the copy bandwidth."""
     lines: dict[tuple[str, str, str], list[str]] = {}
     for one in rows:
         key = (one.what, one.provider, str(one.config["case"]))
@@ -94,7 +94,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def tell(measurements: Iterable[list[Row]], results: Path | None) -> bool:
-    """Print each as it is made, and append its rows at once: who is cut off keeps them. Returns whether one failed."""
+    """Print each measurement and append its rows as soon as it is made. Returns whether one failed."""
     failed = False
     for rows in measurements:
         print(table(rows), flush=True)
@@ -121,7 +121,7 @@ def main(description: str, cases: Callable[[torch.device, int, int], Iterable[li
 
 
 def boxes_of(batch: int, device: torch.device) -> torch.Tensor:
-    """Boxes of the real size, each somewhere else, at odd and even pixels."""
+    """Boxes of the real size, each in another place, at odd and even pixels."""
     corner = torch.stack([300 + 3 * torch.arange(batch) % 97, 100 + 5 * torch.arange(batch) % 89], dim=1)
     return torch.cat([corner, corner + BOX], dim=1).to(device)
 

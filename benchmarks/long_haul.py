@@ -1,4 +1,4 @@
-"""A long clip through a farm: is memory constant, and does an hour cost what the first one did?
+"""A long clip on a farm: is memory constant, and does every hour cost what the first one did?
 
     python benchmarks/long_haul.py [--hours 24]
 
@@ -44,7 +44,7 @@ ALLOWED_MB = 100
 
 
 class Moment(NamedTuple):
-    """After so many frames: seconds since the start, and megabytes held."""
+    """How things stand after so many frames: seconds since the start, and megabytes held."""
 
     frames: int
     seconds: float
@@ -52,14 +52,14 @@ class Moment(NamedTuple):
 
 
 class Haul(NamedTuple):
-    """A clip that was rendered: its frames, and a moment for each part."""
+    """A rendered clip: its number of frames, and a moment after each part."""
 
     frames: int
     moments: list[Moment]
 
 
 class StubAvatar:
-    """Shows its template frames, brightened by what is heard."""
+    """Shows its template frames, brightened by the features."""
 
     engine = SimpleNamespace(name="stub")
 
@@ -95,7 +95,7 @@ class _StubResidents(Residents):
 
 
 def haul(seconds: int, folder: Path) -> Haul:
-    """Render so many seconds of silence in ``folder``."""
+    """Render ``seconds`` of silence in ``folder``."""
     job = _job(seconds, folder)
     start = time.perf_counter()
     moments: list[Moment] = []
@@ -153,7 +153,7 @@ def _held() -> float:
 
 
 def main() -> None:
-    """Haul, and tell each hour."""
+    """Haul, and print each hour."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hours", type=float, default=24.0, help="length of the clip")
     parser.add_argument("--folder", type=Path, help="for its files; a temporary one by default")

@@ -1,4 +1,4 @@
-"""What a run took besides time: memory at its peak, and energy where the GPU counts it."""
+"""What a run takes besides time: peak memory and, where the GPU counts it, energy."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 
 from gpupipe.benchmarks.common import package_version
 
-_INTERVAL = 0.02  # seconds between two looks at the resident memory
+_INTERVAL = 0.02  # seconds between two samples of the resident memory
 
 
 class PeakMemory:
     """Peak memory while a block runs: PyTorch's on a CUDA device, the whole process's resident memory on a CPU.
 
-    Resident memory is looked at every 20 ms; what is shorter can be missed, and everything that the process holds
-    counts, whoever needs it.
+    Resident memory is sampled every 20 ms, so that a shorter peak can be missed; everything that the process holds
+    counts.
 
     Attributes:
         bytes: the peak; None outside Linux.
@@ -65,14 +65,14 @@ def resident_bytes() -> int | None:
 
 
 def energy_counter(device: str | torch.device) -> Callable[[], float] | None:
-    """A function that reads the joules a GPU has used since its driver was loaded; None where nothing counts them.
+    """A function that returns the joules a GPU has used since its driver was loaded; None where they are not counted.
 
-    NVML counts them on Volta and newer GPUs; it is read through ``nvidia-ml-py``, where that is installed.
+    NVML counts them on Volta and newer GPUs; ``nvidia-ml-py`` must be installed to read it.
     """
     device = torch.device(device)
     if device.type != "cuda" or package_version("nvidia-ml-py") is None:
         return None
-    import pynvml  # noqa: PLC0415 - there only for who wants it
+    import pynvml  # noqa: PLC0415 - optional
 
     with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlInit()

@@ -1,4 +1,4 @@
-"""Plots of the recorded rows, as SVG files whose bytes depend on the rows and on matplotlib's version alone.
+"""Plots of the recorded rows, as SVG files whose bytes depend only on the rows and on matplotlib's version.
 
 :func:`draw` makes them all; ``python benchmarks/tables.py`` writes them to ``benchmarks/results``.
 """
@@ -36,7 +36,7 @@ Bars = list[tuple[str, float, dict[str, Any]]]
 
 
 def end_to_end(records: list[Record], figure: Any) -> None:
-    """Frames a second to a finished file: a panel for each template on each machine, and one of what others claim."""
+    """Frames a second to a finished file: a panel for each template on each machine, and one for what others claim."""
     panels: dict[str, Bars] = {}
     for group, by_length in recorded.clips(records).items():
         panels[f"{group}, {max(by_length):g} frames"] = [
@@ -54,7 +54,7 @@ def end_to_end(records: list[Record], figure: Any) -> None:
 
 
 def cost(records: list[Record], figure: Any) -> None:
-    """Machine hours for an hour of video; by the price of one, what the video costs: prices are nobody's to measure."""
+    """Machine hours for an hour of video: its cost without the price of a machine hour, which differs for everybody."""
     panels: dict[str, Bars] = {}
     found = recorded.clips(records)
     for group in recorded.widest(found):
@@ -102,7 +102,7 @@ def _panels(figure: Any, panels: dict[str, Bars]) -> list[Any]:
 
 
 def waterfall(records: list[Record], figure: Any) -> None:
-    """A frame's stages one after another: the reference loop's and gpupipe's, each of ours with its floor."""
+    """A frame's stages one after another: the reference loop's, and gpupipe's with their floors."""
     found = recorded.stages(records)
     groups = recorded.widest(found)
     figure.set_size_inches(10, 0.7 + 3.2 * len(groups))
@@ -131,7 +131,7 @@ def waterfall(records: list[Record], figure: Any) -> None:
 
 
 def roofline(records: list[Record], figure: Any) -> None:
-    """What the network reaches under the roof of the machine, and how near each stage comes to its floor."""
+    """What the network reaches of the machine's ceilings, and how near each stage comes to its floor."""
     found = recorded.stages(records)
     groups = recorded.widest(found)
     figure.set_size_inches(10, 0.6 + 3.2 * len(groups))
@@ -223,7 +223,7 @@ def drawn_by(svg: str) -> str:
 
 
 def texts(svg: str) -> list[str]:
-    """All that is written in an SVG: what another version of matplotlib must draw just so."""
+    """All words and numbers in an SVG, which another version of matplotlib must draw alike."""
     return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
 
 
@@ -234,5 +234,5 @@ def write(folder: Path, made: dict[str, str]) -> None:
 
 
 def _ceiling(records: list[Record], device: str, metric: str) -> float:
-    """The newest of a device, in 10⁹ a second."""
+    """A device's newest copy bandwidth or matrix rate, in 10⁹ a second."""
     return float([row["p50"] for row in records if (row["device"], row["metric"]) == (device, metric)][-1])

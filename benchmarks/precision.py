@@ -1,16 +1,16 @@
-"""What a number format costs in pictures: the trained network in half precision, held to itself in float32.
+"""What a number format costs in picture quality: the trained network in fewer bits, compared with itself in float32.
 
     python -m gpupipe.benchmarks.precision [--frames 24] [--device cuda] [--record]
 
-The bundled avatar's network paints frames of the bundled sample in float32, and again in each format; compared are the
-painted mouths scaled to 0 … 255, before anything is rounded: the PSNR over all frames, and the largest difference.
+The bundled avatar's network paints frames of the bundled sample in float32, and again in each format. The painted
+mouths are compared before they are rounded, scaled to 0 … 255: PSNR over all frames, and the largest difference.
 
-On CUDA each engine runs as it is, and on a CPU the one that there is for bfloat16, where it runs. Else a format is
-*simulated* on a CPU: weights, and what every layer writes, are rounded to it, and sums are float32: what tensor cores
-with float32 accumulators do when each layer writes its output to memory. That tells nothing of speed.
+On CUDA every engine runs in its own precisions. On a CPU the `openvino` engine runs in bfloat16, where it can, and all
+formats are *simulated*: weights and every layer's output are rounded to the format, and sums are float32, as on tensor
+cores with float32 accumulators when each layer writes its output to memory. This says nothing about speed.
 
-For int8, weights and what convolutions read are rounded, to 256 steps for each channel, from its least to its greatest
-value in the very frames that are compared: better than what ranges of other frames can give.
+For int8, weights and the inputs of convolutions are rounded. An input channel has 256 steps between its least and its
+greatest value in the very frames that are compared, which is better than ranges taken from other frames can be.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ FORMATS: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
-"""Formats that are simulated; an 8-bit float here has one scale for all: a lower bound of what fp8 can do."""
+"""Simulated formats. The 8-bit float has a single scale for all values, so that fp8 can do better than this."""
 
 Paint = Callable[[Tensor, Tensor], Tensor]
 """Image (B, 6, 320, 320) and audio (B, *audio_shape) → mouth (B, 3, 320, 320) in (0, 1)."""
@@ -67,7 +67,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(frames: int, device: torch.device) -> list[Row]:
-    """Rows ``psnr`` and ``largest_difference`` of each format, by who computes in it."""
+    """Rows ``psnr`` and ``largest_difference`` of each format and provider."""
     network = load_unet(BUNDLE / "unet.safetensors", "ave")
     image, audio = sample(frames)
     exact = steps(network, image, audio)
@@ -93,7 +93,7 @@ def measure(frames: int, device: torch.device) -> list[Row]:
 
 
 def sample(frames: int) -> tuple[Tensor, Tensor]:
-    """Images and audio windows of so many frames, spread evenly over the bundled sample."""
+    """Images and audio windows of ``frames`` frames, spread evenly over the bundled sample."""
     template = Template.from_directory(BUNDLE / "template")
     encoder = SpeechEncoder(BUNDLE / "encoder.safetensors")
     speech = SpeechFeatures(torch.cat(list(encoder.covering_features(BUNDLE / "sample.flac"))), "ave")
@@ -105,10 +105,10 @@ def sample(frames: int) -> tuple[Tensor, Tensor]:
 
 
 def contestants(network: UNet328, image: Tensor, audio: Tensor, device: torch.device) -> list[tuple[str, str, Paint]]:
-    """(provider, format, what paints in it): on CUDA all engines, on a CPU simulations, and the engine for bfloat16.
+    """(provider, format, what paints in it): on CUDA all engines, on a CPU the simulations and `openvino` in bfloat16.
 
     Args:
-        image, audio: of the frames that are to be painted.
+        image, audio: of the frames to paint.
     """
     if device.type == "cpu":
         made = [("simulated", name, simulated(network, dtype)) for name, dtype in FORMATS.items()]
@@ -150,13 +150,13 @@ def simulated(network: UNet328, dtype: torch.dtype) -> UNet328:
 
 
 def simulated_int8(network: UNet328, image: Tensor, audio: Tensor) -> UNet328:
-    """``network``, batch norms folded, whose convolutions read int8 and have weights of int8; sums are float32.
+    """``network``, batch norms folded, whose convolutions have int8 inputs and int8 weights; sums are float32.
 
-    Each input channel has a scale and a zero of its own, which the layer before and this one's weights could take in;
-    each output channel's weights have a scale.
+    Each input channel has its own scale and zero point, which could be folded into the layer before and this layer's
+    weights; the weights of each output channel have a scale.
 
     Args:
-        image, audio: of the frames that channels' ranges are taken from.
+        image, audio: of the frames that the channels' ranges are taken from.
     """
     rounded = fold_batch_norms(network)
     convolutions = [module for module in rounded.modules() if isinstance(module, nn.Conv2d)]

@@ -1,4 +1,4 @@
-"""The recorded rows as tables and plots take them: the newest of each kind, in groups that belong side by side."""
+"""Which recorded rows tables and plots show: the newest of each kind, in groups that belong side by side."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = {
 
 
 class Group(NamedTuple):
-    """What belongs side by side: one device, one template, one width of the network."""
+    """Rows that belong side by side have the same device, template and width of the network."""
 
     device: str
     template: str
@@ -59,7 +59,7 @@ def stages(records: list[Record]) -> dict[Group, dict[str, dict[str, Record]]]:
 
 
 def loop_stages(records: list[Record], group: Group) -> dict[str, float]:
-    """The reference loop's milliseconds a frame by stage, newest."""
+    """The reference loop's newest milliseconds a frame, by stage."""
     return {
         record["value"]: record["p50"]
         for record in records
@@ -71,7 +71,7 @@ def loop_stages(records: list[Record], group: Group) -> dict[str, float]:
 
 
 def widest(found: dict[Group, Any]) -> list[Group]:
-    """One group a device, that of its widest network, for a plot with little room."""
+    """For each device the group with its widest network, for a plot that has no room for all."""
     by_device: dict[str, Group] = {}
     for group in found:
         kept = by_device.get(group.device)

@@ -4,9 +4,9 @@
     {i}.lms ─────────────┘            sound: rows [i-8, i+8) ────────┘                                            │
                                                      .mp4 ─ H.264 + AAC ─ decode ─ temporary MJPEG .avi ──────────┘
 
-It is two things: the oracle of the parity tests (:func:`reference_frame` and :func:`reference_frames`), and the
-baseline of the benchmark (:func:`render`). It shares nothing with the pipeline but the network's definition, so that a
-mistake in one cannot hide in the other; it is written to be checked by eye, not to be fast.
+It is both the oracle of the parity tests (:func:`reference_frame` and :func:`reference_frames`) and the baseline of the
+benchmark (:func:`render`). It shares nothing with the pipeline but the network's definition, so that a mistake in one
+cannot hide in the other, and it is written to be checked by eye, not to be fast.
 
 Images are uint8 HWC BGR, boxes half-open ``(xmin, ymin, xmax, ymax)`` in pixels.
 """
@@ -40,16 +40,16 @@ INNER = slice(RING, CROP - RING)
 MASK_ROWS = slice(5, 310)
 MASK_COLUMNS = slice(5, 315)
 KEEP_COLOURS = ((0, 0, 255), (255, 255, 255))
-"""Parsing colours, BGR, whose pixels stay the template's."""
+"""Where the parsing image has one of these colours, BGR, the template's pixel stays."""
 
 
 class Network(Protocol):
-    """What the loop runs for each frame: :class:`~gpupipe.models.UNet328`, or anything that is called as it is."""
+    """What the loop runs for each frame: :class:`~gpupipe.models.UNet328`, or anything that is called alike."""
 
     mode: Mode
 
     def parameters(self) -> Iterator[torch.Tensor]:
-        """The first one's device is where the inputs go."""
+        """The inputs go to the first one's device."""
         ...
 
     def __call__(self, image: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ STAGES = ("decode", "crop", "network", "paste", "mjpeg", "encode")
 
 @dataclass
 class StageTimes:
-    """Seconds spent in each stage, summed over frames. Two clock reads a stage: about a microsecond a frame."""
+    """Seconds spent in each stage, summed over frames. Reading the clock takes about a microsecond a frame."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
 
@@ -80,7 +80,7 @@ class StageTimes:
 
 
 def ping_pong(length: int, start: int = 0) -> Iterator[int]:
-    """Template indices without end: start+1, start+2 … length-1, length-2 … start, start+1 …
+    """Endless template indices: start+1, start+2 … length-1, length-2 … start, start+1 …
 
     Raises:
         ValueError: ``start`` is outside ``[0, length)``.
@@ -99,9 +99,9 @@ def ping_pong(length: int, start: int = 0) -> Iterator[int]:
 
 
 def audio_window(features: npt.NDArray[np.float32], i: int, mode: Mode = "ave") -> npt.NDArray[np.float32]:
-    """The sound of frame i: rows ``[i-8, i+8)`` of ``features`` (N, …), zeros outside, as ``AUDIO_SHAPES[mode]``.
+    """Frame i's window: rows ``[i-8, i+8)`` of ``features`` (N, …), zeros outside, in the shape ``AUDIO_SHAPES[mode]``.
 
-    Features that are windowed already, (N, *AUDIO_SHAPES[mode]), give row i.
+    Of features that are windowed already, (N, *AUDIO_SHAPES[mode]), it is row i.
     """
     if features.shape[1:] == AUDIO_SHAPES[mode]:
         return features[i]
@@ -128,10 +128,10 @@ def read_landmarks(path: Path) -> npt.NDArray[np.int32]:
 
 
 def box_from_landmarks(landmarks: npt.NDArray[np.int32], height: int, width: int) -> Box:
-    """The square of points 1, 31 and 52, clamped to the frame (and then perhaps not square any more).
+    """The square given by points 1, 31 and 52, clamped to the frame, after which it may no longer be square.
 
     Raises:
-        ValueError: the box is empty, inverted or wholly outside the frame.
+        ValueError: the box is empty, inverted or entirely outside the frame.
     """
     xmin, xmax, ymin = int(landmarks[1][0]), int(landmarks[31][0]), int(landmarks[52][1])
     ymax = ymin + (xmax - xmin)
@@ -167,7 +167,7 @@ def run_network(network: Network, stacked: Image, audio: npt.NDArray[np.float32]
 
 
 def paste_face(frame: Image, box: Box, crop: Image, mouth: Image, parsing: Image | None = None) -> Image:
-    """A copy of ``frame`` with the mouth in the crop, but for its ring of 4 pixels, and the crop back in the box."""
+    """A copy of ``frame`` with the face pasted into the box: the crop with the mouth inside its ring of 4 pixels."""
     xmin, ymin, xmax, ymax = box
     canvas = crop.copy()
     canvas[INNER, INNER] = mouth
@@ -226,7 +226,7 @@ def reference_frames(
     use_parsing: bool = False,
     times: StageTimes | None = None,
 ) -> Iterator[Image]:
-    """The frames of a clip in order, one a row of ``features``; each template frame is read from disk as it comes."""
+    """The frames of a clip in order, one for each row of ``features``; template frames are read from disk in turn."""
     times = times or StageTimes()
     length = len(list((template / "full_body_img").glob("*.jpg")))
     for i, index in enumerate(islice(ping_pong(length, start_frame), len(features))):
@@ -249,9 +249,9 @@ def render(
     crf: int = 20,
     preset: str = "medium",
 ) -> StageTimes:
-    """Write the clip as an .mp4 with sound, by way of a temporary MJPEG file, and say where the time went.
+    """Write the clip as an .mp4 with sound, by way of a temporary MJPEG file, and return where the time went.
 
-    ``preset`` is the second encode's; the ffmpeg command's by default.
+    ``preset`` is the second encode's; the default is that of the ffmpeg command.
     """
     times = StageTimes()
     with tempfile.TemporaryDirectory() as folder:
@@ -285,12 +285,12 @@ def _encode_again(silent: Path, audio_path: Path, output_path: Path, *, fps: int
         video.width, video.height, video.pix_fmt = source.width, source.height, "yuv420p"
         # PyAV's default asks x264 for sliced threads, which the ffmpeg command does not.
         video.thread_type = "AUTO"
-        # A plain WAV says how many channels it has but not which: the encoder wants a name.
+        # A plain WAV has a number of channels but no layout; the encoder needs one by name.
         layout = "mono" if sounds.streams.audio[0].channels == 1 else "stereo"
         audio = output.add_stream("aac", rate=sounds.streams.audio[0].rate, layout=layout)
         resampler = av.AudioResampler(format=audio.format, layout=layout, rate=audio.rate)
         for picture in pictures.decode(source):
-            picture.pict_type = av.video.frame.PictureType.NONE  # else every picture stays the I frame it was
+            picture.pict_type = av.video.frame.PictureType.NONE  # else every picture stays an I-frame, as in MJPEG
             output.mux(video.encode(picture))
         output.mux(video.encode(None))
         for sound in sounds.decode(audio=0):

@@ -2,8 +2,8 @@
 
     python -m gpupipe.benchmarks.scenario OUT [--size 1280x720]
 
-writes the bundled avatar at another size to ``OUT``: ``template/``, ``features.npy`` and ``speech.flac``, to measure
-real shapes with where no other template is at hand.
+writes the bundled avatar at another size to ``OUT``: ``template/``, ``features.npy`` and ``speech.flac``. With it real
+shapes are measured where no other template is at hand.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Scenario:
     """One template, one network and one sound.
 
     Attributes:
-        name: of the template, as rows tell it.
-        features: ``.npy``, one row a frame; a clip longer than that takes them from the start again, and the sound too.
+        name: of the template, as rows have it.
+        features: ``.npy``, one row for each frame; a longer clip starts again at the first row, and so does the sound.
         size: width and height of the template's frames, in pixels.
-        width: of the network, 1 as it is published.
+        width: of the network; the published one's is 1.
     """
 
     name: str
@@ -58,12 +58,12 @@ class Scenario:
         return FRAME_RATES[self.mode]
 
     def facts(self) -> dict[str, Any]:
-        """What a row's ``config`` says of it."""
+        """The entries of a row's ``config`` that describe it."""
         facts = {"template": self.name, "size": list(self.size), "mode": self.mode, "width": self.width}
         return facts | {"fps": self.fps}
 
     def clip(self, frames: int, folder: Path) -> tuple[Path, Path]:
-        """``frames`` rows of the features as ``.npy``, and as much of the sound as ``.wav``, in ``folder``."""
+        """Write ``frames`` rows of features as ``.npy`` and the sound of as many frames as ``.wav`` into ``folder``."""
         features, sound = folder / f"{frames}.npy", folder / f"{frames}.wav"
         np.save(features, np.take(np.load(self.features), range(frames), axis=0, mode="wrap"))
         with av.open(str(self.audio)) as container:
@@ -99,8 +99,8 @@ def given(
     mode: Mode = "ave",
     width: float = 1.0,
 ) -> Scenario:
-    """Somebody's own; without a checkpoint a network of random weights, which costs the same, is made in ``folder``."""
-    SpeechFeatures(features, mode)  # raises what is wrong with them now
+    """A template of one's own; without a checkpoint, ``folder`` gets a network of random weights, which is as fast."""
+    SpeechFeatures(features, mode)  # raises now if they cannot be used
     if checkpoint is None:
         checkpoint = folder / f"seeded-{mode}-{width:g}.pth"
         torch.save(seeded_network(mode, width=width).state_dict(), checkpoint)
@@ -108,7 +108,7 @@ def given(
 
 
 def chosen(template: Path | None, features: Path | None, audio: Path | None, folder: Path, **how: Any) -> Scenario:
-    """Somebody's own, as :func:`given` takes it, or the bundled avatar where no file is named.
+    """A template of one's own, see :func:`given`, or the bundled avatar where no file is named.
 
     Raises:
         InputError: one or two of the three files are missing.
@@ -142,7 +142,7 @@ def _scenario(name: str, template: Path, features: Path, audio: Path, checkpoint
 
 
 def resized_template(template: Path, folder: Path, size: tuple[int, int], frames: int | None = None) -> Path:
-    """A template at another size with its landmarks, or the first ``frames`` frames of it, written to ``folder``."""
+    """Write a template, or its first ``frames`` frames, at another size to ``folder``, with landmarks to match."""
     paths = numbered_files(template / "full_body_img", ".jpg", "template frame")[:frames]
     for name in ("full_body_img", "landmarks"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def resized_template(template: Path, folder: Path, size: tuple[int, int], frames
 def silent_clip(
     folder: Path, *, frames: int, fps: int, row_shape: tuple[int, ...], rate: int = 16000
 ) -> tuple[Path, Path]:
-    """``frames`` rows of zeros as ``.npy``, a file that is one hole, and as much silence as ``.wav``, in ``folder``.
+    """Write ``frames`` rows of zeros as ``.npy`` (a sparse file) and as much silence as ``.wav`` into ``folder``.
 
     Args:
         row_shape: of the features of one frame.

@@ -1,4 +1,4 @@
-"""A network to measure and to test with when nobody brings a checkpoint."""
+"""A network to measure and test with where there is no checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gpupipe.models import AUDIO_SHAPES, Mode, UNet328
 from gpupipe.models.unet328 import INPUT_SIZE
 
 LOGIT_SPREAD = 0.5
-"""Standard deviation before the sigmoid on the made-up frame: about 30 steps of 255 after it."""
+"""Standard deviation of the made-up frame's values before the sigmoid; after it that is about 30 steps of 255."""
 
 
 @torch.no_grad()
@@ -17,9 +17,9 @@ def seeded_network(mode: Mode = "ave", *, width: float = 1.0, seed: int = 0) -> 
     """A U-Net with fixed random weights, in ``eval`` mode, whose outputs vary visibly with the image and the sound.
 
     PyTorch's own initialisation would give a flat grey, in which an error of a whole stage could hide. Here the head is
-    scaled by what it gives for a made-up frame, so that pixels use the middle of their range. Batch norms keep fixed
-    statistics of about 1: fitted to the frame they would blow up what is small in it, and the network would answer one
-    step in one pixel with tens, as no trained network does.
+    scaled by its output for a made-up frame, so that pixels use the middle of their range. Batch norms have fixed
+    statistics of about 1. Fitted to the frame, they would amplify small values so much that one step in one input pixel
+    would change the output by tens of steps, which no trained network does.
     """
     generator = torch.Generator().manual_seed(seed)
     network = UNet328(mode, width=width)
@@ -46,7 +46,7 @@ def seeded_network(mode: Mode = "ave", *, width: float = 1.0, seed: int = 0) -> 
 
 
 def _made_up_frame(mode: Mode, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A smooth, slightly noisy image beside itself with the middle black, and a window of features."""
+    """A smooth, slightly noisy image stacked on its copy with a black middle, and a window of features."""
     coarse = torch.rand(1, 3, 10, 10, generator=generator)
     inner = nn.functional.interpolate(coarse, (INPUT_SIZE, INPUT_SIZE), mode="bilinear")
     inner = 0.8 * inner + 0.2 * torch.rand(inner.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""How the figures grow: with the batch, with the resolution, and with the length of the clip."""
+"""How the figures change with the batch size, the resolution and the length of the clip."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LENGTHS = (1, 10, 60, 600, 3600)
 STUB_SIZE = (256, 144)
 _TEMPLATE_FRAMES = 24
 _LONG = 60
-"""Seconds from which on a clip is rendered once."""
+"""Clips of more seconds than this are rendered once."""
 
 
 def batch_rows(
@@ -36,7 +36,7 @@ def batch_rows(
     values = values or list(BATCHES[torch.device(device).type])
     made = [contestants.gpupipe(scenario, device=device, crf=crf, batch_size=size) for size in values]
     for one, size in zip(made, values, strict=True):
-        one.name = f"gpupipe, batch {size}"  # told while it runs
+        one.name = f"gpupipe, batch {size}"  # for progress messages
 
     def rows() -> list[Row]:
         found = []
@@ -64,10 +64,11 @@ def resolution_rows(
     say: Say,
     reference: bool,
 ) -> Iterator[list[Row]]:
-    """The template resized, by the reference loop (where OpenCV is there) and by gpupipe, in turns; size by size.
+    """The template at several sizes: at each, the reference loop and gpupipe take turns.
 
     Args:
-        values: heights of the sizes to take; none takes all.
+        values: heights of the sizes to take; an empty list takes all.
+        reference: let the loop take part, which needs OpenCV.
     """
     for size in RESOLUTIONS:
         if values and size[1] not in values:
@@ -89,9 +90,9 @@ def resolution_rows(
 def length_rows(
     scenario: Scenario, folder: Path, *, device: str, crf: int, rounds: int, values: list[int], say: Say
 ) -> Iterator[list[Row]]:
-    """Everything but the network, length by length: a stub paints grey, the sound is silence, frames are small.
+    """Everything but the network, at several lengths: a stub paints grey, the sound is silence, frames are small.
 
-    What a frame costs and what memory is held must not depend on how many there are; an hour says whether they do.
+    Neither the time a frame takes nor the memory may grow with the length; an hour shows whether they do.
     """
     template = resized_template(scenario.template, folder / "small", STUB_SIZE, _TEMPLATE_FRAMES)
     small = replace(scenario, template=template, size=STUB_SIZE)

@@ -1,10 +1,10 @@
 """The tables and plots of recorded figures.
 
     python benchmarks/tables.py            # write them into the READMEs and benchmarks/results/*.svg
-    python benchmarks/tables.py --check    # exit 1 if they say anything else
+    python benchmarks/tables.py --check    # exit 1 if they do not agree with the rows
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` in README.md, benchmarks/README.md or
-docs/scale.md. Of repeated runs the newest counts.
+docs/scale.md. Where a run was repeated, the newest one is shown.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ Rows = list[Record]
 
 
 def headline(rows: Rows) -> str:
-    """The newest ratio for the longest clip of a full-width network, in a sentence with its conditions.
+    """A sentence with the newest ratio for the longest clip of a full-width network, and its conditions.
 
-    Of several templates at that commit it is the one with the smallest ratio.
+    If several templates were measured at that commit, it is the smallest of their ratios.
     """
 
     def measured(provider: str, metric: str = "ratio") -> Rows:
@@ -73,7 +73,7 @@ def headline(rows: Rows) -> str:
 
 
 def _without_the_gpu(row: Record) -> str:
-    """Said of ONNX Runtime where there is a GPU that it did not run on: its package for CPUs was installed."""
+    """What is added about ONNX Runtime where its package for CPUs was installed and left the machine's GPU unused."""
     on_cpu = row["driver"] and row["config"].get("onnxruntime_provider") == "CPUExecutionProvider"
     return " (on the CPU)" if on_cpu else ""
 
@@ -110,7 +110,7 @@ def end_to_end(rows: Rows) -> str:
 
 
 def hours(rows: Rows) -> str:
-    """Hours of video a day of a machine that never waits, by its longest recorded clip."""
+    """Hours of video that a machine would make in a day without a pause, at the speed of its longest recorded clip."""
     lines = [
         "| machine | template | frames a second | hours a day | a hundred of them |",
         "| --- | --- | --- | --- | --- |",
@@ -126,7 +126,7 @@ def hours(rows: Rows) -> str:
 
 
 def side_by_side(rows: Rows) -> str:
-    """All contestants of `gpupipe bench`, with memory and loading."""
+    """All contestants of `gpupipe bench`, with memory and time to load."""
     lines = [
         "| machine, template | clip | who | frames/s (p20–p80) | ratio (p20–p80) | memory, MB | load, s | commit |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -153,7 +153,7 @@ def side_by_side(rows: Rows) -> str:
 
 
 def stages(rows: Rows) -> str:
-    """Each stage beside its floor, and the reference loop's stage of the same name."""
+    """Each stage beside its floor and the reference loop's stage of the same name."""
     lines = [
         "| machine, template | stage | once a | ms (p20–p80) | floor, ms | set by | % of floor | reference loop, ms |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -178,7 +178,7 @@ def stages(rows: Rows) -> str:
 
 
 def sweeps(rows: Rows) -> str:
-    """Frames a second by batch, size and length."""
+    """Frames a second by batch size, frame size and length of the clip."""
     names = {"batch": "batch", "size": "size", "seconds": "length, s (stub network)"}
     newest: dict[tuple[Any, ...], dict[str, Record]] = {}
     for row in rows:
@@ -215,7 +215,7 @@ def claims(rows: Rows) -> str:
 
 
 def _networks(rows: Rows) -> dict[tuple[Any, ...], Record]:
-    """The newest of each device, precision, batch, provider and half, at full width."""
+    """The newest full-width row of each device, precision, batch and provider, with the template half cached or not."""
     newest: dict[tuple[Any, ...], Record] = {}
     for row in rows:
         config = row["config"]
@@ -269,11 +269,13 @@ def unet(rows: Rows) -> str:
 
 
 def precision(rows: Rows) -> str:
-    """What a number format costs in pictures."""
+    """What a number format costs in picture quality."""
     newest: dict[tuple[str, str, str], dict[str, Record]] = {}
     for row in rows:
         if row["what"] == "precision" and row["error"] is None:
-            device = "" if row["provider"] == "simulated" else row["device"]  # what is simulated is the same anywhere
+            device = (
+                "" if row["provider"] == "simulated" else row["device"]
+            )  # a simulation gives the same on every device
             newest.setdefault((device, row["provider"], row["value"]), {})[row["metric"]] = row
     lines = ["| format | by | PSNR | largest difference | frames | commit |", "| --- | --- | --- | --- | --- | --- |"]
     for (device, provider, name), found in sorted(newest.items(), key=lambda item: -item[1]["psnr"]["p50"]):
@@ -289,7 +291,7 @@ def precision(rows: Rows) -> str:
 
 
 def instructions(rows: Rows) -> str:
-    """What the engines' kernels issue for a frame, counted on no device."""
+    """How many instructions the engines' kernels issue for a frame, counted without a device."""
     newest: dict[tuple[str, int], dict[tuple[str, str], Record]] = {}
     for row in rows:
         if row["what"] == "instructions" and row["config"]["width"] == 1:
@@ -312,7 +314,7 @@ def instructions(rows: Rows) -> str:
 
 
 def farm(rows: Rows) -> str:
-    """What a farm costs over single renders, by length and by workers."""
+    """What a farm costs beside single renders, and its speed by clip length and by workers."""
     axes = {"overhead": "farm's time over single renders'", "frames": "frames of one clip", "workers": "workers of Ray"}
     newest: dict[tuple[Any, ...], Record] = {}
     for row in rows:
@@ -323,11 +325,11 @@ def farm(rows: Rows) -> str:
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (group, axis, value, metric), row in newest.items():
-        told = value if isinstance(value, str) else f"{value:g}"
+        place = value if isinstance(value, str) else f"{value:g}"
         shape = f" ({row['config']['clips']} × {row['config']['frames']} frames)" if "clips" in row["config"] else ""
         p50, p20, p80 = (f"{row[p]:{'.2f' if row['unit'] == '×' else '.3g'}}" for p in ("p50", "p20", "p80"))
         spread = f"**{p50}** {row['unit']} ({p20}–{p80})"
-        lines.append(f"| {group} | {axis} | {told}{shape} | {metric} | {spread} | {row['n']} | `{row['commit']}` |")
+        lines.append(f"| {group} | {axis} | {place}{shape} | {metric} | {spread} | {row['n']} | `{row['commit']}` |")
     return "\n".join(lines)
 
 
@@ -348,7 +350,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
 
 
 def fill(text: str, rows: Rows) -> str:
-    """``text`` with every table made anew."""
+    """``text`` with every table made again from the rows."""
 
     def table(match: re.Match[str]) -> str:
         return f"<!-- table: {match[1]} -->\n\n{TABLES[match[1]](rows)}\n\n<!-- end -->"
@@ -357,14 +359,14 @@ def fill(text: str, rows: Rows) -> str:
 
 
 def same_plot(drawn: str, kept: str) -> bool:
-    """Whether two SVGs show the same: to the byte where one version of matplotlib drew both, else in all they say."""
+    """Whether two SVGs are equal: in all bytes if one version of matplotlib drew both, else in words and numbers."""
     if plots.drawn_by(drawn) == plots.drawn_by(kept):
         return drawn == kept
     return sorted(plots.texts(drawn)) == sorted(plots.texts(kept))
 
 
 def differences(rows: Rows) -> list[str]:
-    """Names of the files that say anything else than the rows."""
+    """Names of the files that do not agree with the rows."""
     found = [page.name for page in PAGES if fill(page.read_text("utf-8"), rows) != page.read_text("utf-8")]
     for name, svg in plots.draw(rows).items():
         path = RESULTS / f"{name}.svg"

@@ -1,4 +1,4 @@
-"""The stages under pytest-benchmark, for who works on one of them:
+"""The stages under pytest-benchmark, for work on one of them:
 
 pytest benchmarks/test_stages.py --benchmark-compare --benchmark-autosave -k paste
 """
@@ -21,7 +21,7 @@ FRAMES = 8
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory: pytest.TempPathFactory) -> Step:
-    """The bundled avatar on the GPU if there is one."""
+    """The bundled avatar, on the GPU if there is one."""
     folder: Path = tmp_path_factory.mktemp("stages")
     scenario = bundled(folder)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Looking into a step: a profiler's trace with the stages named, and one bare step for a kernel profiler."""
+"""A look into a step: a profiler's trace with the stages named, or one bare step for a kernel profiler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS = 3
 
 @contextlib.contextmanager
 def named(name: str, device: torch.device) -> Iterator[None]:
-    """A range of this name: for PyTorch's profiler, and by NVTX for NVIDIA's on a CUDA device."""
+    """A range of this name for PyTorch's profiler and, on a CUDA device, by NVTX for NVIDIA's profilers."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(record_function(name))
         if device.type == "cuda":
@@ -28,7 +28,7 @@ def named(name: str, device: torch.device) -> Iterator[None]:
 
 @torch.inference_mode()
 def run_step(step: Step) -> None:
-    """Every stage once, in a frame's order, each in its range; a CUDA device is waited for."""
+    """Run every stage once, in a frame's order, each in its own range; waits for a CUDA device."""
     every = torch.arange(len(step.frames))
     for stage in step.stages:
         with named(stage.name, step.device):
@@ -38,13 +38,13 @@ def run_step(step: Step) -> None:
 
 
 def write_trace(step: Step, path: Path) -> str:
-    """Profile a few steps after one that does not count, and write a trace for Perfetto or chrome://tracing.
+    """Profile a few steps, after one to warm up, and write a trace for Perfetto or chrome://tracing.
 
-    Stages run one after another here, so that each can be looked at; ``gpupipe render --profile`` shows how they
+    Here stages run one after another, so that each can be seen by itself; ``gpupipe render --profile`` shows how they
     overlap in a render.
 
     Returns:
-        the profiler's table of the costliest operations.
+        The profiler's table of the most expensive operations.
     """
     cuda = step.device.type == "cuda"
     run_step(step)

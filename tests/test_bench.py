@@ -207,7 +207,7 @@ def test_values_are_whole_numbers(text: str) -> None:
         bench.whole_numbers(text)
 
 
-def test_without_opencv_the_loop_is_left_out_aloud(
+def test_without_opencv_the_loop_is_left_out_with_a_message(
     scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
