@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of less than ten minutes, on a machine where nothing can be downloaded.
+# Everything that needs a GPU, in one call of less than ten minutes, on a machine that cannot download anything.
 #
 #   benchmarks/gpu_session.sh OUT [WHEELS [CUBINS]]
 #
-# OUT     folder for the rows (<device>.jsonl), summary.txt, and logs.tar.gz with a trace: few files, wherever they go then
+# OUT     folder for the rows (<device>.jsonl), summary.txt, and logs.tar.gz with a trace: few files, easy to move
 # WHEELS  folder of wheels that the machine lacks (av, kornia, kornia_rs; pydantic, pydantic_core, annotated_types and
-#         typing_inspection for farms), installed beside the project
-# CUBINS  what "python -m gpupipe.benchmarks.gluon_cubins build CUBINS" made elsewhere, where Triton here is too old for it
+#         typing_inspection for farms), to be installed beside the project
+# CUBINS  made by "python -m gpupipe.benchmarks.gluon_cubins build CUBINS" on another machine, if Triton here is too old
 #
-# A part that fails or takes too long does not stop the others; the summary says which, and the exit status is 1 then.
-# PYTHON names the interpreter (python3); MINUTES bounds the whole (9); PARTS="bench_compile trace" runs only these parts,
-# for a second call: what comes last may find no time left. GPUPIPE_COMMIT names the commit for the rows where the files
-# came without .git. The kernels' ahead-of-time report needs no GPU and is not here.
+# A part that fails or takes too long does not stop the others; the summary names it, and the exit status is then 1.
+# PYTHON is the interpreter (default: python3) and MINUTES the time limit of the whole (9). PARTS="bench_compile trace"
+# runs only these parts, in a second call: the last ones may find no time left in the first. GPUPIPE_COMMIT names the
+# commit for the rows where the files came without .git. The kernels' ahead-of-time report needs no GPU and is not here.
 set -u
 
 out=$(mkdir -p "$1" && cd "$1" && pwd)
@@ -27,7 +27,7 @@ trap 'tar czf "$out/logs.tar.gz" -C "$out" logs && rm -rf "$logs"; rm -rf "$layo
 failed=()
 : >"$out/summary.txt"
 
-# The package as it is installed, by links: its folders stand at the top of the repository (see Makefile, types).
+# The package's layout when installed, made of links: in the repository its folders are at the top (see Makefile, types).
 mkdir -p "$layout/gpupipe" "$layout/site"
 ln -s "$root"/gpupipe/* "$root/kernels" "$root/models" "$root/benchmarks" "$layout/gpupipe/"
 ln -s "$root/tests" "$layout/"
@@ -43,7 +43,7 @@ part() { # name, seconds it may take, command …
         failed+=("$name (no time left)")
         return
     fi
-    # An interrupt, on which pytest still tells what has failed, once a kernel that is being compiled is done.
+    # SIGINT, so that pytest still reports what has failed, once the kernel that it is compiling is done.
     timeout --signal=INT --kill-after=20 "$((limit < left ? limit : left))" "$@" >"$logs/$name.log" 2>&1
     status=$?
     ((status == 0)) || failed+=("$name (exit status $status, see $name.log)")
@@ -60,10 +60,10 @@ from gpupipe.kernels.dispatch import backend
 print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "torch", torch.__version__, "triton", triton.__version__)
 assert backend("cuda") == "triton", backend("cuda")'
 
-# A kernel NAME has tests/test_NAME_triton.py and benchmarks/bench_NAME.py: one more is one more word here.
+# A kernel NAME has tests/test_NAME_triton.py and benchmarks/bench_NAME.py: to add a kernel, add its name here.
 kernels=(crop_resize paste_blend nv12 inverted_residual)
 pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -rfE)
-# Most of a test's time is a core's that compiles its kernel, and there are many cores to one GPU.
+# A test spends most of its time compiling its kernel on one core, and there are many cores to one GPU.
 "$python" -c 'import xdist' 2>/dev/null && pytest+=(-n 8)
 tests=()
 for name in "${kernels[@]}"; do tests+=("$root/tests/test_${name}_triton.py"); done
