@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import time
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 from gpupipe.benchmarks import bench, bench_stages, common, contestants, floors, kernel_bench, sweeps, tracing
 from gpupipe.benchmarks.common import Row, Spread, read_rows
 from gpupipe.benchmarks.meters import PeakMemory, resident_bytes
-from gpupipe.benchmarks.scenario import Scenario, given, resized_template
+from gpupipe.benchmarks.scenario import Scenario, add_options, from_options, given, resized_template
 from gpupipe.benchmarks.tables import TABLES
 from gpupipe.cli import app
 from gpupipe.errors import InputError
@@ -198,6 +199,13 @@ def test_features_and_sound_come_round_again(scenario: Scenario, tmp_path: Path)
 def test_options_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected"):
         bench.run(bench.Options(**options), print)
+
+
+def test_one_file_of_a_template_is_not_taken_for_the_bundled_avatar(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    with pytest.raises(InputError, match="expected --template, --audio-features and --audio together"):
+        from_options(parser.parse_args(["--audio", "speech.wav"]), tmp_path)
 
 
 @pytest.mark.parametrize("text", ["a", "0", "1,-2", "1.5"])
