@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpupipe.models.audio_encoder import MEL_BANDS, MEL_COLUMNS
+from gpupipe.models.audio_encoder import MEL_BANDS, MEL_COLUMNS, SAMPLE_RATE
 
-SAMPLE_RATE = 16_000
 N_FFT = 800
 HOP = 200
 PRE_EMPHASIS = 0.97

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from gpupipe.device import find_device
 from gpupipe.errors import CheckpointError
-from gpupipe.mel import FEATURE_FPS, SAMPLE_RATE, mel_pieces, mel_windows
-from gpupipe.models.audio_encoder import FEATURES, AudioEncoder, load_audio_encoder
+from gpupipe.mel import FEATURE_FPS, mel_pieces, mel_windows
+from gpupipe.models.audio_encoder import FEATURES, SAMPLE_RATE, AudioEncoder, load_audio_encoder
 from gpupipe.tf32 import own_precision
 from gpupipe.video.sound import audio_chunks
 

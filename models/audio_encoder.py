@@ -21,6 +21,9 @@ from torch import Tensor, nn
 
 from gpupipe.models.checkpoint import load_into, load_state_dict, unfilled
 
+SAMPLE_RATE = 16_000
+"""Samples a second of the sound that the encoder was trained on."""
+
 MEL_BANDS = 80
 MEL_COLUMNS = 16
 """Bands and columns of the mel window behind one row of features."""

@@ -16,7 +16,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("frame_generator", "shots"),
     ("avatar",),
-    ("template", "speech", "features", "landmarks", "seam", "unet_model", "image_processor"),
+    ("template", "speech", "features", "mel", "landmarks", "seam", "unet_model", "image_processor"),
     ("engines", "video", "onnx_export"),
     ("kernels",),
     ("models",),

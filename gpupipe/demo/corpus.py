@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from gpupipe.errors import GpupipeError
-from gpupipe.mel import SAMPLE_RATE
+from gpupipe.models.audio_encoder import SAMPLE_RATE
 from gpupipe.video.sound import load_audio
 
 LANGUAGES = ("en-us", "en-gb", "en-gb-scotland", "de", "fr-fr", "es", "it", "nl", "sv", "pl", "pt-br")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpupipe.mel import SAMPLE_RATE
+from gpupipe.models.audio_encoder import SAMPLE_RATE
 
 MOUTH_FPS = 25
 PARAMETERS = ("openness", "width", "rounding")

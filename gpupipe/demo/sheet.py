@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from gpupipe.files import media_url
-from gpupipe.mel import SAMPLE_RATE
+from gpupipe.models.audio_encoder import SAMPLE_RATE
 from gpupipe.video.images import save_image
 from gpupipe.video.sound import audio_chunks
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpupipe.errors import InputError
 from gpupipe.files import input_file, media_url
-from gpupipe.mel import SAMPLE_RATE
+from gpupipe.models.audio_encoder import SAMPLE_RATE
 
 logger = logging.getLogger(__name__)
 
