@@ -27,11 +27,11 @@ from torch import Tensor
 
 from gpupipe.benchmarks.meters import resident_bytes
 from gpupipe.benchmarks.scenario import silent_clip
-from gpupipe.farm.farm import Farm
 from gpupipe.farm.jobs import Job
 from gpupipe.farm.ledger import Ledger
 from gpupipe.farm.local import work_here
 from gpupipe.farm.residents import Residents
+from gpupipe.farm.scheduler import Scheduler
 from gpupipe.farm.worker import Worker
 from gpupipe.features import SpeechFeatures
 from gpupipe.shots import Shot
@@ -101,20 +101,20 @@ def haul(seconds: int, folder: Path) -> Haul:
     moments: list[Moment] = []
     ledger = Ledger(folder / "out", [job])
     with ledger.locked():
-        farm = Farm([job], ledger, device="cpu")
-        noted, rendered = threading.Lock(), farm.rendered
+        scheduler = Scheduler([job], ledger, device="cpu")
+        noted, rendered = threading.Lock(), scheduler.rendered
 
         def note(outcome: Any) -> None:
             rendered(outcome)
             with noted:
-                moments.append(Moment(farm.frames, time.perf_counter() - start, _held()))
+                moments.append(Moment(scheduler.frames, time.perf_counter() - start, _held()))
 
-        farm.rendered = note  # type: ignore[method-assign]
-        work_here(farm, Worker(_StubResidents(), batch_size=64))
+        scheduler.rendered = note  # type: ignore[method-assign]
+        work_here(scheduler, Worker(_StubResidents(), batch_size=64))
     state = ledger.states[job.output]
     if state.status != "done":
         raise RuntimeError(f"{job.output}: {state.status}: {state.error}")
-    moments.append(Moment(farm.frames, time.perf_counter() - start, _held()))  # joined
+    moments.append(Moment(scheduler.frames, time.perf_counter() - start, _held()))  # joined
     with av.open(str(ledger.output(job))) as video:
         return Haul(video.streams.video[0].frames, moments)
 

@@ -20,7 +20,7 @@ from farming import left_over, results, videos, write_jobs, write_speech
 from gpupipe import InputError
 from gpupipe.errors import DeviceLostError, DiskFullError, GpupipeError
 from gpupipe.farm import cluster, run_farm
-from gpupipe.farm.farm import RenderTask
+from gpupipe.farm.scheduler import RenderTask
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -164,7 +164,7 @@ def test_workers_killed_for_memory_are_replaced(jobs: Path, tmp_path: Path, monk
             time.sleep(60)
 
     monkeypatch.setattr(cluster, "_RayActor", Idle)
-    monkeypatch.setattr("gpupipe.farm.farm.MAX_WORKER_DEATHS", 3)
+    monkeypatch.setattr("gpupipe.farm.scheduler.MAX_WORKER_DEATHS", 3)
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.0001")
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "100")
     monkeypatch.setattr(cluster, "BUNDLE_FRAMES", 1)

@@ -13,11 +13,11 @@ from gpupipe.device import find_device
 from gpupipe.errors import DiskFullError, InputError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.farm.cluster import work_on_ray
-from gpupipe.farm.farm import PART_SECONDS, Farm, OnJobEnd
 from gpupipe.farm.jobs import Job, read_jobs
 from gpupipe.farm.ledger import JobState, Ledger
 from gpupipe.farm.local import work_here
 from gpupipe.farm.residents import Residents
+from gpupipe.farm.scheduler import PART_SECONDS, OnJobEnd, Scheduler
 from gpupipe.farm.worker import Worker
 from gpupipe.frame_generator import check_limits
 from gpupipe.versions import versions
@@ -83,13 +83,13 @@ def run_farm(
     kind = find_device(device, here=not on_ray).type  # a cluster's devices need not be this machine's
     ledger = Ledger(output_dir, jobs)
     with ledger.locked():
-        farm = Farm(jobs, ledger, device=kind, part_seconds=part_seconds, force=force, on_job_end=on_job_end)
+        scheduler = Scheduler(jobs, ledger, device=kind, part_seconds=part_seconds, force=force, on_job_end=on_job_end)
         try:
             if on_ray:
                 options = {"device": kind, "batch_size": batch_size, "memory_budget": memory_budget}
-                workers = work_on_ray(farm, workers=workers, address=address, options=options)
+                workers = work_on_ray(scheduler, workers=workers, address=address, options=options)
             else:
-                work_here(farm, Worker(Residents(device, budget=memory_budget), batch_size=batch_size))
+                work_here(scheduler, Worker(Residents(device, budget=memory_budget), batch_size=batch_size))
         except DiskFullError as error:
             raise DiskFullError(f"{error}; what is whole is kept: run it again when there is room") from error
         finally:
@@ -97,10 +97,10 @@ def run_farm(
                 ledger.write_results()
     return FarmRecord(
         jobs=len(jobs),
-        skipped=len(farm.skipped),
-        done=farm.done,
+        skipped=len(scheduler.skipped),
+        done=scheduler.done,
         parked=sum(state.status == "parked" for state in ledger.states.values()),
-        frames=farm.frames,
+        frames=scheduler.frames,
         seconds=time.perf_counter() - start,
         device=kind,
         workers=workers or 1,

@@ -14,8 +14,8 @@ from typing import Any
 
 from gpupipe.errors import DeviceLostError, DiskFullError, GpupipeError, InputError
 from gpupipe.farm.attempt import attempt
-from gpupipe.farm.farm import Farm, FeaturesTask, JoinTask, RenderTask, Task
 from gpupipe.farm.residents import AvatarKey, Residents
+from gpupipe.farm.scheduler import FeaturesTask, JoinTask, RenderTask, Scheduler, Task
 from gpupipe.farm.worker import Worker, join_parts
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ _QUEUED = 2
 """Tasks that a worker has: one to do, and one for when it is done."""
 
 
-def work_on_ray(farm: Farm, *, workers: int | None, address: str | None, options: dict[str, Any]) -> int:
+def work_on_ray(scheduler: Scheduler, *, workers: int | None, address: str | None, options: dict[str, Any]) -> int:
     """Do all of a farm's work with Ray; returns the number of workers.
 
     Args:
@@ -52,7 +52,7 @@ def work_on_ray(farm: Farm, *, workers: int | None, address: str | None, options
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"Ray at {address!r} cannot be reached ({' '.join(str(error).split())})") from error
     try:
-        return _RayWorkers(ray, farm, workers, options).work()
+        return _RayWorkers(ray, scheduler, workers, options).work()
     finally:
         ray.shutdown()
 
@@ -115,8 +115,8 @@ def cores_of_each(count: int, machines: Sequence[dict[str, float]], on_gpus: boo
 class _RayWorkers:
     """The workers of a cluster, and the tasks under way."""
 
-    def __init__(self, ray: Any, farm: Farm, count: int | None, options: dict[str, Any]) -> None:
-        self._ray, self._farm, self._options = ray, farm, options
+    def __init__(self, ray: Any, scheduler: Scheduler, count: int | None, options: dict[str, Any]) -> None:
+        self._ray, self._scheduler, self._options = ray, scheduler, options
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         on_gpus = options["device"] == "cuda"
         most = places(machines, 1, on_gpus)
@@ -163,11 +163,11 @@ class _RayWorkers:
                 blamed = worker is None or worker in self.workers
                 if worker in self.workers:
                     self.workers[self.workers.index(worker)] = self._start_worker()
-                self._farm.lost(task, blamed=blamed)
+                self._scheduler.lost(task, blamed=blamed)
                 continue
             if isinstance(result, DiskFullError):
                 raise result
-            self._farm.settle(task, result)
+            self._scheduler.settle(task, result)
 
     def _start_worker(self) -> _RayWorker:
         return _RayWorker(self._actor.remote(self._options))
@@ -175,7 +175,7 @@ class _RayWorkers:
     def _assign(self) -> None:
         """Give every worker as much as it is to have, and videos to be joined to any machine."""
         while (worker := min(self.workers, key=lambda one: one.tasks)).tasks < _QUEUED:
-            task = self._farm.next_task(frames=BUNDLE_FRAMES, last_avatar=worker.last_avatar)
+            task = self._scheduler.next_task(frames=BUNDLE_FRAMES, last_avatar=worker.last_avatar)
             if task is None:
                 return
             if isinstance(task, JoinTask):

@@ -7,30 +7,30 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from gpupipe.farm.attempt import Failed, attempt
-from gpupipe.farm.farm import Farm, FeaturesTask, JoinTask, RenderTask
+from gpupipe.farm.scheduler import FeaturesTask, JoinTask, RenderTask, Scheduler
 from gpupipe.farm.worker import Joined, Part, Worker, join_parts
 
 
-def work_here(farm: Farm, worker: Worker) -> None:
+def work_here(scheduler: Scheduler, worker: Worker) -> None:
     """Do all of a farm's work with one worker. Videos are joined beside the rendering.
 
     Raises:
         DiskFullError: there is no room; what is whole is recorded.
     """
-    worker.residents.upcoming = farm.upcoming
+    worker.residents.upcoming = scheduler.upcoming
     with ThreadPoolExecutor(1, "join") as executor:
-        joins = _Joins(farm, executor)
-        while not farm.finished:
-            for outcome in worker.render(_parts(farm, worker, joins)):
-                farm.rendered(outcome)
+        joins = _Joins(scheduler, executor)
+        while not scheduler.finished:
+            for outcome in worker.render(_parts(scheduler, worker, joins)):
+                scheduler.rendered(outcome)
             joins.settle(wait=True)
 
 
 class _Joins:
     """Videos that are being joined in a thread, in the order in which they will be whole."""
 
-    def __init__(self, farm: Farm, executor: ThreadPoolExecutor) -> None:
-        self._farm, self._executor = farm, executor
+    def __init__(self, scheduler: Scheduler, executor: ThreadPoolExecutor) -> None:
+        self._scheduler, self._executor = scheduler, executor
         self._running: deque[tuple[JoinTask, Future[Joined | Failed]]] = deque()
 
     def start(self, task: JoinTask) -> None:
@@ -41,16 +41,16 @@ class _Joins:
         """Tell the farm of those that are whole by now; with ``wait`` of all."""
         while self._running and (wait or self._running[0][1].done()):
             task, future = self._running.popleft()
-            self._farm.settle(task, future.result())
+            self._scheduler.settle(task, future.result())
 
 
-def _parts(farm: Farm, worker: Worker, joins: _Joins) -> Iterator[Part]:
+def _parts(scheduler: Scheduler, worker: Worker, joins: _Joins) -> Iterator[Part]:
     """Parts to render, as there is room for them; what else comes up is done on the way."""
-    while (task := farm.next_task()) is not None:
+    while (task := scheduler.next_task()) is not None:
         joins.settle(wait=False)
         if isinstance(task, RenderTask):
             yield from task.parts
         elif isinstance(task, FeaturesTask):
-            farm.settle(task, attempt(worker.features, task.job, task.path, task.inputs))
+            scheduler.settle(task, attempt(worker.features, task.job, task.path, task.inputs))
         else:
             joins.start(task)

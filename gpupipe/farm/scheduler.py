@@ -1,7 +1,7 @@
 """Which work there is: jobs → parts → videos, with every state kept on disk.
 
-A farm renders nothing itself. Workers ask it for tasks and tell it how they went; the same farm serves the worker of
-this process (:mod:`gpupipe.farm.local`) and those of a cluster (:mod:`gpupipe.farm.cluster`).
+The scheduler renders nothing itself. Workers ask it for tasks and report how they went; it serves the worker of this
+process (:mod:`gpupipe.farm.local`) as well as those of a cluster (:mod:`gpupipe.farm.cluster`).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class _Plan:
     failed: Failed | None = None
 
 
-class Farm:
+class Scheduler:
     """The jobs of one run.
 
     Failures and lost workers count within a run: what an earlier one parked is tried anew. What was in the way may be

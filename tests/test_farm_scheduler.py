@@ -10,9 +10,9 @@ from farming import Jobs, write_jobs
 
 from gpupipe.farm import farm_status, read_jobs
 from gpupipe.farm.attempt import Failed
-from gpupipe.farm.farm import MAX_ATTEMPTS, MAX_WORKER_DEATHS, Farm, JoinTask, RenderTask
 from gpupipe.farm.ledger import Ledger, write_record
 from gpupipe.farm.residents import AvatarKey
+from gpupipe.farm.scheduler import MAX_ATTEMPTS, MAX_WORKER_DEATHS, JoinTask, RenderTask, Scheduler
 from gpupipe.farm.worker import Joined, Outcome, Part
 from gpupipe.video.codecs import segment_length
 
@@ -28,16 +28,16 @@ def render(part: Part) -> Outcome:
 
 def test_a_job_over_which_workers_die_is_parked_at_last(farm_jobs: Jobs, tmp_path: Path) -> None:
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
-    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    scheduler = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
     for _ in range(MAX_WORKER_DEATHS):
-        task = queue.next_task(frames=1000)
+        task = scheduler.next_task(frames=1000)
         assert isinstance(task, RenderTask) and len(task.parts) == 3
-        assert not queue.finished
-        queue.lost(task)
-    assert queue.next_task() is None and queue.finished
+        assert not scheduler.finished
+        scheduler.lost(task)
+    assert scheduler.next_task() is None and scheduler.finished
     state = farm_status(tmp_path / "jobs.jsonl", tmp_path / "out")[0]
     assert (state.status, state.error) == ("parked", "5 workers died over it")
-    again = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    again = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
     for _ in range(MAX_WORKER_DEATHS - 1):  # what an earlier run lost does not count
         again.lost(again.next_task(frames=1000) or pytest.fail("parked"))
     assert not again.finished
@@ -45,63 +45,63 @@ def test_a_job_over_which_workers_die_is_parked_at_last(farm_jobs: Jobs, tmp_pat
 
 def test_a_task_that_fails_as_a_whole_is_one_failure_of_each_of_its_jobs(farm_jobs: Jobs, tmp_path: Path) -> None:
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", [farm_jobs[0], farm_jobs[2]]))
-    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    scheduler = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
     for attempts in range(1, MAX_ATTEMPTS + 1):
-        task = queue.next_task(frames=1000)
+        task = scheduler.next_task(frames=1000)
         assert isinstance(task, RenderTask) and len(task.parts) == 4
-        queue.settle(task, Failed("no driver here"))
+        scheduler.settle(task, Failed("no driver here"))
         states = farm_status(tmp_path / "jobs.jsonl", tmp_path / "out")
         assert [(state.attempts, state.error) for state in states] == [(attempts, "no driver here")] * 2
-    assert queue.finished and {state.status for state in states} == {"parked"}
+    assert scheduler.finished and {state.status for state in states} == {"parked"}
 
 
 def test_a_job_that_failed_is_tried_again_when_its_parts_are_back(farm_jobs: Jobs, tmp_path: Path) -> None:
     """What other workers have of it is not rendered twice, and fails it no second time."""
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
     ledger = Ledger(tmp_path / "out", jobs)
-    queue = Farm(jobs, ledger, device="cpu", part_seconds=2)
-    first, second, third = (queue.next_task() for _ in range(3))
+    scheduler = Scheduler(jobs, ledger, device="cpu", part_seconds=2)
+    first, second, third = (scheduler.next_task() for _ in range(3))
     assert isinstance(first, RenderTask) and isinstance(second, RenderTask) and isinstance(third, RenderTask)
-    queue.settle(first, [Outcome(first.parts[0], Failed("once"))])
-    assert queue.next_task() is None and not queue.finished
-    queue.settle(second, [render(second.parts[0])])
-    queue.settle(third, [Outcome(third.parts[0], Failed("the same again"))])
+    scheduler.settle(first, [Outcome(first.parts[0], Failed("once"))])
+    assert scheduler.next_task() is None and not scheduler.finished
+    scheduler.settle(second, [render(second.parts[0])])
+    scheduler.settle(third, [Outcome(third.parts[0], Failed("the same again"))])
     state = ledger.states["0.mp4"]
     assert (state.status, state.attempts, state.error) == ("failed", 1, "once")
-    again = queue.next_task(frames=1000)
+    again = scheduler.next_task(frames=1000)
     assert isinstance(again, RenderTask) and [part.number for part in again.parts] == [0, 2]
-    queue.settle(again, [render(part) for part in again.parts])
-    joined = queue.next_task()
-    assert isinstance(joined, JoinTask) and queue.next_task() is None
+    scheduler.settle(again, [render(part) for part in again.parts])
+    joined = scheduler.next_task()
+    assert isinstance(joined, JoinTask) and scheduler.next_task() is None
     joined.path.write_text("joined")
-    queue.settle(joined, Joined(24, None, "checksum", 1.0))
-    assert queue.finished and (queue.done, queue.frames, state.status) == (1, 24, "done")
+    scheduler.settle(joined, Joined(24, None, "checksum", 1.0))
+    assert scheduler.finished and (scheduler.done, scheduler.frames, state.status) == (1, 24, "done")
 
 
 def test_a_job_whose_try_ends_with_a_lost_worker_is_tried_again(farm_jobs: Jobs, tmp_path: Path) -> None:
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
-    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
-    first, second = queue.next_task(), queue.next_task(frames=1000)
+    scheduler = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    first, second = scheduler.next_task(), scheduler.next_task(frames=1000)
     assert isinstance(first, RenderTask) and isinstance(second, RenderTask)
-    queue.settle(first, [Outcome(first.parts[0], Failed("once"))])
-    queue.lost(second)
-    again = queue.next_task(frames=1000)
+    scheduler.settle(first, [Outcome(first.parts[0], Failed("once"))])
+    scheduler.lost(second)
+    again = scheduler.next_task(frames=1000)
     assert isinstance(again, RenderTask) and len(again.parts) == 3
 
 
 def test_parts_that_a_lost_worker_had_finished_count(farm_jobs: Jobs, tmp_path: Path) -> None:
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
-    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
-    task = queue.next_task(frames=1000)
+    scheduler = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    task = scheduler.next_task(frames=1000)
     assert isinstance(task, RenderTask) and len(task.parts) == 3
     render(task.parts[0])
-    queue.lost(task)
-    again = queue.next_task(frames=1000)
+    scheduler.lost(task)
+    again = scheduler.next_task(frames=1000)
     assert isinstance(again, RenderTask) and again.parts == task.parts[1:]
     for part in again.parts:
         render(part)
-    queue.lost(again)
-    assert isinstance(queue.next_task(), JoinTask) and queue.frames == 24
+    scheduler.lost(again)
+    assert isinstance(scheduler.next_task(), JoinTask) and scheduler.frames == 24
 
 
 def test_a_job_is_parked_once(farm_jobs: Jobs, tmp_path: Path) -> None:
@@ -109,12 +109,14 @@ def test_a_job_is_parked_once(farm_jobs: Jobs, tmp_path: Path) -> None:
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
     ended: list[str] = []
     ledger = Ledger(tmp_path / "out", jobs)
-    queue = Farm(jobs, ledger, device="cpu", part_seconds=2, on_job_end=lambda state: ended.append(state.status))
-    late = queue.next_task() or pytest.fail("nothing to do")
+    scheduler = Scheduler(
+        jobs, ledger, device="cpu", part_seconds=2, on_job_end=lambda state: ended.append(state.status)
+    )
+    late = scheduler.next_task() or pytest.fail("nothing to do")
     for _ in range(MAX_WORKER_DEATHS):
-        queue.lost(queue.next_task() or pytest.fail("parked"))
-    queue.lost(late)
-    assert queue.finished and ended == ["parked"]
+        scheduler.lost(scheduler.next_task() or pytest.fail("parked"))
+    scheduler.lost(late)
+    assert scheduler.finished and ended == ["parked"]
     assert ledger.states["0.mp4"].error == "5 workers died over it"
 
 
@@ -124,36 +126,36 @@ def test_a_long_clip_is_heard_of_before_it_ends(
     """Every so often, not for each of its parts."""
     caplog.set_level(logging.INFO, logger="gpupipe")
     now = 1000.0
-    monkeypatch.setattr("gpupipe.farm.farm.time.monotonic", lambda: now)
+    monkeypatch.setattr("gpupipe.farm.scheduler.time.monotonic", lambda: now)
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
-    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
-    task = queue.next_task(frames=1000)
+    scheduler = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    task = scheduler.next_task(frames=1000)
     assert isinstance(task, RenderTask) and len(task.parts) == 3
     for part, then in zip(task.parts, (1004.0, 1011.0, 1012.0), strict=True):
         now = then
-        queue.rendered(Outcome(part, {"seconds": 1.0}))
+        scheduler.rendered(Outcome(part, {"seconds": 1.0}))
     assert caplog.messages == ["0.mp4: 2 of 3 parts"]
 
 
 def test_a_video_of_too_few_frames_gets_no_name(farm_jobs: Jobs, tmp_path: Path) -> None:
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[2:]))
-    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
-    rendered = queue.next_task()
+    scheduler = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    rendered = scheduler.next_task()
     assert isinstance(rendered, RenderTask)
-    queue.settle(rendered, [Outcome(part, {"seconds": 1.0}) for part in rendered.parts])
-    joined = queue.next_task()
+    scheduler.settle(rendered, [Outcome(part, {"seconds": 1.0}) for part in rendered.parts])
+    joined = scheduler.next_task()
     assert isinstance(joined, JoinTask)
-    queue.settle(joined, Joined(6, None, "checksum", 1.0))
-    state = queue.ledger.states[jobs[0].output]
+    scheduler.settle(joined, Joined(6, None, "checksum", 1.0))
+    state = scheduler.ledger.states[jobs[0].output]
     assert (state.status, state.error) == ("failed", f"{joined.path}: has 6 frames; expected 7")
 
 
 def test_a_worker_is_given_more_of_what_it_has_at_hand(farm_jobs: Jobs, tmp_path: Path) -> None:
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs))
-    queue = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    scheduler = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
     faces = [AvatarKey.of(job) for job in jobs]
-    assert queue.upcoming() == faces[:2]
-    first, other = queue.next_task(frames=1), queue.next_task(frames=1000, last_avatar=faces[1])
+    assert scheduler.upcoming() == faces[:2]
+    first, other = scheduler.next_task(frames=1), scheduler.next_task(frames=1000, last_avatar=faces[1])
     assert isinstance(first, RenderTask) and [part.number for part in first.parts] == [0]
     # Both faces' jobs are not under way yet: the worker helps with the first face, of both of its jobs.
     assert isinstance(other, RenderTask)
@@ -163,6 +165,6 @@ def test_a_worker_is_given_more_of_what_it_has_at_hand(farm_jobs: Jobs, tmp_path
 @pytest.mark.parametrize("seconds", [1e-300, 1e308])
 def test_any_part_seconds_are_rounded_to_segments(farm_jobs: Jobs, tmp_path: Path, seconds: float) -> None:
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
-    task = Farm(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=seconds).next_task(frames=1000)
+    task = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=seconds).next_task(frames=1000)
     assert isinstance(task, RenderTask) and len(task.parts) == (3 if seconds < 1 else 1)
     assert segment_length(25) == 50  # type: ignore[arg-type]
