@@ -19,7 +19,7 @@ from farming import left_over, results, videos, write_jobs, write_speech
 
 from gpupipe import InputError
 from gpupipe.errors import DeviceLostError, DiskFullError, GpupipeError
-from gpupipe.farm import cluster, run_farm
+from gpupipe.farm import cluster, read_jobs, run_farm
 from gpupipe.farm.scheduler import RenderTask
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -183,7 +183,7 @@ def test_workers_killed_for_memory_are_replaced(jobs: Path, tmp_path: Path, monk
     assert (row["attempts"], row["error"]) == (0, "3 workers died over it")
 
 
-def test_a_worker_whose_gpu_is_lost_ends_for_another_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_whose_gpu_is_lost_ends_for_another_to_begin(jobs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would fail whatever it is given."""
 
     def lost(parts: Any) -> Any:
@@ -193,7 +193,8 @@ def test_a_worker_whose_gpu_is_lost_ends_for_another_to_begin(monkeypatch: pytes
     actor = cluster._RayActor({"device": "cpu", "memory_budget": None, "batch_size": None})
     monkeypatch.setattr(actor._worker, "render", lost)
     monkeypatch.setattr(os, "_exit", ended.append)
-    actor.do(RenderTask([]))
+    part: Any = SimpleNamespace(job=read_jobs(jobs)[0])
+    actor.do(RenderTask([part]))
     assert ended == [1]
 
 

@@ -69,7 +69,7 @@ class _RayActor:
         """What a task comes to: see :func:`_returned`."""
         if isinstance(task, FeaturesTask):
             return _returned(self._worker.features, task.job, task.path, task.inputs)
-        self._upcoming = [AvatarKey.of(part.job) for part in task.parts]
+        self._upcoming = [AvatarKey.of(task.parts[0].job)]
         try:
             return _returned(lambda: list(self._worker.render(task.parts)))
         except DeviceLostError:

@@ -57,7 +57,7 @@ class FeaturesTask:
 
 @dataclass(frozen=True)
 class RenderTask:
-    """Render parts, all of one network."""
+    """Render parts, all with one avatar."""
 
     parts: list[Part]
 
