@@ -1,7 +1,7 @@
 """A farm's work on a Ray cluster: one worker to a GPU, or to a group of cores, on one machine or many.
 
-All machines see the inputs and the output folder under the same paths. A worker that dies is replaced, and what it was
-at goes to whoever is next; parts that it had finished are recorded and count.
+All machines see the inputs and the output folder under the same paths. A worker that dies is replaced, and its work
+goes to whoever is next; the parts that it had finished are recorded and count.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from gpupipe.farm.worker import Worker, join_parts
 logger = logging.getLogger(__name__)
 
 BUNDLE_FRAMES = 1500
-"""Frames of one task: enough to fill batches over many short clips, little enough to share out the end of a run."""
+"""Frames of one task: enough to fill batches across short clips, few enough to share the end of a run evenly."""
 
 _QUEUED = 2
-"""Tasks that a worker has: one to do, and one for when it is done."""
+"""Tasks that a worker has: the one it is doing, and the next."""
 
 
 def work_on_ray(scheduler: Scheduler, *, workers: int | None, address: str | None, options: dict[str, Any]) -> int:
@@ -98,7 +98,7 @@ class _RayWorker:
 
 
 def places(machines: Sequence[dict[str, float]], cores: int, on_gpus: bool) -> int:
-    """How many workers of so many cores, and with a GPU each, find room on machines with these resources of Ray's."""
+    """How many workers with so many cores (and, ``on_gpus``, a GPU each) fit on machines with these Ray resources."""
     found = 0
     for there in machines:
         fit = int(there.get("CPU", 0)) // cores
@@ -107,7 +107,7 @@ def places(machines: Sequence[dict[str, float]], cores: int, on_gpus: bool) -> i
 
 
 def cores_of_each(count: int, machines: Sequence[dict[str, float]], on_gpus: bool) -> int:
-    """The most cores that each of ``count`` workers can have: one that finds no room would never start."""
+    """The most cores that each of ``count`` workers can have such that all fit: one that does not would never start."""
     most = max(int(there.get("CPU", 0)) for there in machines)
     return next(cores for cores in range(most, 0, -1) if places(machines, cores, on_gpus) >= count)
 
@@ -134,7 +134,7 @@ class _RayWorkers:
         self._running: dict[Any, tuple[Task, _RayWorker | None]] = {}
 
     def work(self) -> int:
-        """Until nothing is left; returns the number of workers."""
+        """Work until nothing is left; returns the number of workers."""
         from ray import exceptions  # noqa: PLC0415
 
         # Ray has names of its own for what its memory monitor kills, and for what dies with a machine.
@@ -159,7 +159,7 @@ class _RayWorkers:
                 if getattr(error, "actor_init_failed", False):  # the next one would fail as well
                     raise GpupipeError(f"a worker cannot start ({str(error).splitlines()[-1]})") from error
                 logger.warning("a worker died (%s): others take its work", type(error).__name__)
-                # Of a worker's tasks the first one is to blame: the others waited behind it.
+                # The first of a worker's tasks is the one it died on: the other waited behind it.
                 blamed = worker is None or worker in self.workers
                 if worker in self.workers:
                     self.workers[self.workers.index(worker)] = self._start_worker()

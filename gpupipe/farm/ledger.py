@@ -41,10 +41,10 @@ from gpupipe.versions import __version__
 FOLDER = ".gpupipe-farm"
 RESULTS = "results.jsonl"
 _RESULTS_SECONDS, _RESULTS_SHARE = 1.0, 0.02
-"""Results are written at most so often, for at most so much of the time, and at the end: the file may be long."""
+"""Seconds between writes of the results, and the most that writing may take of the whole time: the file may be long."""
 
 Status = Literal["waiting", "done", "failed", "parked"]
-"""``failed`` is tried again, ``parked`` by the next run only."""
+"""A ``failed`` job is tried again in this run, a ``parked`` one only in the next."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class JobState:
     Attributes:
         fingerprint: of the inputs that the rest belongs to.
         attempts, worker_deaths: failures, and workers that died on it, in the run that was last at it.
-        sound_minus_picture: the difference of their lengths in seconds, if it is more than a frame.
+        sound_minus_picture: difference in length in seconds, if it is more than a frame.
         timings: seconds of work: ``features`` if they were made, ``render``, the sum over parts, and ``join``.
         checksum: SHA-256 of the video.
     """
@@ -148,12 +148,12 @@ class Ledger:
         return self.output_dir / job.output
 
     def is_done(self, job: Job, fingerprint: str) -> bool:
-        """Whether a job's video is there, made of those inputs, and has the checksum that it had."""
+        """Whether a job's video is there, made of those inputs, with the recorded checksum."""
         state, output = self.states[job.output], self.output(job)
         if state.status != "done" or state.fingerprint != fingerprint:
             return False
         try:
-            # The size tells of most damage without reading.
+            # The size shows most damage without reading the file.
             return output.stat().st_size == state.bytes and file_hash(output) == state.checksum
         except OSError:
             return False
@@ -196,7 +196,7 @@ class Ledger:
         self.clean(job)
 
     def clean(self, job: Job) -> None:
-        """Remove a job's files but its state."""
+        """Remove all of a job's own files but its state."""
         folder = self.folder(job)
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name != "state.json":
@@ -224,7 +224,7 @@ def _read_state(path: Path) -> JobState | None:
 
 
 class Fingerprints:
-    """Hashes of what jobs are made of. A file that many jobs share is read once, as long as it does not change."""
+    """Hashes of what clips are made of. A file that many jobs share is read once, as long as it does not change."""
 
     def __init__(self) -> None:
         self._hashes: dict[tuple[str, int, int], str] = {}

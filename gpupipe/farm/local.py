@@ -38,14 +38,14 @@ class _Joins:
         self._running.append((task, self._executor.submit(attempt, join_parts, task.job, task.parts, task.path)))
 
     def settle(self, *, wait: bool) -> None:
-        """Tell the farm of those that are whole by now; with ``wait`` of all."""
+        """Report the videos that are whole by now; with ``wait``, all of them."""
         while self._running and (wait or self._running[0][1].done()):
             task, future = self._running.popleft()
             self._scheduler.settle(task, future.result())
 
 
 def _parts(scheduler: Scheduler, worker: Worker, joins: _Joins) -> Iterator[Part]:
-    """Parts to render, as there is room for them; what else comes up is done on the way."""
+    """Parts to render, as there is room for them; other tasks are done or started on the way."""
     while (task := scheduler.next_task()) is not None:
         joins.settle(wait=False)
         if isinstance(task, RenderTask):

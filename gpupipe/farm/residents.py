@@ -38,7 +38,7 @@ class NetworkKey(NamedTuple):
 
     @classmethod
     def of(cls, job: Job) -> NetworkKey:
-        """Of a job."""
+        """The key of a job."""
         return cls(job.checkpoint, job.mode, job.engine, job.exact, job.precision)
 
 
@@ -53,7 +53,7 @@ class AvatarKey(NamedTuple):
 
     @classmethod
     def of(cls, job: Job) -> AvatarKey:
-        """Of a job."""
+        """The key of a job."""
         return cls(NetworkKey.of(job), job.template, job.use_parsing, job.blend, job.feather)
 
 
@@ -62,7 +62,7 @@ class Network:
 
     Attributes:
         model: the network.
-        feature_bytes: of what its template half makes of one frame.
+        feature_bytes: size of what its template half makes of one frame.
     """
 
     def __init__(self, key: NetworkKey, device: torch.device) -> None:
@@ -86,8 +86,8 @@ class _Resident:
 class Residents:
     """Avatars by what they are made of; the one that is needed again last makes room for a new one.
 
-    A network stays as long as one of its avatars does. An avatar that is still at work keeps its memory until it is
-    done, whatever is said here.
+    A network stays as long as one of its avatars does. An avatar that makes room while it is still at work keeps its
+    memory until it is done, and is no longer counted.
 
     Args:
         device: where they are.
@@ -150,7 +150,7 @@ class Residents:
         return _Resident(network, generator, generator.avatar(template, pixel_format), min(need, self.budget))
 
     def _make_room(self, need: int) -> None:
-        """Let go of what is needed last, until there is room."""
+        """Let go of the avatars that are needed last, until there is room."""
         while self._residents and self.used + need > self.budget:
             soon = {key: number for number, key in reversed(list(enumerate(self.upcoming())))}
             # Of those that nobody asks for, the one that came first.
@@ -160,5 +160,5 @@ class Residents:
 
     @property
     def used(self) -> int:
-        """Bytes that are spoken for."""
+        """Bytes reserved for the avatars here."""
         return sum(resident.bytes for resident in self._residents.values())

@@ -1,4 +1,4 @@
-"""Which work there is: jobs → parts → videos, with every state kept on disk.
+"""What there is to do: jobs → parts → videos, with every state kept on disk.
 
 The scheduler renders nothing itself. Workers ask it for tasks and report how they went; it serves the worker of this
 process (:mod:`gpupipe.farm.local`) as well as those of a cluster (:mod:`gpupipe.farm.cluster`).
@@ -37,13 +37,13 @@ MAX_WORKER_DEATHS = 5
 """A job is also parked after this many workers died on it in a run."""
 
 PART_SECONDS = 20.0
-"""Length of a part: what a killed worker loses at most."""
+"""Length of a part: a killed worker loses no more than this of what it was rendering."""
 
 _TELL_SECONDS = 10.0
-"""How often a run says at most how far the clip at hand is, which may be one of hours."""
+"""Seconds between progress lines; a single clip may take hours."""
 
 OnJobEnd = Callable[[JobState], Any]
-"""Called when a job comes to its end, well or not."""
+"""Called with the state of a job that is done or parked."""
 
 
 @dataclass(frozen=True)
@@ -94,24 +94,25 @@ class _Plan:
 class Scheduler:
     """The jobs of one run.
 
-    Failures and lost workers count within a run: what an earlier one parked is tried anew. What was in the way may be
-    gone without an input having changed (a folder that could not be written, memory that another program held), and who
-    runs the command again wants it tried. That costs no more than :data:`MAX_ATTEMPTS` tries of parts that are not
-    recorded yet. Deaths of workers summed up over runs would in the end park any long job on machines that are taken
-    away at times; and a run that was itself killed counts for nothing, since nobody knows whether a job was the reason.
+    Failures and deaths of workers are counted within one run: a job that an earlier run parked is tried again. The
+    cause may be gone although no input has changed (a folder that could not be written, memory that another program
+    held), and whoever runs the command again wants the job tried. That costs at most :data:`MAX_ATTEMPTS` tries of the
+    parts that are not recorded yet. Deaths counted over all runs would sooner or later park any long job on machines
+    that are taken away at times. A run that was itself killed counts as neither, since nobody knows whether a job was
+    the reason.
 
     Args:
         jobs: checked, outputs distinct.
         ledger: of the output folder, locked.
         device: the kind of device that renders, ``cpu`` or ``cuda``: parts of one clip come from one kind.
         part_seconds: length of a part, more than 0 and finite, rounded to whole segments of the encoder.
-        force: do again what is done.
+        force: render what is done, too.
         on_job_end: see :data:`OnJobEnd`.
 
     Attributes:
-        skipped: outputs that were there already.
-        frames: rendered so far, over all jobs.
-        done: jobs that this run brought to their end.
+        skipped: outputs that earlier runs had finished.
+        frames: number of frames rendered so far, over all jobs.
+        done: number of videos that this run has finished.
     """
 
     def __init__(
@@ -149,8 +150,8 @@ class Scheduler:
         """The next task, or None if there is none now; more may come when those under way are done.
 
         Args:
-            frames: how many a :class:`RenderTask` is to have, rounded up to whole parts.
-            last_avatar: of the worker that asks, which has it at hand.
+            frames: how many a :class:`RenderTask` is to have, rounded up to whole parts; fewer if there are no more.
+            last_avatar: the one that the worker rendered last, and has at hand.
         """
         while True:
             if self._ready:
@@ -168,18 +169,18 @@ class Scheduler:
         return not (self._queue or self._plans or self._featuring)
 
     def upcoming(self) -> list[AvatarKey]:
-        """The avatars that will be asked for, next first."""
+        """The avatars that will be needed, next first."""
         jobs = [plan.job for plan in self._plans.values() if plan.missing]
         return list(dict.fromkeys(AvatarKey.of(job) for job in (*jobs, *self._queue)))
 
     # ── how it went ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def rendered(self, outcome: Outcome) -> None:
-        """Take note of a part that has been rendered, or has failed."""
+        """Record that a part was rendered, or failed."""
         part, result = outcome.part, outcome.result
         plan = self._plans.get(part.job.output)
         if plan is None:
-            return  # parked meanwhile; the part is on disk if it is whole
+            return  # parked meanwhile; if the part is whole, it is on disk for the next run
         plan.rendering -= 1
         if isinstance(result, Failed):
             plan.failed = plan.failed or result
@@ -191,7 +192,7 @@ class Scheduler:
         self._end_if_due(plan)
 
     def settle(self, task: Task, result: Any) -> None:
-        """Take note of a task that is done, or has failed.
+        """Record that a task is done, or failed.
 
         Args:
             result: the outcomes of a :class:`RenderTask`, what :func:`~gpupipe.farm.worker.join_parts` returned for a
@@ -214,10 +215,10 @@ class Scheduler:
             self._joined(task, result)
 
     def lost(self, task: Task, *, blamed: bool = True) -> None:
-        """Take note of a task whose worker died: others do it.
+        """Record that a task's worker died: the task goes to others.
 
         Args:
-            blamed: whether it is the task that the worker died on, not one that waited for its turn.
+            blamed: whether the worker died on this task, and not on one ahead of it.
         """
         jobs = [part.job for part in task.parts] if isinstance(task, RenderTask) else [task.job]
         for job in {job.output: job for job in jobs}.values():
@@ -250,12 +251,12 @@ class Scheduler:
     # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _choose(self, avatar: AvatarKey | None) -> _Plan | None:
-        """A job under way that has parts left, for that avatar if there is one."""
+        """A job under way that has parts to hand out: one for that avatar, if there is one."""
         ready = [plan for plan in self._plans.values() if plan.missing]
         return next((plan for plan in ready if AvatarKey.of(plan.job) == avatar), ready[0] if ready else None)
 
     def _bundle(self, avatar: AvatarKey, frames: int) -> list[Part]:
-        """Parts for one avatar, of the jobs under way and of those that come next."""
+        """Parts for one avatar, from the jobs under way and those that come next."""
         parts: list[Part] = []
         while frames > 0:
             plan = self._choose(avatar)
@@ -270,16 +271,16 @@ class Scheduler:
         return parts
 
     def _begin(self, job: Job) -> None:
-        """Look at what there is of a job, and plan the rest."""
+        """See how much of a job is there, and plan the rest."""
         state = self.ledger.states[job.output]
         fingerprint = self._fingerprints.of(job)
         if self.ledger.is_done(job, fingerprint):
-            self.ledger.clean(job)  # of what a run left that was killed before it could
+            self.ledger.clean(job)  # the run that finished it may have been killed before it could
             self.skipped.append(job.output)
             return
         if job.output not in self._begun or state.fingerprint != fingerprint:
             self._begun.add(job.output)
-            state = self.ledger.reset(job, fingerprint)  # what is known is of other inputs, or of an earlier run
+            state = self.ledger.reset(job, fingerprint)  # what is known is about other inputs, or from an earlier run
         state.status = "waiting"
         planned = attempt(self._plan, job, fingerprint)
         if isinstance(planned, Failed):
@@ -303,7 +304,7 @@ class Scheduler:
         self._end_if_due(plan)
 
     def _cut(self, job: Job, features: Path, fingerprint: str) -> _Plan:
-        """The parts of a job, and what is recorded of them."""
+        """Cut a job into parts, and look which of them are recorded."""
         frames = SpeechFeatures(features, job.mode).timing(job.frame_rate).frames
         rate = frame_rate(job.frame_rate)
         unit = segment_length(rate)
@@ -347,7 +348,7 @@ class Scheduler:
             self._ready.append(JoinTask(plan.job, plan.parts, path))
 
     def _joined(self, task: JoinTask, video: Joined) -> None:
-        """A video that is whole gets its name."""
+        """Give a whole video its name."""
         plan = self._plans[task.job.output]
         published = attempt(self._publish, plan, task.path, video)
         if isinstance(published, Failed):
@@ -371,7 +372,7 @@ class Scheduler:
         self.ledger.publish(job, path, video.checksum)
 
     def _failed(self, job: Job, failed: Failed) -> None:
-        """A job is tried again after the others, or parked."""
+        """Try a job again after the others, or park it."""
         state = self.ledger.states[job.output]
         state.attempts += 1
         state.error = failed.error
@@ -394,7 +395,7 @@ class Scheduler:
 
 
 def _grouped(jobs: list[Job]) -> list[Job]:
-    """Jobs of one avatar beside each other, those of one network too, in the order in which each first comes."""
+    """The jobs, grouped by network and within that by avatar; groups stand in the order of their first jobs."""
     networks: dict[Any, dict[AvatarKey, list[Job]]] = {}
     for job in jobs:
         key = AvatarKey.of(job)

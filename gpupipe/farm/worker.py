@@ -1,7 +1,7 @@
 """What does a farm's work: renders parts of clips, makes features from sound, joins parts to videos.
 
 The same worker runs in the process of the command and in each of Ray's actors. It knows nothing of states and retries:
-it takes tasks and tells how they went.
+it takes tasks and reports how they went.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Part:
-    """Frames of a job's clip that are rendered to a video of their own.
+    """A range of a clip's frames, rendered to a video of its own.
 
     Args:
         job: its files are named by absolute paths.
@@ -113,13 +113,13 @@ class Worker:
         write_record(path, inputs, {"seconds": round(time.perf_counter() - start, 3)})
 
     def _told(self, outcome: Outcome) -> Outcome:
-        """An outcome, if it can be the part's own."""
+        """The outcome, unless the GPU is lost: then the failure is not the part's own."""
         if isinstance(outcome.result, Failed):
             require_alive(self.device, "run it again: what is whole is recorded")
         return outcome
 
     def _try_batch(self, pieces: list[Piece]) -> tuple[list[Piece], list[Tensor] | Exception]:
-        """Render a batch; an error is kept for who knows what to do about it."""
+        """Render a batch; an error is returned, for the caller to deal with."""
         try:
             return pieces, render_batch(pieces)
         except Exception as error:
@@ -151,7 +151,7 @@ class Worker:
 
 
 class _OpenParts:
-    """The parts that are being written: those that take frames, and those that come to their end in a thread."""
+    """The parts that are being written: those that still take frames, and those that a thread finishes."""
 
     def __init__(self, residents: Residents) -> None:
         self._residents = residents
@@ -194,8 +194,8 @@ class _OpenParts:
                 self._wait_for_the_encoders()
 
     def _wait_for_the_encoders(self) -> None:
-        """Where frames come faster than they are encoded: until there is room for those of the next part. Of NVENC's
-        sessions, which drivers cap, no more than those of one part come to their end."""
+        """Wait until memory has room for the frames of the next part: they may come faster than they are encoded. With
+        NVENC, whose sessions drivers cap, until no more than one part is being finished."""
         while True:
             ending = [(writer, future) for writer, future in self._ending if not future.done()]
             if len(ending) <= 1:
@@ -213,7 +213,7 @@ class _OpenParts:
             self._failed.append(Outcome(writer.part, failed))
 
     def outcomes(self, *, wait: bool = False) -> Iterator[Outcome]:
-        """What has come to its end by now; with ``wait`` all that is on its way there."""
+        """The parts that are finished or failed by now; with ``wait``, all that are being finished."""
         while self._failed:
             yield self._failed.popleft()
         while self._ending and (wait or self._ending[0][1].done()):
@@ -225,7 +225,7 @@ class _PartWriter:
     """A part on its way into its file.
 
     Attributes:
-        bytes: of all its frames.
+        bytes: size of all its frames together.
         on_nvenc: whether NVENC encodes them.
     """
 
@@ -266,9 +266,9 @@ class _PartWriter:
             self._video.write(frames)
 
     def finish(self) -> dict[str, Any]:
-        """Bring the file to its end, and record it; its facts."""
+        """Finish the file and record it; returns its facts."""
         with self._video:
-            pass  # leaving it is what ends the file
+            pass  # leaving it finishes the file
         facts = {
             "frames": self._video.frames,
             "seconds": round(time.perf_counter() - self._began, 3),
@@ -281,13 +281,13 @@ class _PartWriter:
         return facts
 
     def abandon(self) -> None:
-        """Leave nothing of the file."""
+        """Delete what was written."""
         with contextlib.suppress(_Abandoned), self._video:
             raise _Abandoned
 
 
 class _Abandoned(Exception):
-    """Ends a part that nobody wants."""
+    """Raised to leave a video without finishing it."""
 
 
 class Joined(NamedTuple):
