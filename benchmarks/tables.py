@@ -18,7 +18,6 @@ from typing import Any
 from gpupipe.benchmarks import plots, recorded
 from gpupipe.benchmarks.claims import CLAIMS
 from gpupipe.benchmarks.common import RESULTS, ROOT, Record, read_rows
-from gpupipe.engines import ENGINES
 
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scale.md")
 
@@ -214,47 +213,13 @@ def claims(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _networks(rows: Rows) -> dict[tuple[Any, ...], Record]:
-    """The newest full-width row of each device, precision, batch and provider, with the template half cached or not."""
+def unet(rows: Rows) -> str:
+    """Milliseconds a frame of the full-width network alone, by device, batch and precision; the newest of each."""
     newest: dict[tuple[Any, ...], Record] = {}
     for row in rows:
         config = row["config"]
         if row["what"] == "unet" and row["metric"] == "latency" and row["error"] is None and config["width"] == 1:
             newest[row["device"], config["precision"], row["value"], row["provider"], config["cached"]] = row
-    return newest
-
-
-def network(rows: Rows) -> str:
-    """Milliseconds a frame of the network alone: PyTorch, ONNX Runtime, and the fastest engine, whole and again.
-
-    Figures of a changed tree (``-dirty``) are left out here: they stand in :func:`unet`.
-    """
-    newest = {key: row for key, row in _networks(rows).items() if not row["commit"].endswith("-dirty")}
-    lines = [
-        "| machine | batch | PyTorch, as trained | ONNX Runtime, whole network | gpupipe | the first time round |"
-        " again | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    places = {key[:3] for key, row in newest.items() if key[3] in ENGINES}
-    for device, precision, batch in sorted(places, key=lambda place: (place[0], place[2], place[1] != "float32")):
-        engines = [name for name in ENGINES if (device, precision, batch, name, True) in newest]
-        engine = min(engines, key=lambda name: newest[device, precision, batch, name, True]["p50"])
-        plain = [
-            newest.get((device, "float32", batch, peer, False))
-            for peer in ("eager, as trained", "ONNX Runtime, whole network")
-        ]
-        peers = [f"{row['p50']:.4g} ms" if row else "not measured" for row in plain]
-        first, again = (newest[device, precision, batch, engine, cached] for cached in (False, True))
-        lines.append(
-            f"| {device} | {batch:g} | {' | '.join(peers)} | {engine}, {precision} | {first['p50']:.4g} ms |"
-            f" **{again['p50']:.4g} ms** | `{again['commit']}` |"
-        )
-    return "\n".join(lines)
-
-
-def unet(rows: Rows) -> str:
-    """Milliseconds a frame of the network alone, by device, batch and precision."""
-    newest = _networks(rows)
     lines = [
         "| machine | precision, batch | the network in | template's half | ms a frame (p20–p80) | commit |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -340,7 +305,6 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "headline": headline,
     "hours": hours,
     "instructions": instructions,
-    "network": network,
     "precision": precision,
     "side_by_side": side_by_side,
     "stages": stages,
