@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -17,42 +18,69 @@ from gpupipe import FrameGenerationPipeline, InputError, OutputError
 from gpupipe.stages import STAGES, UNTIMED, Stages, measuring
 
 
+class Clock:
+    """In place of the module ``time`` in stages.py: time passes only as a test says, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.cpu_time = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return self.cpu_time
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+    def work_in(self, stages: Stages, stage: str, seconds: float) -> None:
+        with stages.time(stage):
+            self.work(seconds)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("gpupipe.stages.time", clock)
+    return clock
+
+
 def in_thread(name: str, work: Callable[[], object]) -> None:
     thread = threading.Thread(target=work, name=name)
     thread.start()
     thread.join()
 
 
-def sleep(stages: Stages, stage: str, seconds: float) -> None:
-    with stages.time(stage):
-        time.sleep(seconds)
-
-
 # ── counting ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_stage_inside_another_counts_as_itself_alone() -> None:
+def test_a_stage_inside_another_counts_as_itself_alone(clock: Clock) -> None:
     stages = Stages()
     with stages.time("template half"):
-        sleep(stages, "template decode", 0.06)
-        time.sleep(0.02)
-    sleep(stages, "paste", 0.01)
+        clock.work_in(stages, "template decode", 6)
+        clock.work(2)
+    clock.work_in(stages, "paste", 1)
     busy = stages.busy()
     assert list(busy) == ["template decode", "template half", "paste"], "in a frame's order"
-    assert 0.06 <= busy["template decode"] < 0.08
-    assert 0.02 <= busy["template half"] < 0.05, "without the decoding in it"
-    assert 0.01 <= busy["paste"] < 0.03
+    assert busy == {"template decode": 6, "template half": 2, "paste": 1}, "the half without the decoding in it"
 
 
-def test_threads_add_up() -> None:
+def test_threads_add_up(clock: Clock) -> None:
     stages = Stages()
-    threads = [threading.Thread(target=sleep, args=(stages, "speech half", 0.05)) for _ in range(4)]
-    start = time.perf_counter()
+    all_at_work = threading.Barrier(4, action=lambda: clock.work(5))
+
+    def work() -> None:
+        with stages.time("speech half"):
+            all_at_work.wait()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert stages.busy()["speech half"] >= 0.2 > time.perf_counter() - start
+    assert stages.busy() == {"speech half": 20}
+    assert clock.now == 5
 
 
 def test_an_error_is_counted_and_goes_on() -> None:
@@ -66,53 +94,53 @@ def test_an_error_is_counted_and_goes_on() -> None:
 
 
 def test_untimed_keeps_nothing() -> None:
-    sleep(UNTIMED, "encode", 0.001)
+    with UNTIMED.time("encode"):
+        pass
     assert UNTIMED.busy() == {}
     assert UNTIMED.bound(cores=2) == "nothing: no stage was timed"
 
 
 def test_timing_costs_little() -> None:
-    """A batch is timed in some six places; a frame takes a millisecond where it takes least."""
+    """A batch is timed in about six places; a frame takes a millisecond where it is fastest."""
     stages = Stages()
-    start = time.perf_counter()
+    start = time.thread_time()
     for _ in range(1000):
         with stages.time("mux"):
             pass
-    assert time.perf_counter() - start < 0.1, "100 µs each would be far too much; some 4 µs are usual"
+    assert time.thread_time() - start < 0.1, "100 µs each would be far too much; about 4 µs are usual"
 
 
 # ── what bounded the run ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_thread_with_the_most_to_do_bounds() -> None:
+def test_the_thread_with_the_most_to_do_bounds(clock: Clock) -> None:
     stages = Stages()
-    in_thread("lane_0", lambda: sleep(stages, "speech half", 0.02))
-    in_thread("encode clip.mp4", lambda: sleep(stages, "encode", 0.15))
-    assert stages.bound(cores=64).startswith("the encoders (")
-    assert ", encode most of all; the cores " in stages.bound(cores=64)
-    in_thread("lane_0", lambda: sleep(stages, "speech half", 0.4))
-    assert stages.bound(cores=64).startswith("the lanes (")
+    in_thread("lane_0", lambda: clock.work_in(stages, "speech half", 2))
+    in_thread("encode clip.mp4", lambda: clock.work_in(stages, "encode", 6))
+    clock.cpu_time = 4
+    assert stages.bound(cores=5) == "the encoders (75% busy), encode most of all; the cores 10% busy"
+    in_thread("lane_0", lambda: clock.work_in(stages, "speech half", 8))
+    assert stages.bound(cores=5).startswith("the lanes (62% busy)")
 
 
-def test_busy_cores_bound() -> None:
+def test_busy_cores_bound(clock: Clock) -> None:
     stages = Stages()
-    with stages.time("speech half"):
-        end = time.process_time() + 0.1
-        while time.process_time() < end:
-            pass
-    # As if the machine had a hundredth of a core: what one busy thread uses saturates it, however loaded this one is.
-    assert stages.bound(cores=0.01).startswith("the cores (")  # type: ignore[arg-type]
-    assert stages.bound(cores=1000).startswith("the main thread (")
+    clock.work_in(stages, "speech half", 10)
+    clock.cpu_time = 18
+    assert stages.bound(cores=2) == "the cores (90% busy), speech half most of all"
+    clock.cpu_time = 17.5
+    assert stages.bound(cores=2).startswith("the main thread (100% busy)")
 
 
 # ── the trace ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_trace_as_chrome_reads_it(tmp_path: Path) -> None:
+def test_trace_as_chrome_reads_it(clock: Clock, tmp_path: Path) -> None:
     with measuring(tmp_path / "trace.json") as stages:
         with stages.time("template half"):
-            sleep(stages, "template decode", 0.01)
-        in_thread("lane_0", lambda: sleep(stages, "paste", 0.01))
+            clock.work_in(stages, "template decode", 2)
+            clock.work(1)
+        in_thread("lane_0", lambda: clock.work_in(stages, "paste", 4))
         assert [path.suffix for path in tmp_path.iterdir()] == [".json"], "a temporary name"
         assert not (tmp_path / "trace.json").exists()
     trace = json.loads((tmp_path / "trace.json").read_text())
@@ -123,10 +151,8 @@ def test_trace_as_chrome_reads_it(tmp_path: Path) -> None:
         "template decode": "MainThread",
         "paste": "lane_0",
     }
-    outer, inner = work["template half"], work["template decode"]
-    assert outer["ts"] <= inner["ts"]
-    assert inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"]
-    assert 10_000 <= inner["dur"] < 30_000, "microseconds"
+    microseconds = {name: (event["ts"], event["dur"]) for name, event in work.items()}
+    assert microseconds == {"template half": (0, 3e6), "template decode": (0, 2e6), "paste": (3e6, 4e6)}
 
 
 def test_no_trace_is_left_of_a_failure(tmp_path: Path) -> None:
@@ -141,13 +167,14 @@ def test_no_trace_is_left_of_a_failure(tmp_path: Path) -> None:
 
 
 class FakeEvent:
-    """A CUDA event on a GPU whose clock stands at a thousand seconds and runs ten times as fast."""
+    """A CUDA event on a GPU whose clock starts at a thousand seconds and runs ten times as fast as the host's."""
 
-    def __init__(self, enable_timing: bool) -> None:
+    def __init__(self, clock: Clock, enable_timing: bool) -> None:
         assert enable_timing
+        self.clock = clock
 
     def record(self, stream: object) -> None:
-        self.moment = 1000 + 10 * time.perf_counter()
+        self.moment = 1000 + 10 * self.clock.now
 
     def synchronize(self) -> None:
         pass
@@ -156,20 +183,18 @@ class FakeEvent:
         return (end.moment - self.moment) * 1000
 
 
-def test_gpu_stages_are_timed_by_events(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+def test_gpu_stages_are_timed_by_events(clock: Clock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", functools.partial(FakeEvent, clock))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     gpu = torch.device("cuda", 0)
     stages = Stages(trace=True)
     with stages.time("template half", gpu):
-        sleep(stages, "template decode", 0.01)  # on the host, meanwhile
+        clock.work_in(stages, "template decode", 2)  # on the host, meanwhile
         with stages.time("paste", gpu):
-            time.sleep(0.01)
-    busy = stages.busy()
-    assert 0.01 <= busy["template decode"] < 0.03
-    assert 0.1 <= busy["paste"] < 0.2
-    assert 0.1 <= busy["template half"] < 0.3, "without the paste in it, with what the host did meanwhile"
+            clock.work(1)
+    half_of_the_gpu = 10 * 2  # seconds: without the paste in it, with what the host did meanwhile
+    assert stages.busy() == {"template decode": 2, "template half": half_of_the_gpu, "paste": 10 * 1}
     assert stages.bound(cores=64).startswith("the GPU (")
     stages.write_trace(tmp_path / "trace.json")
     assert '"GPU"' in (tmp_path / "trace.json").read_text()
