@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from collections import deque
@@ -251,16 +252,32 @@ def test_decode_times_run_on(first: int, delay: int) -> None:
 
 
 class Recorder:
-    """In place of an encoder: a packet for each frame, named after it, later than it came; slow if told so."""
+    """In place of an encoder: a packet for each frame, with its number, two frames late.
 
-    def __init__(self, worker: int, seen: list[tuple[int, int]], seconds: float = 0, fails_at: int = -1) -> None:
+    Args:
+        seconds: that a frame takes.
+        fails_at: the number of a frame that raises ValueError.
+        may_work: what every frame waits for.
+    """
+
+    def __init__(
+        self,
+        worker: int,
+        seen: list[tuple[int, int]],
+        seconds: float = 0,
+        fails_at: int = -1,
+        may_work: threading.Event | None = None,
+    ) -> None:
         self._worker, self._seen, self._seconds, self._fails_at = worker, seen, seconds, fails_at
+        self._may_work = may_work
         self._late: list[av.Packet] = []
 
     def encode(self, number: int, picture: str) -> list[av.Packet]:
         assert picture == f"frame {number}"
         if number == self._fails_at:
             raise ValueError(f"no frame {number}")
+        if self._may_work is not None:
+            self._may_work.wait()
         time.sleep(self._seconds)
         self._seen.append((self._worker, number))
         packet = av.Packet(bytes([number]))
@@ -317,15 +334,24 @@ def test_no_packet_is_lost_at_the_end_of_a_segment() -> None:
 @pytest.mark.parametrize(("workers", "length", "least", "most"), [(2, 4, 2 * 4, 2 * (4 + 2)), (1, None, 2, 3)])
 @pytest.mark.usefixtures("no_thread_left")
 def test_memory_of_the_pool_is_bounded(workers: int, length: int | None, least: int, most: int) -> None:
-    """Nobody is fed more than a segment ahead of what was encoded, or two frames where there are no segments."""
+    """No encoder is fed more than a segment ahead of what it has encoded, or two frames where there are no segments."""
     seen: list[tuple[int, int]] = []
-    pool = SegmentPool(lambda k: Recorder(k, seen, 0.002), workers=workers, length=length)
+    may_work = threading.Event()
+    gave_up = threading.Timer(10, may_work.set)
+    gave_up.start()
+    pool = SegmentPool(lambda k: Recorder(k, seen, 0.002, may_work=may_work), workers=workers, length=length)
+    for i in range(least):
+        pool.encode(f"frame {i}")
+    assert seen == [], "so many frames must be taken before any is encoded, for all workers to have one"
+    gave_up.cancel()
+    gave_up.join()
+    may_work.set()
     waiting = []
-    for i in range(40):
+    for i in range(least, 40):
         pool.encode(f"frame {i}")
         waiting.append(i + 1 - len(seen))
     pool.finish()
-    assert least <= max(waiting) <= most, "two segments wait, so that two work, and no more"
+    assert max(waiting) <= most
 
 
 @pytest.mark.parametrize("frame", [0, 5, 11])
@@ -359,13 +385,16 @@ def test_encoders_live_as_long_as_their_pool() -> None:
 
 
 @pytest.mark.usefixtures("no_thread_left")
-def test_pool_closes_in_the_middle() -> None:
+def test_a_pool_that_is_closed_encodes_nothing_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
-    pool = SegmentPool(lambda k: Recorder(k, seen, 0.05), workers=2, length=4)
+    closing = threading.Event()
+    pool = SegmentPool(lambda k: Recorder(k, seen, may_work=closing), workers=2, length=4)
     for i in range(6):
         pool.encode(f"frame {i}")
+    join = pool._join
+    monkeypatch.setattr(pool, "_join", lambda: (closing.set(), join()))
     pool.close()
-    assert len(seen) < 6, "what was waiting is not encoded"
+    assert {number for _, number in seen} <= {0, 4}, "at most what each worker had begun"
 
 
 def test_pool_size_follows_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
