@@ -151,8 +151,27 @@ def test_engines_that_cannot_be(network: UNet328) -> None:
         make_engine(network, device=CPU, engine="fused")
 
 
-def test_what_loads_no_openvino_promises_no_more_than_what_does() -> None:
-    assert not openvino_cpu.pays() or openvino_cpu.obstacle() is None
+@pytest.mark.parametrize(
+    ("flags", "installed", "pays"),
+    [
+        (["amx_bf16", "avx512_bf16"], True, True),
+        (["amx_bf16", "avx512_bf16"], False, False),
+        (["avx512_bf16"], True, False),
+        ([], False, False),
+    ],
+)
+def test_openvino_pays_with_amx_where_it_is_installed(
+    flags: list[str], installed: bool, pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"openvino": object() if installed else None}
+    monkeypatch.setattr(openvino_cpu, "processor_flags", lambda: flags)
+    monkeypatch.setattr(openvino_cpu, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=found.__getitem__)))
+    assert openvino_cpu.pays() is pays
+
+
+@pytest.mark.skipif(not openvino_cpu.pays(), reason="needs OpenVINO, and a CPU with AMX")
+def test_where_openvino_pays_it_runs() -> None:
+    assert openvino_cpu.obstacle() is None
 
 
 def test_bfloat16_where_the_cpu_is_not_made_for_it(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
