@@ -279,9 +279,6 @@ def test_wrong_input_is_one_line_and_exit_2(
         (("--codec", "h265000"), "h265000"),
         (("--start-frame", 3), "start frame is 3"),
         (("--crf", 99), "crf is 99"),
-        (("--batch-size", 0), "batch size is 0"),
-        (("--feather", -1), "feather is -1"),
-        (("--memory-budget", -5), "memory budget is -5 MB; expected 0 or more"),
         (
             ("--codec", "libx264", "--preset", "foo"),
             "libx264 does not open with preset 'foo'; expected one of ultrafast,",
