@@ -25,8 +25,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         pytest.skip(str(missing))
 
 
-def run(libraries: list[Path], *arguments: str | Path, arch: int | None = None) -> int:
-    """How many tests have passed; fails if one has not, or was skipped."""
+def run(libraries: list[Path], *arguments: str | Path, arch: int | None = None) -> None:
+    """Run tests; fails unless all of them pass, none is skipped, and there is at least one."""
     words, environment = command(libraries, ["-q", *map(str, arguments)])
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
     if arch is not None:
@@ -34,25 +34,23 @@ def run(libraries: list[Path], *arguments: str | Path, arch: int | None = None) 
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout, done.stdout
-    found = re.search(r"(\d+) passed", done.stdout)
-    assert found is not None, done.stdout
-    return int(found[1])
+    assert re.search(r"[1-9]\d* passed", done.stdout), done.stdout
 
 
 def test_it_brings_mistakes_to_light(libraries: list[Path]) -> None:
-    assert run(libraries, TESTS / "simulated_gpu" / "controls.py") == 14
+    run(libraries, TESTS / "simulated_gpu" / "controls.py")
 
 
 def test_what_runs_on_a_gpu(libraries: list[Path]) -> None:
     """All but the kernels, whose plain references run in their place."""
     marked = "cuda and not hardware"
-    assert run(libraries, TESTS, "-m", marked, f"--ignore={TESTS / 'test_graphs.py'}") >= 26
+    run(libraries, TESTS, "-m", marked, f"--ignore={TESTS / 'test_graphs.py'}")
 
 
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
 def test_recordings_with_compiled_kernels(libraries: list[Path]) -> None:
     """On a GPU as new as the kernels ask for, which executes what Triton makes of them."""
-    assert run(libraries, TESTS / "test_graphs.py", "-m", "cuda", arch=90) == 16
+    run(libraries, TESTS / "test_graphs.py", "-m", "cuda", arch=90)
 
 
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
@@ -60,7 +58,7 @@ def test_recordings_with_compiled_kernels(libraries: list[Path]) -> None:
 def test_a_clip_with_compiled_kernels(libraries: list[Path], engine: str) -> None:
     """From files to a file."""
     name = f"test_engines_of_our_own_kernels[{engine}]"
-    assert run(libraries, f"{TESTS / 'test_render_on_gpu.py'}::{name}", arch=90) == 1
+    run(libraries, f"{TESTS / 'test_render_on_gpu.py'}::{name}", arch=90)
 
 
 @pytest.mark.slow
@@ -69,4 +67,4 @@ def test_a_clip_with_compiled_kernels(libraries: list[Path], engine: str) -> Non
 def test_engines_with_compiled_kernels(libraries: list[Path], engine: str) -> None:
     """The whole network, at half its width and at its own, of three samples: an hour."""
     tests = TESTS / f"test_{engine}_engine.py"
-    assert run(libraries, tests, "-m", "cuda and hardware", arch=90) == 6
+    run(libraries, tests, "-m", "cuda and hardware", arch=90)
