@@ -113,8 +113,9 @@ def _byte_rows(record: Array, width: int) -> Array:
 class Shared:
     """The shared memory of a number of blocks.
 
-    Places are bytes from the beginning of the first block's, a granule's record says who touched it last. Order is
-    told by counters: a block's goes up at each barrier, a warp's at these and at its own.
+    Places are counted in bytes from the start of the first block's memory. A granule's records say who touched it last,
+    and what has happened since the last barrier, which all blocks pass together. A warp's time goes up at each barrier
+    and at each of its own.
     """
 
     def __init__(self, blocks: int, threads: int, size: int) -> None:
@@ -122,12 +123,12 @@ class Shared:
         self._threads, self._warps = threads, threads // 32
         self.data = np.full(blocks * self.size, 0xFF, np.uint8)
         granules = len(self.data) // GRANULE
-        self._block_time = np.zeros(blocks, np.int32)
         self._warp_time = np.zeros(blocks * self._warps, np.int32)
         self._writer = np.full(granules, NOBODY, np.int32)
-        self._written_block, self._written_warp = np.zeros((2, granules), np.int32)
-        self._reader, self._reader_warp = np.full((2, granules), NOBODY, np.int32)
-        self._read_block, self._read_warp = np.zeros((2, granules), np.int32)
+        self._written_since = np.zeros(granules, bool)  # the last barrier
+        self._written_warp = np.zeros(granules, np.int32)
+        self._reader, self._reader_warp = np.full((2, granules), NOBODY, np.int32)  # since the last barrier
+        self._read_warp = np.zeros(granules, np.int32)
         self._copied = np.zeros(granules, bool)  # by a copy that was not waited for
         self._unfenced = np.zeros(granules, bool)  # written by ordinary stores, not yet for tensor cores to see
 
@@ -146,7 +147,7 @@ class Shared:
     def read(self, lanes: Array, places: Array, width: int) -> Array:
         """``width`` bytes a thread, shape (lanes, width)."""
         self.note_reads(lanes, places, width)
-        return self.data.reshape(-1, width)[places // width]
+        return self.data.reshape(-1, width).take(places // width, axis=0)
 
     def write(self, lanes: Array, places: Array, values: Array) -> None:
         """The opposite; ``values`` are bytes."""
@@ -160,57 +161,59 @@ class Shared:
     def note_reads(self, lanes: Array, places: Array, width: int) -> None:
         """Raise if what is read is not there, or not surely; else remember who read it."""
         row, lane = _row(places, width), lanes[:, None]
-        writer = _rows(self._writer, width)[row]
-        if _rows(self._copied, width)[row].any():
+        writer = _at(self._writer, row, width)
+        if _at(self._copied, row, width).any():
             raise PtxError("reads what a copy that was not waited for is writing")
         if (writer == NOBODY).any():
             raise PtxError("reads shared memory that nothing was written to")
-        self._must_be_ordered(row, lane, width, "reads what another thread has written without a barrier in between")
-        block, warp = lane // self._threads, lane // 32
-        now = self._block_time[block]
-        read_block = _rows(self._read_block, width)
-        fresh = read_block[row] != now
-        for record, value in ((_rows(self._reader, width), lane), (_rows(self._reader_warp, width), warp)):
-            record[row] = np.where(fresh | (record[row] == NOBODY), value, record[row])
-            others, granule = np.nonzero(record[row] != value)  # one of several that read there wrote its number last
-            record[row[others], granule] = SEVERAL
-        read_block[row] = now
+        self._must_be_ordered(
+            row, lane, width, writer, "reads what another thread has written without a barrier in between"
+        )
+        warp = lane // 32
+        for record, value in ((self._reader, lane), (self._reader_warp, warp)):
+            before = _at(record, row, width)
+            _rows(record, width)[row] = np.where(before == NOBODY, value, before)
+            # Of several that read there at once, one wrote its number last.
+            others, granule = np.nonzero(_at(record, row, width) != value)
+            _rows(record, width)[row[others], granule] = SEVERAL
         _rows(self._read_warp, width)[row] = self._warp_time[warp]
 
     def note_writes(self, lanes: Array, places: Array, width: int) -> None:
         """Raise if others may still read or write there; else remember who wrote."""
         row, lane = _row(places, width), lanes[:, None]
         if width >= GRANULE:
-            self._must_be_ordered(row, lane, width, "writes where another thread wrote without a barrier in between")
-        block, warp = lane // self._threads, lane // 32
-        reader = _rows(self._reader, width)[row]
+            writer = _at(self._writer, row, width)
+            self._must_be_ordered(
+                row, lane, width, writer, "writes where another thread wrote without a barrier in between"
+            )
+        warp = lane // 32
+        reader = _at(self._reader, row, width)
         others = (reader != NOBODY) & (reader != lane)
-        others &= _rows(self._read_block, width)[row] == self._block_time[block]
-        same_warp = _rows(self._reader_warp, width)[row] == warp
-        if (others & (~same_warp | (_rows(self._read_warp, width)[row] == self._warp_time[warp]))).any():
-            raise PtxError("writes what another thread reads without a barrier in between")
+        if others.any():
+            same_warp = _at(self._reader_warp, row, width) == warp
+            if (others & (~same_warp | (_at(self._read_warp, row, width) == self._warp_time[warp]))).any():
+                raise PtxError("writes what another thread reads without a barrier in between")
         _rows(self._writer, width)[row] = lane
-        _rows(self._written_block, width)[row] = self._block_time[block]
+        _rows(self._written_since, width)[row] = True
         _rows(self._written_warp, width)[row] = self._warp_time[warp]
         _rows(self._unfenced, width)[row] = True
 
-    def _must_be_ordered(self, row: Array, lane: Array, width: int, otherwise: str) -> None:
-        writer = _rows(self._writer, width)[row]
-        others = (writer != NOBODY) & (writer != lane)
+    def _must_be_ordered(self, row: Array, lane: Array, width: int, writer: Array, otherwise: str) -> None:
+        others = _at(self._written_since, row, width) & (writer != lane)
         if not others.any():
             return
         warp = lane // 32
-        in_warp = _rows(self._written_warp, width)[row] == self._warp_time[warp]
-        in_block = _rows(self._written_block, width)[row] == self._block_time[lane // self._threads]
-        if (others & np.where(writer // 32 == warp, in_warp, in_block)).any():
+        in_warp = _at(self._written_warp, row, width) == self._warp_time[warp]
+        if (others & ((writer // 32 != warp) | in_warp)).any():
             raise PtxError(otherwise)
 
     # ── order ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def pass_barrier(self) -> None:
         """All threads of every block have met."""
-        self._block_time += 1
         self._warp_time += 1
+        self._written_since[:] = False
+        self._reader[:] = self._reader_warp[:] = NOBODY
 
     def pass_warp_barrier(self, warps: Array) -> None:
         """All threads of these warps have."""
@@ -218,11 +221,11 @@ class Shared:
 
     def fence(self, lanes: Array) -> None:
         """What these threads wrote, or what was written before the last barrier, is there for tensor cores too."""
-        own = np.zeros(len(self._block_time) * self._threads, bool)
-        own[lanes] = True
-        block = np.arange(len(self._writer)) // (self.size // GRANULE)
-        fenced = np.isin(block, np.unique(lanes // self._threads)) & (self._written_block != self._block_time[block])
-        self._unfenced[(self._writer != NOBODY) & (own[self._writer] | fenced)] = False
+        blocks = len(self.data) // self.size
+        own, of_block = np.zeros(blocks * self._threads, bool), np.zeros((blocks, 1), bool)
+        own[lanes] = of_block[lanes // self._threads] = True
+        fenced = of_block & ~self._written_since.reshape(blocks, -1)
+        self._unfenced[(self._writer != NOBODY) & (own[self._writer] | fenced.ravel())] = False
 
     def start_copy(self, lanes: Array, places: Array, values: Array) -> None:
         """Begin to write bytes beside the threads."""
@@ -240,7 +243,7 @@ class Shared:
         lanes = np.repeat(warps.astype(np.int32) * 32, places.shape[1])
         chunks, first = np.unique(places.ravel() // _CHUNK, return_index=True)
         row = _row(chunks * _CHUNK, _CHUNK)
-        if _rows(self._unfenced, _CHUNK)[row].any():
+        if _at(self._unfenced, row, _CHUNK).any():
             raise PtxError("tensor cores read what ordinary stores wrote, with no proxy fence since")
         self.note_reads(lanes[first], chunks * _CHUNK, _CHUNK)
         _rows(self._reader, _CHUNK)[row] = _rows(self._reader_warp, _CHUNK)[row] = SEVERAL
@@ -258,3 +261,8 @@ def _rows(record: Array, width: int) -> Array:
 
 def _row(places: Array, width: int) -> Array:
     return places // max(width, GRANULE)
+
+
+def _at(record: Array, row: Array, width: int) -> Array:
+    """A record's rows."""
+    return _rows(record, width).take(row, axis=0)  # faster than an index
