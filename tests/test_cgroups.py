@@ -44,14 +44,14 @@ def groups(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     indirect=["groups"],
 )
 @pytest.mark.usefixtures("groups")
-def test_limits(quota: float | None, left: int | None) -> None:
+def test_limits_of_each_version_of_cgroups_are_read(quota: float | None, left: int | None) -> None:
     assert cpu_quota() == quota
     assert memory_left() == left
 
 
 @pytest.mark.parametrize(("groups", "cores"), [(V2, 3), (V1, 2), (FREE, 8), ({}, 8)], indirect=["groups"])
 @pytest.mark.usefixtures("groups")
-def test_cores_and_memory_are_the_container_s(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_and_memory_keep_to_the_container_s_limits(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GPUPIPE_CORES", raising=False)
     monkeypatch.setattr(lanes.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert lanes.available_cores() == cores

@@ -141,7 +141,7 @@ def test_misshapen_key(state: State, tmp_path: Path) -> None:
     assert f"{HEAD} has shape (4, 2, 1, 1); expected (3, 2, 1, 1)" in message
 
 
-def test_first_key_of_another_rank(state: State, tmp_path: Path) -> None:
+def test_width_s_key_of_the_wrong_rank_is_refused(state: State, tmp_path: Path) -> None:
     """The width is read from this one, before any shape is compared."""
     state["inc.inconv.0.conv.6.weight"] = torch.zeros(4)
     assert "inc.inconv.0.conv.6.weight" in refusal(as_pth(state, tmp_path))
@@ -301,7 +301,7 @@ def test_pickle_that_nests_without_end(old: bool, tmp_path: Path) -> None:
     assert "holds something other than tensors" in refusal(path)
 
 
-def test_nesting_is_counted_as_it_is(state: State, tmp_path: Path) -> None:
+def test_many_entries_are_not_taken_for_deep_nesting(state: State, tmp_path: Path) -> None:
     """Many entries, in whichever format, do not nest."""
     many = {f"{name}.{i}": value for name, value in state.items() for i in range(9)}
     for old in (False, True):

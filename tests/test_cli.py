@@ -83,7 +83,7 @@ def test_render_writes_a_video_with_sound_and_a_record(clip: dict[str, Path], tm
         (True, ["--engine", "onnxruntime"], False),
     ],
 )
-def test_of_bfloat16_is_told_who_has_not_chosen(
+def test_bfloat16_tip_only_without_explicit_choice(
     pays: bool, words: list[str], told: bool, clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openvino_cpu, "pays", lambda: pays)
@@ -105,7 +105,7 @@ def test_paths_that_look_like_protocols_are_files(
         assert len(container.streams.audio) == 1
 
 
-def test_paths_that_look_like_markup_are_told_as_they_are(clip: dict[str, Path], tmp_path: Path) -> None:
+def test_paths_that_look_like_markup_are_printed_unchanged(clip: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "a[").mkdir()
     output = tmp_path / "a[" / "b].mp4"
     result = run(*render_words(clip, output, *QUICK))
@@ -168,7 +168,7 @@ def test_render_makes_features_from_sound(clip: dict[str, Path], golden_weights:
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
-def test_frames(clip: dict[str, Path], tmp_path: Path) -> None:
+def test_frames_writes_numbered_jpegs(clip: dict[str, Path], tmp_path: Path) -> None:
     words = ("--checkpoint", clip["checkpoint"], "--template", clip["template"], "--audio-features", clip["features"])
     result = run("frames", *words, *QUICK, "--output-dir", tmp_path / "frames")
     assert result.exit_code == 0, result.output
@@ -177,7 +177,7 @@ def test_frames(clip: dict[str, Path], tmp_path: Path) -> None:
     assert cv2.imread(str(tmp_path / "frames" / names[0])).shape == (128, 192, 3)
 
 
-def test_frames_from_sound_at_another_rate(clip: dict[str, Path], tmp_path: Path) -> None:
+def test_frames_at_another_rate_are_those_of_the_video(clip: dict[str, Path], tmp_path: Path) -> None:
     """As many as the video of the same words has, and the same ones."""
     torch.save(AudioEncoder().state_dict(), tmp_path / "ave.pth")
     words = ["--checkpoint", clip["checkpoint"], "--template", clip["template"], "--encoder", tmp_path / "ave.pth"]
@@ -192,14 +192,16 @@ def test_frames_from_sound_at_another_rate(clip: dict[str, Path], tmp_path: Path
 
 
 @pytest.mark.parametrize("words", [(), ("--encoder", "ave.pth")])
-def test_frames_of_nothing(words: tuple[str, ...], clip: dict[str, Path], tmp_path: Path) -> None:
+def test_frames_without_sound_or_features_is_refused(
+    words: tuple[str, ...], clip: dict[str, Path], tmp_path: Path
+) -> None:
     source = ("--checkpoint", clip["checkpoint"], "--template", clip["template"])
     result = run("frames", *source, "--output-dir", tmp_path / "frames", *words)
     assert result.exit_code == 2 and "--audio" in result.stderr and "--encoder" in result.stderr
     assert not (tmp_path / "frames").exists()
 
 
-def test_export_and_reference(clip: dict[str, Path], tmp_path: Path) -> None:
+def test_export_and_reference_write_their_files(clip: dict[str, Path], tmp_path: Path) -> None:
     result = run("export", "--checkpoint", clip["checkpoint"], "--output", tmp_path / "unet.onnx")
     assert result.exit_code == 0 and (tmp_path / "unet.onnx").stat().st_size > 10_000, result.output
     words = ("--checkpoint", clip["checkpoint"], "--template", clip["template"], "--audio-features", clip["features"])
@@ -227,7 +229,7 @@ def exit_code(words: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("paint", "No such command 'paint'"),
     ],
 )
-def test_words_that_no_command_takes_are_told_in_a_line(
+def test_wrong_command_lines_are_reported_in_one_line(
     words: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code(words, monkeypatch) == 2
@@ -238,14 +240,14 @@ def test_words_that_no_command_takes_are_told_in_a_line(
 
 
 @pytest.mark.parametrize(("words", "code"), [("", 2), ("--help", 0), ("--version", 0)])
-def test_help_is_no_error_message(
+def test_help_and_version_are_not_printed_as_errors(
     words: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code(words, monkeypatch) == code
     assert "gpupipe: " not in capsys.readouterr().err
 
 
-def test_help_in_an_encoding_without_its_letters() -> None:
+def test_help_prints_in_an_encoding_without_its_letters() -> None:
     command = [sys.executable, "-m", "gpupipe", "render", "--help"]
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -312,7 +314,7 @@ def test_wrong_options_exit_2(
         (("--feather", -1), "feather is -1.0; expected a width in pixels, 0 or more"),
     ],
 )
-def test_wrong_numbers_are_told_as_they_were_given(
+def test_wrong_numbers_are_reported_as_given(
     words: tuple[object, ...], told: str, clip: dict[str, Path], tmp_path: Path
 ) -> None:
     source = ("--checkpoint", clip["checkpoint"], "--template", clip["template"], "--audio-features", clip["features"])
@@ -323,7 +325,7 @@ def test_wrong_numbers_are_told_as_they_were_given(
 
 
 @pytest.mark.parametrize("name", ["out.yuv", "out.h264", "out.ogg", "out"])
-def test_wrong_suffix_is_told_before_anything_is_opened(name: str, clip: dict[str, Path], tmp_path: Path) -> None:
+def test_wrong_suffix_is_reported_before_anything_is_opened(name: str, clip: dict[str, Path], tmp_path: Path) -> None:
     render = render_words({**clip, "checkpoint": Path("missing.pth")}, tmp_path / name)
     for words in (render, ["demo", "--audio", "missing.wav", "--output", tmp_path / name]):
         result = run(*words)
@@ -384,7 +386,7 @@ def test_signals_leave_nothing_half_written(number: int, clip: dict[str, Path], 
     assert all(cv2.imread(str(path)) is not None for path in kept.iterdir()), "and nothing but images"
 
 
-def test_signals_are_as_before_afterwards() -> None:
+def test_signal_handlers_are_restored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with reporting(False):
@@ -454,7 +456,7 @@ def test_a_render_on_a_cpu_loads_no_more_than_it_uses(clip: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize("command", [[Path(sys.executable).with_name("gpupipe")], [sys.executable, "-m", "gpupipe"]])
-def test_the_installed_command(command: list[Path | str], tmp_path: Path) -> None:
+def test_installed_command_runs(command: list[Path | str], tmp_path: Path) -> None:
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout.strip() == __version__
     failed = subprocess.run([*command, "export"], capture_output=True, text=True, cwd=tmp_path, check=False)

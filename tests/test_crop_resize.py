@@ -115,7 +115,7 @@ def test_a_sample_does_not_see_its_batch() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_index_says_which_frame(dtype: torch.dtype) -> None:
+def test_index_chooses_the_frame_of_each_box(dtype: torch.dtype) -> None:
     frames = np.stack([noise(seed)[:200, :300] for seed in range(3)])
     boxes = torch.tensor([(10, 20, 90, 100), (0, 0, 150, 150), (100, 30, 200, 130)], dtype=dtype)
     index = torch.tensor([2, 0, 2])
@@ -196,7 +196,7 @@ def test_bound_fails_when_truncated_instead_of_rounded() -> None:
 
 
 @pytest.mark.parametrize("shift", [(1, 0, 1, 0), (0, 1, 0, 1), (0, 0, 1, 1)])
-def test_bound_fails_one_pixel_beside(shift: Box) -> None:
+def test_bound_fails_one_pixel_off(shift: Box) -> None:
     box = square(200)
     moved = tuple(a + b for a, b in zip(box, shift, strict=True))
     smooth = cv2.GaussianBlur(noise(), (0, 0), 8)
@@ -238,5 +238,5 @@ def test_network_input_in_half_precision(crops: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.float16, 2)])
-def test_bytes(dtype: torch.dtype, size: int) -> None:
+def test_bytes_moved_are_frame_crop_and_input(dtype: torch.dtype, size: int) -> None:
     assert bytes_moved((20, 10), dtype) == 20 * 10 * 3 + 328**2 * 3 + 320**2 * 6 * size

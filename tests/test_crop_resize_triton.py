@@ -67,12 +67,12 @@ def check(frame: Tensor, box: Box) -> None:
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_crop_is_the_reference_s_and_opencv_s(box: Box) -> None:
+def test_crop_matches_reference_and_opencv(box: Box) -> None:
     check(noise()[0], box)
 
 
 @pytest.mark.parametrize("side", [327, 328, 329, 500, 719])
-def test_large_crop_is_the_reference_s_and_opencv_s(side: int) -> None:
+def test_large_crop_matches_reference_and_opencv(side: int) -> None:
     check(noise(height=720, width=900)[0], (150, 1, 150 + side, 1 + side))
 
 
@@ -119,7 +119,7 @@ def test_gaps_between_pixels_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("dtype", "channels_last"), [(torch.float32, False), (torch.float16, False), (torch.float16, True)]
 )
-def test_network_input_is_the_crop_s_to_the_bit(dtype: torch.dtype, channels_last: bool) -> None:
+def test_network_input_is_bit_equal_to_the_crop(dtype: torch.dtype, channels_last: bool) -> None:
     frames = noise(2)
     crops, image = cut(frames, [1], BOXES[:1], image=dtype, channels_last=channels_last)
     assert np.array_equal(crops[0].numpy(), crop328(frames[1], BOXES[0]))

@@ -135,7 +135,7 @@ def test_a_mouth_changes_its_patch_only() -> None:
 @pytest.mark.parametrize(
     "mouth", [(0.0, 0.35, 0.0), (0.1, 0.3, 0.0), (0.3, 0.6, 0.0), (0.4, 0.2, 0.45), (0.55, 0.5, 0.2)]
 )
-def test_the_measured_gap_is_the_drawn_one(mouth: tuple[float, float, float]) -> None:
+def test_measured_lip_gap_is_the_drawn_one(mouth: tuple[float, float, float]) -> None:
     for index in (0, 30, 64):
         measured = measure_gap(drawing.draw_frame(index, mouth), index)
         assert abs(measured - rig.lip_gap(mouth[0])) < 3
@@ -222,7 +222,7 @@ def test_the_sheet_is_of_the_video_in_any_container(suffix: str, tmp_path: Path)
     assert np.abs(again[TILE:] - first[TILE:]).mean() < 5, "the same waveform, but for what the lengths differ by"
 
 
-def test_cut_sound(tmp_path: Path) -> None:
+def test_cut_sound_is_the_beginning_of_the_whole(tmp_path: Path) -> None:
     whole = load_audio(BUNDLE / "sample.flac")
     cut = load_audio(cut_sound(BUNDLE / "sample.flac", tmp_path / "cut.wav", 1.25))
     assert abs(len(cut) - 20000) <= 32
@@ -232,13 +232,13 @@ def test_cut_sound(tmp_path: Path) -> None:
     assert len(load_audio(cut_sound(BUNDLE / "sample.flac", tmp_path / "long.wav", 99))) == len(whole)
 
 
-def test_sound_without_a_sample_is_named_by_its_own_name(tmp_path: Path) -> None:
+def test_empty_sound_is_reported_by_its_own_file_name(tmp_path: Path) -> None:
     (tmp_path / "empty.wav").write_bytes(wav(b""))
     with pytest.raises(InputError, match=r"empty\.wav: its sound track is empty; expected at least one sample"):
         render_demo(tmp_path / "empty.wav", tmp_path / "out.mp4", 1.0)
 
 
-def test_sound_that_becomes_another_is_named(tmp_path: Path) -> None:
+def test_sound_that_changes_format_midway_is_named(tmp_path: Path) -> None:
     """Two broadcasts in one file."""
     for name, rate in (("a", 44100), ("b", 48000)):
         with av.open(str(tmp_path / f"{name}.aac"), "w") as out:

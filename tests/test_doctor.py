@@ -20,7 +20,7 @@ def run(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def test_it_tells_what_would_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_reports_which_engines_would_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path))
     facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
     told = "auto: the fastest of onnxruntime, eager, measured at the first render; --engines measures compile too"
@@ -30,7 +30,7 @@ def test_it_tells_what_would_be_measured(tmp_path: Path, monkeypatch: pytest.Mon
         assert facts["can"]["h264_nvenc"] == "no: no CUDA GPU is available"
 
 
-def test_it_asks_nothing_of_a_gpu_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_does_not_query_a_broken_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpupipe.doctor.find_device", lambda device=None: torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     facts = json.loads(run("doctor", "--json").stdout.splitlines()[-1])
@@ -47,7 +47,7 @@ def test_it_asks_nothing_of_a_gpu_that_does_not_work(monkeypatch: pytest.MonkeyP
         ("it is made of wood", False, "float32; not bfloat16: it is made of wood"),
     ],
 )
-def test_it_tells_what_bfloat16_is_good_for(
+def test_doctor_reports_whether_bfloat16_pays(
     obstacle: str | None, pays: bool, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openvino_cpu, "obstacle", lambda: obstacle)
@@ -56,7 +56,7 @@ def test_it_tells_what_bfloat16_is_good_for(
     assert facts["render"]["precision"] == told
 
 
-def test_it_names_the_way_a_render_takes(
+def test_doctor_reports_what_a_render_then_uses(
     clip: dict[str, Path], tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     network, cpu = UNet328("ave"), torch.device("cpu")

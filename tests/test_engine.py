@@ -62,7 +62,7 @@ def engine(request: pytest.FixtureRequest, network: UNet328) -> Engine:
 @pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_engine_is_the_network(mode: Mode, name: EngineName) -> None:
+def test_engine_matches_the_network(mode: Mode, name: EngineName) -> None:
     network = seeded_network(mode, width=1 / 8)
     engine = make_engine(network, device=CPU, engine=name)
     image, audio = network_inputs(mode, 2)
@@ -123,12 +123,12 @@ def test_inputs_may_be_strided_or_of_another_precision(engine: Engine) -> None:
     assert (found - expected).abs().max() <= BOUND
 
 
-def test_engines_that_are_declared_are_those_that_can_be_asked_for_and_are_told_of() -> None:
+def test_declared_engines_are_those_of_the_type_and_the_documentation() -> None:
     assert {*DECLARED, "auto", "torch"} == set(get_args(EngineName))
     assert set(re.findall(r"^\| `(\w+)`", gpupipe.engines.__doc__ or "", re.MULTILINE)) == set(DECLARED)
 
 
-def test_engines_by_name(network: UNet328) -> None:
+def test_engines_are_made_by_name(network: UNet328) -> None:
     assert isinstance(make_engine(network, device=CPU, engine="onnxruntime"), OnnxRuntimeEngine)
     assert isinstance(make_engine(network, device=CPU, engine="eager"), EagerEngine)
     assert isinstance(make_engine(network, device=CPU, engine="torch"), EagerEngine), "another word for eager"
@@ -141,7 +141,7 @@ def test_the_cpu_is_always_float32(network: UNet328) -> None:
         assert engine.device == CPU
 
 
-def test_engines_that_cannot_be(network: UNet328) -> None:
+def test_engines_that_cannot_run_are_refused(network: UNet328) -> None:
     with pytest.raises(DeviceError, match=f"^engine is 'tensorrt'; expected one of {', '.join(ENGINES)}"):
         make_engine(network, device=CPU, engine="tensorrt")  # type: ignore[arg-type]
     with pytest.raises(DeviceError, match=r"^engine is 'onnxruntime' and device 'cuda:0'; expected device 'cpu'"):
@@ -174,7 +174,7 @@ def test_where_openvino_pays_it_runs() -> None:
     assert openvino_cpu.obstacle() is None
 
 
-def test_bfloat16_where_the_cpu_is_not_made_for_it(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_on_a_cpu_without_it_is_refused(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeviceError, match=r"^engine is 'openvino' and precision 'float32'; expected bfloat16 with"):
         make_engine(network, device=CPU, engine="openvino")
     monkeypatch.setattr(openvino_cpu, "obstacle", lambda: "it is made of wood")
@@ -182,7 +182,7 @@ def test_bfloat16_where_the_cpu_is_not_made_for_it(network: UNet328, monkeypatch
         make_engine(network, device=CPU, exact=False, precision="bfloat16")
 
 
-def test_precisions_that_cannot_be(network: UNet328) -> None:
+def test_unsupported_precisions_are_refused(network: UNet328) -> None:
     with pytest.raises(DeviceError, match=r"^precision is 'float16'; expected float32 or bfloat16 on a CPU"):
         make_engine(network, device=CPU, precision="float16", exact=False)
     with pytest.raises(DeviceError, match=r"^precision is 'bfloat16'; expected float32 with exact"):
@@ -241,7 +241,7 @@ def test_auto_remembers_for_the_same_kind_of_network(network: UNet328, timed: di
 
 
 @pytest.mark.usefixtures("timed")
-def test_figures_are_of_one_precision(network: UNet328) -> None:
+def test_figures_of_one_precision_leave_another_s_alone(network: UNet328) -> None:
     figures = {"onnxruntime": 50.0, "eager": 100.0}
     remembered.remember(network, CPU, torch.float32, figures)
     remembered.remember(network, CPU, torch.bfloat16, {"eager": 50.0, "openvino": 10.0})
@@ -293,7 +293,7 @@ def test_auto_works_where_nothing_can_be_remembered(
     assert "; engines are measured again next time" in caplog.text
 
 
-def test_an_engine_that_fails_is_said_and_not_taken(
+def test_a_failing_engine_is_logged_and_not_taken(
     network: UNet328, timed: dict[str, float], caplog: pytest.LogCaptureFixture
 ) -> None:
     timed.update(eager=0.3)
@@ -315,7 +315,7 @@ def test_one_engine_alone_is_not_measured(
     assert make_engine(network, device=torch.device("cuda"), exact=True).name == "compile", "asked for by doctor"
 
 
-def test_an_obstacle_is_said_and_does_not_outlast_itself(
+def test_an_obstacle_is_logged_and_checked_again_each_time(
     network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a compiler that is missing, and then is installed, and removed."""
@@ -330,7 +330,7 @@ def test_an_obstacle_is_said_and_does_not_outlast_itself(
 
 
 @pytest.mark.parametrize("name", ["fused", "gluon"])
-def test_engines_of_our_own_kernels_run_where_those_do(
+def test_engines_of_our_own_kernels_need_what_the_kernels_need(
     name: EngineName, network: UNet328, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch, "_cuda_obstacle", lambda index: "it is too old")
@@ -339,7 +339,7 @@ def test_engines_of_our_own_kernels_run_where_those_do(
         make_engine(network, device=torch.device("cuda"), engine=name, exact=False)
 
 
-def test_an_engine_that_takes_the_gpu_away_does_so_once(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_crashes_the_gpu_is_tried_only_once(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an illegal access does: nothing of CUDA works in the process after it, the engine that was chosen neither."""
     cuda, figures = torch.device("cuda"), {"gluon": math.inf, "fused": math.inf, "eager": 1.0}
     kept: list[dict[str, float]] = []
@@ -363,7 +363,7 @@ def test_an_engine_that_takes_the_gpu_away_does_so_once(network: UNet328, monkey
     assert make_engine(network, device=cuda, exact=False).name == "eager"
 
 
-def test_no_engine_works(network: UNet328, timed: dict[str, float]) -> None:
+def test_no_working_engine_is_an_error(network: UNet328, timed: dict[str, float]) -> None:
     with pytest.raises(DeviceError, match=r"^no engine works on cpu: eager: eager is out of order; onnxruntime: "):
         make_engine(network, device=CPU)
 
@@ -377,7 +377,7 @@ def without_aligned_corners(network: UNet328) -> UNet328:
 
 
 @pytest.mark.parametrize("alter", [copy.deepcopy, without_aligned_corners])
-def test_an_engine_that_paints_something_else_is_not_taken(
+def test_an_engine_with_other_results_is_not_taken(
     network: UNet328,
     alter: Callable[[UNet328], UNet328],
     monkeypatch: pytest.MonkeyPatch,
@@ -411,7 +411,7 @@ def test_compile_is_taken_only_where_a_measurement_found_it_fastest(network: UNe
     [([0.9, 0.3, 0.1, 0.2], 0.1), ([0.01, 0.3, 0.2, 0.25], 0.2)],
     ids=["of the best run", "not of the first, which allocates and tunes"],
 )
-def test_a_measurement_is(seconds: list[float], best: float) -> None:
+def test_best_run_counts_but_not_the_first(seconds: list[float], best: float) -> None:
     assert measure._best(iter(seconds).__next__) == best
 
 
@@ -467,7 +467,7 @@ def test_the_measurement_runs_the_engine(network: UNet328) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(compiled.obstacle(CPU) is not None, reason="torch.compile needs a C++ compiler on a CPU")
 @torch.no_grad()
-def test_compiled_engine_is_the_network(network: UNet328) -> None:
+def test_compiled_engine_matches_the_network(network: UNet328) -> None:
     """Batches smaller than the first are padded, larger ones compiled anew."""
     engine = make_engine(network, device=CPU, engine="compile")
     for batch in (2, 1, 3):
@@ -477,7 +477,7 @@ def test_compiled_engine_is_the_network(network: UNet328) -> None:
         assert (mouth - network(image, audio)).abs().max() <= BOUND
 
 
-def test_engines_of_cuda(network: UNet328) -> None:
+def test_engines_on_cuda_by_precision(network: UNet328) -> None:
     cuda = torch.device("cuda")
     in_half, in_bfloat16, in_single = (
         [one.name for one in candidates(cuda, dtype)] for dtype in (torch.float16, torch.bfloat16, torch.float32)

@@ -15,7 +15,7 @@ from gpupipe.errors import InputError, first_line, one_line
         (AssertionError(), "AssertionError"),
     ],
 )
-def test_first_line(error: Exception, line: str) -> None:
+def test_first_line_of_an_error_or_its_type(error: Exception, line: str) -> None:
     assert first_line(error) == line
 
 
@@ -28,5 +28,5 @@ def test_first_line(error: Exception, line: str) -> None:
         (RuntimeError(), "RuntimeError"),
     ],
 )
-def test_one_line(error: Exception, line: str) -> None:
+def test_errors_in_one_line(error: Exception, line: str) -> None:
     assert one_line(error) == line

@@ -62,7 +62,7 @@ def assert_right(cache: FrameCache, frames: Sequence[int] | NDArray[np.int64]) -
             assert torch.equal(found[name][row], value[0]), f"{name} of frame {frame}"
 
 
-def test_memory_that_is_not_there_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookups_work_after_a_failed_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch fails, and is tried again with half its frames when something else has let go of memory."""
     new_empty, tried = Tensor.new_empty, []
 
@@ -136,7 +136,7 @@ def test_bank_is_not_copied_when_all_fit() -> None:
     ("budget", "capacity"),
     [(-5, 0), (0, 0), (FRAME_BYTES - 1, 0), (2 * FRAME_BYTES, 2), (3 * FRAME_BYTES - 1, 2), (10**9, LENGTH)],
 )
-def test_budget_is_kept(budget: int, capacity: int) -> None:
+def test_memory_stays_within_the_budget(budget: int, capacity: int) -> None:
     frames, _ = cache(budget)
     frames.lookup([8, 0])
     assert frames.capacity == capacity

@@ -253,7 +253,9 @@ def one_frame(template: Path, i: int = 2) -> tuple[Image, np.ndarray]:
 
 @pytest.mark.parametrize("blend", ["none", "feather"])
 @pytest.mark.parametrize("parsing", [False, True])
-def test_one_frame_is_the_clip_s(parsing: bool, blend: Any, tiny_model: MakeModel, template: Path) -> None:
+def test_single_frames_equal_those_of_the_clip(
+    parsing: bool, blend: Any, tiny_model: MakeModel, template: Path
+) -> None:
     generator = FrameGenerator(tiny_model(), blend=blend, feather=12)
     sound = features(4)
     clip = rendered(generator, template, sound, parsing=parsing)
@@ -265,7 +267,7 @@ def test_one_frame_is_the_clip_s(parsing: bool, blend: Any, tiny_model: MakeMode
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_audio_in_each_of_its_forms(mode: Mode, tiny_model: MakeModel, template: Path) -> None:
+def test_audio_may_be_windows_or_rows_arrays_or_tensors(mode: Mode, tiny_model: MakeModel, template: Path) -> None:
     generator = FrameGenerator(tiny_model(mode), mode)
     image, points = one_frame(template)
     rows = features(16, mode)
@@ -297,7 +299,7 @@ def test_audio_that_is_not_finite(value: float, tiny_model: MakeModel, template:
             FrameGenerator(tiny_model()).generate_frame(*one_frame(template), form)
 
 
-def test_tensors_are_taken(tiny_model: MakeModel, template: Path) -> None:
+def test_image_landmarks_and_audio_may_be_tensors(tiny_model: MakeModel, template: Path) -> None:
     generator = FrameGenerator(tiny_model())
     image, points = one_frame(template)
     window = audio_windows(features(1))
@@ -338,7 +340,7 @@ def test_saved_frames(tiny_model: MakeModel, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "frame", [np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 4), np.uint8), np.zeros((3, 8, 8), np.uint8)]
 )
-def test_what_is_no_frame_is_not_saved(frame: np.ndarray, tiny_model: MakeModel, tmp_path: Path) -> None:
+def test_arrays_that_are_not_frames_are_not_saved(frame: np.ndarray, tiny_model: MakeModel, tmp_path: Path) -> None:
     """Its bytes in another order would be a picture, too."""
     with pytest.raises(InputError, match=r"frame_00000\.jpg: frame is .*expected uint8 \(H, W, 3\)"):
         FrameGenerator(tiny_model()).save_frames([frame], tmp_path)
@@ -365,7 +367,7 @@ def test_saved_frames_are_opencv_s_jpegs(tiny_model: MakeModel, template: Path, 
 
 
 @pytest.mark.parametrize("start_frame", [-1, 5])
-def test_start_outside_the_template_before_a_frame_is_rendered(
+def test_start_outside_the_template_fails_before_a_frame_is_rendered(
     start_frame: int, tiny_model: MakeModel, template: Path
 ) -> None:
     generator = FrameGenerator(tiny_model())
@@ -390,7 +392,7 @@ def test_options_out_of_range(options: dict[str, Any], message: str, tiny_model:
         FrameGenerator(tiny_model(), **options)
 
 
-def test_a_budget_below_nothing(tiny_model: MakeModel) -> None:
+def test_negative_memory_budget_is_refused(tiny_model: MakeModel) -> None:
     with pytest.raises(InputError, match="memory budget is -1; expected 0 or more bytes"):
         FrameGenerator(tiny_model(), memory_budget=-1)
 

@@ -28,7 +28,7 @@ def rearranged(network: UNet328, mouth: torch.dtype = torch.float32) -> FusedEng
 
 @pytest.mark.parametrize(("mode", "width"), [("hubert", 3 / 8), ("wenet", 1 / 8)])
 @torch.no_grad()
-def test_arrangement_is_the_network(mode: Mode, width: float) -> None:
+def test_rearranged_network_matches_the_original(mode: Mode, width: float) -> None:
     """At widths whose channels are no powers of two, too: they are filled up."""
     network = seeded_network(mode, width=width)
     engine = rearranged(network)
@@ -39,7 +39,7 @@ def test_arrangement_is_the_network(mode: Mode, width: float) -> None:
 
 
 @torch.no_grad()
-def test_batch_reads_features_where_they_lie() -> None:
+def test_each_sample_reads_the_features_at_its_index() -> None:
     network = seeded_network(width=1 / 8)
     image, audio = network_inputs("ave", 2)
     features = rearranged(network).encode(image)
@@ -85,7 +85,7 @@ def on_kernels(network: UNet328, image: Tensor, audio: Tensor, monkeypatch: pyte
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_kernels_are_the_network(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_match_the_network(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole network at its own size on interpreted kernels."""
     pytest.importorskip("triton")
     network = seeded_network(mode, width=1 / 8)
@@ -100,7 +100,7 @@ def test_kernels_are_the_network(mode: Mode, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("width", [1 / 2, 1])
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_kernels_are_the_network_on_the_gpu(mode: Mode, width: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_match_the_network_on_the_gpu(mode: Mode, width: float, monkeypatch: pytest.MonkeyPatch) -> None:
     network = seeded_network(mode, width=width)
     image, audio = network_inputs(mode, 3)
     mouth = on_kernels(network, image, audio, monkeypatch)

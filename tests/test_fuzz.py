@@ -98,11 +98,11 @@ def judged(act: Callable[[Plan], Any], folder: Path, *, allows: str = "", limit:
 
 
 @pytest.mark.parametrize("act", [succeed, refuse])
-def test_right_ends_are_let_pass(act: Callable[[Plan], Any], tmp_path: Path) -> None:
+def test_correct_outcomes_pass(act: Callable[[Plan], Any], tmp_path: Path) -> None:
     assert judged(act, tmp_path) is None
 
 
-def test_parked_jobs_are_let_pass(tmp_path: Path) -> None:
+def test_parked_jobs_pass(tmp_path: Path) -> None:
     line = "a.mp4: parked after 1 attempts: /in/0.npy: no such file"
     assert judged(lambda plan: refuse(plan, line, 1), tmp_path / "farm", allows="parked after") is None
     assert judged(lambda plan: refuse(plan, line, 1), tmp_path / "render") is not None
@@ -130,7 +130,7 @@ def test_parked_jobs_are_let_pass(tmp_path: Path) -> None:
         (lambda plan: refuse(plan, "gpupipe: 0.lms: can't allocate memory"), "asked for memory that a header promised"),
     ],
 )
-def test_wrong_ends_are_noticed(
+def test_wrong_outcomes_are_reported(
     act: Callable[[Plan], Any], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fuzz, "LIMIT_MEMORY", 100 << 20)
@@ -139,7 +139,7 @@ def test_wrong_ends_are_noticed(
     assert re.match(problem, found), found
 
 
-def test_an_error_of_the_harness_is_one(tmp_path: Path) -> None:
+def test_an_error_of_the_harness_is_reported_as_such(tmp_path: Path) -> None:
     def prepare(folder: Path) -> Plan:
         raise RuntimeError("cannot spoil")
 
@@ -147,7 +147,7 @@ def test_an_error_of_the_harness_is_one(tmp_path: Path) -> None:
     assert str(judge(await_child(child, tmp_path / "case"))).startswith("harness: ")
 
 
-def test_cases_are_the_same_again() -> None:
+def test_cases_are_reproducible() -> None:
     """The same seed, kind and number spoil the same file in the same way."""
     from fuzz_media import spoil_sound
 

@@ -64,7 +64,7 @@ def test_every_block_compiles_for_every_architecture(tmp_path: Path) -> None:
     "blocks", [pytest.param(["up3.1", "down2.0"], id="some"), pytest.param([], id="all", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("arch", [80, 90])
-def test_kernels_are_the_reference_s_at_their_own_size(arch: int, blocks: list[str]) -> None:
+def test_kernels_match_the_reference_at_full_size(arch: int, blocks: list[str]) -> None:
     """With a launch's grid and parameters."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-m", "ptx_machine.real_size", str(arch), *blocks]
@@ -80,7 +80,7 @@ def test_arguments_are_where_the_driver_looks() -> None:
     assert read == [11, 1 << 47, 33, 0, 0] == values.tolist()
 
 
-def test_the_check_and_the_baseline_are_the_reference_s() -> None:
+def test_check_and_baseline_match_the_reference() -> None:
     case = case_of(ENTRY, 2, torch.device("cpu"))
     expected = case.expected()
     check(expected, expected)

@@ -38,7 +38,7 @@ def error(engine: GluonEngine, network: UNet328, batch: int = 2) -> tuple[float,
 
 @pytest.mark.parametrize(("mode", "width"), [("hubert", 3 / 8), ("ave", 1 / 8), ("wenet", 1 / 8)])
 @torch.no_grad()
-def test_arrangement_is_the_network(mode: Mode, width: float) -> None:
+def test_rearranged_network_matches_the_original(mode: Mode, width: float) -> None:
     """On the reference; at a width whose channels are no powers of two, too."""
     network = seeded_network(mode, width=width)
     right, exchanged = error(GluonEngine(network, device=CPU), network)
@@ -100,7 +100,7 @@ def test_blocks_at_full_width_are_those_of_the_report(
     assert ran == set(COMPILED) - left_out
 
 
-def test_an_older_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_triton_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     told = "triton is 3.6.0; the Gluon kernels need 3.8"
     monkeypatch.setattr(gluon, "gluon_obstacle", lambda: told)
     with pytest.raises(DeviceError, match=f"^engine is 'gluon': {told}"):
@@ -113,7 +113,7 @@ def test_an_older_triton_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("width", [1 / 2, 1])
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_kernels_are_the_network_on_the_gpu(mode: Mode, width: float) -> None:
+def test_kernels_match_the_network_on_the_gpu(mode: Mode, width: float) -> None:
     network = seeded_network(mode, width=width)
     right, exchanged = error(GluonEngine(network, device=DEVICE), network, batch=3)
     assert right <= BOUND

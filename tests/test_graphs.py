@@ -51,7 +51,7 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_each_batch_is_its_own() -> None:
+def test_replays_do_not_overwrite_earlier_batches() -> None:
     graphed = GraphedStep(lambda x, y: x * 10 + y, torch.zeros(4), torch.zeros(4))
     first = graphed(torch.arange(4.0), torch.ones(4))
     second = graphed(torch.arange(2.0), torch.full((2,), 5.0))
@@ -116,7 +116,7 @@ def painted(
 @pytest.mark.usefixtures("without_gpu")
 @pytest.mark.parametrize("step", [1, -1], ids=["smaller", "larger"])
 @torch.inference_mode()
-def test_replayed_batches_are_the_painted_ones(
+def test_replayed_batches_equal_unrecorded_ones(
     step: int, painted: Callable[[str], tuple[Avatar, list[Tensor]]]
 ) -> None:
     """A smaller batch fits into the recording of the first; for a larger one another is made."""
@@ -146,7 +146,7 @@ def test_short_clips_are_not_recorded(
 
 
 @torch.inference_mode()
-def test_what_memory_does_not_allow_is_recorded_of_smaller_batches(
+def test_smaller_batches_are_recorded_where_memory_is_short(
     painted: Callable[[str], tuple[Avatar, list[Tensor]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
@@ -238,7 +238,7 @@ def triton_kernels() -> None:
 
 @pytest.mark.cuda
 @pytest.mark.usefixtures("triton_kernels")
-def test_recorded_on_a_gpu(painted: Callable[[str], tuple[Avatar, list[Tensor]]]) -> None:
+def test_recorded_batches_on_a_gpu(painted: Callable[[str], tuple[Avatar, list[Tensor]]]) -> None:
     one, expected = painted("cuda")
     one._record_below = math.inf
     found = [one.render(*batch) for batch in batches(one.template)]
@@ -249,7 +249,7 @@ def test_recorded_on_a_gpu(painted: Callable[[str], tuple[Avatar, list[Tensor]]]
 @pytest.mark.cuda
 @pytest.mark.usefixtures("triton_kernels")
 @torch.inference_mode()
-def test_recorded_on_a_second_gpu(
+def test_recorded_batches_on_a_second_gpu(
     tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Though it is not the current one."""
@@ -331,7 +331,7 @@ def test_batches_are_queued_without_waiting(
 
 @pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_a_wait_would_be_seen(no_waiting: Callable[[], None]) -> None:
+def test_the_check_for_waiting_sees_a_wait(no_waiting: Callable[[], None]) -> None:
     values = torch.ones(3, device=CUDA)
     no_waiting()
     with pytest.raises(RuntimeError, match="synchronizing"):
@@ -434,7 +434,7 @@ def test_recordings_share_their_memory() -> None:
     assert GraphedStep(functools.partial(step, level=4), values)(values).tolist() == [7, 7, 7]
 
 
-def test_what_cannot_be_recorded_is_timed_as_it_is_and_told(
+def test_what_cannot_be_recorded_is_timed_unrecorded_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(step: Callable[[], Any]) -> Any:
@@ -452,7 +452,7 @@ def test_what_cannot_be_recorded_is_timed_as_it_is_and_told(
 
 
 @pytest.mark.cuda
-def test_two_threads_record() -> None:
+def test_two_threads_may_record_at_once() -> None:
     """One after the other, though both would begin at once."""
     both = threading.Barrier(2)
 

@@ -31,7 +31,7 @@ def error(template: TemplateHalf, speech: SpeechHalf, network: UNet328, batch: i
 @pytest.mark.parametrize("width", [1 / 8, 1])
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_halves_are_the_network(mode: Mode, width: float, halves: Halves) -> None:
+def test_halves_match_the_network(mode: Mode, width: float, halves: Halves) -> None:
     network = seeded_network(mode, width=width)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     template, speech = halves[0](network).eval(), halves[1](network).eval()
@@ -41,7 +41,7 @@ def test_halves_are_the_network(mode: Mode, width: float, halves: Halves) -> Non
 
 @pytest.mark.parametrize("halves", [HOISTED, BLOCKED])
 @torch.no_grad()
-def test_batch_and_shapes(halves: Halves) -> None:
+def test_features_have_their_shapes_and_batches_work(halves: Halves) -> None:
     network = seeded_network(width=1 / 4)
     template, speech = halves[0](network).eval(), halves[1](network).eval()
     features = template(network_inputs("ave", 2)[0])
@@ -52,7 +52,7 @@ def test_batch_and_shapes(halves: Halves) -> None:
 
 
 @pytest.mark.parametrize(("width", "joined"), [(1, True), (1 / 2, True), (1 / 4, False)])
-def test_blocks_are_filled_and_joined_where_they_can_be(width: float, joined: bool) -> None:
+def test_channels_fill_blocks_and_up5_is_joined_at_large_widths(width: float, joined: bool) -> None:
     network = seeded_network(width=width)
     template, speech = BlockedTemplateHalf(network), BlockedSpeechHalf(network)
     assert {layer.out_channels for layer in template.hidden if isinstance(layer, nn.Conv2d)} == {BLOCK}

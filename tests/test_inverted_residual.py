@@ -69,7 +69,9 @@ def error(found: Tensor, planes: Tensor) -> float:
         (5, 5, (1, 6), 1, True),
     ],
 )
-def test_block_is_the_module(channels: int, outputs: int, size: tuple[int, int], stride: int, residual: bool) -> None:
+def test_block_matches_the_module(
+    channels: int, outputs: int, size: tuple[int, int], stride: int, residual: bool
+) -> None:
     module = module_of(channels, outputs, stride=stride, residual=residual)
     planes = torch.randn(2, channels, *size)
     found = inverted_residual(pixels_of(planes), packed(module), stride=stride, residual=residual)
@@ -77,20 +79,20 @@ def test_block_is_the_module(channels: int, outputs: int, size: tuple[int, int],
     assert module(planes).std() > 0.1
 
 
-def test_an_image_needs_no_filling_up() -> None:
+def test_an_image_needs_no_channel_padding() -> None:
     module, planes = module_of(6, 16), torch.rand(1, 6, 5, 4)
     found = inverted_residual(planes.permute(0, 2, 3, 1).contiguous(), packed(module))
     assert error(found, module(planes)) <= BOUND
 
 
-def test_half_precision_rounds_and_no_more() -> None:
+def test_half_precision_differs_by_rounding_alone() -> None:
     module, planes = module_of(16, 16, residual=True), torch.randn(2, 16, 9, 9)
     found = inverted_residual(pixels_of(planes).half(), packed(module, torch.float16), residual=True)
     assert found.dtype == torch.float16
     assert 1e-5 < error(found.float(), module(planes)) < 1e-2
 
 
-def test_head_is_the_network_s() -> None:
+def test_head_matches_the_network() -> None:
     module, head, planes = module_of(16, 16, residual=True), OutConv(16, 3), torch.randn(2, 16, 7, 6)
     expected = head(module(planes)).sigmoid().detach()
     given = pixels_of(planes), packed(module), *pack_pointwise(head.conv, device=CPU, dtype=torch.float32)
@@ -103,7 +105,7 @@ def test_head_is_the_network_s() -> None:
 
 
 @pytest.mark.parametrize(("low", "skip"), [(16, 16), (8, 24), (32, 12)])
-def test_decoder_s_entry_is_the_module_s(low: int, skip: int) -> None:
+def test_decoder_s_entry_matches_the_module(low: int, skip: int) -> None:
     up = Up(low + skip, 16)
     module = module_of(low + skip, 16)
     up.conv.double_conv = nn.Sequential(module)
@@ -149,11 +151,11 @@ def test_bound_fails_on_near_misses() -> None:
 
 
 @pytest.mark.parametrize(("channels", "wanted"), [(1, 16), (12, 16), (16, 16), (17, 32), (48, 64), (512, 512)])
-def test_padded(channels: int, wanted: int) -> None:
+def test_channels_are_padded_to_powers_of_two(channels: int, wanted: int) -> None:
     assert padded(channels) == wanted
 
 
-def test_bytes() -> None:
+def test_bytes_moved_by_one_kernel_and_by_two() -> None:
     """up4.1 is one kernel: read and written once. down4.0's expansion is written and read besides."""
     one = packed(module_of(32, 32))
     assert expansion_is_recomputed(one, 1)
@@ -163,7 +165,7 @@ def test_bytes() -> None:
     assert bytes_moved(40, two, stride=2) == 2 * (40**2 * 128 + 20**2 * 256 + 2 * 40**2 * 256)
 
 
-def test_what_does_not_fit_is_an_error() -> None:
+def test_arguments_that_do_not_fit_are_errors() -> None:
     block, x = packed(module_of(16, 32)), torch.zeros(1, 4, 4, 16)
     cases = [
         (

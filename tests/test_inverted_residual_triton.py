@@ -87,7 +87,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     ("shape", "k", "n", "relu"),
     [((2, 9, 16, 16), 16, 32, True), ((1, 13, 11, 6), 16, 16, True), ((3, 10, 10, 128), 128, 256, False)],
 )
-def test_pointwise(shape: tuple[int, ...], k: int, n: int, relu: bool, small_tiles: None) -> None:
+def test_pointwise_matches_the_reference(shape: tuple[int, ...], k: int, n: int, relu: bool, small_tiles: None) -> None:
     """K in several blocks, N in several programs, pixels that fill no tile, and fewer channels stored than K."""
     weight, bias = noise(k, n, seed=1) / k**0.5, noise(n, seed=2).float()
     check(pointwise, noise(*shape), weight, bias, relu=relu)
@@ -119,7 +119,9 @@ def entry(low: tuple[int, ...], skip: tuple[int, ...], n: int) -> tuple[Tensor, 
     ("low", "skip", "n"),
     [((2, 5, 5, 16), (3, 10, 10, 16), 32), ((1, 3, 7, 64), (3, 6, 14, 128), 256), ((2, 1, 1, 16), (3, 2, 2, 32), 16)],
 )
-def test_upsample_expand(low: tuple[int, ...], skip: tuple[int, ...], n: int, small_tiles: None) -> None:
+def test_upsample_expand_matches_the_reference(
+    low: tuple[int, ...], skip: tuple[int, ...], n: int, small_tiles: None
+) -> None:
     """Skips with more channels than low, and of another order; channels in several blocks; a map of one pixel."""
     check(upsample_expand, *entry(low, skip, n))
 
@@ -153,7 +155,7 @@ def test_bound_fails_on_near_misses_of_the_entry() -> None:
         ((2, 5, 5, 128), 256, 2, False),
     ],
 )
-def test_depthwise_project(
+def test_depthwise_project_matches_the_reference(
     shape: tuple[int, ...], outputs: int, stride: int, residual: bool, small_tiles: None
 ) -> None:
     projection = block_of(shape[3] // 2, outputs).projection
@@ -166,7 +168,7 @@ def test_depthwise_project(
     block_kernels.INTERPRETED or DEVICE.type == "cuda", reason="counts what the machine without a GPU executes"
 )
 @pytest.mark.parametrize("stride", [1, 2])
-def test_taps_are_summed_once(stride: int) -> None:
+def test_taps_are_summed_once_two_float16_at_a_time(stride: int) -> None:
     """Two float16 an instruction, in the layout that they were read in: not anew for each lane that multiplies them."""
     from ptx_machine.launch import machine
     from ptx_machine.machine import Counts
@@ -198,7 +200,9 @@ def test_taps_are_summed_once(stride: int) -> None:
         ((1, 6, 6, 64), 64, 64, 1),  # more channels than are worth recomputing: two kernels
     ],
 )
-def test_block(shape: tuple[int, ...], channels: int, outputs: int, stride: int, small_tiles: None) -> None:
+def test_block_matches_the_reference(
+    shape: tuple[int, ...], channels: int, outputs: int, stride: int, small_tiles: None
+) -> None:
     block = block_of(channels, outputs)
     residual = stride == 1 and shape[3] == outputs
     check(inverted_residual, noise(*shape), block, stride=stride, residual=residual)

@@ -95,7 +95,7 @@ def test_closing_waits_for_what_is_under_way() -> None:
     assert set(threading.enumerate()) <= before
 
 
-def test_pytorch_runs_on_a_lanes_threads_and_elsewhere_as_before() -> None:
+def test_pytorch_s_thread_count_changes_within_lanes_alone() -> None:
     before = torch.get_num_threads()
     assert set(map_in_lanes(lambda item: torch.get_num_threads(), range(4), Lanes(2, 1))) == {1}
     assert torch.get_num_threads() == before
@@ -104,7 +104,7 @@ def test_pytorch_runs_on_a_lanes_threads_and_elsewhere_as_before() -> None:
     assert _threads_to_come() == before, "threads to come are not changed either"
 
 
-def test_threads_to_come_keep_theirs_while_lanes_run_and_after_lanes_that_overlapped() -> None:
+def test_new_threads_keep_pytorch_s_thread_count_during_lanes_and_after_overlapping_ones() -> None:
     before = _threads_to_come()
     first = map_in_lanes(lambda item: item, range(9), Lanes(1, before + 1))
     next(first)

@@ -30,7 +30,7 @@ def test_an_hour_takes_no_more_memory_than_its_beginning(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_bound_is_passed_by_who_keeps_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bound_fails_on_a_render_that_keeps_its_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
     real = StubAvatar.render
 

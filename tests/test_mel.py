@@ -27,7 +27,7 @@ def test_golden_mel(shared: Path, golden_weights: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["pre-emphasis", "window", "highest band", "gain"])
-def test_the_bound_catches(
+def test_bound_fails_on_a_near_miss(
     wrong: str, shared: Path, golden_weights: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wave = golden_weights.wave(0)

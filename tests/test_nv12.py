@@ -79,7 +79,7 @@ def test_standard_colours(bgr: tuple[int, int, int], ycbcr: tuple[int, int, int]
 
 
 @pytest.mark.parametrize("picture", range(len(PICTURES)))
-def test_formula(picture: int) -> None:
+def test_agrees_with_the_formula(picture: int) -> None:
     EXACT.check(converted(PICTURES[picture]), by_formula(PICTURES[picture]))
 
 
@@ -126,13 +126,13 @@ def by_swscale(bgr: Image, colorspace: Colorspace) -> Image:
 
 
 @pytest.mark.parametrize("picture", range(len(PICTURES)))
-def test_swscale(picture: int) -> None:
+def test_agrees_with_swscale(picture: int) -> None:
     found = converted(PICTURES[picture])
     SWSCALE.check(found, by_swscale(PICTURES[picture], Colorspace.ITU709))
     assert not SWSCALE.holds(found, by_swscale(PICTURES[picture], Colorspace.ITU601))
 
 
-def test_colour_orders() -> None:
+def test_rgb_and_bgr_are_told_apart() -> None:
     bgr = torch.from_numpy(noise())[None]
     assert torch.equal(to_nv12(bgr.flip(-1), order="rgb"), to_nv12(bgr))
     assert not torch.equal(to_nv12(bgr, order="rgb"), to_nv12(bgr))
@@ -156,7 +156,7 @@ def test_odd_sizes_are_refused(shape: tuple[int, int]) -> None:
         to_nv12(torch.zeros(1, *shape, 3, dtype=torch.uint8))
 
 
-def test_bytes() -> None:
+def test_bytes_moved_are_picture_and_nv12() -> None:
     assert bytes_moved((4, 2)) == 4 * 2 * 3 + 4 * 2 * 3 // 2
 
 

@@ -40,14 +40,14 @@ def planes(count: int, height: int, width: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("size", "order"), CASES)
-def test_to_nv12_is_the_reference_s_to_the_bit(size: tuple[int, int, int], order: ColorOrder) -> None:
+def test_to_nv12_is_bit_equal_to_the_reference(size: tuple[int, int, int], order: ColorOrder) -> None:
     frames = noise(*size)
     assert wide(frames) == (size[2] % 16 == 0)
     assert torch.equal(to_nv12_triton(frames.to(DEVICE), order=order).cpu(), to_nv12(frames, order=order))
 
 
 @pytest.mark.parametrize(("size", "order"), CASES)
-def test_from_nv12_is_the_reference_s_to_the_bit(size: tuple[int, int, int], order: ColorOrder) -> None:
+def test_from_nv12_is_bit_equal_to_the_reference(size: tuple[int, int, int], order: ColorOrder) -> None:
     frames = planes(*size)
     assert torch.equal(from_nv12_triton(frames.to(DEVICE), order=order).cpu(), from_nv12(frames, order=order))
 
@@ -65,7 +65,7 @@ def test_extreme_colours(width: int) -> None:
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-def test_frames_that_lie_askew_in_memory(offset: int) -> None:
+def test_frames_that_are_not_aligned_in_memory(offset: int) -> None:
     """A window of larger frames, and a batch that begins at an odd byte."""
     large = noise(2, 12, 40).to(DEVICE)
     window = large[:, 2:10, offset : offset + 16]
@@ -100,7 +100,7 @@ def by_opencv(bgr: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2YUV_I420)
 
 
-def test_grey_is_opencv_s_and_colour_is_not() -> None:
+def test_grey_equals_opencv_s_and_colour_does_not() -> None:
     """Grey is the same in BT.601 and BT.709; a wrong matrix shows in colours."""
     grey = np.repeat(np.random.default_rng(0).integers(256, size=(4, 32, 1), dtype=np.uint8), 3, axis=2)
     colour = noise(1, 4, 32)[0].numpy()

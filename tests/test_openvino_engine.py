@@ -40,7 +40,7 @@ def engine() -> OpenVinoEngine:
 
 
 @torch.inference_mode()
-def test_trained_mouths_are_those_of_float32() -> None:
+def test_trained_mouths_are_near_those_of_float32() -> None:
     network = load_unet(BUNDLE / "unet.safetensors", "ave")
     image, audio = sample(4)
     engine = OpenVinoEngine(network)
@@ -53,7 +53,7 @@ def test_trained_mouths_are_those_of_float32() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @torch.inference_mode()
-def test_engine_is_the_network(mode: Mode) -> None:
+def test_engine_matches_the_network(mode: Mode) -> None:
     network = seeded_network(mode, width=1 / 8)
     engine = make_engine(network, device=CPU, exact=False, precision="bfloat16", engine="openvino")
     assert (engine.name, engine.dtype) == ("openvino", torch.bfloat16)
@@ -104,7 +104,7 @@ def test_frames_of_the_bundled_avatar() -> None:
         assert TRAINED <= compare(torch.from_numpy(one[inside]), torch.from_numpy(other[inside]))[0] < float("inf")
 
 
-def test_auto_takes_it_for_bfloat16_and_only_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_openvino_for_bfloat16_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path))
     assert candidates(CPU, torch.float32)[0].name == "onnxruntime"
     assert candidates(CPU, torch.bfloat16)[0].name == "openvino"

@@ -302,6 +302,6 @@ def test_nv12_is_written_into_the_background() -> None:
     ("nv12", "frame_and_box"), [(False, 2 * 20 * 10 * 3), (True, 2 * 20 * 10 * 3 // 2 + 6 * 4 * 3)]
 )
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.float16, 2)])
-def test_bytes(dtype: torch.dtype, size: int, nv12: bool, frame_and_box: int) -> None:
+def test_bytes_moved_are_counted(dtype: torch.dtype, size: int, nv12: bool, frame_and_box: int) -> None:
     ring = 3 * (328**2 - 320**2)
     assert bytes_moved((20, 10), (6, 4), dtype, nv12=nv12) == frame_and_box + 3 * 320**2 * size + ring

@@ -113,7 +113,7 @@ def by_opencv(frame: Tensor, box: Box, mouth: Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_hard_paste_is_the_reference_s_and_opencv_s(box: Box) -> None:
+def test_hard_paste_matches_reference_and_opencv(box: Box) -> None:
     frames, mouth = noise(), mouths(1)
     found = paste(mouth, frames, [0], [box])[0].numpy()
     check_frame(found, expected_bgr(mouth, frames, [0], [box])[0].numpy(), box, SAME)
@@ -121,7 +121,7 @@ def test_hard_paste_is_the_reference_s_and_opencv_s(box: Box) -> None:
 
 
 @pytest.mark.parametrize("side", [328, 719])
-def test_large_boxes_are_the_reference_s_and_opencv_s(side: int) -> None:
+def test_large_boxes_match_reference_and_opencv(side: int) -> None:
     frames, mouth, box = noise(height=720, width=760), mouths(1), (37, 1, 37 + side, 1 + side)
     found = paste(mouth, frames, [0], [box])[0].numpy()
     check_frame(found, expected_bgr(mouth, frames, [0], [box])[0].numpy(), box, SAME)

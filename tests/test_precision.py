@@ -12,7 +12,7 @@ from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.models.unet328 import UNet328, random_inputs
 
 
-def test_compare() -> None:
+def test_compare_gives_psnr_and_the_largest_difference() -> None:
     exact = torch.full((1, 3, 4, 4), 100.0)
     assert compare(exact, exact) == (math.inf, 0.0)
     psnr, largest = compare(exact + 1, exact)
@@ -30,7 +30,7 @@ def network() -> UNet328:
 
 
 @torch.inference_mode()
-def test_formats_stand_in_order(network: UNet328) -> None:
+def test_formats_rank_by_their_mantissas(network: UNet328) -> None:
     image, audio = random_inputs(network, 1)
     exact = steps(network, image, audio)
     formats = (torch.float32, torch.float16, torch.bfloat16)

@@ -124,11 +124,11 @@ def bits(value: float) -> int:
         ("rcp.approx.ftz.f32 %r6, %r4;", bits(-8), bits(-0.125)),
     ],
 )
-def test_instructions(body: str, given: int, expected: int) -> None:
+def test_instructions_compute_what_ptx_defines(body: str, given: int, expected: int) -> None:
     assert hex(execute(body.replace("; ", ";\n"), np.uint32([given]))[0]) == hex(expected)
 
 
-def test_threads_part_and_meet_again() -> None:
+def test_diverging_threads_reconverge() -> None:
     """A loop that each thread goes round another number of times, and a branch of which threads take either side."""
     body = """
     mov.b32 %r6, 0;
@@ -242,7 +242,7 @@ def test_a_copy_beside_the_threads_must_be_waited_for() -> None:
             execute(wrong)
 
 
-def test_launches_of_a_graph_are_each_their_own() -> None:
+def test_a_later_launch_may_overwrite_what_an_earlier_one_wrote() -> None:
     """What one wrote the next may write over with other values."""
     given, found = np.arange(THREADS, dtype=np.uint32), np.zeros(THREADS, np.uint32)
     buffers = [Buffer(0x1000, given.view(np.uint8)), Buffer(0x100000, found.view(np.uint8))]
@@ -256,7 +256,7 @@ def test_launches_of_a_graph_are_each_their_own() -> None:
         launch(swapped, (1, 1, 1), [0x1000, 0x100000], buffers, threads=THREADS, shared_bytes=0)
 
 
-def test_blocks_of_a_launch_do_not_talk() -> None:
+def test_reading_what_another_block_wrote_is_an_error() -> None:
     body = "mov.b32 %r6, %r4;\nst.global.b32 [ %rd4 + 0 ], { %r4 };\nld.global.b32 { %r7 }, [ %rd2 + 0 ];"
     execute(body)
     with pytest.raises(PtxError, match="another block of the same launch wrote"):
@@ -267,7 +267,7 @@ def test_blocks_of_a_launch_do_not_talk() -> None:
     ("step", "width", "passes", "sectors"),
     [(4, 1, 1, 4), (8, 1, 2, 8), (128, 1, 32, 32), (0, 1, 1, 1), (16, 4, 4, 16), (32, 4, 8, 32)],
 )
-def test_what_is_counted(step: int, width: int, passes: int, sectors: int) -> None:
+def test_shared_passes_and_sectors_are_counted(step: int, width: int, passes: int, sectors: int) -> None:
     """Of a warp whose threads load ``width`` words each, ``step`` bytes apart."""
     counts = Counts()
     lanes = np.arange(32)
@@ -279,7 +279,7 @@ def test_what_is_counted(step: int, width: int, passes: int, sectors: int) -> No
     assert counts.fewest_sectors["ld"] == -(-words // 8)
 
 
-def test_warps_are_counted_that_take_part() -> None:
+def test_only_warps_that_take_part_are_counted() -> None:
     """Three blocks of two warps; the first warp alone adds, and of the second one thread."""
     counts = Counts()
     body = "mov.b32 %r6, 0;\nsetp.lt.u32 %p1, %r1, 32;\n@%p1 add.s32 %r6, %r6, 1;\nsetp.lt.u32 %p2, %r1, 33;"
@@ -292,7 +292,7 @@ def test_warps_are_counted_that_take_part() -> None:
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_every_kernel_as_it_is_compiled(arch: int) -> None:
+def test_every_kernel_passes_its_tests_compiled(arch: int) -> None:
     """The tests of Triton's kernels, in a process of its own: in this one they are for Triton's interpreter."""
     files = sorted(TESTS.glob("test_*_triton.py"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
@@ -332,7 +332,7 @@ def test_a_frame_s_instructions_are_counted() -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is not in use")
-def test_interpreted_kernels_leave_the_language_as_it_was() -> None:
+def test_interpreted_kernels_leave_triton_language_unchanged() -> None:
     """Else a kernel that is compiled after one would be made of the interpreter's operations."""
     from triton import language
 
@@ -366,7 +366,7 @@ def without(pattern: str, number: int) -> Callable[[str], str]:
         (without(r"wgmma\.wait_group", -1), "before it is waited for"),
     ],
 )
-def test_what_is_left_out_of_a_kernel_is_noticed(
+def test_a_kernel_without_a_barrier_fence_or_wait_is_an_error(
     removed: Callable[[str], str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A barrier, a fence, a wait of the whole-block kernel by warpgroup instructions."""
@@ -383,7 +383,7 @@ def test_what_is_left_out_of_a_kernel_is_noticed(
         kernels.whole_block_gluon(skip, block, wgmma=True)
 
 
-def test_what_is_no_ptx_is_refused() -> None:
+def test_text_that_is_not_ptx_is_refused() -> None:
     for text, expected in (
         ("", "no .entry"),
         (KERNEL.replace("}\n", ""), "does not end"),

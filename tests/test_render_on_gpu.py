@@ -97,7 +97,7 @@ def nearly_equal(found: np.ndarray, expected: np.ndarray) -> bool:
     ],
     ids=["plain", "parsing", "hard seam", "nothing kept", "some kept"],
 )
-def test_exact_render_is_the_cpu_s(
+def test_exact_render_matches_the_cpu(
     options: dict[str, Any], rendered: Callable[..., np.ndarray], template: Path
 ) -> None:
     found, expected = (rendered(device, template, exact=True, **options) for device in ("cuda", "cpu"))
@@ -106,7 +106,7 @@ def test_exact_render_is_the_cpu_s(
     assert not nearly_equal(found[1:], expected[:-1]), "a frame later is another picture"
 
 
-def test_video_template(rendered: Callable[..., np.ndarray], video_template: Path) -> None:
+def test_video_template_matches_the_cpu(rendered: Callable[..., np.ndarray], video_template: Path) -> None:
     found, expected = (rendered(device, video_template, exact=True) for device in ("cuda", "cpu"))
     assert nearly_equal(found, expected)
 
@@ -143,7 +143,7 @@ def psnr(found: np.ndarray, expected: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / np.square(found.astype(float) - expected).mean()))
 
 
-def test_images(tiny_checkpoint: Callable[..., Path], template: Path, tmp_path: Path) -> None:
+def test_saved_images_match_the_cpu(tiny_checkpoint: Callable[..., Path], template: Path, tmp_path: Path) -> None:
     features, _ = write_speech(tmp_path, "speech", 4)
     read = {}
     for device in ("cuda", "cpu"):
@@ -154,7 +154,9 @@ def test_images(tiny_checkpoint: Callable[..., Path], template: Path, tmp_path: 
     np.testing.assert_allclose(read["cuda"].astype(int), read["cpu"], atol=6)  # a step before the JPEG, a few after it
 
 
-def test_farm(tiny_checkpoint: Callable[..., Path], template: Path, video_template: Path, tmp_path: Path) -> None:
+def test_farm_matches_the_cpu(
+    tiny_checkpoint: Callable[..., Path], template: Path, video_template: Path, tmp_path: Path
+) -> None:
     """Batches that run on from clip to clip, of two faces, one in two parts: each clip as the CPU renders it."""
     jobs: list[dict[str, Any]] = []
     for number, (face, frames) in enumerate([(template, 60), (video_template, 7), (template, 5)]):
@@ -179,7 +181,7 @@ def test_nothing_is_left_on_the_gpu(rendered: Callable[..., np.ndarray], templat
     assert torch.cuda.memory_allocated() <= before
 
 
-def test_memory_for_a_few_frames_at_a_time(
+def test_farm_halves_batches_that_do_not_fit(
     tiny_checkpoint: Callable[..., Path], template: Path, tmp_path: Path
 ) -> None:
     """A farm whose batches do not fit goes on with smaller ones, and says so."""
@@ -205,7 +207,7 @@ def test_memory_for_a_few_frames_at_a_time(
     assert len(planes(tmp_path / "little" / "clip.mkv")) == 40
 
 
-def test_second_gpu(rendered: Callable[..., np.ndarray], template: Path) -> None:
+def test_second_gpu_matches_the_cpu(rendered: Callable[..., np.ndarray], template: Path) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
     found, expected = (rendered(device, template, exact=True) for device in ("cuda:1", "cpu"))

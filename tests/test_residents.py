@@ -50,7 +50,7 @@ def needed(job: Job) -> int:
 
 
 @pytest.mark.parametrize(("soon", "leaves"), [((0, 2, 1), 1), ((1, 2, 0), 0), ((1,), 0), ((0,), 1), ((), 0)])
-def test_who_is_needed_last_makes_room(jobs: list[Job], soon: tuple[int, ...], leaves: int) -> None:
+def test_the_avatar_needed_last_makes_room(jobs: list[Job], soon: tuple[int, ...], leaves: int) -> None:
     keys = [AvatarKey.of(job) for job in jobs]
     residents = Residents("cpu", budget=int(2.5 * needed(jobs[0])), upcoming=lambda: [keys[n] for n in soon])
     avatars = [residents.get(job, "nv12")[1] for job in jobs[:2]]
@@ -61,19 +61,19 @@ def test_who_is_needed_last_makes_room(jobs: list[Job], soon: tuple[int, ...], l
     assert residents.used <= residents.budget
 
 
-def test_one_that_does_not_fit_is_rendered_all_the_same(jobs: list[Job]) -> None:
+def test_an_avatar_beyond_the_budget_still_renders(jobs: list[Job]) -> None:
     residents = Residents("cpu", budget=1000)
     _, avatar = residents.get(jobs[0], "nv12")
     assert avatar.template.frames.capacity == 0
     assert len(avatar.render(torch.tensor([0, 1]).numpy(), torch.zeros(2, 32, 16, 16))) == 2
 
 
-def test_what_an_avatar_takes_is_known_before(jobs: list[Job]) -> None:
+def test_an_avatar_s_memory_is_predicted(jobs: list[Job]) -> None:
     residents = Residents("cpu", budget=1 << 40)
     _, avatar = residents.get(jobs[0], "nv12")
     avatar.look_up(torch.arange(avatar.template.length).numpy())
     assert residents.used == avatar.template.frames.bytes_used + avatar._derived.bytes_used
 
 
-def test_a_size_is_read_from_little(jobs: list[Job]) -> None:
+def test_template_size_is_frames_width_and_height(jobs: list[Job]) -> None:
     assert template_size(jobs[0].template) == (3, 96, 64)

@@ -14,7 +14,7 @@ from gpupipe.schedule import WINDOW_ROWS, Resampling, frame_rate, template_indic
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 150])
-def test_closed_form_is_the_walk(length: int) -> None:
+def test_closed_form_equals_the_walk_step_by_step(length: int) -> None:
     for start_frame in range(length):
         walked = list(islice(ping_pong(length, start_frame), 4 * length + 5))
         assert template_indices(0, len(walked), length, start_frame).tolist() == walked, f"start frame {start_frame}"
@@ -30,7 +30,7 @@ def test_closed_form_is_the_walk(length: int) -> None:
         (5, 4, [4, 4, 4]),
     ],
 )
-def test_order_as_the_contract_spells_it(length: int, start_frame: int, order: list[int]) -> None:
+def test_order_is_the_contract_s(length: int, start_frame: int, order: list[int]) -> None:
     """By hand, so that the walk above cannot be wrong in the same way."""
     indices = template_indices(0, len(order), length, start_frame)
     assert indices.dtype == np.int64
@@ -80,7 +80,7 @@ RATES = [
 @pytest.mark.parametrize("fps", [*RATES, Fraction(200)])
 @pytest.mark.parametrize("rate", [Fraction(25), Fraction(20)])
 @pytest.mark.parametrize("length", [1, 2, 3, 11])
-def test_frames_show_what_the_own_rate_shows_at_their_time(length: int, rate: Fraction, fps: Fraction) -> None:
+def test_resampled_frames_show_the_row_on_screen_at_their_time(length: int, rate: Fraction, fps: Fraction) -> None:
     """Against a clock: the row on the screen at j / fps is the last one that began by then."""
     timing = Resampling(length, rate, fps)
     begins = [i / rate for i in range(length)]
@@ -91,7 +91,7 @@ def test_frames_show_what_the_own_rate_shows_at_their_time(length: int, rate: Fr
 
 @pytest.mark.parametrize("fps", RATES)
 @pytest.mark.parametrize("step", [1, 3, 64])
-def test_rows_know_their_frames(fps: Fraction, step: int) -> None:
+def test_batches_of_rows_make_all_frames_once(fps: Fraction, step: int) -> None:
     """Batches of rows make all frames, in order, once."""
     timing = Resampling(100, Fraction(25), fps)
     seen = []
@@ -104,7 +104,7 @@ def test_rows_know_their_frames(fps: Fraction, step: int) -> None:
     assert seen == list(range(timing.frames))
 
 
-def test_own_rate_is_one_row_a_frame() -> None:
+def test_without_resampling_a_frame_is_one_row() -> None:
     timing = Resampling(10**9, Fraction(25), Fraction(25))
     assert timing.frames == 10**9
     assert timing.rows(10**9 - 3, 10**9).tolist() == list(range(10**9 - 3, 10**9))

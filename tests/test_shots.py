@@ -49,7 +49,7 @@ def shots_of(generator: FrameGenerator, avatars: list[Avatar], fps: float | None
     ]
 
 
-def test_batches_are_full_over_the_joints(generator: FrameGenerator, faces: list[Template]) -> None:
+def test_batches_are_filled_across_clips(generator: FrameGenerator, faces: list[Template]) -> None:
     shots = shots_of(generator, [generator.avatar(face) for face in faces])
     batches = list(fill_batches(shots, lambda: 4))
     assert [sum(len(piece.rows) for piece in batch) for batch in batches] == [4, 4, 4, 2]
@@ -86,7 +86,7 @@ def test_mixed_batches_render_what_each_clip_alone_does(
         torch.testing.assert_close(torch.cat(frames).int(), expected.int(), atol=1, rtol=0)
 
 
-def test_a_mixed_batch_that_takes_another_ones_features_is_noticed(
+def test_mixed_up_features_within_a_batch_are_noticed(
     generator: FrameGenerator, faces: list[Template], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     avatars = [generator.avatar(face) for face in faces]
@@ -132,7 +132,7 @@ def test_another_network_begins_another_batch(
     assert [[len(piece.rows) for piece in batch] for batch in fill_batches(shots, lambda: 4)] == [[3], [3]]
 
 
-def test_a_cancelled_shot_is_left(generator: FrameGenerator, faces: list[Template]) -> None:
+def test_the_rest_of_a_cancelled_shot_is_skipped(generator: FrameGenerator, faces: list[Template]) -> None:
     avatar = generator.avatar(faces[0])
     shots = [generator.shot(avatar, speech(40)), generator.shot(avatar, speech(3))]
     batches = fill_batches(shots, lambda: 4)
@@ -165,7 +165,7 @@ def test_pieces_show_every_frame_once(fps: float, limit: int) -> None:
     assert seen == list(shot.frames)
 
 
-def test_reach_is_as_far_as_it_goes() -> None:
+def test_reach_is_the_most_frames_that_so_many_rows_show() -> None:
     for fps in (10, 25, 60):
         timing = Resampling(50, Fraction(25), Fraction(fps))
         for start in range(timing.frames):

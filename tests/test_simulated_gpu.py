@@ -37,18 +37,18 @@ def run(libraries: list[Path], *arguments: str | Path, arch: int | None = None) 
     assert re.search(r"[1-9]\d* passed", done.stdout), done.stdout
 
 
-def test_it_brings_mistakes_to_light(libraries: list[Path]) -> None:
+def test_simulated_gpu_detects_mistakes(libraries: list[Path]) -> None:
     run(libraries, TESTS / "simulated_gpu" / "controls.py")
 
 
-def test_what_runs_on_a_gpu(libraries: list[Path]) -> None:
+def test_gpu_tests_with_reference_kernels(libraries: list[Path]) -> None:
     """All but the kernels, whose plain references run in their place."""
     marked = "cuda and not hardware"
     run(libraries, TESTS, "-m", marked, f"--ignore={TESTS / 'test_graphs.py'}")
 
 
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
-def test_recordings_with_compiled_kernels(libraries: list[Path]) -> None:
+def test_graphs_with_compiled_kernels(libraries: list[Path]) -> None:
     """On a GPU as new as the kernels ask for, which executes what Triton makes of them."""
     run(libraries, TESTS / "test_graphs.py", "-m", "cuda", arch=90)
 

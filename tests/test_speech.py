@@ -126,7 +126,7 @@ def test_first_and_last_row_come_twice(encoder: SpeechEncoder) -> None:
     assert (features[1] != features[2]).any()
 
 
-def test_silence_is_the_floor(encoder: SpeechEncoder) -> None:
+def test_silence_is_the_lowest_level(encoder: SpeechEncoder) -> None:
     mel = mel_spectrogram(np.zeros(16000, np.float32))
     assert (mel == -4).all()
     assert np.isfinite(rows(encoder, [np.zeros(16000, np.float32)])).all()
@@ -252,7 +252,7 @@ def no_samples(folder: Path) -> Path:
     return write_sound(folder / "none.wav", np.zeros((1, 0), np.float32), 16000)
 
 
-def test_devices_are_named_as_everywhere(tmp_path: Path) -> None:
+def test_unknown_devices_are_refused(tmp_path: Path) -> None:
     torch.save(AudioEncoder().state_dict(), tmp_path / "encoder.pth")
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert SpeechEncoder(tmp_path / "encoder.pth", "auto").device.type == expected
@@ -261,7 +261,7 @@ def test_devices_are_named_as_everywhere(tmp_path: Path) -> None:
             SpeechEncoder(tmp_path / "encoder.pth", device)
 
 
-def test_encoder_that_gives_no_numbers_is_named(tmp_path: Path) -> None:
+def test_encoder_whose_features_are_not_finite_is_named(tmp_path: Path) -> None:
     """Weights that are finite and too large, as a flipped bit makes them."""
     state = AudioEncoder().state_dict()
     state["0.conv_block.0.weight"][:] = state["1.conv_block.0.weight"][:] = 3e38
@@ -271,7 +271,7 @@ def test_encoder_that_gives_no_numbers_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_value_that_is_not_finite_is_enough(value: float, tmp_path: Path) -> None:
+def test_one_infinite_or_nan_feature_is_an_error(value: float, tmp_path: Path) -> None:
     torch.save(AudioEncoder().state_dict(), tmp_path / "encoder.pth")
     encoder = SpeechEncoder(tmp_path / "encoder.pth", "cpu")
 
@@ -305,7 +305,9 @@ def test_files_without_sound_are_named(make: Callable[[Path], Path], tmp_path: P
         ({"tag": 0x7777}, "codec that this FFmpeg does not have|has no sound|cannot be decoded"),
     ],
 )
-def test_header_that_no_sound_has(header: dict[str, int], told: str, tmp_path: Path, encoder: SpeechEncoder) -> None:
+def test_impossible_wav_headers_are_refused(
+    header: dict[str, int], told: str, tmp_path: Path, encoder: SpeechEncoder
+) -> None:
     (tmp_path / "it.wav").write_bytes(wav(bytes(3200), **header))
     with pytest.raises(InputError, match=rf"it\.wav: .*({told})"):
         encoder.features(tmp_path / "it.wav")
@@ -371,7 +373,7 @@ def test_damage_in_the_middle_of_an_mp3(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, 1e9, -1e6])
 @pytest.mark.parametrize("at", [0, 7, 1599])
-def test_samples_that_are_no_sound(value: float, at: int, tmp_path: Path) -> None:
+def test_nan_infinite_and_boundless_samples_are_refused(value: float, at: int, tmp_path: Path) -> None:
     """NaN would go through to the features; on samples of a million FFmpeg's AAC encoder was seen to hang."""
     sound = np.zeros(1600, np.float32)
     sound[at] = value
@@ -385,14 +387,14 @@ def test_samples_that_are_no_sound(value: float, at: int, tmp_path: Path) -> Non
         track.close()
 
 
-def test_loud_sound_is_taken(tmp_path: Path) -> None:
+def test_samples_beyond_full_scale_are_kept(tmp_path: Path) -> None:
     sound = np.full(1600, 1.5, np.float32)
     (tmp_path / "it.wav").write_bytes(wav(sound.tobytes(), tag=3, bits=32))
     assert np.array_equal(load_audio(tmp_path / "it.wav"), sound)
 
 
 @pytest.mark.cuda
-def test_on_the_gpu_as_on_the_cpu(encoder: SpeechEncoder, tmp_path: Path) -> None:
+def test_features_on_the_gpu_match_the_cpu(encoder: SpeechEncoder, tmp_path: Path) -> None:
     torch.save(encoder.encoder.state_dict(), tmp_path / "e.pth")
     wave = babble(3.0)
     gpu = torch.cat(list(SpeechEncoder(tmp_path / "e.pth", "cuda").feature_rows([wave])))

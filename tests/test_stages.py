@@ -83,7 +83,7 @@ def test_threads_add_up(clock: Clock) -> None:
     assert clock.now == 5
 
 
-def test_an_error_is_counted_and_goes_on() -> None:
+def test_a_stage_that_raises_is_counted() -> None:
     stages = Stages()
     with pytest.raises(RuntimeError), stages.time("encode"), stages.time("mux"):
         raise RuntimeError

@@ -146,7 +146,7 @@ def test_missing_directories(template: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["{}.jpeg", "{}.JPG", "{:05d}.jpg", "frame_{}.png"])
-def test_no_frames_but_others_like_them(name: str, template: Path) -> None:
+def test_frames_that_are_all_misnamed_are_pointed_out(name: str, template: Path) -> None:
     for path in (template / "full_body_img").iterdir():
         path.rename(path.with_name(name.format(int(path.stem))))
     message = refusal(template, template / "full_body_img")
@@ -160,13 +160,13 @@ def test_no_frames_at_all(template: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["02.jpg", "2.JPG"])
-def test_one_frame_of_another_name(name: str, template: Path) -> None:
+def test_a_misnamed_frame_is_pointed_out(name: str, template: Path) -> None:
     frame_file(template, 2).rename(template / "full_body_img" / name)
     assert refusal(template, frame_file(template, 2)).endswith(f"expected 0 to 4 without gaps; there is {name}")
 
 
 @pytest.mark.parametrize("i", [0, 2])
-def test_gap(i: int, template: Path) -> None:
+def test_a_missing_frame_is_refused(i: int, template: Path) -> None:
     frame_file(template, i).unlink()
     assert "no such template frame; expected 0 to 4 without gaps" in refusal(template, frame_file(template, i))
 
@@ -248,7 +248,7 @@ def test_bad_landmark(line: str, met: str, template: Path) -> None:
     assert met in refusal(template, landmark_file(template, 4))
 
 
-def test_landmarks_without_a_frame_are_said(template: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_landmarks_without_a_frame_are_reported(template: Path, caplog: pytest.LogCaptureFixture) -> None:
     length = Template.from_directory(template).length
     assert not caplog.text
     landmark_file(template, length).write_text(landmark_file(template, 0).read_text())
@@ -290,7 +290,7 @@ def test_box_that_overlaps_by_a_pixel_is_legal(
     assert 1 in (xmax - xmin, ymax - ymin)
 
 
-def test_a_device_that_there_is_none_of(make_template: Callable[..., Path], tmp_path: Path) -> None:
+def test_unknown_devices_are_refused(make_template: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match=r"^device is 'tpu'; expected cpu, cuda or cuda:N"):
         Template.from_directory(make_template(tmp_path, frames=1), device="tpu")
 

@@ -69,7 +69,7 @@ class Painter:
 
 
 @pytest.mark.parametrize(("feather", "use_parsing"), [(0.0, False), (8.0, False), (8.0, True)])
-def test_rendered_frames(
+def test_rendered_frames_match_those_from_images(
     use_parsing: bool, feather: float, folder: Path, video: Path, monkeypatch: pytest.MonkeyPatch,
     make_template: Callable[..., Path], tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -115,7 +115,7 @@ def test_rendered_frames(
 
 
 @pytest.mark.parametrize("kind", ["video", "images"])
-def test_a_frame_by_itself_is_painted_into_no_cache(
+def test_a_single_frame_is_not_painted_into_the_cache(
     kind: str, folder: Path, make_template: Callable[..., Path], tmp_path: Path
 ) -> None:
     if kind == "images":
@@ -232,7 +232,7 @@ def test_bad_video(spoil: Callable[[Path], Any], message: str, folder: Path) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_broken_link_is_told_as_one(folder: Path) -> None:
+def test_broken_link_is_reported_as_a_missing_file(folder: Path) -> None:
     (folder / "template.mp4").unlink(missing_ok=True)
     (folder / "template.mp4").symlink_to("moved-away.mp4")
     with pytest.raises(InputError, match=r"template\.mp4: no such video file"):

@@ -35,7 +35,7 @@ def switched_on() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def test_it_is_off_within_and_cudnn_is_not() -> None:
+def test_tf32_is_off_within_and_cudnn_stays_on() -> None:
     enabled = torch.backends.cudnn.enabled
     with own_precision(CUDA):
         assert switches() == (enabled, False, False)
@@ -47,7 +47,7 @@ def test_it_is_off_within_and_cudnn_is_not() -> None:
         assert switches() == (enabled, True, True)
 
 
-def test_threads_that_overlap_leave_the_switches_as_they_were() -> None:
+def test_overlapping_threads_leave_the_switches_as_they_were() -> None:
     """The second one enters before the first one leaves, and leaves after it."""
     entered, left = threading.Event(), threading.Event()
 
@@ -67,7 +67,7 @@ def test_threads_that_overlap_leave_the_switches_as_they_were() -> None:
 
 
 @pytest.mark.parametrize(("older", "newer"), [(True, "ieee"), (False, "tf32")])
-def test_switches_by_the_names_that_pytorch_has_given_them_since(older: bool, newer: str) -> None:
+def test_tf32_switches_under_their_newer_names(older: bool, newer: str) -> None:
     """Where they differ, PyTorch no longer tells them by the older ones."""
     cudnn: Any = torch.backends.cudnn
     product: Any = torch.backends.cuda.matmul
@@ -81,7 +81,7 @@ def test_switches_by_the_names_that_pytorch_has_given_them_since(older: bool, ne
 
 
 @pytest.mark.parametrize("level", ["highest", "high", "medium"])
-def test_the_level_of_products_is_left_as_it_was(level: str) -> None:
+def test_matmul_precision_is_left_as_it_was(level: str) -> None:
     torch.set_float32_matmul_precision(level)
     with own_precision(CUDA):
         assert not torch.backends.cuda.matmul.allow_tf32

@@ -36,7 +36,7 @@ without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a 
 
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_predict_paints_what_the_network_says(mode: Mode, tiny_model: MakeModel) -> None:
+def test_predict_gives_the_network_s_mouth_truncated(mode: Mode, tiny_model: MakeModel) -> None:
     model = tiny_model(mode)
     image, audio = network_inputs(mode)
     found = model.predict(image, audio)
@@ -69,7 +69,7 @@ def test_arrays_and_single_samples_are_taken(tiny_model: MakeModel) -> None:
     assert np.array_equal(tiny_model().predict(image.double(), audio.numpy().astype(np.float64)), expected)
 
 
-def test_arrays_that_pytorch_does_not_take_as_they_are(tiny_model: MakeModel) -> None:
+def test_read_only_and_reversed_arrays_are_taken(tiny_model: MakeModel) -> None:
     """Read-only ones, of which it warns, and views that run backwards."""
     image, audio = network_inputs("ave")
     expected = tiny_model().predict(image, audio)
@@ -107,7 +107,7 @@ def test_shapes_that_do_not_fit(image: Any, audio: Any, named: str, tiny_model: 
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
-def test_images_of_whole_numbers(dtype: torch.dtype, tiny_model: MakeModel) -> None:
+def test_images_of_integers_are_refused(dtype: torch.dtype, tiny_model: MakeModel) -> None:
     """They would be of 0 to 255, and give a picture of nothing."""
     image, audio = network_inputs("ave")
     with pytest.raises(InputError, match=f"^image_tensor: dtype is {str(dtype)[6:]}; expected float32"):
@@ -116,7 +116,7 @@ def test_images_of_whole_numbers(dtype: torch.dtype, tiny_model: MakeModel) -> N
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e39])
 @pytest.mark.parametrize("name", ["image_tensor", "audio_features"])
-def test_values_that_are_no_numbers(name: str, value: float, tiny_model: MakeModel) -> None:
+def test_nan_and_infinite_values_are_refused(name: str, value: float, tiny_model: MakeModel) -> None:
     """In float32, which the last one is too large for."""
     given = dict(zip(("image_tensor", "audio_features"), network_inputs("ave", 2), strict=True))
     given[name] = given[name].double()
@@ -133,14 +133,14 @@ def test_input_shapes(mode: Mode, tiny_model: MakeModel) -> None:
 # ── what it is made of ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_positional_arguments_are_the_seed_s(tiny_checkpoint: MakeCheckpoint) -> None:
+def test_only_three_arguments_are_positional(tiny_checkpoint: MakeCheckpoint) -> None:
     model = UNetModel(str(tiny_checkpoint("wenet")), "wenet", "cpu", engine="torch")
     assert (model.mode, model.device, model.exact) == ("wenet", torch.device("cpu"), True)
     with pytest.raises(TypeError):
         UNetModel(tiny_checkpoint(), "ave", "cpu", "torch")  # type: ignore[misc]
 
 
-def test_networks_may_be_loaded_at_once(tiny_checkpoint: MakeCheckpoint) -> None:
+def test_networks_may_be_loaded_by_several_threads(tiny_checkpoint: MakeCheckpoint) -> None:
     """PyTorch's exporter, by which ONNX Runtime gets them, cannot be."""
     with ThreadPoolExecutor(3) as threads:
         models = list(threads.map(lambda _: UNetModel(tiny_checkpoint(), device="cpu", engine="onnxruntime"), range(3)))
@@ -216,7 +216,7 @@ def test_a_gpu_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("device", ["tpu", "meta", "mps", "", "cuda:x", "cpu0"])
-def test_devices_that_are_none(device: str) -> None:
+def test_unknown_devices_are_refused(device: str) -> None:
     with pytest.raises(DeviceError, match=f"^device is '{device}'; expected cpu, cuda or cuda:N"):
         find_device(device)
 
@@ -226,7 +226,7 @@ def test_devices_that_are_none(device: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_onnx_file_is_the_network_at_any_batch(mode: Mode, tiny_model: MakeModel, tmp_path: Path) -> None:
+def test_onnx_file_matches_the_network_at_any_batch_size(mode: Mode, tiny_model: MakeModel, tmp_path: Path) -> None:
     path = tiny_model(mode).export_to_onnx(tmp_path / "unet.onnx")
     assert path == str(tmp_path / "unet.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["unet.onnx"]
@@ -256,13 +256,15 @@ def test_operator_set_can_be_chosen(opset: int, tiny_model: MakeModel, tmp_path:
 
 
 @pytest.mark.parametrize("opset", [0, 10, 21, "17"])
-def test_operator_set_that_there_is_none_of(opset: Any, tiny_model: MakeModel, tmp_path: Path) -> None:
+def test_unknown_operator_set_is_refused(opset: Any, tiny_model: MakeModel, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"opset version is .*; expected 11 to 20"):
         tiny_model().export_to_onnx(str(tmp_path / "unet.onnx"), opset_version=opset)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_file_that_differs_is_not_left(tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_file_that_differs_from_the_network_is_removed(
+    tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, fold = tiny_model(), gpupipe.onnx_export.fold_batch_norms
 
     def spoilt(network: Any) -> Any:

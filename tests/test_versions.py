@@ -11,7 +11,7 @@ from gpupipe import versions
     ("flags", "name"),
     [("avx512_bf16 amx_tile amx_bf16", "Xeon with AMX"), ("avx512_bf16 avx512_fp16", "Xeon"), ("", "Xeon")],
 )
-def test_processors_of_one_name_with_amx_and_without_are_two(
+def test_processors_with_and_without_amx_have_different_names(
     flags: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(versions, "_processor_fact", {"model name": "Xeon", "flags": flags}.__getitem__)

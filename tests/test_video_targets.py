@@ -89,7 +89,7 @@ def test_codec_in_container(codec: str, suffix: str, name: str, bound: float, tm
 
 
 @pytest.mark.parametrize("codec", ["h264", "hevc"])
-def test_chroma_is_said_to_be_in_the_middle_of_its_pixels(codec: str, tmp_path: Path) -> None:
+def test_chroma_is_tagged_as_centred(codec: str, tmp_path: Path) -> None:
     """By the parameter sets alone, which only FFmpeg's log shows: a container keeps no such tag."""
     with VideoWriter(tmp_path / "clip.mp4", width=64, height=48, codec=codec) as writer:
         writer.write(torch.zeros(3, 72, 64, dtype=torch.uint8))

@@ -58,7 +58,7 @@ def test_nvenc_takes_a_session_to_an_engine(codec: str, sessions: Callable[..., 
     assert noted == []
 
 
-def test_capped_sessions_are_said_aloud(sessions: Callable[..., None], noted: list[str]) -> None:
+def test_fewer_sessions_than_engines_are_logged(sessions: Callable[..., None], noted: list[str]) -> None:
     sessions(1, "incompatible client key")
     assert choose_way("auto", PICTURE, GPU) == Way("h264_nvenc", "nvenc", 1)
     assert len(noted) == 1
@@ -101,7 +101,7 @@ def test_jpeg_on_the_gpu(can: bool, way: Way, monkeypatch: pytest.MonkeyPatch) -
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 4), ("NVIDIA RTX A6000", 1),
     ],
 )  # fmt: skip
-def test_engines_by_name(gpu: str, engines: int) -> None:
+def test_nvenc_engines_by_gpu_name(gpu: str, engines: int) -> None:
     assert nvenc_engines(gpu) == engines
 
 
@@ -129,7 +129,7 @@ def test_why_nvenc_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("encoder", ["h264_nvenc", "hevc_nvenc", "av1_nvenc"])
-def test_nvenc_s_options_are_its_own(encoder: str) -> None:
+def test_nvenc_knows_every_option_it_is_given(encoder: str) -> None:
     """Every option is one that the encoder knows, so that none is passed over in silence."""
     context = av.CodecContext.create(encoder, "w")
     assert isinstance(context, av.VideoCodecContext)
@@ -201,7 +201,7 @@ def test_a_session_encodes_segment_after_segment(late: int) -> None:
     assert seen == [(i, i, i % 40 == 0) for i in range(100)], "each frame's own pixels; an IDR frame begins a segment"
 
 
-def test_what_the_container_cannot_hold_is_told_with_the_first_frame(
+def test_a_codec_the_container_cannot_hold_is_reported_at_the_first_frame(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NVENC, in whose place a CPU encodes, is open no earlier."""
@@ -300,7 +300,7 @@ def read_late(path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
 
 
 @pytest.mark.cuda
-def test_surfaces_hold_their_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_surfaces_keep_frames_whose_memory_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_late(tmp_path / "clip.mp4", monkeypatch)
 
 
@@ -398,7 +398,7 @@ def test_waiting_for_a_batch_takes_no_core(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("codec", ["auto", "hevc", "av1", "libx264", "mjpeg"])
-def test_frames_whose_memory_is_written_again(codec: str, device: str, tmp_path: Path) -> None:
+def test_frames_survive_when_their_memory_is_reused(codec: str, device: str, tmp_path: Path) -> None:
     """Whatever way is taken, the frames come out in order, though on a GPU their memory is written again at once."""
     count, (width, height) = 130, (320, 192)
     levels = 20 + 37 * torch.arange(count) % 200

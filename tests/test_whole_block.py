@@ -83,7 +83,7 @@ def test_a_skip_is_taken_by_index(network: Any) -> None:
     assert not torch.equal(found, whole_block(bank, block, low=low, index=torch.arange(2)))
 
 
-def test_a_map_that_is_not_padded_is_the_padded_one(network: Any) -> None:
+def test_a_map_needs_no_channel_padding(network: Any) -> None:
     (block, _) = network.down1.maxpool_conv[0].double_conv
     x = noise(2, 4, 8, 6).permute(0, 2, 3, 1).half().contiguous()
     assert torch.equal(whole_block(x, packed(block)), whole_block(pad_channels(x), packed(block)))
@@ -102,7 +102,7 @@ def test_bytes_of_the_largest_block() -> None:
     assert bytes_moved(block, (320, 320), head=True) == 160**2 * 64 + 320**2 * 64 + 320**2 * 3
 
 
-def test_what_does_not_fit_is_said() -> None:
+def test_arguments_that_do_not_fit_are_errors() -> None:
     layers = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 8, 1)
     block = pack_whole_block(*layers)
     for channels, weights in ((24, block), (8, pack_whole_block(*layers, residual=True))):

@@ -175,7 +175,7 @@ def test_samples_of_a_batch_and_of_a_bank(kernels: Any) -> None:
 @pytest.mark.skipif(CUDA, reason="counts what the machine without a GPU executes")
 @pytest.mark.parametrize("wgmma", EXPANDS)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_no_two_threads_want_one_bank(kernels: Any, stride: int, wgmma: bool) -> None:
+def test_no_bank_conflicts_and_no_wasted_sectors(kernels: Any, stride: int, wgmma: bool) -> None:
     """Nor does a warp's load or store of 16 bytes a thread touch more memory than it moves."""
     counts, block = Counts(), block_of(0 if stride == 2 else 32, 32, 64, 32, stride=stride)
     low = {} if stride == 2 else {"low": noise(1, 12, 60, 32), "index": FIRST}
@@ -187,7 +187,7 @@ def test_no_two_threads_want_one_bank(kernels: Any, stride: int, wgmma: bool) ->
     assert all(counts.sectors[opcode] == counts.fewest_sectors[opcode] for opcode in wide)
 
 
-def test_no_sample_is_no_launch(kernels: Any) -> None:
+def test_an_empty_batch_launches_nothing(kernels: Any) -> None:
     assert run(kernels, noise(0, 4, 8, 16), block_of(0, 16, 32, 16)).shape == (0, 4, 8, 16)
 
 
