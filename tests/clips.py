@@ -1,4 +1,4 @@
-"""What clips of tests are made of, what the network is given, and frames that are rendered without a file."""
+"""Parts of test clips, inputs for the network, and frames rendered without a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gpupipe.models import AUDIO_SHAPES, Mode
 Image = np.ndarray
 
 FRAMES = 11
-"""Of the clip that is rendered to files (`conftest.py`)."""
+"""Frames of the clip that `conftest.py` renders to files."""
 
 RATE = 16000
 """Samples a second of its sound."""
@@ -40,13 +40,13 @@ def network_inputs(mode: Mode, batch: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def mouths(count: int, seed: int = 0) -> Tensor:
-    """What the network may give (B, 3, 320, 320): noise over all of [0, 1], both ends included."""
+    """Possible outputs of the network (B, 3, 320, 320): noise over all of [0, 1], both ends included."""
     values = torch.rand(count, 3, 320, 320, generator=torch.Generator().manual_seed(seed))
     return (1.2 * values - 0.1).clamp(0, 1)
 
 
 def landmarks(xmin: int, ymin: int, side: int) -> np.ndarray:
-    """110 points, of which those that count give this box."""
+    """110 points; the three that the box depends on give this box."""
     points = np.full((110, 2), -7, dtype=np.int32)
     points[1, 0], points[31, 0], points[52, 1] = xmin, xmin + side, ymin
     return points
@@ -62,7 +62,7 @@ def rendered(
 
 
 def cached(cache: FrameCache, frames: Sequence[int] | NDArray[np.int64]) -> Tensors:
-    """What a cache gives for frames, each tensor with one row for each of them."""
+    """What a cache gives for these frames: each tensor has a row for each frame."""
     tensors, index = cache.lookup(frames)
     return {name: value.index_select(0, index) for name, value in tensors.items()}
 

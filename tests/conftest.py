@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # The longest file first: begun last, it would keep one worker busy when the others are done.
+    # The slowest file first: begun last, it would keep one worker busy after the others are done.
     items.sort(key=lambda item: item.path.name != "test_simulated_gpu.py")
     for item in items:
         if "shared" in getattr(item, "fixturenames", ()):
@@ -144,13 +144,13 @@ def tiny_model(tiny_checkpoint: MakeCheckpoint) -> MakeModel:
 
 @pytest.fixture(autouse=True)
 def own_fallbacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one test falls back to is not told by the next one's records."""
+    """Each test has its own record of fallbacks: the next one's does not list them."""
     monkeypatch.setattr(fallbacks, "_noted", {})
 
 
 @pytest.fixture(scope="session", autouse=True)
 def engine_figures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Measurements of engines are kept apart from the user's; of tiny networks they say what they do on an idle CPU."""
+    """Keep engine measurements apart from the user's; for tiny networks they are preset to those of an idle CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPUPIPE_CACHE", str(tmp_path_factory.mktemp("cache")))
         for mode in MODES:
@@ -164,14 +164,14 @@ BoxSpec = tuple[int, int, int]
 """xmin, ymin and the side, in pixels; may stand over the frame's edge."""
 
 PARSING_COLOURS = ((0, 0, 255), (255, 255, 255), (0, 0, 254), (255, 0, 0), (0, 0, 0))
-"""BGR. The first two keep the template's pixels; the third is one step from doing so, and must not."""
+"""BGR. The first two keep the template's pixels; the third is one step off such a colour, and must not."""
 
 
 @pytest.fixture(scope="session")
 def make_template() -> MakeTemplate:
     """``make_template(folder, frames=5, *, size=(W, H), box=(xmin, ymin, side), parsing=False, seed=0)`` → folder.
 
-    ``box`` is one for all frames or a list of one a frame; None puts half the height's square in the middle.
+    ``box`` is one box for all frames or a list with one for each; None puts a square of half the height in the middle.
     """
     return write_template
 
@@ -207,7 +207,7 @@ def write_template(
 
 
 def write_landmarks(path: Path, box: BoxSpec, rng: np.random.Generator | None = None) -> None:
-    """Write 110 points with fractions, of which 1, 31 and 52 give ``box`` once truncated; the others mislead."""
+    """Write 110 fractional points: 1, 31 and 52 give ``box`` once truncated; the others would give another."""
     xmin, ymin, side = box
     rng = rng or np.random.default_rng(0)
     points = np.array([xmin, ymin]) + rng.integers(-20, side + 20, size=(110, 2))
@@ -217,7 +217,7 @@ def write_landmarks(path: Path, box: BoxSpec, rng: np.random.Generator | None = 
 
 
 def _texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Coarse random colours, smoothed, with a little fine noise: neither flat nor what a JPEG cannot hold."""
+    """Coarse random colours, smoothed, with a little fine noise: not flat, and not too noisy for a JPEG."""
     coarse = rng.integers(256, size=(6, 9, 3)).astype(np.float32)
     smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
     return np.clip(smooth + rng.normal(scale=6, size=smooth.shape), 0, 255).astype(np.uint8)
@@ -225,7 +225,7 @@ def _texture(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a template: forty frames with B-frames, keyframes twelve apart, and groups of pictures that refer across."""
+    """A template's video: forty frames with B-frames, keyframes twelve apart, and open groups of pictures."""
     path = tmp_path_factory.mktemp("video") / "template.mp4"
     return write_video(path, pictures(), **{"x264-params": "open-gop=1:bframes=3:scenecut=0:keyint=12:min-keyint=12"})
 
@@ -240,7 +240,7 @@ def pipeline(tiny_checkpoint: Callable[..., Path]) -> FrameGenerationPipeline:
 
 @pytest.fixture(scope="module")
 def clip(make_template: MakeTemplate, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A template of four frames, features of eleven, and as much sound: silence with a click at 0.2 s."""
+    """A template of four frames, features for eleven, and sound of that length: silence with a click at 0.2 s."""
     folder = tmp_path_factory.mktemp("clip")
     make_template(folder / "template", frames=4, parsing=True)
     np.save(folder / "features.npy", np.abs(np.random.default_rng(0).standard_normal((FRAMES, 512))).astype(np.float32))

@@ -1,4 +1,4 @@
-"""Small jobs for farms: what several test files and the script that kills farms make them from."""
+"""Small farm jobs, for several test files and for the script that kills farms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Jobs = list[dict[str, Any]]
 
 
 def write_speech(folder: Path, name: str, frames: int, seed: int = 0) -> tuple[str, str]:
-    """Features of so many frames and as much noise to hear: the names of both files."""
+    """Write features for so many frames, and noise of that length as sound; returns the names of both files."""
     rng = np.random.default_rng(seed)
     features = folder / f"{name}.npy"
     np.save(features, rng.standard_normal((frames, 512)).astype(np.float32))
@@ -26,13 +26,13 @@ def write_speech(folder: Path, name: str, frames: int, seed: int = 0) -> tuple[s
 
 
 def write_jobs(path: Path, jobs: Jobs) -> Path:
-    """A file of jobs."""
+    """Write a file of jobs."""
     path.write_text("".join(json.dumps(job) + "\n" for job in jobs))
     return path
 
 
 def three_jobs(folder: Path, checkpoint: Path, make_template: Callable[..., Path]) -> Jobs:
-    """Three jobs for two faces: one of three parts of two seconds, at few frames a second, and two short ones."""
+    """Three jobs for two faces: one of three parts of two seconds each, at a low frame rate, and two short ones."""
     faces = [str(make_template(folder / f"face{n}", frames=4, size=(96, 64), seed=n)) for n in range(2)]
     jobs = []
     for number, (frames, face) in enumerate([(120, 0), (11, 1), (7, 0)]):
@@ -45,7 +45,7 @@ def three_jobs(folder: Path, checkpoint: Path, make_template: Callable[..., Path
 
 
 def farm(jobs: Jobs, folder: Path, **options: Any) -> FarmRecord:
-    """A run in parts of two seconds."""
+    """Run a farm in parts of two seconds."""
     return run_farm(write_jobs(folder.with_suffix(".jsonl"), jobs), folder, part_seconds=2, **options)
 
 

@@ -1,4 +1,4 @@
-"""Bad input at scale: spoils real input files in thousands of ways and holds the command line to its word.
+"""Bad input at scale: spoils real input files in thousands of ways and checks how the command line meets them.
 
     python tests/fuzz.py --cases 10000 --seed 1
     python tests/fuzz.py --kind features --seed 1 --only 37 --keep kept     # one case again, its files kept
@@ -10,11 +10,11 @@ Each case takes a small clip that renders, spoils one of its files and runs `gpu
 - with exit code 2 and one line on stderr, ``gpupipe: <file>: what was met; expected what``, that names the spoiled
   file, and with no file left where the output was to be, nor any temporary one.
 
-Anything else fails: a traceback, another exit code, death by a signal, a hang, memory taken because a header promised
-much, code in a file that was run.
+Anything else fails: a traceback, another exit code, death by a signal, a hang, memory allocated because a header
+claimed a size, code in a file that was run.
 
 A process that has everything imported forks a child for each case (Linux only): the child spoils the file, calls the
-command's own entry point, and decodes what came of it. Everything random comes from the seed, the kind and the number
+command's own entry point, and decodes what it wrote. Everything random comes from the seed, the kind and the number
 of the case, so that each can be run again by itself. A library such as Hypothesis shrinks what it has found by running
 it again and again in one process; here a case may end that process, and is one file whose spoiling has a name, so there
 is little to shrink: a seeded generator is all that is needed.
@@ -53,20 +53,20 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 
 LIMIT_SECONDS = 10.0
 LIMIT_MEMORY = 1 << 30
-"""What a case may take beyond what it begins with, in bytes of real memory."""
+"""Bytes of real memory that a case may use beyond what it begins with."""
 LIMIT_ADDRESSES = 6 << 30
-"""What it may ask for beyond that, so that a promise of terabytes does not stop the machine before it is found out."""
+"""Bytes of address space that it may ask for beyond that: a header that claims terabytes must not stop the machine."""
 
 RAN_CODE = "code-was-run"
-"""Made in a case's folder by code that a file carries."""
+"""The file that code inside a spoiled file creates in the case's folder, when it is run."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a child is about to do: a command line; names of which an error must tell one; what was spoiled how.
+    """What a child is about to do: a command line, the names one of which an error must give, and what was spoiled how.
 
-    ``unprivileged``: as a user who owns nothing, or root would read what is forbidden. ``allows``: what is said where
-    exit code 1 is right.
+    ``unprivileged``: run as a user who owns nothing, since root can read forbidden files. ``allows``: the message with
+    which exit code 1 is right.
     """
 
     words: list[str]
@@ -78,8 +78,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a child ended. ``code`` is its exit code, or minus the signal that ended it; None for one that was stopped
-    because it hung. ``memory`` is the most that it held, in bytes, beyond what it began with."""
+    """How a child ended. ``code`` is its exit code, or minus the signal that ended it; None if it hung and was killed.
+    ``memory`` is the most that it held, in bytes, beyond what it began with."""
 
     plan: Plan
     code: int | None
@@ -97,9 +97,9 @@ def start(folder: Path, prepare: Callable[[Path], Plan], act: Callable[[Plan], s
     """Fork a child that prepares a case in ``folder``, which is new, and acts on it; return its process id.
 
     Args:
-        prepare: spoils what is needed and tells the plan. An error of it is the harness's own.
-        act: runs the command, ending by ``SystemExit`` or an error as a command does; or returns, with what is wrong
-            with its output, or None.
+        prepare: spoils what is needed and returns the plan. An error in it counts as the harness's own.
+        act: runs the command, which ends by ``SystemExit`` or an error; or returns what is wrong with its output, or
+            None.
     """
     folder.mkdir(parents=True)
     sys.stdout.flush()
@@ -119,7 +119,7 @@ def start(folder: Path, prepare: Callable[[Path], Plan], act: Callable[[Plan], s
 
 
 def _confine(folder: Path) -> None:
-    """Everything that is said or left over goes to the case's own folder, and terabytes are not to be had."""
+    """Send all messages and leftover files to the case's own folder, and limit memory."""
     (folder / "tmp").mkdir()
     (folder / "tmp").chmod(0o777)
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder / "tmp")
@@ -130,11 +130,11 @@ def _confine(folder: Path) -> None:
     (folder / "held").write_text(str(pages[1]))
     resource.setrlimit(resource.RLIMIT_AS, (pages[0] + LIMIT_ADDRESSES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    faulthandler.disable()  # which would tell of a crash at length, and to pytest's own terminal
+    faulthandler.disable()  # which would report a crash at length, on pytest's own terminal
 
 
 def _run(folder: Path, plan: Plan, act: Callable[[Plan], str | None]) -> NoReturn:
-    """Act, and end as an interpreter does: its error told, threads waited for, the streams flushed."""
+    """Act, and end as an interpreter does: print the error, wait for threads, flush the streams."""
     code, verdict = 0, None
     try:
         verdict = act(plan)
@@ -184,11 +184,11 @@ def _outcome(folder: Path, status: int | None, usage: resource.struct_rusage, se
 
 
 _NOISE = re.compile(r"\d+/\d+ frames|WARNING |INFO |  ")
-"""Beginnings of lines that are no errors: progress, and what is logged, which goes on over indented lines."""
+"""How lines begin that are not errors: progress, and log messages, which continue on indented lines."""
 
 
 def judge(outcome: Outcome) -> str | None:
-    """What is wrong with how a case ended; None if nothing is."""
+    """What is wrong with a case's outcome; None if nothing is."""
     code, left = outcome.code, outcome.left
     allowed = code == 1 and bool(outcome.plan.allows) and outcome.plan.allows in outcome.stderr
     last = (outcome.stderr.strip().splitlines() or ["nothing was said"])[-1]
@@ -209,7 +209,7 @@ def judge(outcome: Outcome) -> str | None:
 
 
 def _misspoken(outcome: Outcome) -> str | None:
-    """What is wrong with a refusal."""
+    """What is wrong with an error message."""
     lines = [line for line in outcome.stderr.splitlines() if line and not _NOISE.match(line)]
     told = " / ".join(lines)
     wrong = {
@@ -225,7 +225,7 @@ def _misspoken(outcome: Outcome) -> str | None:
 
 
 def cases(kinds: list[str], count: int) -> Iterator[tuple[str, int]]:
-    """Kinds in turn, each with numbers of its own."""
+    """Kinds in turn, each with its own running numbers."""
     for number in range(count):
         yield kinds[number % len(kinds)], number // len(kinds)
 
@@ -294,7 +294,7 @@ def table(kinds: list[str], counts: Counter[tuple[str, str]]) -> str:
 
 
 def _special(folder: str, names: list[str]) -> list[str]:
-    """Pipes, which cannot be copied."""
+    """The names of pipes, which cannot be copied."""
     return [name for name in names if (Path(folder) / name).is_fifo()]
 
 

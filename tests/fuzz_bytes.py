@@ -28,7 +28,7 @@ def _put(content: bytearray, at: int, new: bytes, replaced: int) -> bytes:
 
 
 def _huge(content: bytearray, at: int, length: int, samples: list[Path], rng: Rng) -> bytes:
-    """A whole number where one may have stood, as large as its type holds, or just beyond what is sensible."""
+    """Overwrite a possible integer field with an extreme value of its type, or one beyond what is sensible."""
     size = rng.choice([2, 4, 8])
     number = rng.choice([0, 1, (1 << (8 * size - 1)) - 1, 1 << (8 * size - 1), (1 << 8 * size) - 1, 1 << (6 * size)])
     at -= at % size

@@ -1,4 +1,4 @@
-"""The cases of `fuzz.py`: a small clip that renders, one file of it spoiled, the command line that meets it.
+"""The cases of `fuzz.py`: a small clip that renders, one of its files spoiled, and the command line that reads it.
 
 Any file may be put in a wrong place (a directory, a pipe, a loop of links, something that may not be read …) or have
 its bytes changed without regard for their meaning (`fuzz_bytes.py`); `fuzz_formats.py`, `fuzz_media.py` and
@@ -50,11 +50,11 @@ Clip = dict[str, Path]
 
 
 class Ground:
-    """Whole input files, written once: what every case starts from.
+    """Valid input files, written once: what every case starts from.
 
     Attributes:
         clip: paths by the option that takes them.
-        samples: files of all kinds, to splice from and to stand under another's name.
+        samples: files of all kinds, to splice from and to be put under another file's name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -95,13 +95,13 @@ class Ground:
         _keep_networks(self.clip)
         _warm_up(command_words("frames", self.clip | {"checkpoint": folder / "none"}, folder))
         gc.collect()
-        gc.freeze()  # children need not copy what they look through
+        gc.freeze()  # so that children need not copy the pages that they read
         threads = len(list(Path("/proc/self/task").iterdir()))
         assert threads <= 2, f"{threads} threads; expected the one that forks, and the one that ONNX Runtime starts"
 
 
 def _keep_networks(clip: Clip) -> None:
-    """Read the whole checkpoints once, for all cases in which something else is spoiled: they would take most time."""
+    """Read the valid checkpoints once, for all cases that spoil something else: that would take most of the time."""
     model = UNetModel(clip["checkpoint"], "ave", "cpu", engine="eager")
     encoder = load_audio_encoder(clip["encoder"])
     with torch.inference_mode():  # once here, so that what PyTorch prepares for their layers is prepared for all
@@ -124,7 +124,7 @@ def _keep_networks(clip: Clip) -> None:
 
 
 def _warm_up(words: list[str]) -> None:
-    """Run a command that is refused at once: what the command line imports late, and builds, is then there."""
+    """Run a command that is refused at once, so that what the command line imports and builds late is there."""
     cli.app = typer.main.get_command(cli.app)
     sys.argv = ["gpupipe", *words]
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
@@ -186,7 +186,7 @@ def prepare(ground: Ground, folder: Path, kind: str, seed: str) -> Plan:
 
 
 def act(plan: Plan) -> str | None:
-    """Run the command; if it says that it is done, decode what it wrote and tell what is wrong with it."""
+    """Run the command; if it succeeds, decode what it wrote and return what is wrong with it."""
     if plan.unprivileged and os.geteuid() == 0:
         os.seteuid(NOBODY)
     sys.argv = ["gpupipe", *plan.words]
@@ -196,7 +196,7 @@ def act(plan: Plan) -> str | None:
     except SystemExit as end:
         code = end.code
     sys.stdout.flush()
-    if code == 0 or (code == 1 and plan.words[0] == "farm"):  # which does the other jobs all the same
+    if code == 0 or (code == 1 and plan.words[0] == "farm"):  # which does the other jobs nevertheless
         verdict = check_output(plan.words)
         if verdict is not None:
             return verdict
@@ -285,7 +285,7 @@ Spoil = Callable[[bytes, Rng], tuple[bytes, str]]
 
 
 def spoil_file(path: Path, ground: Ground, rng: Rng, meaning: Spoil) -> tuple[str, bool]:
-    """Spoil a file: its place, its bytes or their meaning. Returns how, and if only an ordinary user would notice."""
+    """Spoil a file: its place, bytes or meaning. Returns how, and whether only an ordinary user would notice."""
     way = rng.random()
     if way < 0.12:
         how = rng.choice(list(PLACES))
@@ -423,7 +423,7 @@ def video(ground: Ground, folder: Path, rng: Rng) -> Plan:
 
 
 def jobs(ground: Ground, folder: Path, rng: Rng) -> Plan:
-    """A farm's file of jobs. What is wrong with the files of one job stops no other: it is parked."""
+    """A farm's file of jobs. A job whose files are bad is parked, and stops no other."""
     path = folder / "in" / "jobs.jsonl"
     clip = ground.clip
     job = {"checkpoint": clip["checkpoint"], "template": clip["template"], "audio_features": clip["features"]}

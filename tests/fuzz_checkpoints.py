@@ -23,7 +23,7 @@ State = dict[str, Any]
 
 
 class Armed:
-    """Makes a file when it is unpickled: whatever else an attacker would have it do, this one can be seen."""
+    """Creates a file when it is unpickled: a visible stand-in for whatever an attacker would run."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = str(mark)
@@ -85,7 +85,7 @@ def _with_value(value: float) -> Callable[[State, str, Rng], Any]:
 
 
 def _as_type(state: State, name: str, rng: Rng) -> Any:
-    """One entry, or all, in any type that there is."""
+    """Convert one entry, or all, to any type that PyTorch has."""
     types = [one for one in vars(torch).values() if isinstance(one, torch.dtype)]
     dtype = rng.choice(sorted(set(types), key=str))
     for one in [name] if rng.random() < 0.5 else list(state):
@@ -97,7 +97,7 @@ def _as_type(state: State, name: str, rng: Rng) -> Any:
 
 
 def _head(state: State, name: str, rng: Rng) -> Any:
-    """The entry whose shape tells the network's width, promising a network that no memory holds."""
+    """Give the entry that tells the network's width another shape, up to one that no memory holds."""
     channels = rng.choice([0, 1, 3, 4, 8, 12, 64, 1 << 10, 1 << 14, 1 << 20, 1 << 40])
     one = torch.zeros(1, 1, 1, 1)
     for key in ("inc.inconv.0.conv.6.weight", "0.conv_block.0.weight"):
@@ -107,7 +107,7 @@ def _head(state: State, name: str, rng: Rng) -> Any:
 
 
 def _all_wide(state: State, name: str, rng: Rng) -> Any:
-    """Every entry as it would be in a wider network, of one stored value: some kilobytes that promise gigabytes."""
+    """Every entry with its shape in a wider network, but one stored value: kilobytes that claim to be gigabytes."""
     times = rng.choice([2, 8, 64, 4096])
     zero = torch.zeros(())
     return {
@@ -188,7 +188,7 @@ def _armed(state: State, folder: Path, rng: Rng, mark: Path) -> tuple[Path, str]
 
 
 def _pickles(mark: Path) -> dict[str, bytes]:
-    """Programs for a pickle's machine: deep, wide, endless or without sense."""
+    """Programs for pickle's virtual machine: deep, wide, endless or meaningless."""
     code = f"import pathlib; pathlib.Path({str(mark)!r}).touch()"
     magic = (
         pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2) + pickle.dumps(1001, protocol=2) + pickle.dumps({}, protocol=2)
@@ -216,7 +216,7 @@ def _pickles(mark: Path) -> dict[str, bytes]:
 
 
 def _inside(state: State, folder: Path, rng: Rng) -> tuple[Path, str]:
-    """A zip of tensors that is whole, but for what one of its members holds."""
+    """A zip of tensors that is valid except for the content of one member."""
     out = io.BytesIO()
     torch.save(state, out)
     with zipfile.ZipFile(out) as whole:

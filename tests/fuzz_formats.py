@@ -1,7 +1,7 @@
 """Spoiling what files of a clip mean, for `fuzz_cases.py`: landmarks, images, features and jobs.
 
 Every function takes a file's content and a seeded generator and returns the content spoiled and what was done: numbers,
-fields of headers and types change, in files that are whole else.
+fields of headers and types change, in files that are otherwise valid.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NUMBERS = (
 
 
 def spoil_landmarks(content: bytes, rng: Rng) -> Spoiled:
-    """Numbers, lines, and how they are written."""
+    """Spoil numbers, lines, and how they are written."""
     lines = content.decode().splitlines()
     at = rng.choice([1, 31, 52, rng.randrange(len(lines))])
     way = rng.choice(["word", "word", "word", "box", "box", "line", "count", "ends", "encoding", "long"])
@@ -71,7 +71,7 @@ def spoil_landmarks(content: bytes, rng: Rng) -> Spoiled:
 
 
 def spoil_jpeg(content: bytes, rng: Rng) -> Spoiled:
-    """Kinds of JPEG, other formats under its name, and the fields of its segments."""
+    """Make another kind of JPEG, put another format under its name, or change fields of its segments."""
     if rng.random() < 0.4:
         return _other_image(content, rng, "JPEG")
     segments, scan = _jpeg_segments(content)
@@ -129,7 +129,7 @@ def _jpeg_segment(marker: int, body: bytes) -> bytes:
 
 
 def _other_image(content: bytes, rng: Rng, own: str) -> Spoiled:
-    """The picture once more, of another kind, size or format."""
+    """The same picture in another colour mode, size or format."""
     image = Image.open(io.BytesIO(content)).convert("RGB")
     format = rng.choice([own, own, own, "JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "TGA"])
     mode = rng.choice({"JPEG": ["L", "CMYK", "RGB", "YCbCr"], "PNG": ["1", "L", "LA", "P", "RGBA", "I;16"]}.get(
@@ -164,7 +164,7 @@ def _other_image(content: bytes, rng: Rng, own: str) -> Spoiled:
 
 
 def spoil_png(content: bytes, rng: Rng) -> Spoiled:
-    """Kinds of PNG, other formats under its name, and the fields of its chunks, their checksums right."""
+    """Make another kind of PNG, put another format under its name, or change its chunks, with valid checksums."""
     if rng.random() < 0.4:
         return _other_image(content, rng, "PNG")
     chunks, at = [], 8
@@ -234,7 +234,7 @@ DTYPES = (
 
 
 def spoil_npy(content: bytes, rng: Rng) -> Spoiled:
-    """The header's fields, the array's type, shape and values."""
+    """Spoil the header's fields, or the array's type, shape or values."""
     rows = np.load(io.BytesIO(content))
     way = rng.choice(
         [
@@ -317,7 +317,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def spoil_jobs(content: bytes, rng: Rng) -> Spoiled:
-    """Keys and values of jobs, and lines that are none."""
+    """Spoil keys and values of jobs, or add lines that are not jobs."""
     lines = content.decode().splitlines()
     at = rng.randrange(len(lines))
     job = json.loads(lines[at])

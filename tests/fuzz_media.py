@@ -1,4 +1,4 @@
-"""Spoiling what media files say of themselves, for `fuzz_cases.py`: sound and video."""
+"""Spoiling the headers of media files, for `fuzz_cases.py`: sound and video."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BOXES = b"tkhd mvhd mdhd stts ctts stss stsz stsc stco avc1 avcC elst hdlr stsd 
 
 
 def spoil_sound(content: bytes, rng: Rng) -> Spoiled:
-    """The fields of a WAV header, samples that are no sound, playlists."""
+    """Spoil fields of a WAV header, write NaN or boundless samples, or put a playlist in its place."""
     way = rng.choice(["header", "header", "header", "header", "samples", "samples", "playlist", "short", "other"])
     if way == "playlist":
         text = rng.choice(PLAYLISTS)
@@ -80,7 +80,7 @@ def wav(
     form: bytes = b"RIFF",
     chunk: int = 16,
 ) -> bytes:
-    """A WAV file whose header says what it is told to say."""
+    """A WAV file with the given values in its header."""
     align = min(channels * bits // 8, 65535) if align is None else align
     byte_rate = min(rate * align, 2**32 - 1) if byte_rate is None else byte_rate
     length = len(data) if length is None else length
@@ -91,7 +91,7 @@ def wav(
 
 
 def spoil_video(content: bytes, rng: Rng) -> Spoiled:
-    """The fields of an MP4's boxes, and playlists."""
+    """Spoil fields of an MP4's boxes, or put a playlist in its place."""
     if rng.random() < 0.15:
         text = rng.choice(PLAYLISTS)
         return text.encode(), f"playlist {text[:30]!r}"

@@ -1,8 +1,8 @@
 """Triton's interpreter, made to leave ``triton.language`` as it found it.
 
-Running a kernel, it puts its own operations in the place of the language's, and takes them out again. But what a kernel
-calls puts its own in once more, in ``triton.language.core`` too, and nobody takes those out: a kernel that is compiled
-after that in the same process, for the machine in :mod:`ptx_machine`, would be made of them.
+To run a kernel, it replaces the language's operations by its own, and restores them afterwards. But each function that
+a kernel calls patches them once more, in ``triton.language.core`` too, and that is never undone: a kernel compiled
+later in the same process, for the machine in :mod:`ptx_machine`, would call the interpreter's operations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def tidy_up_after_kernels() -> None:
-    """Have the end of an interpreted kernel undo all that was put in since its beginning."""
+    """Make the end of an interpreted kernel undo all patches since its beginning."""
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         return
     from triton.runtime import interpreter

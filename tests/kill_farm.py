@@ -1,11 +1,10 @@
-"""Kill a farm at random moments, and see that it ends with the bytes of one that was left alone.
+"""Kill a farm at random moments, and check that it ends with the same bytes as one that was left alone.
 
     python tests/kill_farm.py --kills 100 [--seed 0] [--folder somewhere]
 
-Farms run in forks of this process, which has imported all and computed nothing: a farm of small clips takes a second
-or two, and is killed (SIGKILL) at a moment between none and that. When one gets to its end before, its videos are
-compared, its folder is deleted, and another begins. After every kill no file may stand under a video's name but a whole
-one.
+Farms run in forks of this process, which has imported everything and computed nothing: a farm of small clips takes a
+second or two, and is killed (SIGKILL) at a random moment within that time. When one finishes first, its videos are
+compared, its folder is deleted, and another begins. After every kill, any file under a video's name must be complete.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from gpupipe.farm import run_farm
 
 
 def main() -> None:
-    """Kill so often; exit 1 with what was wrong first."""
+    """Kill so many times; exit 1 with the first thing that was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -49,7 +48,7 @@ def main() -> None:
 
 
 def kill_farms(folder: Path, kills: int, chance: random.Random) -> str | None:
-    """What went wrong, if something did."""
+    """What went wrong; None if nothing did."""
     jobs = make_jobs(folder)
     start = time.monotonic()
     if not finishes(start_farm(jobs, folder / "alone")):
@@ -98,7 +97,7 @@ def make_jobs(folder: Path) -> Path:
 
 
 def start_farm(jobs: Path, out: Path) -> int:
-    """Run a farm in a fork; its process."""
+    """Run a farm in a fork; returns its process."""
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -112,7 +111,7 @@ def start_farm(jobs: Path, out: Path) -> int:
 
 
 def finishes(farm: int) -> bool:
-    """Whether it gets to its end without an error."""
+    """Whether the farm finishes without an error."""
     return os.waitstatus_to_exitcode(os.waitpid(farm, 0)[1]) == 0
 
 

@@ -1,4 +1,4 @@
-"""How near "the same" is: the bounds of the parity tests, each in one place, so that tests and controls share them."""
+"""The bounds of the parity tests, in one place, so that tests and their negative controls share them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Bound:
-    """Images agree when no value differs by more than ``steps`` and at least the share ``equal`` of them not at all."""
+    """Images agree when no value differs by more than ``steps`` and at least the share ``equal`` of values is equal."""
 
     steps: int
     equal: float
@@ -43,7 +43,7 @@ EXACT_FRAME = Bound(2, 0.99)
 
 
 def resize_bound(box: tuple[int, int, int, int]) -> Bound:
-    """What holds for the resizing of this box."""
+    """The bound for resizing this box."""
     return THIN_CROP if min(box[2] - box[0], box[3] - box[1]) < 4 else EXACT_RESIZE
 
 

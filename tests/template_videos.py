@@ -1,4 +1,4 @@
-"""Videos that stand for templates, and what FFmpeg alone makes of them."""
+"""Videos used as templates, and how FFmpeg alone decodes them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOXES = [(40 + i % 7, 30 + i % 5, 61 + i % 3) for i in range(FRAMES)]
 
 
 def pictures(count: int = FRAMES, size: tuple[int, int] = (WIDTH, HEIGHT)) -> list[np.ndarray]:
-    """Smooth colours that move, BGR, no two alike."""
+    """Pictures of smooth moving colours, BGR, no two alike."""
     rng = np.random.default_rng(5)
     coarse = rng.integers(256, size=(6, 9, 3)).astype(np.float32)
     wide = cv2.resize(coarse, (size[0] + 3 * count, size[1]), interpolation=cv2.INTER_CUBIC)
@@ -36,7 +36,7 @@ def write_video(
     rotation: int = 0,
     **options: str,
 ) -> Path:
-    """Encode BGR images; ``space`` and ``extent`` are what FFmpeg converts them to, and the tags if there are any."""
+    """Encode BGR images, converted by FFmpeg to ``space`` and ``extent``, which are also the tags, if any."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options={"crf": "12", "g": "12", **options})
         stream.width, stream.height, stream.pix_fmt = images[0].shape[1], images[0].shape[0], pixel_format
@@ -57,7 +57,7 @@ def write_video(
 
 
 def decoded(path: Path) -> Tensor:
-    """All frames by FFmpeg alone, in one go, as NV12."""
+    """All frames, decoded by FFmpeg alone, in one go, as NV12."""
     with av.open(str(path)) as container:
         planes = [frame.to_ndarray() for frame in container.decode(video=0)]
     nv12 = []

@@ -1,4 +1,4 @@
-"""Sound and picture of a finished video stand where they stood: a clip that flashes and beeps, decoded back."""
+"""Sound and picture stay in step in a finished video: a clip that flashes and beeps, decoded again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRIMING = 1024
 
 
 def write_beeps(path: Path, seconds: float, beeps: Iterable[float], *, rate: int, channels: int) -> Path:
-    """Silence with a tone of full strength from its first sample on at each of the given seconds."""
+    """Silence, with a tone at each of the given seconds that is at full strength from its first sample on."""
     samples = np.zeros((round(seconds * rate), channels))
     tone = 20000 * np.cos(2 * np.pi * 1000 * np.arange(round(BEEP * rate)) / rate)
     for beep in beeps:
@@ -33,7 +33,7 @@ def write_beeps(path: Path, seconds: float, beeps: Iterable[float], *, rate: int
 
 
 def write_clip(path: Path, frames: int, flashes: Iterable[int], fps: Fraction, sound: Path) -> Path:
-    """Black frames, white ones where it flashes, through the writer that every render goes through."""
+    """Black frames, and white ones for flashes, written by the writer of every render."""
     white = np.zeros(frames, dtype=bool)
     white[list(flashes)] = True
     with VideoWriter(path, width=WIDTH, height=HEIGHT, fps=fps, sound=sound) as writer:
@@ -71,7 +71,7 @@ class Seen:
                     quiet_since = time
 
     def lags(self) -> np.ndarray:
-        """By how many seconds each beep is later than its flash."""
+        """How many seconds each beep comes after its flash."""
         assert len(self.beeps) == len(self.flashes), "a beep to each flash"
         return np.subtract(self.beeps, self.flashes)
 
@@ -116,7 +116,7 @@ def test_flash_and_beep_come_together(suffix: str, fps: Fraction, rate: int, cha
 
 
 def test_sound_between_two_frames_stays_there(tmp_path: Path) -> None:
-    """Beeps a third of a frame after their flashes: not moved to a frame, nor to a packet of sound."""
+    """Beeps a third of a frame after their flashes are not moved to a frame's time, nor to a sound packet's."""
     seen = Seen(render(tmp_path, fps=NTSC, rate=44100, late=1 / 3))
     assert seen.lags() == pytest.approx(float(1 / NTSC) / 3, abs=0.001)
 
@@ -129,7 +129,7 @@ def test_a_shift_of_two_frames_is_seen(late: int, tmp_path: Path) -> None:
 
 
 def test_priming_is_told_to_players(tmp_path: Path) -> None:
-    """An edit list skips what AAC puts before the sound; who ignores the list hears everything late."""
+    """An edit list skips what AAC puts before the sound; a player that ignores it plays everything late."""
     path = render(tmp_path)
     tracks = path.read_bytes().split(b"trak")[1:]
     (sound,) = [track for track in tracks if b"soun" in track]

@@ -1,4 +1,4 @@
-"""Limits of containers: of both versions of control groups, of the groups around a process's own, and none."""
+"""Container limits: in both versions of control groups, in enclosing groups, and absent."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_cores_and_memory_keep_to_the_container_s_limits(cores: int, monkeypatch
 
 
 def test_this_process_s_own_limits_are_read() -> None:
-    """None only where the outermost group, which is the container's, has no limit."""
+    """None only if the outermost group, which is the container's, has no limit."""
     for found, names in (
         (cpu_quota(), ("cpu.max", "cpu/cpu.cfs_quota_us")),
         (memory_left(), ("memory.max", "memory/memory.limit_in_bytes")),

@@ -31,12 +31,12 @@ def seeded_state() -> State:
 
 @pytest.fixture
 def state(seeded_state: State) -> State:
-    """A fresh copy: tests take keys out and change values."""
+    """A fresh copy: tests remove keys and change values."""
     return {name: value.clone() for name, value in seeded_state.items()}
 
 
 def refusal(path: Path, mode: Mode = "ave") -> str:
-    """The message with which ``path`` is refused: one line that names the file."""
+    """The error message for ``path``, checked to be one line that names the file."""
     with pytest.raises(CheckpointError) as caught:
         load_unet(path, mode)
     message = str(caught.value)
@@ -142,7 +142,7 @@ def test_misshapen_key(state: State, tmp_path: Path) -> None:
 
 
 def test_width_s_key_of_the_wrong_rank_is_refused(state: State, tmp_path: Path) -> None:
-    """The width is read from this one, before any shape is compared."""
+    """The network's width is read from this entry, before any shape is compared."""
     state["inc.inconv.0.conv.6.weight"] = torch.zeros(4)
     assert "inc.inconv.0.conv.6.weight" in refusal(as_pth(state, tmp_path))
 
@@ -209,7 +209,7 @@ def test_file_that_is_something_else(name: str, content: bytes, tmp_path: Path) 
 
 
 def test_damage_that_torch_does_not_see(state: State, tmp_path: Path) -> None:
-    """Weights with other bytes than were saved; a file without checksums is read as it is."""
+    """Weights whose bytes have changed; a file without checksums is read as it is."""
     path = tmp_path / "unet.pth"
     for summed in (True, False):
         torch.serialization.set_crc32_options(summed)
@@ -275,20 +275,20 @@ def test_other_floating_point_numbers_are_read(dtype: torch.dtype, state: State,
 
 
 def test_variance_below_0(state: State, tmp_path: Path) -> None:
-    """Its root would be NaN, and every picture black."""
+    """The square root of a negative variance would be NaN, and every picture black."""
     state["audio_model.bn3.running_var"][1] = -0.5
     assert "audio_model.bn3.running_var holds a variance below 0" in refusal(as_pth(state, tmp_path))
 
 
 def test_network_that_no_memory_holds(state: State, tmp_path: Path) -> None:
-    """One stored number may have any shape; the network would be made before its shapes were compared."""
+    """One stored number may claim any shape, and the network would be built before shapes are compared."""
     state["inc.inconv.0.conv.6.weight"] = torch.zeros(()).expand(1 << 40, 12, 1, 1)
     assert "has 1099511627776 channels; expected at most 128" in refusal(as_pth(state, tmp_path))
 
 
 @pytest.mark.parametrize("old", [False, True])
 def test_pickle_that_nests_without_end(old: bool, tmp_path: Path) -> None:
-    """Hashing such a key overflows the C stack: where this fails, it takes the process along."""
+    """Hashing such a key overflows the C stack: a failure of this test kills the process."""
     path = tmp_path / "deep.pth"
     program = b"\x80\x02}N" + b"\x85" * 200_000 + b"Ns."
     if old:
@@ -302,7 +302,7 @@ def test_pickle_that_nests_without_end(old: bool, tmp_path: Path) -> None:
 
 
 def test_many_entries_are_not_taken_for_deep_nesting(state: State, tmp_path: Path) -> None:
-    """Many entries, in whichever format, do not nest."""
+    """Many entries, in either format, are not nesting; 101 lists in each other are."""
     many = {f"{name}.{i}": value for name, value in state.items() for i in range(9)}
     for old in (False, True):
         torch.save({"state_dict": OrderedDict(many)}, tmp_path / "many.pth", _use_new_zipfile_serialization=not old)
@@ -318,7 +318,7 @@ def test_many_entries_are_not_taken_for_deep_nesting(state: State, tmp_path: Pat
 
 
 class Armed:
-    """Unpickling it creates a file: whatever else an attacker would have it do, this one can be seen."""
+    """Unpickling it creates a file: a visible stand-in for whatever an attacker would run."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -361,7 +361,7 @@ def test_code_in_an_audio_encoder_is_refused_and_not_run(save: Callable[[Armed, 
 
 @pytest.mark.parametrize("save", [armed_zip, armed_old_format])
 def test_armed_checkpoint_would_run_if_it_were_trusted(save: Callable[[Armed, Path], None], tmp_path: Path) -> None:
-    """Else the test above would pass whatever the loader did."""
+    """Otherwise the tests above would pass whatever the loader did."""
     path, mark = tmp_path / "armed.pth", tmp_path / "code-was-run"
     save(Armed(mark), path)
     torch.load(path, weights_only=False)

@@ -30,7 +30,7 @@ from gpupipe.engines import openvino_cpu
 from gpupipe.models.audio_encoder import AudioEncoder
 
 FRAMES = 5
-QUICK = ("--engine", "eager")  # builds in no time; what these tests look at comes before or after the network
+QUICK = ("--engine", "eager")  # is built at once; these tests look at what comes before and after the network
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_bfloat16_tip_only_without_explicit_choice(
 def test_paths_that_look_like_protocols_are_files(
     clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What stands before a colon, FFmpeg takes for the protocol by which the rest is fetched."""
+    """FFmpeg takes what stands before a colon for a protocol."""
     monkeypatch.chdir(tmp_path)
     Path("a:b").mkdir()
     sound = Path(shutil.copy(clip["sound"], "a:b/tone:1.wav"))
@@ -178,7 +178,7 @@ def test_frames_writes_numbered_jpegs(clip: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_frames_at_another_rate_are_those_of_the_video(clip: dict[str, Path], tmp_path: Path) -> None:
-    """As many as the video of the same words has, and the same ones."""
+    """`frames` writes as many frames as `render` with the same options keeps, and the same ones."""
     torch.save(AudioEncoder().state_dict(), tmp_path / "ave.pth")
     words = ["--checkpoint", clip["checkpoint"], "--template", clip["template"], "--encoder", tmp_path / "ave.pth"]
     words += ["--audio", clip["sound"], "--fps", 50, *QUICK]
@@ -212,7 +212,7 @@ def test_export_and_reference_write_their_files(clip: dict[str, Path], tmp_path:
 
 
 def exit_code(words: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Of the command line itself."""
+    """The exit code of the command line itself, ``main``."""
     monkeypatch.setattr(sys, "argv", ["gpupipe", *words.split()])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -302,7 +302,7 @@ def test_wrong_options_exit_2(
     result = run(*render_words(clip, tmp_path / "out.mp4", *QUICK, *words))
     assert result.exit_code == 2
     assert message in result.stderr and "Traceback" not in result.stderr and "{" not in result.stderr
-    assert capfd.readouterr().err == "", "said by a library"
+    assert capfd.readouterr().err == "", "printed by a library"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -365,7 +365,7 @@ def test_signals_leave_nothing_half_written(number: int, clip: dict[str, Path], 
     (tmp_path / "out").mkdir()
     words = render_words({**clip, "features": tmp_path / "long.npy"}, tmp_path / "out" / "clip.mp4", *QUICK)
     command = [Path(sys.executable).with_name("gpupipe"), *words, "--save-frames"]
-    before = signal.signal(number, signal.SIG_DFL)  # who starts these tests in the background has it ignored
+    before = signal.signal(number, signal.SIG_DFL)  # a shell's background jobs may ignore it
     try:
         running = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
     finally:
@@ -391,7 +391,7 @@ def test_signal_handlers_are_restored() -> None:
     try:
         with reporting(False):
             assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
-            os.kill(os.getpid(), signal.SIGHUP)  # nohup's
+            os.kill(os.getpid(), signal.SIGHUP)  # ignored, as under nohup
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
@@ -400,7 +400,7 @@ def test_signal_handlers_are_restored() -> None:
 
 @pytest.mark.parametrize("messages", ["/dev/full", "pipe", "closed"])
 def test_work_goes_on_where_messages_cannot_be_written(messages: str, clip: dict[str, Path], tmp_path: Path) -> None:
-    """A log on a full disk, a reader that has gone: no reason to lose a render, nor to end otherwise."""
+    """A log on a full disk or a closed pipe is no reason to lose a render, or to exit with another code."""
     name = Path(sys.executable).with_name("gpupipe")
     reader, writer = os.pipe()
     os.close(reader)
@@ -426,7 +426,7 @@ def test_a_warning_is_one_line_where_there_is_no_terminal(clip: dict[str, Path],
 def test_progress_counts_from_the_first_frames_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Opening a checkpoint may take longer than a short clip: a rate with it in would say nothing of the time left."""
+    """Opening a checkpoint may take longer than a short clip: included in the rate, it would falsify the time left."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     with progress_bar() as progress:
@@ -443,7 +443,7 @@ def test_progress_counts_from_the_first_frames_on(
 
 
 def test_a_render_on_a_cpu_loads_no_more_than_it_uses(clip: dict[str, Path], tmp_path: Path) -> None:
-    """What starts in a second and what starts in three are two different tools; torchvision is for CUDA alone."""
+    """A command that starts in one second is more usable than in three; torchvision is needed on CUDA alone."""
     words = [str(word) for word in render_words(clip, tmp_path / "out.mp4", "--engine", "onnxruntime")]
     home = tmp_path / "home"
     heavy = ["cv2", "matplotlib", "openvino", "ray", "torchvision", "torch._dynamo", "triton"]

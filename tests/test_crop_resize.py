@@ -1,4 +1,4 @@
-"""Crop and resize against OpenCV, and proof that the bound sees antialiasing, the frame's edge and plain rounding."""
+"""Crop and resize against OpenCV, and proof that the bound catches antialiasing, a wrong edge and wrong rounding."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ EDGE_BOXES: list[Box] = [
     (7, 9, 8, 10),
     (640, 5, 642, 8),
 ]
-"""What is left of boxes that stood over the frame's edge, down to a row, a column and a pixel."""
+"""What is left of boxes that reached over the frame's edge, down to a row, a column and a pixel."""
 
 
 @functools.cache
 def noise(seed: int = 0) -> Image:
-    """The hardest picture for an error of the arithmetic: neighbours have nothing to do with each other."""
+    """The picture that shows arithmetic errors best: neighbouring pixels are unrelated."""
     return np.random.default_rng(seed).integers(256, size=(HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
 def bars() -> Image:
-    """The hardest for saturation: full steps, which the cubic overshoots."""
+    """The picture that shows wrong saturation best: full steps, which the cubic overshoots."""
     picture = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     picture[::3] = 255
     picture[:, ::4, 1] = 255
@@ -170,7 +170,7 @@ def test_bound_fails_with_antialiasing(side: int) -> None:
 
 @pytest.mark.parametrize("side", [164, 656])
 def test_bound_fails_with_taps_beyond_the_crop(side: int) -> None:
-    """At a whole ratio a larger crop, resized and trimmed, has the same pixels but for the ones near the edge."""
+    """At an integer ratio a larger crop, resized and trimmed, differs only in the pixels near the edge."""
     box, border = (150, 10, 150 + side, 10 + side), 4
     trim = border * 328 // side
     larger = noise()[10 - border : 10 + side + border, 150 - border : 150 + side + border]

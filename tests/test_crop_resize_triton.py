@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 SAME = Bound(1, 0.9999)
-"""Against the reference: the same arithmetic, added up in another order."""
+"""Bound against the reference: the same arithmetic, summed in another order."""
 
 WIDTH, HEIGHT = 230, 210
 BOXES: list[Box] = [
@@ -46,7 +46,7 @@ def planes(crop: np.ndarray) -> np.ndarray:
 
 
 def cut(frames: Tensor, index: list[int], boxes: list[Box], **options: object) -> tuple[Tensor, Tensor | None]:
-    """The kernel, its results on the CPU."""
+    """Run the kernel; its results on the CPU."""
     places = torch.tensor(index, device=DEVICE), torch.tensor(boxes, device=DEVICE)
     crops, image = crop_resize_triton(frames.to(DEVICE), *places, **options)  # type: ignore[arg-type]
     return crops.cpu(), (None if image is None else image.cpu())
@@ -91,7 +91,7 @@ def test_frames_may_be_a_window_of_larger_ones() -> None:
 
 
 def test_frames_beyond_two_gibibytes_are_found() -> None:
-    """Frame 2 begins at byte 2³¹. The bank is never written as a whole: untouched pages cost no memory."""
+    """Frame 2 begins at byte 2³¹. Most of the bank is never written: untouched pages cost no memory."""
     frame = noise()[0]
     bank = torch.empty((1 << 31) + frame.numel(), dtype=torch.uint8, device=DEVICE)
     frames = bank.as_strided((3, HEIGHT, WIDTH, 3), (1 << 30, WIDTH * 3, 3, 1))
@@ -131,7 +131,7 @@ def test_network_input_is_bit_equal_to_the_crop(dtype: torch.dtype, channels_las
 
 
 def test_all_256_values_are_divided_exactly() -> None:
-    """A 328×328 box is copied pixel for pixel, and ÷ 255 is the correctly rounded quotient."""
+    """A 328×328 box is copied pixel for pixel, and its values ÷ 255 are correctly rounded."""
     frame = (torch.arange(328 * 328 * 3) % 256).to(torch.uint8).view(328, 328, 3)
     _, image = cut(frame[None], [0], [(0, 0, 328, 328)], image=torch.float32)
     assert image is not None

@@ -1,4 +1,4 @@
-"""The bundled avatar follows sound that it never heard, and the character behind it is what it says it is."""
+"""The bundled avatar follows sound that it was not trained on, and the drawn character is as its rig describes it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MEBIBYTE = 1 << 20
 
 @dataclass
 class Rendered:
-    """The sample, which trained nothing, rendered by the pipeline's own frame generator."""
+    """The sample, which is not in the training data, rendered by the pipeline's own frame generator."""
 
     frames: list[np.ndarray]
     template: np.ndarray
@@ -103,7 +103,7 @@ def test_the_bundled_template_is_what_the_rig_draws() -> None:
     assert frames.shape == (rig.FRAMES, rig.HEIGHT, rig.WIDTH, 3)
     for index in (0, 20, 71):
         drawn = drawing.draw_frame(index)
-        assert np.abs(frames[index].astype(int) - drawn).mean() < 1.2  # the JPEG's doing
+        assert np.abs(frames[index].astype(int) - drawn).mean() < 1.2  # by JPEG's compression
         assert np.abs(frames[(index + 5) % rig.FRAMES].astype(int) - drawn).mean() > 1.2
         np.testing.assert_allclose(landmarks[index], rig.landmarks(index), atol=0.006)
 
@@ -207,7 +207,7 @@ def test_render_demo(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mov"])
 def test_the_sheet_is_of_the_video_in_any_container(suffix: str, tmp_path: Path) -> None:
-    """Matroska's streams do not tell how long they are."""
+    """Matroska's streams do not state their length."""
     demo = render_demo(None, tmp_path / "out.mp4", 0.6, device="cpu")
     sound = cut_sound(BUNDLE / "sample.flac", tmp_path / "sound.wav", 0.6)
     with av.open(str(demo.video)) as source, av.open(str(tmp_path / f"out{suffix}"), "w") as target:

@@ -27,7 +27,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def lived_in(network: nn.Module) -> nn.Module:
-    """Norms with statistics and weights of their own, so that one that is folded wrongly shows."""
+    """Batch norms with statistics and weights far from the defaults, so that wrong folding shows."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None and module.running_var is not None

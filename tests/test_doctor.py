@@ -1,4 +1,4 @@
-"""What ``doctor`` says of a machine, and whether a render goes that way."""
+"""What ``doctor`` reports of a machine, and whether a render then does the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ways of running the network: they agree with PyTorch and with each other, and a cached half changes nothing."""
+"""The engines that run the network: they agree with PyTorch and each other, and a cached half changes nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from gpupipe.versions import versions
 
 CPU = torch.device("cpu")
 BOUND = 2e-5
-"""Of outputs in (0, 1): float32 rounding, a two-hundredth of a step of 255."""
+"""Allowed difference of outputs in (0, 1): float32 rounding, a two-hundredth of a step of 255."""
 
 ON_CPU: list[EngineName] = ["eager", "onnxruntime"]
 
@@ -196,7 +196,7 @@ def test_unsupported_precisions_are_refused(network: UNet328) -> None:
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
-    """Engines "take" the seconds that the test puts here; the others cannot run. Nothing is built, or known before."""
+    """Engines "take" the seconds that a test enters here; others fail. Nothing is built, no figures are remembered."""
     seconds: dict[str, float] = {}
 
     def take(engine: Engine, network: object) -> float:
@@ -301,13 +301,13 @@ def test_a_failing_engine_is_logged_and_not_taken(
     assert "engine onnxruntime: onnxruntime is out of order: eager runs instead" in caplog.text
     assert make_engine(network, device=CPU).name == "eager", "and so it is remembered"
     told = f"engine onnxruntime failed when it was measured ({remembered.cache_file()} tells): eager runs instead"
-    assert told in fallbacks(), "and said again"
+    assert told in fallbacks(), "and logged again"
 
 
 def test_one_engine_alone_is_not_measured(
     network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU in float32: its memory may be too small for the batch that engines are measured with."""
+    """On a GPU in float32, whose memory may be too small for the batch that engines are measured with."""
     monkeypatch.setattr(remembered, "device_name", lambda device: "a GPU")
     assert make_engine(network, device=torch.device("cuda"), exact=True).name == "eager"
     assert not remembered.cache_file().exists()
@@ -318,7 +318,7 @@ def test_one_engine_alone_is_not_measured(
 def test_an_obstacle_is_logged_and_checked_again_each_time(
     network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a compiler that is missing, and then is installed, and removed."""
+    """Like a compiler that is missing, then installed, then removed."""
     timed.update(onnxruntime=0.1, eager=0.2)
     as_it_is = DECLARED["onnxruntime"]
     for reason, taken in (("it rains", "eager"), (None, "onnxruntime"), ("it rains again", "eager")):
@@ -340,7 +340,7 @@ def test_engines_of_our_own_kernels_need_what_the_kernels_need(
 
 
 def test_an_engine_that_crashes_the_gpu_is_tried_only_once(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an illegal access does: nothing of CUDA works in the process after it, the engine that was chosen neither."""
+    """Like an illegal memory access: after it nothing on CUDA works in this process, not even the chosen engine."""
     cuda, figures = torch.device("cuda"), {"gluon": math.inf, "fused": math.inf, "eager": 1.0}
     kept: list[dict[str, float]] = []
 
@@ -384,7 +384,7 @@ def test_an_engine_with_other_results_is_not_taken(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """However fast it is; the same engine on the network as it is, is taken."""
+    """However fast it is; with the right results the same engine is taken."""
     made: dict[str, Engine] = {
         "onnxruntime": EagerEngine(alter(network), device=CPU, dtype=torch.float32),
         "eager": EagerEngine(network, device=CPU, dtype=torch.float32),
@@ -424,7 +424,7 @@ def small_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_batch")
 @pytest.mark.parametrize("how", ["replayed", "launched"])
 def test_each_run_on_a_gpu_is_waited_for(how: str, network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a recording's, as a render's are, where the engine can be recorded."""
+    """A run is the replay of a recording, as in a render, if the engine can be recorded."""
     said: list[str] = []
 
     def capture(step: object) -> tuple[Callable[[], None], None]:
@@ -452,7 +452,7 @@ def test_mouths_are_compared_in_steps_of_255_whatever_their_type(network: UNet32
 
 
 def test_an_error_of_bfloat16_s_size_still_agrees() -> None:
-    """A tenth of the picture's standard deviation; a fifth is another picture."""
+    """A tenth of the picture's standard deviation agrees; a fifth does not."""
     generator = torch.Generator().manual_seed(0)
     picture, error = (50 * torch.randn(10_000, generator=generator) for _ in range(2))
     assert measure._agree(picture + 0.1 * error, picture)
@@ -468,7 +468,7 @@ def test_the_measurement_runs_the_engine(network: UNet328) -> None:
 @pytest.mark.skipif(compiled.obstacle(CPU) is not None, reason="torch.compile needs a C++ compiler on a CPU")
 @torch.no_grad()
 def test_compiled_engine_matches_the_network(network: UNet328) -> None:
-    """Batches smaller than the first are padded, larger ones compiled anew."""
+    """Batches smaller than the first are padded; for larger ones it compiles again."""
     engine = make_engine(network, device=CPU, engine="compile")
     for batch in (2, 1, 3):
         image, audio = network_inputs("ave", batch)

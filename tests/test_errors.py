@@ -1,4 +1,4 @@
-"""Errors in words: one line, whatever another library raised."""
+"""Error messages are one line, whatever another library raised."""
 
 from __future__ import annotations
 

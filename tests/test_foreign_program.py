@@ -1,4 +1,5 @@
-"""A program in another language makes the same frames from the exported files alone, without PyTorch or gpupipe."""
+"""A program without PyTorch or gpupipe makes the same frames from the exported files alone, as one in another language
+would."""
 
 from __future__ import annotations
 

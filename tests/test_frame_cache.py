@@ -1,4 +1,4 @@
-"""The cache of what is known of template frames: the same results under any budget, and no work done twice."""
+"""The cache of what is computed from template frames: the same results under any budget, and no work done twice."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from gpupipe.schedule import template_indices
 CPU = torch.device("cpu")
 LENGTH = 9
 FRAME_BYTES = 4 * 6 + 5
-"""Of what :class:`Recorder` makes of one frame."""
+"""Size of what :class:`Recorder` makes of one frame."""
 
 
 class Recorder:
-    """Computes two tensors of other shapes and dtypes for each frame, and keeps what it was asked for."""
+    """Computes two tensors of different shapes and dtypes for each frame, and records which frames it was asked for."""
 
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
@@ -63,7 +63,7 @@ def assert_right(cache: FrameCache, frames: Sequence[int] | NDArray[np.int64]) -
 
 
 def test_lookups_work_after_a_failed_allocation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batch fails, and is tried again with half its frames when something else has let go of memory."""
+    """A batch that fails is tried again with half its frames, once something else has freed memory."""
     new_empty, tried = Tensor.new_empty, []
 
     def refuse_once(value: Tensor, *size: int) -> Tensor:
@@ -147,7 +147,7 @@ def test_memory_stays_within_the_budget(budget: int, capacity: int) -> None:
 
 
 def test_results_stay_when_others_are_computed() -> None:
-    """What a lookup returned is not written over by the next one."""
+    """What a lookup returned is not overwritten by the next one."""
     for budget in (0, 3 * FRAME_BYTES, 10**9):
         frames, _ = cache(budget)
         first, index = frames.lookup([1, 2])
@@ -176,7 +176,7 @@ def test_failed_computation_leaves_the_cache_as_it_was() -> None:
 def test_default_budget_of_a_host_is_a_quarter_of_what_is_available(
     left: int | None, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or of what is left of a container's limit."""
+    """Or a quarter of what is left of a container's limit."""
     told = "MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable: 4000 kB\n"
     monkeypatch.setattr(frame_cache, "Path", {"/proc/meminfo": SimpleNamespace(read_text=lambda **_: told)}.__getitem__)
     monkeypatch.setattr(frame_cache, "memory_left", lambda: left)
@@ -222,7 +222,7 @@ def test_what_is_not_kept_is_not_copied() -> None:
 
 @pytest.mark.parametrize("budget", [0, 4 * FRAME_BYTES + 3, LENGTH * FRAME_BYTES])
 def test_threads_may_ask_at_once(budget: int) -> None:
-    """Both compute the same frames at the same time: each must get its own right, and none may be kept twice."""
+    """Both compute the same frames at the same time: each must get right results, and no frame may be kept twice."""
     meet = threading.Barrier(2, timeout=10)
 
     def compute(frames: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -239,7 +239,7 @@ def test_threads_may_ask_at_once(budget: int) -> None:
 
 
 def test_threads_may_ask_first_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The room is made once: what one has kept must not be lost when the other makes its own."""
+    """The cache's memory is allocated once: what one thread has kept must not be lost to the other's allocation."""
     make_room, meet = Tensor.new_empty, threading.Barrier(2, timeout=10)
 
     def slow(like: Tensor, *shape: int) -> Tensor:
@@ -255,7 +255,7 @@ def test_threads_may_ask_first_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nobody_waits_while_another_keeps_a_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One thread stands still while it copies frame 1 into the bank; others get any frame meanwhile, also that one."""
+    """While one thread is stopped copying frame 1 into the bank, another gets any frame, that one included."""
     shared, recorder = cache(10**9)
     shared.lookup([0])
     copying, go_on = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Whole frames: the same whatever the batch, the budget and the way to ask."""
+"""Whole frames: the same for any batch size, memory budget and form of the arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Image = np.ndarray
 
 @pytest.fixture
 def template(make_template: MakeTemplate, tmp_path: Path) -> Path:
-    """Five frames with boxes of other sizes, two of them over the edge, and parsing."""
+    """Five frames with boxes of different sizes, two of them over the edge, and parsing."""
     boxes = [(40, 30, 61), (-30, 20, 100), (30, 10, 97), (40, 60, 90), (10, 10, 110)]
     return make_template(tmp_path / "avatar", frames=5, box=boxes, parsing=True)
 
@@ -51,7 +51,7 @@ def test_batch_size_and_memory_change_nothing(
 
 
 def test_half_the_memory_changes_nothing(tiny_model: MakeModel, template: Path) -> None:
-    """Room for all frames and for two frames' features."""
+    """Memory for all frames, and for the features of two."""
     expected = rendered(FrameGenerator(tiny_model()), template, features(10))
     sizes = [value.nbytes for value in tiny_model().engine.encode(torch.zeros(1, 6, 320, 320)).values()]
     budget = 5 * 192 * 128 * 3 + 2 * (sum(sizes) + 3 * 328 * 328) + 100
@@ -63,7 +63,7 @@ def test_half_the_memory_changes_nothing(tiny_model: MakeModel, template: Path) 
 def test_batches_that_do_not_fit_in_a_gpu_s_memory_are_halved(
     fps: float | None, tiny_model: MakeModel, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From then on, and said so."""
+    """From then on, with a warning."""
     monkeypatch.setattr("gpupipe.frame_generator.map_batches", lambda function, batches, device: map(function, batches))
     tried: list[int] = []
 
@@ -112,7 +112,7 @@ def test_template_frames_and_what_is_made_of_them_share_the_budget(
 def test_template_s_half_runs_once_a_template_frame(
     tiny_model: MakeModel, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one lane: two that come to a frame at the same time both compute it, which is no fault but a waste."""
+    """On one lane: two lanes that reach a frame at the same time both compute it, which is wasteful but right."""
     monkeypatch.setattr("gpupipe.shots.cpu_lanes", lambda: Lanes(1, 1))
     engine = tiny_model().engine
     encode, seen = engine.encode, []
@@ -132,7 +132,7 @@ def test_template_s_half_runs_once_a_template_frame(
 def test_only_what_is_shown_from_the_start_frame_on_is_decoded(
     tiny_model: MakeModel, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frame 2 is where the walk stands before its first step."""
+    """The walk stands at frame 2 before its first step."""
     decoded: set[int] = set()
 
     def remembered(paths: list[Path], **options: Any) -> torch.Tensor:
@@ -173,7 +173,7 @@ def test_stream_gives_the_same_frames_in_batches(tiny_model: MakeModel, template
 
 @pytest.mark.parametrize("fps", [10, 20, 60])
 def test_resampled_frames_are_the_rows_they_show(fps: int, tiny_model: MakeModel, template: Path) -> None:
-    """Whatever the batch; frames of the rows alone are what they are picked from."""
+    """For any batch size, each equals the frame of its row without resampling."""
     sound = SpeechFeatures(features(10))
     alone = np.stack(rendered(FrameGenerator(tiny_model()), template, features(10)))
     for batch_size in (1, 4):
@@ -230,7 +230,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def test_a_program_s_settings_of_pytorch_change_nothing(
     setting: Any, tiny_checkpoint: Callable[..., Path], template: Path
 ) -> None:
-    """Neither where the network is built nor where it is asked; ``meta`` stands for a GPU that is the default."""
+    """Neither when the network is built nor when it runs; ``meta`` stands for a GPU as the default device."""
 
     def frames() -> list[Image]:
         generator = FrameGenerator(UNetModel(tiny_checkpoint(), device="cpu", engine="onnxruntime"))
@@ -341,7 +341,7 @@ def test_saved_frames(tiny_model: MakeModel, tmp_path: Path) -> None:
     "frame", [np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 4), np.uint8), np.zeros((3, 8, 8), np.uint8)]
 )
 def test_arrays_that_are_not_frames_are_not_saved(frame: np.ndarray, tiny_model: MakeModel, tmp_path: Path) -> None:
-    """Its bytes in another order would be a picture, too."""
+    """Otherwise its bytes, taken in another order, would be saved as a picture."""
     with pytest.raises(InputError, match=r"frame_00000\.jpg: frame is .*expected uint8 \(H, W, 3\)"):
         FrameGenerator(tiny_model()).save_frames([frame], tmp_path)
     assert list(tmp_path.iterdir()) == []

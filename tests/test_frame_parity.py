@@ -1,4 +1,4 @@
-"""Whole frames as the OpenCV and PyTorch loop paints them, and wrong variants that the bound must refuse."""
+"""Whole frames equal those of the OpenCV and PyTorch loop, and the bound refuses wrong variants."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def boxes_of(template: Path, order: list[int]) -> list[reference.Box]:
 def check_parity(
     model: UNetModel, template: Path, sound: np.ndarray, *, start_frame: int = 0, parsing: bool = False
 ) -> None:
-    """The contract's bound on every frame of a clip, pasted hard."""
+    """Check the contract's bound on every frame of a clip, pasted without feathering."""
     generator = FrameGenerator(model, model.mode, blend="none")
     found = rendered(generator, template, sound, start_frame=start_frame, parsing=parsing)
     options = {"start_frame": start_frame, "use_parsing": parsing}
@@ -53,7 +53,7 @@ def check_parity(
 
 @pytest.fixture(scope="module")
 def speaker_part(speaker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every 25th frame of the real template, by links: decoding all 150 takes longer than a few frames' rendering."""
+    """Every 25th frame of the real template, as links: decoding all 150 takes longer than rendering a few."""
     folder = tmp_path_factory.mktemp("speaker_part")
     for name, suffix in (("full_body_img", ".jpg"), ("landmarks", ".lms")):
         (folder / name).mkdir()
@@ -70,7 +70,7 @@ def test_whole_real_template(tiny_model: MakeModel, speaker: Path) -> None:
 def test_real_frames_at_full_width(
     mode: Mode, seed: int, golden_checkpoint: Callable[..., Path], speaker: Path, speaker_part: Path
 ) -> None:
-    """Each mode with weights of its own; ave hears real speech."""
+    """Each mode with its own weights; ave with features of real speech."""
     sound = np.load(speaker / "features_ave.npy")[40:43] if mode == "ave" else features(3, mode)
     check_parity(UNetModel(golden_checkpoint(mode, seed), mode, "cpu"), speaker_part, sound, start_frame=2 * seed)
 
@@ -141,7 +141,7 @@ def with_rounding(patch: pytest.MonkeyPatch) -> None:
     run = reference.run_network
 
     class Louder(UNet328):
-        """Half a step more before the truncation."""
+        """Adds half a step before truncation, so that values are rounded."""
 
         def forward(self, image: torch.Tensor, audio: torch.Tensor) -> torch.Tensor:
             return super().forward(image, audio) + 0.5 / 255

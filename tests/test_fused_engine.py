@@ -1,4 +1,4 @@
-"""The fused engine: its arrangement of the network on the reference, and the same on its kernels."""
+"""The fused engine: its arrangement of the network on reference kernels, and on its own."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from gpupipe.models import AUDIO_SHAPES, MODES, Mode, UNet328
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUND = 2e-5
-"""Of outputs in (0, 1): float32 rounding."""
+"""Allowed difference of outputs in (0, 1): float32 rounding."""
 
 HALF_BOUND = 0.01
 """As above in half precision: two and a half steps of 255, with seeded weights."""
 
 
 def rearranged(network: UNet328, mouth: torch.dtype = torch.float32) -> FusedEngine:
-    """On the reference in float32, where nothing hides in rounding."""
+    """The engine on reference kernels in float32, where rounding hides nothing."""
     return FusedEngine(network, device=CPU, dtype=torch.float32, mouth=mouth)
 
 
 @pytest.mark.parametrize(("mode", "width"), [("hubert", 3 / 8), ("wenet", 1 / 8)])
 @torch.no_grad()
 def test_rearranged_network_matches_the_original(mode: Mode, width: float) -> None:
-    """At widths whose channels are no powers of two, too: they are filled up."""
+    """Also at widths whose channels are not powers of two, and are padded."""
     network = seeded_network(mode, width=width)
     engine = rearranged(network)
     image, audio = network_inputs(mode, 1)

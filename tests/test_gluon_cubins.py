@@ -1,4 +1,4 @@
-"""Cubins of the Gluon kernels: built here, and what a launch would pass to them, executed as PTX without a GPU."""
+"""Cubins of the Gluon kernels: they are built, and run as PTX with a launch's arguments, without a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENTRY = {"block": SHAPE | FLAGS, "tile": [6, 30]}
 
 
 def build(folder: Path, *arguments: str) -> dict:
-    """In a process of its own: this one may have Triton's interpreter on, which leaves nothing to compile."""
+    """Build in a separate process: in this one Triton's interpreter may be on, with which nothing is compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "gpupipe.benchmarks.gluon_cubins", "build", str(folder), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -65,7 +65,7 @@ def test_every_block_compiles_for_every_architecture(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("arch", [80, 90])
 def test_kernels_match_the_reference_at_full_size(arch: int, blocks: list[str]) -> None:
-    """With a launch's grid and parameters."""
+    """Run with the grid and parameters of a launch."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-m", "ptx_machine.real_size", str(arch), *blocks]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -126,7 +126,7 @@ def test_the_engine_finds_a_kernel_for_each_of_its_blocks(tmp_path: Path, monkey
     monkeypatch.setattr(gluon_cubins, "Cubin", Blank)
     (row,) = halves(tmp_path)
     assert set(launched) == {f"{name}, warpgroup" for name in BLOCKS}
-    assert row.error is not None and "steps of 255 off; expected 1.5" in row.error, "as nothing was painted"
+    assert row.error is not None and "steps of 255 off; expected 1.5" in row.error, "as if nothing was painted"
 
 
 def test_the_network_s_halves_are_checked_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

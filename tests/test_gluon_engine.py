@@ -1,4 +1,4 @@
-"""The gluon engine: which blocks it gives to the whole-block kernel, and that it still is the network."""
+"""The gluon engine: which blocks it gives to the whole-block kernel, and that its results match the network's."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gpupipe.models.hoisted import HoistedUp
 CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOUND = 1.5
-"""Root mean square in steps of 255: half precision and truncation, with seeded weights."""
+"""Allowed root mean square error in steps of 255: half precision and truncation, with seeded weights."""
 
 
 def error(engine: GluonEngine, network: UNet328, batch: int = 2) -> tuple[float, float]:
-    """In steps of 255: against the network, and against it with the samples' images exchanged."""
+    """Root mean square errors in steps of 255: against the network, and against it with the samples' images swapped."""
     image, audio = network_inputs(network.mode, batch)
     index = torch.arange(batch, device=engine.device).flip(0)
     levels = engine.decode(engine.encode(image.to(engine.device)), index, audio.to(engine.device)).cpu()
@@ -39,7 +39,7 @@ def error(engine: GluonEngine, network: UNet328, batch: int = 2) -> tuple[float,
 @pytest.mark.parametrize(("mode", "width"), [("hubert", 3 / 8), ("ave", 1 / 8), ("wenet", 1 / 8)])
 @torch.no_grad()
 def test_rearranged_network_matches_the_original(mode: Mode, width: float) -> None:
-    """On the reference; at a width whose channels are no powers of two, too."""
+    """On reference kernels; also at a width whose channels are not powers of two."""
     network = seeded_network(mode, width=width)
     right, exchanged = error(GluonEngine(network, device=CPU), network)
     assert right <= BOUND
@@ -48,7 +48,7 @@ def test_rearranged_network_matches_the_original(mode: Mode, width: float) -> No
 
 @torch.no_grad()
 def test_wrong_order_of_low_and_skip_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: concatenated the other way round, which fits every shape of this width."""
+    """Negative control: concatenated the other way round, which fits every shape at this width."""
     network = seeded_network(width=1 / 8)
     joined = HoistedUp.joined
     monkeypatch.setattr(HoistedUp, "joined", lambda up: _exchanged(joined(up), up.low.in_channels))
@@ -65,7 +65,7 @@ def _exchanged(both: Any, low: int) -> Any:
 def test_blocks_at_full_width_are_those_of_the_report(
     after_hopper: bool, left_out: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The report has each of them and no others; one that spills on an architecture is not taken there."""
+    """The report has each of them and no others; a block that spills on an architecture is not used there."""
     pytest.importorskip("triton")
     from gpupipe.kernels.report_gluon import BLOCKS as COMPILED
 

@@ -1,4 +1,4 @@
-"""CUDA graphs: what is around the recording is tested anywhere, the recording itself on a GPU."""
+"""CUDA graphs: everything around the recording is tested anywhere, the recording itself on a GPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FRAMES_ONLY = 4 * 192 * 128 * 3
 
 
 def rerun(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """As :func:`graphs.capture`: runs the step again, into the same output as a recording would."""
+    """In place of :func:`graphs.capture`: replaying runs the step again, into the same output, as a recording would."""
     output = step()
 
     def replay() -> None:
@@ -72,7 +72,7 @@ def test_padding_repeats_the_last_sample() -> None:
 
 
 def test_a_replay_waits_for_the_one_before_it_on_another_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both use the same memory."""
+    """Because both replays use the same memory."""
     said: list[str] = []
     streams = [SimpleNamespace(wait_stream=lambda other, k=k: said.append(f"{k} waits")) for k in range(2)]
     graph: Any = SimpleNamespace(replay=lambda: said.append("replay"))
@@ -85,7 +85,7 @@ def test_a_replay_waits_for_the_one_before_it_on_another_stream(monkeypatch: pyt
 
 
 def batches(template: Template) -> list[tuple[np.ndarray, Tensor]]:
-    """Whole ones, and one that ends the clip."""
+    """Full batches, and a smaller one that ends the clip."""
     generator = torch.Generator().manual_seed(0)
     order = [[0, 1, 2], [3, 4, 3], [2, 1]]
     return [(np.array(frames), torch.rand(len(frames), 32, 16, 16, generator=generator)) for frames in order]
@@ -100,7 +100,7 @@ def avatar(template: Template, checkpoint: Path, device: str = "cpu") -> Avatar:
 def painted(
     tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path: Path
 ) -> Callable[[str], tuple[Avatar, list[Tensor]]]:
-    """``painted(device)`` → an avatar all of whose frames are cached, and the batches painted without a recording."""
+    """``painted(device)`` → an avatar with all frames cached, and its batches rendered without a recording."""
     folder = make_template(tmp_path / "template")
 
     def make(device: str) -> tuple[Avatar, list[Tensor]]:
@@ -119,7 +119,7 @@ def painted(
 def test_replayed_batches_equal_unrecorded_ones(
     step: int, painted: Callable[[str], tuple[Avatar, list[Tensor]]]
 ) -> None:
-    """A smaller batch fits into the recording of the first; for a larger one another is made."""
+    """A smaller batch is padded to the first one's recording; for a larger one a new recording is made."""
     one, expected = painted("cpu")
     one._record_below = math.inf
     found = [replayed(one, *batch) for batch in batches(one.template)[::step]]
@@ -187,7 +187,7 @@ def test_a_step_that_cannot_be_recorded_is_painted(
 
 
 def replayed(one: Avatar, frames: np.ndarray, audio: Tensor) -> Tensor:
-    """What :meth:`Avatar.render` does on CUDA with frames that are cached."""
+    """What :meth:`Avatar.render` does on CUDA with cached frames."""
     sources = one.look_up(frames)
     assert one._derived.owns(sources.derived)
     assert one.template.frames.owns(sources.kept)
@@ -213,7 +213,7 @@ def test_only_what_both_caches_keep_is_replayed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A recording reads the caches where they lie."""
+    """A recording reads from the caches' memory."""
     ways: list[str] = []
     monkeypatch.setattr(Avatar, "_replay", lambda *given: ways.append("replayed"))
     monkeypatch.setattr(Avatar, "_paint", lambda *given: ways.append("painted"))
@@ -252,7 +252,7 @@ def test_recorded_batches_on_a_gpu(painted: Callable[[str], tuple[Avatar, list[T
 def test_recorded_batches_on_a_second_gpu(
     tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Though it is not the current one."""
+    """Although it is not the current device."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
     folder = make_template(tmp_path / "template", 2)
@@ -272,7 +272,7 @@ def test_recorded_batches_on_a_second_gpu(
 def test_each_stage_can_be_recorded(
     stage: str, tiny_model: Callable[..., UNetModel], make_template: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Nothing in it waits for the device or asks the host: capturing would fail."""
+    """Nothing in a stage waits for the device or reads from the host: capturing would fail."""
     template = Template.from_directory(make_template(tmp_path / "template", 2), device=CUDA)
     engine = make_engine(tiny_model().network, device=CUDA, engine="eager", exact=True)
     kept, index = template.frames.lookup(range(template.length))
@@ -301,7 +301,7 @@ def test_each_stage_can_be_recorded(
 
 @pytest.fixture
 def no_waiting() -> Iterator[Callable[[], None]]:
-    """A function from whose call on torch raises where the host would wait for the device."""
+    """A function: once it is called, torch raises whenever the host would wait for the device."""
     yield lambda: torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
 
@@ -317,7 +317,7 @@ def test_batches_are_queued_without_waiting(
     make_template: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """Once a template is known, the host prepares a batch while the one before it is rendered."""
+    """Once a template is cached, the host prepares a batch while the one before it is rendered."""
     generator = FrameGenerator(UNetModel(tiny_checkpoint(), device=CUDA, engine="eager", exact=True), batch_size=2)
     template = Template.from_directory(make_template(tmp_path / "template", 2), device=CUDA)
     speech = SpeechFeatures(np.random.default_rng(0).standard_normal((20, 512)).astype(np.float32))
@@ -352,7 +352,7 @@ def test_waiting_for_the_device_cannot_be_recorded() -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize("joined", [True, False], ids=["waited", "branch left open"])
 def test_a_recording_that_failed_keeps_no_memory(joined: bool) -> None:
-    """Nor does what is used on two streams after it, as the background is."""
+    """Nor do tensors that are used on two streams after it, as the background is."""
     megabyte = 1 << 20
 
     def beside() -> Tensor:
@@ -375,7 +375,7 @@ def test_a_recording_that_failed_keeps_no_memory(joined: bool) -> None:
     before = held()
     with pytest.raises(RuntimeError) as failed:
         graphs.capture(step)
-    del failed  # whose traceback keeps the step's tensors
+    del failed  # the error's traceback keeps the step's tensors alive
     for _ in range(3):
         beside()
     assert held() - before < 16 * megabyte
@@ -453,7 +453,7 @@ def test_what_cannot_be_recorded_is_timed_unrecorded_with_a_warning(
 
 @pytest.mark.cuda
 def test_two_threads_may_record_at_once() -> None:
-    """One after the other, though both would begin at once."""
+    """They record one after the other, even if both begin at once."""
     both = threading.Barrier(2)
 
     def record(level: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""The seed's per-image steps, each against OpenCV and the contract's words."""
+"""The seed's per-image steps, each against OpenCV and the contract."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_tensors_and_views_are_taken_wherever_arrays_are() -> None:
     fixed = noise()
     fixed.flags.writeable = False
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # PyTorch's, of arrays that must not be written to
+        warnings.simplefilter("error")  # PyTorch's warning about read-only arrays
         assert np.array_equal(processor.crop_face_region(fixed, points)[0], frame[30:130, 20:120])
     resized = processor.resize_image(as_tensor(frame), (328, 328))
     assert np.array_equal(resized, processor.resize_image(frame, (328, 328)))

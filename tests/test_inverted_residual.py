@@ -24,11 +24,11 @@ from gpupipe.models.unet328 import InvertedResidual, OutConv, Up
 
 CPU = torch.device("cpu")
 BOUND = 2e-5
-"""float32 rounding, of values of about 1."""
+"""Allowed difference: float32 rounding, of values of about 1."""
 
 
 def module_of(channels: int, outputs: int, *, stride: int = 1, residual: bool = False) -> InvertedResidual:
-    """A trained block: batch norms with statistics that matter."""
+    """A block as after training: batch norms with statistics that matter."""
     torch.manual_seed(channels + outputs)
     module = InvertedResidual(channels, outputs, stride=stride, residual=residual)
     for norm in module.modules():
@@ -47,7 +47,7 @@ def packed(module: InvertedResidual, dtype: torch.dtype = torch.float32) -> Bloc
 
 
 def pixels_of(planes: Tensor) -> Tensor:
-    """(B, C, H, W) → (B, H, W, channels), filled up with zeros."""
+    """(B, C, H, W) → (B, H, W, channels), padded with zeros."""
     return nn.functional.pad(planes.permute(0, 2, 3, 1), (0, padded(planes.shape[1]) - planes.shape[1])).contiguous()
 
 
@@ -190,7 +190,7 @@ def test_arguments_that_do_not_fit_are_errors() -> None:
 
 
 def test_the_network_s_blocks_have_biases_once_folded() -> None:
-    """What is packed is what folding leaves: a network whose depthwise layers lack a bias was not folded."""
+    """Packing needs folded layers: depthwise layers have a bias only after folding."""
     layer = seeded_network(width=1 / 8).down1.maxpool_conv[0].double_conv[0].conv[3]  # type: ignore[index, union-attr]
     with pytest.raises(ValueError, match="with a bias"):
         pack_depthwise(layer, device=CPU, dtype=torch.float32)

@@ -24,7 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.float16
 
 BOUND = 4e-3
-"""Of values of about 1: four roundings to half precision, in another order than the reference's."""
+"""Allowed difference of values of about 1: four roundings to half precision, in another order than the reference's."""
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -48,7 +48,7 @@ def block_of(channels: int, outputs: int) -> Block:
 
 
 def by_kernel(function: Callable[..., Tensor], *given: Any, **options: Any) -> Tensor:
-    """A public function of the kernels' modules, sent to Triton wherever it runs."""
+    """A public function of the kernels' modules, run by Triton on any device."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (blocks, pointwise_module):
             patch.setattr(module, "backend", lambda device: "triton")
@@ -75,7 +75,7 @@ def check(function: Callable[..., Tensor], *given: Any, **options: Any) -> None:
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles as the GPU's, for the interpreter too: several programs, chunks and blocks of channels."""
+    """The GPU's tiles, in the interpreter too: several programs, chunks and blocks of channels."""
     for module in (block_kernels, depthwise_kernels, pointwise_kernels):
         monkeypatch.setattr(module, "INTERPRETED", False)
 
@@ -88,7 +88,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     [((2, 9, 16, 16), 16, 32, True), ((1, 13, 11, 6), 16, 16, True), ((3, 10, 10, 128), 128, 256, False)],
 )
 def test_pointwise_matches_the_reference(shape: tuple[int, ...], k: int, n: int, relu: bool, small_tiles: None) -> None:
-    """K in several blocks, N in several programs, pixels that fill no tile, and fewer channels stored than K."""
+    """K in several blocks, N in several programs, a partly filled tile, and fewer channels stored than K."""
     weight, bias = noise(k, n, seed=1) / k**0.5, noise(n, seed=2).float()
     check(pointwise, noise(*shape), weight, bias, relu=relu)
 
@@ -122,7 +122,7 @@ def entry(low: tuple[int, ...], skip: tuple[int, ...], n: int) -> tuple[Tensor, 
 def test_upsample_expand_matches_the_reference(
     low: tuple[int, ...], skip: tuple[int, ...], n: int, small_tiles: None
 ) -> None:
-    """Skips with more channels than low, and of another order; channels in several blocks; a map of one pixel."""
+    """Skips with more channels than low, taken in another order; channels in several blocks; a map of one pixel."""
     check(upsample_expand, *entry(low, skip, n))
 
 
@@ -169,7 +169,7 @@ def test_depthwise_project_matches_the_reference(
 )
 @pytest.mark.parametrize("stride", [1, 2])
 def test_taps_are_summed_once_two_float16_at_a_time(stride: int) -> None:
-    """Two float16 an instruction, in the layout that they were read in: not anew for each lane that multiplies them."""
+    """Two float16 an instruction, in the layout they were loaded in: not again for each lane that multiplies them."""
     from ptx_machine.launch import machine
     from ptx_machine.machine import Counts
 
@@ -228,7 +228,7 @@ def test_block_with_head(dtype: torch.dtype, small_tiles: None) -> None:
 
 
 def test_a_head_on_a_wide_block() -> None:
-    """More channels than are worth recomputing: the head is a step of its own."""
+    """With more channels than are worth recomputing, the head is a separate kernel."""
     block, x = block_of(64, 64), noise(1, 6, 6, 64)
     check(inverted_residual_head, x, block, noise(64, 16, seed=1) / 8, noise(16, seed=2).float(), dtype=HALF)
 
@@ -266,7 +266,7 @@ def test_bound_fails_on_near_misses_of_a_block() -> None:
 
 
 def test_beyond_the_edge_the_expanded_map_is_zero_not_the_input() -> None:
-    """Zeros around x would become ReLU of the bias."""
+    """Zeros around x, expanded, would become ReLU(bias)."""
     block, x = block_of(16, 16), noise(1, 6, 7, 16)
     found = by_kernel(inverted_residual, x, block)
     around = nn.functional.pad(x, (0, 0, 1, 1, 1, 1)).contiguous()
@@ -279,7 +279,7 @@ def test_beyond_the_edge_the_expanded_map_is_zero_not_the_input() -> None:
 
 
 def coarse(value: Any) -> Any:
-    """Float16 tensors, those of a block too, in bfloat16."""
+    """Convert float16 tensors, also those of a block, to bfloat16."""
     if isinstance(value, tuple):
         return type(value)(*map(coarse, value))
     return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.dtype == HALF else value
@@ -287,7 +287,7 @@ def coarse(value: Any) -> Any:
 
 @pytest.mark.skipif(block_kernels.INTERPRETED, reason="Triton's interpreter computes other values in bfloat16")
 def test_kernels_in_bfloat16() -> None:
-    """Eight times coarser than float16."""
+    """Their errors are up to eight times those of float16."""
     projection = block_of(16, 16).projection
     calls: list[tuple[Callable[..., Tensor], tuple[Any, ...], dict[str, Any]]] = [
         (pointwise, (noise(2, 9, 16, 16), noise(16, 32, seed=1) / 4, noise(32, seed=2).float()), {"relu": True}),

@@ -23,7 +23,7 @@ def test_the_cpu_runs_plain_torch_and_that_is_no_fallback() -> None:
 
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What is said of a GPU of compute capability 9.0."""
+    """The warnings for a GPU of compute capability 9.0."""
     said: list[str] = []
     monkeypatch.setattr(dispatch, "note_fallback", said.append)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -75,7 +75,7 @@ def test_plain_torch_runs_where_triton_cannot_launch(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """By Triton's own code, up to the compiler."""
+    """Run through Triton's own code, up to the compiler."""
     triton = pytest.importorskip("triton")
     from triton.backends.nvidia import driver
     from triton.runtime import build

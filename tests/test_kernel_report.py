@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs that are not here, with no spill and no stack frame, and the report says so."""
+"""Every Triton kernel compiles without a GPU, with no spill and no stack frame, and the report checks that."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NETWORK = {"pointwise", "upsample_expand", "depthwise", "depthwise_project", "in
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: this one may have Triton's interpreter on, which leaves nothing to compile."""
+    """Run in a separate process: in this one Triton's interpreter may be on, with which nothing is compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-m", "gpupipe.kernels.report", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -80,7 +80,7 @@ def test_more_shared_memory_than_there_is_fails_the_report(
 
 @pytest.mark.parametrize("fences", [True, False], ids=["as it is now", "before Triton 3.7.1"])
 def test_nothing_is_pipelined_where_triton_forgets_the_fence(fences: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else tensor cores may read shared memory before what was copied there."""
+    """Otherwise tensor cores may read shared memory before the copy to it is visible."""
     from gpupipe.kernels import pointwise_triton
     from gpupipe.kernels.report_network import network_variants
 

@@ -1,4 +1,4 @@
-"""A second opinion on the crop: kornia's resize, which knows nothing of our weights."""
+"""An independent check of the crop: kornia's resize, which does not use our weights."""
 
 import kornia
 import pytest

@@ -1,4 +1,4 @@
-"""Landmark files and the box that they give: against the reference's own reading, by hand, and when they are bad."""
+"""Landmark files and the box that they give: against the reference's own reader, by hand, and with bad files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_floats_are_truncated_towards_zero(tmp_path: Path) -> None:
 
 
 def test_values_pass_through_float32(tmp_path: Path) -> None:
-    """0.99999999 is 1 in float32, and so in the reference."""
+    """0.99999999 is 1 in float32, so the reference reads it as 1."""
     path = written(["0.99999999 16777217"] * 53, tmp_path)
     assert read_landmarks(path)[0].tolist() == [1, 16777216]
     assert np.array_equal(read_landmarks(path), reference.read_landmarks(path))

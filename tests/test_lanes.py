@@ -35,7 +35,7 @@ def test_results_come_in_order_whoever_is_first() -> None:
 
 
 def test_as_many_at_once_as_there_are_lanes() -> None:
-    """A barrier that two must reach together: one lane alone would wait for ever."""
+    """A barrier that two calls must reach together: with one lane the first would wait for ever."""
     barrier = threading.Barrier(2, timeout=10)
     assert list(map_in_lanes(lambda item: (barrier.wait(), item)[1], range(4), Lanes(2, 1))) == [0, 1, 2, 3]
     alone = threading.Barrier(2, timeout=0.05)
@@ -44,7 +44,7 @@ def test_as_many_at_once_as_there_are_lanes() -> None:
 
 
 def test_items_are_taken_only_as_they_are_needed() -> None:
-    """Else memory would grow with the clip."""
+    """Otherwise memory would grow with the clip."""
     taken: list[int] = []
 
     def items() -> Iterator[int]:
@@ -101,7 +101,7 @@ def test_pytorch_s_thread_count_changes_within_lanes_alone() -> None:
     assert torch.get_num_threads() == before
     [elsewhere] = map_in_lanes(lambda item: torch.get_num_threads(), [0], Lanes(1, before + 1))
     assert elsewhere == before + 1
-    assert _threads_to_come() == before, "threads to come are not changed either"
+    assert _threads_to_come() == before, "new threads are not changed either"
 
 
 def test_new_threads_keep_pytorch_s_thread_count_during_lanes_and_after_overlapping_ones() -> None:
@@ -118,6 +118,6 @@ def test_new_threads_keep_pytorch_s_thread_count_during_lanes_and_after_overlapp
 
 
 def _threads_to_come() -> int:
-    """What PyTorch runs on in a thread that has not asked before."""
+    """PyTorch's number of threads in a new thread."""
     with ThreadPoolExecutor(1) as new:
         return new.submit(torch.get_num_threads).result()

@@ -1,4 +1,4 @@
-"""A long clip through a farm in constant memory, at a cost that grows with its frames and no faster."""
+"""A farm renders a long clip in constant memory, and in time proportional to its frames."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_an_hour_takes_no_more_memory_than_its_beginning(tmp_path: Path) -> None
     assert done.frames == 3600 * FPS
     begin, *rest = done.moments[10:]  # after 200 seconds of video
     assert max(moment.megabytes for moment in rest) - begin.megabytes <= ALLOWED_MB
-    # A frame is 4.6 kB: kept, an hour of them would be 400 MB. And the last ten minutes cost what ten before did.
+    # A frame is 4.6 kB: if all were kept, an hour would take 400 MB. And every ten minutes cost the same.
     steps = [done.moments[10 + 30 * n] for n in range(6)]
     times = [later.seconds - earlier.seconds for earlier, later in pairwise(steps)]
     assert times[-1] < 1.5 * min(times)

@@ -1,4 +1,4 @@
-"""Sound to mel spectrogram: the golden one, and the windows that the encoder sees."""
+"""Sound to mel spectrogram: the golden spectrogram, and the windows that the encoder sees."""
 
 from __future__ import annotations
 

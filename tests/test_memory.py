@@ -1,4 +1,4 @@
-"""Memory does not grow with the length of the sound: 20,000 frames peak where 500 do."""
+"""Memory does not grow with the length of the sound: 20,000 frames peak at what 500 do."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from clips import write_wav
 
 SHORT, MIDDLE, LONG = 500, 3000, 20_000
 ALLOWED_MB = {MIDDLE: 45, LONG: 100}
-"""How much more than that of SHORT the peak may be. Of MIDDLE: half of what its further frames take (92 MB); two runs
-of the same length can differ by 25 MB."""
+"""How far the peak may exceed that of SHORT. For MIDDLE: half the size of its additional frames (92 MB); two runs of
+the same length can differ by 25 MB."""
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from Linux's /proc")
 
@@ -66,7 +66,7 @@ print(next(line.split()[1] for line in Path("/proc/self/status").read_text().spl
 def peak(
     tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., float]:
-    """``peak(frames, variant)`` → megabytes that a process of its own takes to render that many small frames."""
+    """``peak(frames, variant)`` → megabytes that a separate process takes to render that many small frames."""
     folder = tmp_path_factory.mktemp("memory")
     template = make_template(folder / "template", frames=8, size=(192, 128), box=(60, 40, 64))
 
@@ -79,7 +79,7 @@ def peak(
         write_wav(sound, np.random.default_rng(0).integers(-5000, 5000, frames * 640))
         arguments = [str(path) for path in (tiny_checkpoint(), template, features, sound, output)]
         command = [sys.executable, "-c", PROGRAM, *arguments, variant]
-        # One heap for all threads: with one each, what lies unused in them depends on who came when.
+        # One heap for all threads: with one each, how much lies unused in them depends on the threads' timing.
         env = os.environ | {"MALLOC_ARENA_MAX": "1"}
         finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=env)
         assert finished.returncode == 0, finished.stderr

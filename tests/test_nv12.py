@@ -1,4 +1,4 @@
-"""BT.709 limited NV12: against the standard's own colours, its formula in double precision, and FFmpeg's swscale."""
+"""BT.709 limited-range NV12: against the standard's colours, its formula in double precision, and FFmpeg's swscale."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gpupipe.kernels.nv12 import bytes_moved, from_nv12, nv12_window, to_nv12
 Image = np.ndarray
 
 EXACT = Bound(1, 0.999)
-"""Against the formula in double precision: float32 may fall on the other side of a half."""
+"""Bound against the formula in double precision: float32 may round a half the other way."""
 
 SWSCALE = Bound(1, 0.98)
-"""swscale works in 15-bit integers."""
+"""Bound against swscale, which works in 15-bit integers."""
 
 
 def noise(seed: int = 0) -> Image:
@@ -41,7 +41,7 @@ def converted(bgr: Image) -> Image:
 
 
 def by_formula(bgr: Image, kr: float = 0.2126, kb: float = 0.0722, *, limited: bool = True) -> Image:
-    """ITU-R BT.709-6 §3 with each cell's chroma from the mean of its four pixels, rounded half up."""
+    """NV12 by ITU-R BT.709-6 §3, with each cell's chroma from the mean of its four pixels, rounded half up."""
     b, g, r = np.moveaxis(bgr.astype(np.float64) / 255, 2, 0)
     y = kr * r + (1 - kr - kb) * g + kb * b
     cb, cr = (b - y) / (2 * (1 - kb)), (r - y) / (2 * (1 - kr))
@@ -105,7 +105,7 @@ def test_bound_fails_on_another_convention(wrong: str, bound: Bound) -> None:
 
 
 def test_bound_fails_with_chroma_of_the_left_pixels() -> None:
-    """Chroma in the middle of its four pixels, not beside the left ones as MPEG-2 puts it."""
+    """Chroma belongs in the middle of its four pixels, not beside the left ones, where MPEG-2 puts it."""
     left = noise()
     left[:, 1::2] = left[:, 0::2]
     assert EXACT.holds(converted(noise())[:96, 0::2], converted(left)[:96, 0::2])
@@ -113,7 +113,7 @@ def test_bound_fails_with_chroma_of_the_left_pixels() -> None:
 
 
 def by_swscale(bgr: Image, colorspace: Colorspace) -> Image:
-    """INTER_AREA is the setting that averages a cell's four pixels."""
+    """NV12 by swscale, with INTER_AREA, which averages a cell's four pixels."""
     frame = av.VideoFrame.from_ndarray(bgr, format="bgr24")
     return frame.reformat(
         format="nv12",
@@ -163,11 +163,11 @@ def test_bytes_moved_are_picture_and_nv12() -> None:
 # ── and back ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 ROUND_TRIP = Bound(3, 0.2)
-"""8-bit limited range has fewer colours than 8-bit RGB: a step of chroma is two of blue."""
+"""8-bit limited range has fewer colours than 8-bit RGB: one step of chroma is two steps of blue."""
 
 
 def cells() -> Image:
-    """Each 2×2 cell of one colour: what 4:2:0 can hold."""
+    """A picture of one colour in each 2×2 cell, which 4:2:0 can hold."""
     return np.repeat(np.repeat(noise()[::2, ::2], 2, axis=0), 2, axis=1)
 
 
@@ -194,7 +194,7 @@ def test_round_trip(order: str) -> None:
     ],
 )
 def test_standard_colours_come_back(ycbcr: tuple[int, int, int], bgr: tuple[int, int, int]) -> None:
-    """Within the step that their own rounding to 8 bits costs; foot- and headroom saturate."""
+    """Within the one step of their rounding to 8 bits; values outside the limited range saturate."""
     y, cb, cr = ycbcr
     planes = torch.tensor([[y, y], [y, y], [cb, cr]], dtype=torch.uint8)[None]
     found = from_nv12(planes)

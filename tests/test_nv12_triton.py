@@ -1,4 +1,4 @@
-"""The NV12 kernels, interpreted or on the GPU: whole numbers, so that they and the plain reference agree to the bit."""
+"""The NV12 kernels, interpreted or on the GPU: in integers, so that they are bit-equal to the plain reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpupipe.kernels.nv12_triton import from_nv12_triton, to_nv12_triton, wide
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SIZES = [(1, 2, 2), (2, 6, 10), (1, 64, 2), (3, 14, 30), (1, 2, 16), (1, 34, 112)]
-"""Frames, height, width. Multiples of 16 pixels go the wide way."""
+"""Frames, height, width. Widths that are multiples of 16 take the wide kernel."""
 
 CASES: list[tuple[tuple[int, int, int], ColorOrder]] = [
     *((size, "bgr") for size in SIZES),
@@ -33,7 +33,7 @@ def noise(count: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def planes(count: int, height: int, width: int) -> Tensor:
-    """NV12 of any bytes at all, those outside the limited range too."""
+    """NV12 of random bytes, also outside the limited range."""
     return noise(count, height // 2, width)[..., 0].new_tensor(
         np.random.default_rng(0).integers(256, size=(count, height // 2 * 3, width))
     )
@@ -54,7 +54,7 @@ def test_from_nv12_is_bit_equal_to_the_reference(size: tuple[int, int, int], ord
 
 @pytest.mark.parametrize("width", [6, 16])
 def test_extreme_colours(width: int) -> None:
-    """The sums come nearest to the ends of 32 bits here."""
+    """Here the sums come closest to overflowing 32 bits."""
     colours = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]
     rows = torch.tensor(colours, dtype=torch.uint8).repeat_interleave(2, dim=0)
     frames = rows[None, :, None].expand(1, -1, width, 3).contiguous()
@@ -96,7 +96,7 @@ def test_an_empty_batch_is_empty() -> None:
 
 
 def by_opencv(bgr: np.ndarray) -> np.ndarray:
-    """OpenCV's I420 is BT.601, limited range: the luma differs, the layout's first plane does not."""
+    """OpenCV's I420 is BT.601 in limited range: only the layout of its luma plane is the same."""
     return cv2.cvtColor(bgr, cv2.COLOR_BGR2YUV_I420)
 
 

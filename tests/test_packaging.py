@@ -25,7 +25,7 @@ PACKAGE_DIRS = {
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Standard output; what the command said if it fails."""
+    """The command's standard output; fails with all of its output if it fails."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
@@ -34,7 +34,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packaged: a build folder in the repository would let files that are gone into the wheel."""
+    """A copy of what is packaged: with a build folder in the repository, deleted files would get into the wheel."""
     folder = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         if (ROOT / name).is_dir():
@@ -46,9 +46,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(source: Path) -> set[str]:
-    """The names that the packages' files should have in the wheel; listed before the build adds its own.
+    """The names that the packages' files should have in the wheel, listed before the build adds files.
 
-    Of the benchmarks that is the code: recorded rows and the script of a GPU session belong to the repository.
+    Of the benchmarks only the code: recorded rows and the script of a GPU session stay in the repository.
     """
     return {
         f"{package}/{path.relative_to(source / folder).as_posix()}"
@@ -60,7 +60,7 @@ def files(source: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(source: Path, files: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built without the network, with the setuptools that is installed."""
+    """The wheel, built offline, with the installed setuptools."""
     for needed in ("pip", "setuptools"):
         if importlib.util.find_spec(needed) is None:
             pytest.skip(f"{needed} is not installed")
@@ -73,10 +73,10 @@ def wheel(source: Path, files: set[str], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of an environment with the wheel in it; the dependencies are seen through a path, last.
+    """The interpreter of an environment with the wheel in it; dependencies are found last, by a path file.
 
-    A ``.pth`` file puts this environment's packages behind the new one's own, and does not follow the ``.pth`` files
-    among them: an editable gpupipe stays unseen.
+    A ``.pth`` file puts this environment's packages after the new one's own. The ``.pth`` files among those are not
+    followed, so an editable gpupipe is not found.
     """
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
@@ -93,7 +93,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_every_file_of_the_packages(wheel: Path, files: set[str]) -> None:
-    """A package that pyproject.toml does not list, or data that it does not name, would be missed only by users."""
+    """If pyproject.toml forgot a package or data, only users would notice."""
     assert "gpupipe/kernels/__init__.py" in files
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert sorted(files - names) == [], "not in the wheel; see tool.setuptools in pyproject.toml"

@@ -61,7 +61,7 @@ def by_opencv(
     *,
     alter: Callable[[Image], object] | None = None,
 ) -> Image:
-    """The reference's paste; ``alter`` changes the crop that gives the ring."""
+    """The reference's paste; ``alter`` changes the crop from which the ring comes."""
     crop, _ = reference.crop_face(frame, box)
     if alter is not None:
         alter(crop)
@@ -98,7 +98,7 @@ def test_real_frames(side: int, speaker: Path) -> None:
 
 @pytest.mark.parametrize("feather", [0.0, 8.0])
 def test_a_sample_does_not_see_its_batch(feather: float) -> None:
-    """Boxes of all sizes and several frames in one batch, bit for bit as each alone; the template is left as it is."""
+    """Boxes of all sizes and several frames in one batch: each bit-equal to itself alone; the template is unchanged."""
     frames = torch.from_numpy(np.stack([noise(seed, 360, 480) for seed in range(2)]))
     before = frames.clone()
     boxes = torch.tensor([(0, 0, 61, 61), (1, 0, 361, 360), (0, 10, 80, 210), (479, 3, 480, 203), (7, 9, 8, 10)])
@@ -150,7 +150,7 @@ def blacken(crop: Image) -> None:
 
 
 def test_bound_fails_with_a_black_ring() -> None:
-    """The rim that one of the seed's programs drew."""
+    """The black rim that one of the seed's programs drew."""
     for side in (61, 300):
         box, mouth = square(side), mouths(1)
         wrong = by_opencv(noise(), box, mouth, alter=blacken)
@@ -158,7 +158,7 @@ def test_bound_fails_with_a_black_ring() -> None:
 
 
 def test_bound_fails_without_the_ring() -> None:
-    """The mouth stretched over the whole box."""
+    """With the mouth stretched over the whole box."""
     box, mouth = square(200), mouths(1)
     wrong = noise().copy()
     painted = (mouth[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
@@ -189,7 +189,7 @@ def test_bound_fails_when_the_mouth_is_rounded() -> None:
 
 
 def feathered(frame: Image, painted: Image, box: Box, feather: float) -> Image:
-    """The formula, pixel by pixel: min(1, (distance to the box's nearest edge + ½) / feather)."""
+    """Feathering by its formula, pixel by pixel: min(1, (distance to the box's nearest edge + ½) / feather)."""
     xmin, ymin, xmax, ymax = box
     y, x = np.mgrid[ymin:ymax, xmin:xmax]
     distance = np.minimum.reduce([x - xmin, xmax - 1 - x, y - ymin, ymax - 1 - y])
@@ -247,7 +247,7 @@ def test_kept_pixels_are_kept_in_the_seam_too() -> None:
 
 
 def both_ways(frames: Tensor, boxes: list[Box], *, feather: float, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """paste_blend_nv12, and paste_blend followed by to_nv12, of one batch."""
+    """The results of paste_blend_nv12, and of paste_blend followed by to_nv12, for one batch."""
     index = torch.arange(len(boxes)) % len(frames)
     mouth, places = mouths(len(boxes)), torch.tensor(boxes)
     crops = crop_resize(frames, index, places)
@@ -260,7 +260,7 @@ def both_ways(frames: Tensor, boxes: list[Box], *, feather: float, keep: Tensor 
 
 @pytest.mark.parametrize(("with_keep", "feather"), [(False, 0.0), (True, 8.0)])
 def test_nv12_is_the_converted_frame_for_every_parity_of_the_box(with_keep: bool, feather: float) -> None:
-    """2×2 cells that the box cuts through take part of their colour from outside the box."""
+    """2×2 cells that the box's edge cuts through get part of their colour from outside the box."""
     frames = torch.from_numpy(np.stack([noise(seed, 128, 192) for seed in range(2)]))
     keep = torch.rand(2, 128, 192, generator=torch.Generator().manual_seed(0)) < 0.3 if with_keep else None
     boxes = [(40 + a, 20 + b, 100 + c, 80 + d) for a, b, c, d in product((0, 1), repeat=4)]

@@ -22,7 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 SAME = Bound(1, 0.9999)
-"""Against the reference: the same arithmetic, added up in another order."""
+"""Bound against the reference: the same arithmetic, summed in another order."""
 
 WIDTH, HEIGHT = 230, 150
 WHOLE = (0, 0, WIDTH, HEIGHT)
@@ -61,7 +61,7 @@ def paste(
     max_box: tuple[int, int] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The kernel, its result on the CPU. The crops lie in another order than the samples."""
+    """Run the kernel; its result on the CPU. The crops are stored in another order than the samples."""
     places, corners = torch.tensor(index), torch.tensor(boxes)
     order = torch.arange(len(index)).flip(0)
     crops = crop_resize(frames, places, corners)[order]
@@ -100,7 +100,7 @@ def expected_bgr(
 
 
 def by_opencv(frame: Tensor, box: Box, mouth: Tensor) -> np.ndarray:
-    """The hard paste by cv2.resize."""
+    """The paste without feathering, by cv2.resize."""
     finished = frame.numpy().copy()
     xmin, ymin, xmax, ymax = box
     canvas = cv2.resize(finished[ymin:ymax, xmin:xmax], (328, 328), interpolation=cv2.INTER_CUBIC)
@@ -156,7 +156,7 @@ def test_output_is_truncated_not_rounded(level: float, value: int) -> None:
 
 
 def test_every_layout_and_type_of_the_mouth() -> None:
-    """Half precision loses what it loses before the kernel; uint8 is truncated already; layouts change nothing."""
+    """Half precision has rounded before the kernel, uint8 is truncated already, and layouts change nothing."""
     frames, mouth, box = noise(), mouths(1).half(), BOXES[1]
     found = paste(mouth, frames, [0], [box])
     assert torch.equal(found, paste(mouth.float(), frames, [0], [box]))
@@ -177,7 +177,7 @@ def test_the_launch_need_not_know_the_boxes() -> None:
     ("box", "feather", "parsing"), [*((BOXES[k], 8.0, True) for k in (1, 3, 5, 6, 8)), (BOXES[1], 0.0, False)]
 )
 def test_nv12_is_the_finished_frame_converted(box: Box, feather: float, parsing: bool) -> None:
-    """To the last bit: boxes at odd pixels cut cells of chroma."""
+    """To the last bit, also for boxes at odd pixels, which cut chroma cells."""
     frames, mouth = noise(), mouths(1)
     keep = mask(frames) if parsing else None
     found = paste(mouth, frames, [0], [box], nv12=True, feather=feather, keep=keep)

@@ -1,4 +1,4 @@
-"""The precision ledger: what it compares, and that what it simulates is rounding and nothing else."""
+"""The precision ledger: how it compares, and that it simulates rounding and nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The machine that executes compiled kernels without a GPU: what it computes, and what it does not let pass."""
+"""The machine that executes compiled kernels without a GPU: what it computes, and what it reports as an error."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ KERNEL = """
     ret;
 }
 """
-"""Thread (%r1) and place in shared memory (%r5); from its own input, %r4, ``// body`` makes its output, %r6."""
+"""%r1 is the thread, %r5 its place in shared memory; ``// body`` computes its output, %r6, from its input, %r4."""
 
 
 def execute(body: str, values: Any = None, *, blocks: int = 1, counts: Counts | None = None) -> np.ndarray:
-    """The outputs, as 32-bit numbers, of the threads of ``blocks`` blocks."""
+    """Run the kernel with this body; returns the outputs of the threads of ``blocks`` blocks, as 32-bit numbers."""
     given = np.arange(THREADS * blocks, dtype=np.uint32) if values is None else np.asarray(values)
     given = np.resize(given.view(np.uint32), THREADS * blocks)
     found = np.zeros_like(given)
@@ -129,7 +129,7 @@ def test_instructions_compute_what_ptx_defines(body: str, given: int, expected: 
 
 
 def test_diverging_threads_reconverge() -> None:
-    """A loop that each thread goes round another number of times, and a branch of which threads take either side."""
+    """A loop that each thread runs a different number of times, and a branch of which threads take different sides."""
     body = """
     mov.b32 %r6, 0;
     mov.b32 %r7, 0;
@@ -155,7 +155,7 @@ EXCHANGE = """
     xor.b32 %r7, %r5, 128;
     ld.shared.b32 %r6, [%r7];
 """
-"""With the thread of the same place in the other warp."""
+"""Exchange values with the same thread of the other warp."""
 
 EVERYBODY_READS = """
     st.shared::cta.b32 [ %r5 + 0 ], %r4;
@@ -165,7 +165,7 @@ EVERYBODY_READS = """
 """
 
 FIRST_IS_WRITTEN = "@%p1 st.shared::cta.b32 [ %r7 + 0 ], %r4;"
-"""By the threads that %p1 tells."""
+"""Executed by the threads for which %p1 holds."""
 
 
 def test_shared_memory_is_a_block_s_own() -> None:
@@ -205,7 +205,7 @@ def test_a_matrix_is_stored_and_loaded_transposed() -> None:
             EVERYBODY_READS + "setp.eq.b32 %p1, %r1, 63;\n" + FIRST_IS_WRITTEN,
             "writes what another thread reads without",
         ),
-        ("ld.shared.b32 %r6, [%r50];", "shared address 4294967295"),  # of a register that was never written
+        ("ld.shared.b32 %r6, [%r50];", "shared address 4294967295"),  # with a register that was never written
         ("mov.b32 %r7, 0;\nst.shared::cta.b32 [ %r7 + 0 ], %r4;", "write different values to the same place"),
         ("ld.shared.b32 %r6, [%r5+4];", "nothing was written to"),
         ("ld.shared.b32 %r6, [%r5+1];", "no multiple of 4"),
@@ -243,7 +243,7 @@ def test_a_copy_beside_the_threads_must_be_waited_for() -> None:
 
 
 def test_a_later_launch_may_overwrite_what_an_earlier_one_wrote() -> None:
-    """What one wrote the next may write over with other values."""
+    """A launch may overwrite with other values what the launch before it wrote."""
     given, found = np.arange(THREADS, dtype=np.uint32), np.zeros(THREADS, np.uint32)
     buffers = [Buffer(0x1000, given.view(np.uint8)), Buffer(0x100000, found.view(np.uint8))]
     text = KERNEL.replace("// body", "xor.b32 %r8, %r1, 1;\nmul.wide.u32 %rd4, %r8, 4;\nadd.s64 %rd4, %rd4, %rd2;")
@@ -268,7 +268,7 @@ def test_reading_what_another_block_wrote_is_an_error() -> None:
     [(4, 1, 1, 4), (8, 1, 2, 8), (128, 1, 32, 32), (0, 1, 1, 1), (16, 4, 4, 16), (32, 4, 8, 32)],
 )
 def test_shared_passes_and_sectors_are_counted(step: int, width: int, passes: int, sectors: int) -> None:
-    """Of a warp whose threads load ``width`` words each, ``step`` bytes apart."""
+    """Count for a warp whose threads load ``width`` words each, ``step`` bytes apart."""
     counts = Counts()
     lanes = np.arange(32)
     counts.count_shared("ld", lanes, lanes * step, 4 * width)
@@ -280,7 +280,7 @@ def test_shared_passes_and_sectors_are_counted(step: int, width: int, passes: in
 
 
 def test_only_warps_that_take_part_are_counted() -> None:
-    """Three blocks of two warps; the first warp alone adds, and of the second one thread."""
+    """Three blocks of two warps: all threads of the first warp add, and one of the second."""
     counts = Counts()
     body = "mov.b32 %r6, 0;\nsetp.lt.u32 %p1, %r1, 32;\n@%p1 add.s32 %r6, %r6, 1;\nsetp.lt.u32 %p2, %r1, 33;"
     execute(body + "\n@%p2 sub.s32 %r6, %r6, 1;\n@!%p2 mul.lo.s32 %r6, %r6, 3;", blocks=3, counts=counts)
@@ -293,7 +293,7 @@ def test_only_warps_that_take_part_are_counted() -> None:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_every_kernel_passes_its_tests_compiled(arch: int) -> None:
-    """The tests of Triton's kernels, in a process of its own: in this one they are for Triton's interpreter."""
+    """Run the tests of Triton's kernels in a separate process: in this one the kernels are for Triton's interpreter."""
     files = sorted(TESTS.glob("test_*_triton.py"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     paths = filter(None, [str(TESTS), environment.get("PYTHONPATH")])
@@ -306,9 +306,9 @@ def test_every_kernel_passes_its_tests_compiled(arch: int) -> None:
 
 
 def counted(batch: int) -> tuple[list[tuple[str, int]], list[float]]:
-    """Each launch of an engine at width 1/8 with its instructions a frame, and the halves' sums in millions.
+    """Each launch of an engine at width 1/8 with its instructions per frame, and each half's sum in millions.
 
-    By a process of its own, too.
+    Counted in a separate process, too.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))}
     words = [sys.executable, "-m", "ptx_machine.ledger", "gluon"]
@@ -320,7 +320,7 @@ def counted(batch: int) -> tuple[list[tuple[str, int]], list[float]]:
 
 
 def test_a_frame_s_instructions_are_counted() -> None:
-    """A few blocks of a launch stand for all of them: in larger batches a frame costs the same on large maps."""
+    """A few blocks of a launch stand for all of it: on large maps, a frame costs the same in larger batches."""
     (two, sums), (four, _) = counted(2), counted(4)
     assert len(two) > 30 and all(instructions for _, instructions in two)
     assert sum(sums) == pytest.approx(sum(instructions for _, instructions in two) / 1e6, abs=0.02)
@@ -333,7 +333,7 @@ def test_a_frame_s_instructions_are_counted() -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is not in use")
 def test_interpreted_kernels_leave_triton_language_unchanged() -> None:
-    """Else a kernel that is compiled after one would be made of the interpreter's operations."""
+    """Otherwise a kernel compiled afterwards would call the interpreter's operations."""
     from triton import language
 
     from gpupipe.kernels.pointwise_triton import pointwise_triton
@@ -348,7 +348,7 @@ def test_interpreted_kernels_leave_triton_language_unchanged() -> None:
 
 
 def without(pattern: str, number: int) -> Callable[[str], str]:
-    """Takes the line that ``pattern`` matches, the ``number``-th of them, out of a program."""
+    """Remove the ``number``-th line that ``pattern`` matches from a program."""
 
     def remove(text: str) -> str:
         found = list(re.finditer(rf"^\s*{pattern}[^\n]*$", text, re.MULTILINE))[number]
@@ -369,7 +369,7 @@ def without(pattern: str, number: int) -> Callable[[str], str]:
 def test_a_kernel_without_a_barrier_fence_or_wait_is_an_error(
     removed: Callable[[str], str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A barrier, a fence, a wait of the whole-block kernel by warpgroup instructions."""
+    """Remove a barrier, a fence or a wait from the whole-block kernel with warpgroup instructions."""
     kernels = compiled("gpupipe.kernels.whole_block_device", "gpupipe.kernels.whole_block_gluon")
     from gpupipe.kernels.whole_block import pack_whole_block
 

@@ -1,4 +1,4 @@
-"""Whole clips on a GPU, held to the same clips on the CPU: caches, streams, graphs, copies and encoders together."""
+"""Whole clips on a GPU against the same clips on the CPU: caches, streams, graphs, copies and encoders together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gpupipe.video.decode import read_images
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("recorded_at_once")]
 
 FRAMES = 8
-BOXES = [(60, 24, 71), (58, 20, 73), (130, 30, 80), (62, 22, 70)]  # the third stands over the frame's edge
+BOXES = [(60, 24, 71), (58, 20, 73), (130, 30, 80), (62, 22, 70)]  # the third reaches over the frame's edge
 SIZE = (192, 128)
 
 
@@ -81,7 +81,7 @@ def planes(path: Path) -> np.ndarray:
 
 
 def nearly_equal(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Equal up to the order in which float32 adds."""
+    """Equal up to the order of float32 additions."""
     difference = np.abs(found.astype(int) - expected)
     return found.shape == expected.shape and difference.max() <= 2 and (difference == 0).mean() >= 0.999
 
@@ -93,7 +93,7 @@ def nearly_equal(found: np.ndarray, expected: np.ndarray) -> bool:
         {"use_parsing": True},
         {"blend": "none"},
         {"memory_budget": 0},
-        {"memory_budget": 2_000_000},  # for the template, and one frame of what is made of it
+        {"memory_budget": 2_000_000},  # for the template, and the features of one frame
     ],
     ids=["plain", "parsing", "hard seam", "nothing kept", "some kept"],
 )
@@ -112,7 +112,7 @@ def test_video_template_matches_the_cpu(rendered: Callable[..., np.ndarray], vid
 
 
 def test_half_precision_is_near(rendered: Callable[..., np.ndarray], template: Path) -> None:
-    """As it is rendered by default on a GPU."""
+    """As a GPU renders by default."""
     found, expected = rendered("cuda", template, exact=False), rendered("cpu", template)
     assert psnr(found, expected) > 40
     assert psnr(found[1:], expected[:-1]) < 40, "a frame later is another picture"
@@ -124,8 +124,8 @@ def test_half_precision_is_near(rendered: Callable[..., np.ndarray], template: P
 def test_engines_of_our_own_kernels(
     engine: EngineName, rendered: Callable[..., np.ndarray], template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the template's crop to the pasted NV12, in batches of template frames 1 2, 3 2 and 1: all are replayed, the
-    second with a frame that is cached after the recording, and the third padded."""
+    """From the template's crop to the pasted NV12, in batches of template frames 1 2, 3 2 and 1. All are replayed: the
+    second with a frame that is cached only after the recording, the third padded."""
     if engine == "gluon" and (reason := gluon_obstacle()) is not None:
         pytest.skip(reason)
     replay, replayed = GraphedStep.__call__, []
@@ -151,13 +151,13 @@ def test_saved_images_match_the_cpu(tiny_checkpoint: Callable[..., Path], templa
         paths = pipeline.generate_frames_only(features, template, tmp_path / device)
         read[device] = np.stack([cv2.imread(str(path)) for path in paths])
     assert len(read["cuda"]) == 4
-    np.testing.assert_allclose(read["cuda"].astype(int), read["cpu"], atol=6)  # a step before the JPEG, a few after it
+    np.testing.assert_allclose(read["cuda"].astype(int), read["cpu"], atol=6)  # a step before JPEG, a few after
 
 
 def test_farm_matches_the_cpu(
     tiny_checkpoint: Callable[..., Path], template: Path, video_template: Path, tmp_path: Path
 ) -> None:
-    """Batches that run on from clip to clip, of two faces, one in two parts: each clip as the CPU renders it."""
+    """Batches across clips of two faces, one clip in two parts: each clip is rendered as on the CPU."""
     jobs: list[dict[str, Any]] = []
     for number, (face, frames) in enumerate([(template, 60), (video_template, 7), (template, 5)]):
         features, sound = write_speech(tmp_path, str(number), frames, seed=number)
@@ -184,7 +184,7 @@ def test_nothing_is_left_on_the_gpu(rendered: Callable[..., np.ndarray], templat
 def test_farm_halves_batches_that_do_not_fit(
     tiny_checkpoint: Callable[..., Path], template: Path, tmp_path: Path
 ) -> None:
-    """A farm whose batches do not fit goes on with smaller ones, and says so."""
+    """A farm whose batches do not fit goes on with smaller ones, and records it."""
     features, sound = write_speech(tmp_path, "speech", 40)
     job = {"checkpoint": str(tiny_checkpoint()), "template": str(template), "audio": sound, "audio_features": features}
     jobs = write_jobs(tmp_path / "jobs.jsonl", [job | {"output": "clip.mkv", "engine": "eager", "codec": "ffv1"}])

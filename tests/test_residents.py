@@ -1,4 +1,4 @@
-"""Avatars that stay: shared by jobs, within a budget, the one that is needed last out first."""
+"""Avatars kept in memory: shared by jobs, within a budget; the one whose next use is latest is dropped first."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_jobs_share_avatars_and_networks(jobs: list[Job]) -> None:
 
 
 def needed(job: Job) -> int:
-    """What an avatar of the fixture takes, as a worker with all the room in the world counts it."""
+    """Memory of an avatar of the fixture, as counted without a limit."""
     residents = Residents("cpu", budget=1 << 40)
     residents.get(job, "nv12")
     return residents.used

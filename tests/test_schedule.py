@@ -1,4 +1,4 @@
-"""The closed forms of the walk there and back and of resampling, against walking them step by step."""
+"""The closed forms of the back-and-forth walk and of resampling, against doing both step by step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_closed_form_equals_the_walk_step_by_step(length: int) -> None:
     ],
 )
 def test_order_is_the_contract_s(length: int, start_frame: int, order: list[int]) -> None:
-    """By hand, so that the walk above cannot be wrong in the same way."""
+    """Written by hand, so that it cannot share a mistake with the walk above."""
     indices = template_indices(0, len(order), length, start_frame)
     assert indices.dtype == np.int64
     assert indices.tolist() == order
@@ -81,7 +81,7 @@ RATES = [
 @pytest.mark.parametrize("rate", [Fraction(25), Fraction(20)])
 @pytest.mark.parametrize("length", [1, 2, 3, 11])
 def test_resampled_frames_show_the_row_on_screen_at_their_time(length: int, rate: Fraction, fps: Fraction) -> None:
-    """Against a clock: the row on the screen at j / fps is the last one that began by then."""
+    """Against a clock: the row on screen at j / fps is the last one that began by then."""
     timing = Resampling(length, rate, fps)
     begins = [i / rate for i in range(length)]
     shown = [sum(begin <= j / fps for begin in begins) - 1 for j in range(timing.frames)]
@@ -92,7 +92,7 @@ def test_resampled_frames_show_the_row_on_screen_at_their_time(length: int, rate
 @pytest.mark.parametrize("fps", RATES)
 @pytest.mark.parametrize("step", [1, 3, 64])
 def test_batches_of_rows_make_all_frames_once(fps: Fraction, step: int) -> None:
-    """Batches of rows make all frames, in order, once."""
+    """Batches of rows give every frame once, in order."""
     timing = Resampling(100, Fraction(25), fps)
     seen = []
     for start in range(0, 100, step):
@@ -116,7 +116,7 @@ def test_without_resampling_a_frame_is_one_row() -> None:
     [(11, 25, 20, 9), (11, 25, 30, 13), (10, 20, 25, 13), (1, 25, 1, 1), (250, 25, 30, 300), (13, 25, 50, 26)],
 )
 def test_number_of_frames(length: int, rate: int, fps: int, frames: int) -> None:
-    """By hand: 10 rows of 20 a second last half a second, 12.5 frames of 25, rounded up."""
+    """By hand: 10 rows at 20 a second last half a second, which is 12.5 frames at 25, rounded up."""
     assert Resampling(length, Fraction(rate), Fraction(fps)).frames == frames
 
 

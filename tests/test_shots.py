@@ -1,4 +1,4 @@
-"""Batches over the joints of clips: filled up, and each clip's frames the same as rendered alone."""
+"""Batches across clips: they are full, and each clip's frames are the same as rendered alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def speech(frames: int, seed: int = 0) -> SpeechFeatures:
 
 
 def shots_of(generator: FrameGenerator, avatars: list[Avatar], fps: float | None = None) -> list[Shot]:
-    """Short clips of both faces, one of them from its middle on."""
+    """Short clips of both faces, one of them starting in its middle."""
     return [
         generator.shot(avatars[0], speech(5, 1), fps=fps),
         generator.shot(avatars[1], speech(4, 2), fps=fps, start_frame=1),
@@ -82,7 +82,7 @@ def test_mixed_batches_render_what_each_clip_alone_does(
             )  # type: ignore[arg-type]
         )
         expected = torch.cat(alone)[shot.frames.start : shot.frames.stop]
-        # The network's sums come in another order in batches of another size: a step of 255 at most.
+        # In batches of another size the network sums in another order: at most a step of 255.
         torch.testing.assert_close(torch.cat(frames).int(), expected.int(), atol=1, rtol=0)
 
 

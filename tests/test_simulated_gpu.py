@@ -1,4 +1,4 @@
-"""The tests that need a GPU, on a simulated one, in a process of its own: see ``simulated_gpu/__init__.py``."""
+"""The tests that need a GPU, on a simulated one, in a separate process: see ``simulated_gpu/__init__.py``."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def test_simulated_gpu_detects_mistakes(libraries: list[Path]) -> None:
 
 
 def test_gpu_tests_with_reference_kernels(libraries: list[Path]) -> None:
-    """All but the kernels, whose plain references run in their place."""
+    """All but the kernels: their plain references run in their place."""
     marked = "cuda and not hardware"
     run(libraries, TESTS, "-m", marked, f"--ignore={TESTS / 'test_graphs.py'}")
 
 
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
 def test_graphs_with_compiled_kernels(libraries: list[Path]) -> None:
-    """On a GPU as new as the kernels ask for, which executes what Triton makes of them."""
+    """On a simulated GPU as new as the kernels need, which executes them as Triton compiles them."""
     run(libraries, TESTS / "test_graphs.py", "-m", "cuda", arch=90)
 
 
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
 @pytest.mark.parametrize("engine", [pytest.param("fused", marks=pytest.mark.slow), "gluon"])
 def test_a_clip_with_compiled_kernels(libraries: list[Path], engine: str) -> None:
-    """From files to a file."""
+    """From input files to a video file."""
     name = f"test_engines_of_our_own_kernels[{engine}]"
     run(libraries, f"{TESTS / 'test_render_on_gpu.py'}::{name}", arch=90)
 
@@ -65,6 +65,6 @@ def test_a_clip_with_compiled_kernels(libraries: list[Path], engine: str) -> Non
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
 @pytest.mark.parametrize("engine", ["fused", "gluon"])
 def test_engines_with_compiled_kernels(libraries: list[Path], engine: str) -> None:
-    """The whole network, at half its width and at its own, of three samples: an hour."""
+    """The whole network, at half and at full width, on three samples: an hour."""
     tests = TESTS / f"test_{engine}_engine.py"
     run(libraries, tests, "-m", "cuda and hardware", arch=90)

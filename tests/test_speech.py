@@ -1,4 +1,4 @@
-"""Sound to features: the golden features, pieces that join to the whole, files of every kind."""
+"""Sound to features: the golden features, sound in pieces, files of every kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEATURE_ERROR = 1e-3  # of the largest golden feature
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> SpeechEncoder:
-    """An encoder with seeded weights, as it is initialised."""
+    """An encoder with seeded initial weights."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("encoder") / "encoder.pth"
     torch.save(AudioEncoder().state_dict(), path)
@@ -39,7 +39,7 @@ def tone(seconds: float, rate: int = 16000, hz: float = 300.0) -> np.ndarray:
 
 
 def babble(seconds: float) -> np.ndarray:
-    """Noise whose loudness and colour change: every column of its mel spectrogram differs."""
+    """Noise of changing loudness and colour, so that every column of its mel spectrogram differs."""
     rng = np.random.default_rng(0)
     n = round(seconds * 16000)
     noise = np.cumsum(rng.standard_normal(n)) * 0.02 + rng.standard_normal(n)
@@ -262,7 +262,7 @@ def test_unknown_devices_are_refused(tmp_path: Path) -> None:
 
 
 def test_encoder_whose_features_are_not_finite_is_named(tmp_path: Path) -> None:
-    """Weights that are finite and too large, as a flipped bit makes them."""
+    """Weights that are finite but too large, as after a flipped bit."""
     state = AudioEncoder().state_dict()
     state["0.conv_block.0.weight"][:] = state["1.conv_block.0.weight"][:] = 3e38
     torch.save(state, tmp_path / "encoder.pth")
@@ -315,7 +315,7 @@ def test_impossible_wav_headers_are_refused(
 
 @pytest.mark.parametrize("channels", [2, 7, 8, 9, 16, 25, 64])
 def test_all_channels_are_averaged(channels: int, tmp_path: Path) -> None:
-    """From 8 channels on PyAV crashes where each has a plane of its own."""
+    """With 8 channels or more PyAV crashes on planar sound."""
     sound = np.arange(1600 * channels, dtype="<i2").reshape(1600, channels) % 1000
     (tmp_path / "it.wav").write_bytes(wav(sound.tobytes(), channels=channels))
     assert np.abs(load_audio(tmp_path / "it.wav") - sound.mean(axis=1) / 2**15).max() < 1e-6
@@ -323,7 +323,7 @@ def test_all_channels_are_averaged(channels: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("channels", [1, 2, 8, 9, 13, 16, 64])
 def test_every_number_of_channels_becomes_a_track(channels: int, tmp_path: Path) -> None:
-    """FFmpeg mixes no 9 channels that have no name; those are averaged, as for the features."""
+    """FFmpeg cannot mix 9 channels of unknown layout; those are averaged, as for the features."""
     sound = np.zeros((16000, channels), "<i2")
     sound[:, -1] = 8000 * np.sin(np.arange(16000) / 5)
     (tmp_path / "it.wav").write_bytes(wav(sound.tobytes(), channels=channels))
@@ -356,7 +356,7 @@ def write_mp3(path: Path) -> bytes:
 def test_an_mp3_ends_with_its_last_frame(
     junk: bytes, told: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As players take it, whatever follows."""
+    """As players read it, whatever bytes follow."""
     (tmp_path / "it.mp3").write_bytes(write_mp3(tmp_path / "whole.mp3") + junk)
     heard, whole = load_audio(tmp_path / "it.mp3"), load_audio(tmp_path / "whole.mp3")
     assert len(heard) == pytest.approx(len(whole), abs=1152)
@@ -374,7 +374,7 @@ def test_damage_in_the_middle_of_an_mp3(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, 1e9, -1e6])
 @pytest.mark.parametrize("at", [0, 7, 1599])
 def test_nan_infinite_and_boundless_samples_are_refused(value: float, at: int, tmp_path: Path) -> None:
-    """NaN would go through to the features; on samples of a million FFmpeg's AAC encoder was seen to hang."""
+    """NaN would pass into the features; on samples of a million FFmpeg's AAC encoder was seen to hang."""
     sound = np.zeros(1600, np.float32)
     sound[at] = value
     (tmp_path / "it.wav").write_bytes(wav(sound.tobytes(), tag=3, bits=32))

@@ -1,4 +1,4 @@
-"""Where a render's time goes: counted once, in the right place, whoever does the work."""
+"""Where a render's time goes: counted once, under the right stage, whichever thread does the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The template directory: decoded as OpenCV does, checked whole before the first frame, the same under any budget."""
+"""The template directory: decoded as by OpenCV, checked whole before the first frame, the same under any budget."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTH, HEIGHT = 192, 128
 
 @pytest.fixture
 def template(make_template: MakeTemplate, tmp_path: Path) -> Path:
-    """Five frames of 192×128 with parsing images: each test spoils its own copy."""
+    """Five frames of 192×128 with parsing images, for each test its own copy to spoil."""
     return make_template(tmp_path / "avatar", frames=5, size=(WIDTH, HEIGHT), parsing=True)
 
 
@@ -37,9 +37,9 @@ def landmark_file(template: Path, i: int) -> Path:
 
 
 def refusal(template: Path, named: Path, *, use_parsing: bool = False) -> str:
-    """The message with which a template is refused on opening: one line that begins with the file's name.
+    """The error message on opening a template, checked to be one line that begins with the file's name.
 
-    It is the same for a clip that shows frame 1 alone, but for which other file a size is compared with.
+    It is the same for a clip that shows frame 1 alone, except for the file that a size is compared with.
     """
     messages = []
     for clip in (None, (0, 1)):
@@ -191,7 +191,7 @@ def test_frame_that_is_no_jpeg(i: int, content: bytes, reason: str, template: Pa
 @pytest.mark.parametrize("lost", [1, 2, 30, 0.5, 0.9])
 @pytest.mark.parametrize("progressive", [0, 1])
 def test_truncated_frame(progressive: int, lost: float, template: Path) -> None:
-    """OpenCV would give a picture whose end is grey, and say nothing."""
+    """OpenCV would return a picture whose end is grey, without an error."""
     path = frame_file(template, 3)
     cv2.imwrite(str(path), cv2.imread(str(path)), [cv2.IMWRITE_JPEG_PROGRESSIVE, progressive])
     content = path.read_bytes()
@@ -329,7 +329,7 @@ def test_bad_parsing(template: Path) -> None:
     assert "is 194×128; expected 192×128" in refusal(template, path, use_parsing=True)
     path.unlink()
     assert "no such image file" in refusal(template, path, use_parsing=True)
-    assert Template.from_directory(template).length == 5, "who does not use parsing does not need it"
+    assert Template.from_directory(template).length == 5, "it is not needed without parsing"
 
 
 def test_parsing_images_that_agree_only_with_each_other(template: Path) -> None:
@@ -345,7 +345,7 @@ def test_missing_parsing_directory(template: Path) -> None:
 
 
 def test_memory_is_free_when_the_template_is_let_go(make_template: Callable[..., Path], tmp_path: Path) -> None:
-    """Without the garbage collector, which may come late, and knows nothing of a GPU's memory."""
+    """Without the garbage collector, which may run late, and does not count a GPU's memory."""
     template = Template.from_directory(make_template(tmp_path))
     gone = weakref.ref(template)
     kept, _ = template.frames.lookup([0])

@@ -1,4 +1,4 @@
-"""A video as the template: what is kept of it, what stays of its pixels in rendered frames, and bad ones."""
+"""A video as the template: what is kept of it, that its pixels survive in rendered frames, and bad videos."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gpupipe.schedule import template_indices
 
 @pytest.fixture
 def folder(video: Path, tmp_path: Path) -> Path:
-    """A template directory; each test spoils its own."""
+    """A template directory, for each test its own to spoil."""
     folder = tmp_path / "avatar"
     (folder / "landmarks").mkdir(parents=True)
     (folder / f"template{video.suffix}").write_bytes(video.read_bytes())
@@ -73,7 +73,7 @@ def test_rendered_frames_match_those_from_images(
     use_parsing: bool, feather: float, folder: Path, video: Path, monkeypatch: pytest.MonkeyPatch,
     make_template: Callable[..., Path], tmp_path: Path,
 ) -> None:  # fmt: skip
-    """In the box as from images of the same pixels; outside it the decoded source, bit for bit."""
+    """Inside the box as from images of the same pixels; outside it bit-equal to the decoded source."""
     source = decoded(video)
     images = make_template(tmp_path / "images", FRAMES, size=(WIDTH, HEIGHT), box=BOXES, parsing=True)
     (images / "parsing").rename(folder / "parsing")
@@ -129,11 +129,11 @@ def test_a_single_frame_is_not_painted_into_the_cache(
     assert all(torch.equal(kept[name], fresh[name]) for name in fresh)
     again = one.render(frame, audio)
     one.render(frame, audio * 0)
-    assert torch.equal(again, first), "nor into what was given away"
+    assert torch.equal(again, first), "nor into what a lookup returned"
 
 
 def test_video_of_a_video(folder: Path, video: Path, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    """To a file without loss and back: outside the boxes it is the source; saving frames beside it changes nothing."""
+    """Written losslessly and decoded: outside the boxes it equals the source; saving frames as well changes nothing."""
     pipeline = FrameGenerationPipeline(tiny_checkpoint(), "ave", "cpu", engine="eager", batch_size=3)
     pipeline.unet_model.engine = Painter()
     features, start = np.abs(np.random.default_rng(1).standard_normal((8, 512))).astype(np.float32), FRAMES - 5
@@ -161,7 +161,7 @@ def text(folder: Path) -> None:
 
 
 def cut(folder: Path) -> None:
-    """A whole index, and pictures that end before it says so."""
+    """Truncate the pictures, but keep the whole index."""
     path = folder / "template.mp4"
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=25)
@@ -174,7 +174,7 @@ def cut(folder: Path) -> None:
 
 
 def spoiled(folder: Path) -> None:
-    """Noise where a picture was."""
+    """Overwrite a picture with noise."""
     path = folder / "template.mp4"
     content = bytearray(path.read_bytes())
     middle = content.index(b"mdat") + 4 + (content.index(b"moov") - content.index(b"mdat")) // 2

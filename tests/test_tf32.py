@@ -1,4 +1,4 @@
-"""Where float32 is held to be float32, and that the program's own switches are left as they were."""
+"""Where TF32 is kept off, and that the program's own switches are restored."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def switches() -> tuple[bool, bool, bool]:
 
 @pytest.fixture(autouse=True)
 def switched_on() -> Iterator[None]:
-    """As a program may have set them."""
+    """The switches turned on, as a program may have set them."""
     before = switches()[1:]
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     yield
@@ -48,7 +48,7 @@ def test_tf32_is_off_within_and_cudnn_stays_on() -> None:
 
 
 def test_overlapping_threads_leave_the_switches_as_they_were() -> None:
-    """The second one enters before the first one leaves, and leaves after it."""
+    """The second thread enters before the first one leaves, and leaves after it."""
     entered, left = threading.Event(), threading.Event()
 
     def second() -> None:
@@ -68,7 +68,7 @@ def test_overlapping_threads_leave_the_switches_as_they_were() -> None:
 
 @pytest.mark.parametrize(("older", "newer"), [(True, "ieee"), (False, "tf32")])
 def test_tf32_switches_under_their_newer_names(older: bool, newer: str) -> None:
-    """Where they differ, PyTorch no longer tells them by the older ones."""
+    """Where settings differ, PyTorch can no longer read them under the older names."""
     cudnn: Any = torch.backends.cudnn
     product: Any = torch.backends.cuda.matmul
     cudnn.allow_tf32 = product.allow_tf32 = older
@@ -114,7 +114,7 @@ def test_the_speech_encoder_runs_without_it(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.parametrize("name", ["eager", "compiled"])
 def test_engines_run_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA, though the network itself runs on the CPU here."""
+    """As on CUDA, although the network itself runs on the CPU here."""
     monkeypatch.setattr(f"gpupipe.engines.{name}.own_precision", lambda device: own_precision(CUDA))
     found = []
 

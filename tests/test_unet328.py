@@ -1,4 +1,4 @@
-"""The U-Net against the outputs of the original network, and proof that the bound sees each choice that it rests on."""
+"""The U-Net against the original network's outputs, and proof that the bound catches any change of its design."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def golden_network(golden_weights: ModuleType, mode: Mode) -> UNet328:
 
 @torch.no_grad()
 def golden_error(network: UNet328, golden_weights: ModuleType, shared: Path) -> float:
-    """The largest difference from the original network's output of the first image, on every 4th pixel."""
+    """The largest difference from the original network's output for the first image, on every 4th pixel."""
     image, audio = golden_weights.unet_inputs(network.mode)
     output = network(torch.from_numpy(image[:1]), torch.from_numpy(audio[:1])).numpy()
     golden = np.load(shared / "golden" / f"unet328-{network.mode}.npz")
@@ -40,7 +40,7 @@ def golden_error(network: UNet328, golden_weights: ModuleType, shared: Path) -> 
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_matches_the_original_network(mode: Mode, golden_weights: ModuleType, shared: Path) -> None:
-    """Every 4th pixel is kept; means and spreads are over all, so that the pixels between them count too."""
+    """The golden file has every 4th pixel, and means and spreads over all, so that the pixels between count too."""
     image, audio = golden_weights.unet_inputs(mode)
     output = golden_network(golden_weights, mode)(torch.from_numpy(image), torch.from_numpy(audio)).numpy()
     golden = np.load(shared / "golden" / f"unet328-{mode}.npz")
@@ -87,21 +87,21 @@ def with_nearest_upsampling(network: UNet328, patch: pytest.MonkeyPatch) -> None
 
 
 def with_other_audio_strides(network: UNet328, patch: pytest.MonkeyPatch) -> None:
-    """conv3 strides twice as far and conv5 not at all: also 10×10 at the bottleneck, with the same weights."""
+    """conv3 has twice the stride and conv5 none: also 10×10 at the bottleneck, with the same weights."""
     branch = network.audio_model
     branch.conv3.stride = (2 * branch.conv3.stride[0], 2 * branch.conv3.stride[1])
     branch.conv5.stride, branch.conv5.padding = (1, 1), (2, 2)
 
 
 def with_other_audio_padding(network: UNet328, patch: pytest.MonkeyPatch) -> None:
-    """conv5's 3 pixels of padding all but one on one side: the same 10×10, shifted."""
+    """conv5's 3 pixels of padding, all but one on one side: the same 10×10, shifted."""
     conv5 = network.audio_model.conv5
     conv5.padding = (0, 0)
     network.audio_model.conv5 = nn.Sequential(nn.ZeroPad2d((1, 5, 1, 5)), conv5)
 
 
 def with_the_stride_in_the_expansion(network: UNet328, patch: pytest.MonkeyPatch) -> None:
-    """Each down strides in its 1×1 expansion, not in its depthwise convolution."""
+    """Each down block has its stride in the 1×1 expansion, not in the depthwise convolution."""
     for block in network.modules():
         if isinstance(block, InvertedResidual) and block.conv[3].stride == (2, 2):
             block.conv[0].stride, block.conv[3].stride = (2, 2), (1, 1)
@@ -152,7 +152,7 @@ def test_bound_fails_on_a_near_miss_of_the_audio_branch(
 
 @cache
 def tiny_network(mode: Mode = "ave") -> UNet328:
-    """Made once: tests do not change it."""
+    """A network that tests do not change, made once."""
     return seeded_network(mode, width=1 / 8)
 
 

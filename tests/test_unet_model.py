@@ -70,7 +70,7 @@ def test_arrays_and_single_samples_are_taken(tiny_model: MakeModel) -> None:
 
 
 def test_read_only_and_reversed_arrays_are_taken(tiny_model: MakeModel) -> None:
-    """Read-only ones, of which it warns, and views that run backwards."""
+    """Read-only arrays, of which PyTorch warns, and reversed views."""
     image, audio = network_inputs("ave")
     expected = tiny_model().predict(image, audio)
     fixed, backwards = image.numpy(), audio.numpy()[..., ::-1].copy()[..., ::-1]
@@ -108,7 +108,7 @@ def test_shapes_that_do_not_fit(image: Any, audio: Any, named: str, tiny_model: 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool, torch.complex64])
 def test_images_of_integers_are_refused(dtype: torch.dtype, tiny_model: MakeModel) -> None:
-    """They would be of 0 to 255, and give a picture of nothing."""
+    """They would range from 0 to 255, not from 0 to 1, and give a meaningless picture."""
     image, audio = network_inputs("ave")
     with pytest.raises(InputError, match=f"^image_tensor: dtype is {str(dtype)[6:]}; expected float32"):
         tiny_model().predict((255 * image).to(dtype), audio)
@@ -117,7 +117,7 @@ def test_images_of_integers_are_refused(dtype: torch.dtype, tiny_model: MakeMode
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e39])
 @pytest.mark.parametrize("name", ["image_tensor", "audio_features"])
 def test_nan_and_infinite_values_are_refused(name: str, value: float, tiny_model: MakeModel) -> None:
-    """In float32, which the last one is too large for."""
+    """NaN or infinite in float32, for which the last value is too large."""
     given = dict(zip(("image_tensor", "audio_features"), network_inputs("ave", 2), strict=True))
     given[name] = given[name].double()
     given[name][1, 2, 3, 4] = value
@@ -141,7 +141,7 @@ def test_only_three_arguments_are_positional(tiny_checkpoint: MakeCheckpoint) ->
 
 
 def test_networks_may_be_loaded_by_several_threads(tiny_checkpoint: MakeCheckpoint) -> None:
-    """PyTorch's exporter, by which ONNX Runtime gets them, cannot be."""
+    """PyTorch's ONNX exporter, which ONNX Runtime's engine needs, does not itself allow that."""
     with ThreadPoolExecutor(3) as threads:
         models = list(threads.map(lambda _: UNetModel(tiny_checkpoint(), device="cpu", engine="onnxruntime"), range(3)))
     first, *others = [model.predict(*network_inputs("ave")) for model in models]
@@ -199,7 +199,7 @@ def test_the_current_gpu_is_meant_by_its_number(device: str | torch.device | Non
 
 
 def test_a_gpu_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one for which PyTorch brings no kernels. The CPU takes its place, unless it was asked for."""
+    """Such as one for which PyTorch has no kernels. The CPU takes its place, unless the GPU was asked for."""
 
     def ones(size: int, device: torch.device) -> torch.Tensor:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nand more")
@@ -268,7 +268,7 @@ def test_onnx_file_that_differs_from_the_network_is_removed(
     model, fold = tiny_model(), gpupipe.onnx_export.fold_batch_norms
 
     def spoilt(network: Any) -> Any:
-        """Another network after it has been exported: the check must not compare the file with itself."""
+        """Changes the network after its export: the check must not compare the file with itself."""
         network = fold(network)
         export = gpupipe.onnx_export.export_onnx
 

@@ -1,4 +1,4 @@
-"""A video's frames: the right one whatever the way to it, its colours understood."""
+"""A video's frames: the right frame however it is reached, with the right colours."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_other_containers_and_codecs(suffix: str, codec: str, tmp_path: Path) ->
 
 
 def begun_later(path: Path, target: Path, frames: int) -> Path:
-    """A copy whose edit list leaves out the first frames, as phones and ``ffmpeg -ss … -c copy`` cut a clip."""
+    """A copy whose edit list skips the first frames, as when phones or ``ffmpeg -ss … -c copy`` cut a clip."""
     content = bytearray(path.read_bytes())
     at = content.index(b"elst") + 12  # version and flags, count, then duration in ms, media time, rate
     content[at : at + 4] = (int.from_bytes(content[at : at + 4], "big") - 40 * frames).to_bytes(4, "big")
@@ -81,7 +81,7 @@ def begun_later(path: Path, target: Path, frames: int) -> Path:
 
 
 def without_packets(path: Path, target: Path, left_out: int) -> Path:
-    """A copy without the first packets: others refer to what was in them."""
+    """A copy without the first packets, to which later ones refer."""
     with av.open(str(path)) as source, av.open(str(target), "w") as container:
         stream = container.add_stream_from_template(source.streams.video[0])
         for packet in [packet for packet in source.demux(video=0) if packet.pts is not None][left_out:]:
@@ -97,7 +97,7 @@ def without_packets(path: Path, target: Path, left_out: int) -> Path:
         (begun_later, "mp4", 13),
         (begun_later, "mp4", 30),  # no keyframe is left
         (without_packets, "mkv", 9),  # between keyframes
-        (without_packets, "mp4", 12),  # at one, which frames before it and after it refer to
+        (without_packets, "mp4", 12),  # at one to which frames before and after it refer
     ],
 )
 def test_clips_that_are_cut_anywhere(
@@ -134,7 +134,7 @@ def test_colours_by_their_tags(
     space: Colorspace, extent: ColorRange, tagged: bool, size: tuple[int, int], tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    if not tagged:  # what stands there for video of that size
+    if not tagged:  # the default for video of that size
         space, extent = (Colorspace.ITU709 if size[0] == 1280 else Colorspace.ITU601), ColorRange.MPEG
     images = pictures(2, size)
     path = write_video(tmp_path / "clip.mp4", images, space=space, extent=extent, tagged=tagged, crf="1")
@@ -152,7 +152,7 @@ def test_colours_by_their_tags(
 
 @pytest.mark.parametrize("colours", [Colours("bt601", False), Colours("bt709", True), Colours("bt601", True)])
 def test_conversion_of_colours_agrees_with_ffmpeg(colours: Colours) -> None:
-    """Within a step and a half of what swscale makes of the same samples on the way through RGB."""
+    """Within a step and a half of swscale's conversion of the same samples by way of RGB."""
     image = np.full((64, 64, 3), (30, 200, 120), np.uint8)
     space = Colorspace.ITU709 if colours.matrix == "bt709" else Colorspace.ITU601
     extent = ColorRange.JPEG if colours.full_range else ColorRange.MPEG
@@ -176,7 +176,7 @@ def test_other_pixel_formats(pixel_format: str, bound: float, tmp_path: Path) ->
 
 
 def test_without_nvdec_threads_decode(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What FFmpeg does where it finds no GPU; why is said once."""
+    """As FFmpeg does without a GPU; the reason is logged once."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     refused = RuntimeError("no stream is compatible")
@@ -189,7 +189,7 @@ def test_without_nvdec_threads_decode(video: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_surfaces_are_copied_out(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As NVDEC's are, of frames in the host's memory: planes with padding, handed over by DLPack."""
+    """As NVDEC's surfaces are, here with frames in host memory: planes with padding, handed over by DLPack."""
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     frames = VideoFrames(video)
     frames.decoder = "nvdec"
@@ -202,8 +202,8 @@ def test_surfaces_are_copied_out(video: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 class Surface:
-    """In place of a frame of NVDEC's: planes with padding on the device, and all else as of a frame of the host. As in
-    PyAV 17 it does not tell the format of its pixels but by DLPack. ``left`` columns are not cropped off."""
+    """In place of NVDEC's frame: planes with padding on the device, everything else as in a host frame. As in PyAV 17,
+    only DLPack tells its pixel format. ``left`` columns are not cropped off."""
 
     def __init__(self, frame: av.VideoFrame, left: int = 0) -> None:
         self._frame, self.width = frame, frame.width + left
@@ -222,7 +222,7 @@ class Surface:
 @pytest.mark.cuda
 @pytest.mark.parametrize(("left", "decoder"), [(0, "nvdec"), (8, "threads")])
 def test_surfaces_become_frames(left: int, decoder: str, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but what the driver does."""
+    """Everything except the driver's part."""
     opened = av.open
 
     def open_file(path: str, **options: Any) -> Any:
@@ -246,7 +246,7 @@ def test_surfaces_become_frames(left: int, decoder: str, video: Path, monkeypatc
 @pytest.mark.cuda
 @pytest.mark.hardware
 def test_nvdec_decodes_the_same_bits(tmp_path: Path) -> None:
-    """H.264 leaves no freedom to a decoder; not every GPU decodes frames as small as the other tests'."""
+    """H.264 leaves a decoder no freedom. Frames are larger than in other tests: not every GPU decodes small ones."""
     path = write_video(tmp_path / "clip.mp4", pictures(FRAMES, (640, 352)))
     on_gpu, on_cpu = VideoFrames(path, device="cuda"), VideoFrames(path)
     if (reason := _nvdec_obstacle()) is not None:

@@ -1,4 +1,4 @@
-"""Segments: encoded beside each other or alone, joined without a seam."""
+"""Segments: encoded in parallel or alone, joined without a seam."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LENGTH = 50
 
 @pytest.fixture(scope="module")
 def clip() -> torch.Tensor:
-    """Two whole segments and 11 frames of drifting colours, every frame another: NV12."""
+    """Two whole segments and 11 frames of drifting colours, all different: NV12."""
     count = 2 * LENGTH + 11
     colours = np.random.default_rng(0).integers(256, size=(6, 30, 3)).astype(np.uint8)
     wide = cv2.resize(colours, (WIDTH + 2 * count, HEIGHT), interpolation=cv2.INTER_CUBIC)
@@ -104,7 +104,7 @@ def test_x264_keeps_off_avx_512(processor: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_same_frames_give_the_same_bytes_every_time(clip: torch.Tensor) -> None:
-    """On a processor with AVX-512 one encode in ten came out otherwise, when x264 was let use it."""
+    """On a processor with AVX-512 one encode in ten differed, when x264 was allowed to use it."""
     picture = PictureFormat(WIDTH, HEIGHT, Fraction(25), 20, segmented=True)
     model = av.CodecContext.create("libx264", "w")
     assert isinstance(model, av.VideoCodecContext)
@@ -123,7 +123,7 @@ def test_one_encoder_makes_no_segments(clip: torch.Tensor, tmp_path: Path) -> No
 
 
 def test_a_segment_needs_no_other(clip: torch.Tensor, tmp_path: Path) -> None:
-    """Decoded alone, the second segment is what it is in the clip; without its IDR frame it is not."""
+    """Decoded alone, the second segment gives the clip's frames; without its IDR frame it does not."""
     path = write(tmp_path / "clip.mp4", clip)
     _, pictures = luma(path)
     with av.open(str(path)) as container:
@@ -181,7 +181,7 @@ def test_joined_parts_are_the_clip(codec: str, suffix: str, fps: Any, clip: torc
     _, alone = zip(*map(luma, parts), strict=True)
     assert np.array_equal(pictures, np.concatenate(alone))
     if suffix == "mp4" and codec != "av1" and starts[2] % length == 0:
-        assert packets_of(joined) == packets_of(whole), "no trace of having been apart"
+        assert packets_of(joined) == packets_of(whole), "no trace of the joint"
     with av.open(str(joined)) as container, av.open(str(whole)) as other:
         assert container.streams.audio[0].codec_context.name == "aac"
         assert container.streams.video[0].start_time == 0
@@ -238,7 +238,7 @@ def test_a_part_that_ends_in_an_error() -> None:
 
 @pytest.mark.parametrize(("first", "delay"), [(0, 0), (-2, 2), (-16, 16), (-55834575973, 1), (7, 1)])
 def test_decode_times_run_on(first: int, delay: int) -> None:
-    """Also where the first packet's is left to chance."""
+    """Even if the first packet's decode time is arbitrary."""
     times, found = DecodeTimes(), []
     for pts, dts in ((0, first), (1, 5), (2, 5), (3, None)):
         packet = av.Packet(b"x")
@@ -306,7 +306,7 @@ def test_packets_come_in_order(count: int, workers: int, length: int | None) -> 
 
 
 class LateSegment:
-    """Its last packet comes, and its end with it, while somebody looks for packets and sees none."""
+    """Its last packet and its end come just after a reader has found no packets."""
 
     def __init__(self) -> None:
         self._packets: deque[av.Packet] = deque()
@@ -366,7 +366,7 @@ def test_error_of_an_encoder_is_raised(frame: int) -> None:
 
 
 def test_encoders_live_as_long_as_their_pool() -> None:
-    """What they have given to the stream's own encoder, as NVENC's surfaces, must outlive that."""
+    """What they share with the stream's own encoder, such as NVENC's surfaces, must outlive it."""
     made: list[weakref.ref[Recorder]] = []
 
     def make(k: int) -> Recorder:

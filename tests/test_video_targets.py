@@ -1,4 +1,4 @@
-"""What a video can be written as: codecs, containers and sizes, decoded back and compared with what went in."""
+"""Codecs, containers and sizes that a video can be written in, decoded again and compared with the input."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def decode(path: Path) -> list[av.VideoFrame]:
 
 
 def pictures(path: Path) -> list[np.ndarray]:
-    """As a player shows them: by the tags of the stream."""
+    """The pictures as a player shows them, by the stream's tags."""
     return [frame.reformat(format="bgr24", dst_colorspace=Colorspace.DEFAULT).to_ndarray() for frame in decode(path)]
 
 
@@ -90,7 +90,7 @@ def test_codec_in_container(codec: str, suffix: str, name: str, bound: float, tm
 
 @pytest.mark.parametrize("codec", ["h264", "hevc"])
 def test_chroma_is_tagged_as_centred(codec: str, tmp_path: Path) -> None:
-    """By the parameter sets alone, which only FFmpeg's log shows: a container keeps no such tag."""
+    """Only the parameter sets say so, and only FFmpeg's log shows them: a container has no such tag."""
     with VideoWriter(tmp_path / "clip.mp4", width=64, height=48, codec=codec) as writer:
         writer.write(torch.zeros(3, 72, 64, dtype=torch.uint8))
     level = av.logging.get_level()
@@ -111,7 +111,7 @@ def test_chroma_is_tagged_as_centred(codec: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["nv12", "yuv420p"])
 @pytest.mark.parametrize("height", [2, 62, 64])
 def test_frames_are_fed_as_they_are(height: int, format: str) -> None:
-    """Of every even height, also where they are not copied."""
+    """Frames of any even height, also where they are not copied."""
     nv12 = np.random.default_rng(0).integers(256, size=(height * 3 // 2, 34), dtype=np.uint8)
     frame = host_frame(nv12, format)
     assert (frame.width, frame.height, frame.format.name) == (34, height, format)
@@ -150,7 +150,7 @@ def test_quality_follows_crf(codec: str, tmp_path: Path) -> None:
     ("codec", "suffix", "told"),
     [
         ("ffv1", ".mov", "ffv1; expected .mkv"),
-        ("libsvtav1", ".mov", "libsvtav1; expected .mkv"),  # which only writing the header tells
+        ("libsvtav1", ".mov", "libsvtav1; expected .mkv"),  # which shows only when the header is written
         ("png", ".mkv", "png; expected another codec"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which way a video is encoded, and NVENC's and nvJPEG's halves as far as they can be tried without a GPU."""
+"""Which way a video is encoded, and the ways with NVENC and nvJPEG, as far as they can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def sessions(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """``sessions(count, reason)``: so many NVENC sessions open."""
+    """``sessions(count, reason)``: from then on so many NVENC sessions open, and no more for that reason."""
 
     def give(count: int, reason: str = "") -> None:
         monkeypatch.setattr(ways, "nvenc_sessions", lambda encoder, picture, device: (count, reason))
@@ -130,7 +130,7 @@ def test_why_nvenc_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("encoder", ["h264_nvenc", "hevc_nvenc", "av1_nvenc"])
 def test_nvenc_knows_every_option_it_is_given(encoder: str) -> None:
-    """Every option is one that the encoder knows, so that none is passed over in silence."""
+    """An option that the encoder does not know would be ignored silently."""
     context = av.CodecContext.create(encoder, "w")
     assert isinstance(context, av.VideoCodecContext)
     configure_nvenc(context, PICTURE)
@@ -151,8 +151,8 @@ def test_nvenc_knows_every_option_it_is_given(encoder: str) -> None:
 
 
 class Session:
-    """In place of NVENC's: some frames late, whose pixels it reads where they lie, when their packets come out; and
-    once it was drained it takes no more until it is flushed."""
+    """In place of NVENC's session: packets come out some frames late, and only then are the frames' pixels read from
+    their memory; once drained, it takes no frames until it is flushed."""
 
     name, flags = "h264_nvenc", 0
 
@@ -204,7 +204,7 @@ def test_a_session_encodes_segment_after_segment(late: int) -> None:
 def test_a_codec_the_container_cannot_hold_is_reported_at_the_first_frame(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NVENC, in whose place a CPU encodes, is open no earlier."""
+    """NVENC's encoder, which a CPU's replaces here, is not opened earlier."""
 
     class OnTheHost(HostEncoder):
         def __init__(self, *given: Any, device: Any, **how: Any) -> None:
@@ -227,7 +227,7 @@ def test_a_codec_the_container_cannot_hold_is_reported_at_the_first_frame(
 
 @pytest.mark.cuda
 def test_a_session_on_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its frames are handed over in threads, whose current device is the first; FFmpeg's half is left out."""
+    """Its frames are handed over in threads whose current device is the first GPU; FFmpeg's part is left out."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA GPUs")
     handed: list[int] = []
@@ -259,7 +259,7 @@ class Surface:
 
 
 class Reader(NvencEncoder):
-    """NVENC's half is a CPU's encoder, which reads surfaces some frames later, on a stream of its own."""
+    """In place of NVENC's encoder, a CPU's, which reads surfaces some frames later, on its own stream."""
 
     def __init__(self, picture: PictureFormat, model: Any, *, use_model: bool, device: torch.device) -> None:
         super().__init__(picture, model, use_model=True, device=device)
@@ -280,8 +280,8 @@ class Reader(NvencEncoder):
 
 
 def read_late(path: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether frames survive on their way through surfaces, from batches whose memory is written again at once to a
-    file, in segments of two sessions."""
+    """Whether frames survive on their way through surfaces to a file, in segments of two sessions, from batches whose
+    memory is overwritten at once."""
     monkeypatch.setattr("gpupipe.video.encode.choose_way", lambda *_: Way("libx264", "nvenc", 2))
     monkeypatch.setattr("gpupipe.video.encode.NvencEncoder", Reader)
     monkeypatch.setattr("gpupipe.video.encode.configure_nvenc", tune)
@@ -305,7 +305,7 @@ def test_surfaces_keep_frames_whose_memory_is_reused(tmp_path: Path, monkeypatch
 
 
 def tune(context: av.VideoCodecContext, picture: PictureFormat) -> None:
-    """As NVENC's, without B-frames and without looking ahead: a packet for each frame."""
+    """Like NVENC's settings, but without B-frames and lookahead: a packet for each frame."""
     configure(context, picture)
     context.options |= {"tune": "zerolatency"}
 
@@ -316,7 +316,7 @@ def tune(context: av.VideoCodecContext, picture: PictureFormat) -> None:
     ("size", "preset"), [((640, 352), None), ((854, 480), None), ((960, 540), "p1"), ((640, 352), "p7")]
 )
 def test_nvenc_encodes_frames_of_the_device(size: tuple[int, int], preset: str | None, tmp_path: Path) -> None:
-    """More than a session has surfaces, of widths that NVENC does not take as they are, and as it looks ahead."""
+    """More frames than a session has surfaces, with lookahead, and of widths that NVENC takes only with padding."""
     picture = PictureFormat(*size, Fraction(25), 12, segmented=True)
     wanted = nvenc_engines(torch.cuda.get_device_name())
     if wanted == 0:
@@ -346,7 +346,7 @@ def test_jpeg_quality_follows_crf(crf: int, quality: int) -> None:
 
 
 def test_jpegs_become_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The GPU's JPEGs, made on the CPU here: the container and its pictures are what they would be."""
+    """The GPU's JPEGs are made on the CPU here; the container and its pictures are the same."""
     monkeypatch.setattr("gpupipe.video.encode.choose_way", lambda *_: Way("mjpeg", "nvjpeg"))
     monkeypatch.setattr("gpupipe.video.encode._mark", lambda frames: None)
     ramp = np.linspace(0, 255, 95, dtype=np.uint8)
@@ -377,7 +377,7 @@ def test_each_jpeg_stands_alone() -> None:
 
 
 def luma_of(path: Path) -> np.ndarray:
-    """Each frame's luma in the middle, (N,): as it is coded, 16 to 235 or, of JPEGs, 0 to 255."""
+    """Each frame's luma in the middle, (N,), as it is coded: 16 to 235, or 0 to 255 in JPEGs."""
     with av.open(str(path)) as container:
         planes = [
             np.asarray(frame.planes[0]).reshape(-1, frame.planes[0].line_size) for frame in container.decode(video=0)
@@ -387,7 +387,7 @@ def luma_of(path: Path) -> np.ndarray:
 
 @pytest.mark.cuda
 def test_waiting_for_a_batch_takes_no_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From which the encoders would have one less: CUDA's events keep one busy unless they are asked not to."""
+    """It would be one core less for the encoders: waiting for a CUDA event keeps a core busy, unless told otherwise."""
     made: list[dict[str, bool]] = []
     event = torch.cuda.Event
     monkeypatch.setattr(torch.cuda, "Event", lambda **how: made.append(how) or event(**how))
@@ -399,7 +399,7 @@ def test_waiting_for_a_batch_takes_no_core(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("codec", ["auto", "hevc", "av1", "libx264", "mjpeg"])
 def test_frames_survive_when_their_memory_is_reused(codec: str, device: str, tmp_path: Path) -> None:
-    """Whatever way is taken, the frames come out in order, though on a GPU their memory is written again at once."""
+    """By every way the frames come out in order, although on a GPU their memory is overwritten at once."""
     count, (width, height) = 130, (320, 192)
     levels = 20 + 37 * torch.arange(count) % 200
     options: dict[str, Any] = {"width": width, "height": height, "codec": codec, "segmented": True}
@@ -415,6 +415,6 @@ def test_frames_survive_when_their_memory_is_reused(codec: str, device: str, tmp
             del batch
             torch.full(shape, 255, dtype=torch.uint8, device=device)
     expected = levels.numpy()
-    if nv12 and codec == "mjpeg":  # whose range is the whole one
+    if nv12 and codec == "mjpeg":  # which use the full range
         expected = (expected - 16) * 255 / 219
     np.testing.assert_allclose(luma_of(tmp_path / "clip.mp4"), expected, atol=3)

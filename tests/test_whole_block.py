@@ -1,4 +1,4 @@
-"""The plain reference of a whole block, from packed weights, against the network's own modules."""
+"""The plain reference of a whole block, from packed weights, against the network's modules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpupipe.models.fold import fold_batch_norms
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
-    """Folded; at this width its blocks have 4, 8, 12 … channels: none is a multiple of 16."""
+    """A folded network; at this width its blocks have 4, 8, 12 … channels, and none is a multiple of 16."""
     return fold_batch_norms(seeded_network(width=1 / 8).eval())
 
 
@@ -41,7 +41,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """The greatest, as a share of the expected values' spread; ``found`` has padding behind its channels."""
+    """The largest difference, as a share of the expected values' spread; ``found`` has padding after its channels."""
     channels = expected.shape[1]
     assert not found[..., channels:].any(), "what pads channels is not 0"
     return float((found[..., :channels].permute(0, 3, 1, 2).float() - expected).abs().max() / expected.std())

@@ -20,10 +20,10 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 EXPANDS = [False, True]
-"""By tensor-core steps of a warp, and of a warpgroup."""
+"""With tensor-core instructions of a warp, and of a warpgroup."""
 
 FIRST = torch.tensor([0])
-"""One sample, which takes the first of the skips."""
+"""For one sample, which takes the first skip."""
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def block_of(low: int, skip: int, hidden: int, out: int, *, stride: int = 1, res
 
 
 def noise(*shape: int) -> Tensor:
-    """A map of ``shape`` (B, H, W, C), padded."""
+    """A random map of ``shape`` (B, H, W, C), padded."""
     return pad_channels(torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))).half()
 
 
 def run(kernels: Any, skip: Tensor, block: PackedBlock, *, wgmma: bool = False, **options: Any) -> Tensor:
-    """The kernel, its result on the CPU."""
+    """Run the kernel; its result on the CPU."""
     if wgmma and CUDA and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("warpgroup instructions need compute capability 9.0")
     moved = {
@@ -65,7 +65,7 @@ def run(kernels: Any, skip: Tensor, block: PackedBlock, *, wgmma: bool = False, 
 
 
 def check(found: Tensor, expected: Tensor) -> None:
-    """Float16 sums of nine taps and a float16 hidden tensor, on values of 0 to 6; a mouth within one step."""
+    """Float16 rounding of sums of nine taps and of the hidden tensor, on values of 0 to 6; a mouth within one step."""
     assert found.dtype == expected.dtype and found.shape == expected.shape
     error = (found.double() - expected.double()).abs()
     if found.dtype == torch.uint8:
@@ -76,7 +76,7 @@ def check(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("wgmma", EXPANDS)
 def test_plain_block_with_residual(kernels: Any, wgmma: bool) -> None:
-    """Tiles that reach over the map's right and lower edge; 6 of 16 channels, 12 of 32 hidden ones."""
+    """Tiles that reach over the map's right and lower edge; 6 channels of 16 and 12 hidden ones of 32 are used."""
     skip, block = noise(1, 7, 31, 6), block_of(0, 6, 12, 6, residual=True)
     check(run(kernels, skip, block, wgmma=wgmma), whole_block(skip, block))
 
@@ -84,7 +84,7 @@ def test_plain_block_with_residual(kernels: Any, wgmma: bool) -> None:
 @pytest.mark.parametrize("wgmma", EXPANDS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_an_image_of_fewer_channels(kernels: Any, stride: int, wgmma: bool) -> None:
-    """Six channels a pixel in memory, 16 in the weights; the next pixel's must not count."""
+    """Six channels a pixel in memory, 16 in the weights: the next pixel's must not be added."""
     block = block_of(0, 16, 12, 6, stride=stride)
     image = torch.randn(2, 7, 31, 6, generator=torch.Generator().manual_seed(1)).half()
     found = run(kernels, image, block, wgmma=wgmma)
@@ -96,7 +96,7 @@ def test_an_image_of_fewer_channels(kernels: Any, stride: int, wgmma: bool) -> N
 
 @pytest.mark.parametrize("wgmma", EXPANDS)
 def test_upsampled_and_concatenated(kernels: Any, wgmma: bool) -> None:
-    """A skip of fewer channels than the upsampled map has, two chunks of hidden channels, and what must not pass."""
+    """A skip with fewer channels than the upsampled map, two chunks of hidden channels, and negative controls."""
     low, skip, block = noise(1, 4, 15, 20), noise(1, 8, 30, 12), block_of(20, 12, 40, 8)
     found = run(kernels, skip, block, low=low, index=FIRST, wgmma=wgmma)
     check(found, whole_block(skip, block, low=low, index=FIRST))
@@ -176,7 +176,7 @@ def test_samples_of_a_batch_and_of_a_bank(kernels: Any) -> None:
 @pytest.mark.parametrize("wgmma", EXPANDS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_no_bank_conflicts_and_no_wasted_sectors(kernels: Any, stride: int, wgmma: bool) -> None:
-    """Nor does a warp's load or store of 16 bytes a thread touch more memory than it moves."""
+    """And a warp's loads and stores of 16 bytes a thread touch no more memory than they move."""
     counts, block = Counts(), block_of(0 if stride == 2 else 32, 32, 64, 32, stride=stride)
     low = {} if stride == 2 else {"low": noise(1, 12, 60, 32), "index": FIRST}
     with machine(90 if wgmma else 80, counts=counts):
