@@ -19,13 +19,13 @@ COMPARISONS = {
     "lo": operator.lt, "ls": operator.le, "hi": operator.gt, "hs": operator.ge, "equ": operator.eq, "neu": operator.ne,
     "ltu": operator.lt, "leu": operator.le, "gtu": operator.gt, "geu": operator.ge,
 }  # fmt: skip
-"""Those that end in u hold, of floats, for what is not a number, too."""
+"""With floats, those that end in u also hold if an operand is NaN."""
 
 UNORDERED = {"equ", "neu", "ltu", "leu", "gtu", "geu"}
 
 
 def _inputs(machine: Machine, instruction: Instruction, dtype: np.dtype[Any] | None = None) -> list[Any]:
-    """All operands but the first; pairs as shape (threads, 2)."""
+    """The values of all operands but the first; pairs as shape (threads, 2)."""
     read = machine.read_pair if instruction.opcode[-1].endswith("x2") else machine.read
     return [read(one, dtype or instruction.dtype) for one in instruction.operands[1:]]
 
@@ -67,7 +67,7 @@ def _compare(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     comparison = instruction.opcode[1]
     a, b = _inputs(machine, instruction)
     holds = COMPARISONS[comparison](a, b)
-    if instruction.dtype.kind == "f":  # numpy's only exception from "nothing compares with what is no number" is ne
+    if instruction.dtype.kind == "f":  # with NaN, numpy's comparisons are all false but ne
         neither = np.isnan(a) | np.isnan(b)
         holds = (holds | neither) if comparison in UNORDERED else (holds & ~neither)
     _put(machine, instruction, holds, mask)
@@ -122,7 +122,7 @@ def _bitwise(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 @executes("shl", "shr")
 def _shift(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """By more than there are bits, all are gone."""
+    """A shift by more than the number of bits leaves none of them."""
     value = machine.read(instruction.operands[1], instruction.dtype)
     bits = value.itemsize * 8
     by = machine.read(instruction.operands[2], TYPES["u32"])
@@ -137,7 +137,7 @@ def _shift(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def _product(machine: Machine, instruction: Instruction) -> Any:
-    """Of the second and third operand, by the part of it that the opcode names; full precision for ``wide``."""
+    """The part that the opcode names of the second and third operand's product; all of it for ``wide``."""
     a, b = (machine.read(one, instruction.dtype) for one in instruction.operands[1:3])
     part = instruction.opcode[1]
     if part == "lo":
@@ -165,7 +165,7 @@ def _multiply_add(machine: Machine, instruction: Instruction, mask: Mask) -> Non
 
 @executes("fma")
 def _fused_multiply_add(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """In double precision, which holds products exactly, and then rounded."""
+    """Computed in double precision, which holds products exactly, and then rounded."""
     a, b, c = (np.asarray(one).astype(np.float64) for one in _inputs(machine, instruction))
     result = a * b + c
     if "relu" in instruction.opcode:

@@ -1,4 +1,4 @@
-"""Triton's kernels, compiled for a GPU and executed by the machine: on CPU tensors, without a GPU."""
+"""Triton's kernels, compiled for a GPU and executed by the machine, on CPU tensors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from ptx_machine.memory import Buffer
 
 
 def compiled(*names: str) -> ModuleType:
-    """The last of the kernels' modules ``names``, each imported anew with its functions to be compiled.
+    """Import the kernels' modules ``names`` anew, with their functions to be compiled; returns the last one.
 
-    They are given in the order in which they import each other; the real ones, which may have been made for Triton's
-    interpreter, are left as they are.
+    They are given in the order in which they import each other. The modules already imported, whose kernels may be for
+    Triton's interpreter, are left as they are.
     """
     for name in names:
-        importlib.import_module(name)  # and all that it takes, which is kept
+        importlib.import_module(name)  # and what it imports, which is kept
     real = {name: sys.modules[name] for name in names}
     try:
         with mock.patch.dict("os.environ", TRITON_INTERPRET="0"):
@@ -49,16 +49,17 @@ def machine(
     launcher: Callable[[Callable[[], None], list[Tensor]], None] | None = None,
     counts: Counts | None = None,
 ) -> Iterator[None]:
-    """Within this context launches compile for compute capability ``arch`` / 10 and execute here.
+    """Within this context, launches compile for compute capability ``arch`` / 10 and execute here.
 
-    All that Triton does before a launch is done: what it makes of arguments that are 1, or multiples of 16, too.
+    Everything that Triton does before a launch is done, also its specialisation for arguments that are 1 or multiples
+    of 16.
 
     Args:
-        launcher: takes what executes a launch, and the tensors that it was given; by default it is executed at once.
+        launcher: called with a function that executes the launch, and its tensors; by default it is executed at once.
         counts: to add what is executed to.
     """
     driver = SimpleNamespace(
-        get_current_device=lambda: arch,  # which Triton keeps apart what it compiled for
+        get_current_device=lambda: arch,  # the key of Triton's cache of compiled kernels
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", arch, WARP),
     )
@@ -92,7 +93,7 @@ def machine(
 
 
 def buffers_of(tensors: list[Tensor]) -> list[Buffer]:
-    """The memory that tensors lie in, each once. It is not kept."""
+    """The tensors' memory, each storage once. It is not kept alive."""
     storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors if one.numel()}
     return [
         Buffer(start, np.frombuffer((ctypes.c_uint8 * size).from_address(start), np.uint8))

@@ -1,11 +1,11 @@
-"""What a frame costs the network's kernels in instructions: each launch of an engine, compiled, executed and counted.
+"""Instructions that the network's kernels execute per frame: each launch of an engine, compiled, executed and counted.
 
 ``python -m ptx_machine.ledger fused | gluon [--arch 90] [--batch 64] [--width 1] [--record]``, with ``tests`` on
 ``PYTHONPATH``; about three minutes.
 
-Of each launch a few blocks from the middle of its grid are executed, and stand for the others: what comes out is no
-picture. PTX is counted, of which the assembler drops most of the moves; the audio branch's two dense layers, which are
-cuDNN's, are left out.
+Of each launch a few blocks from the middle of its grid are executed, and stand for the others, so the output is not a
+picture. What is counted is PTX, of which the assembler drops most moves. The audio branch's two dense layers, which run
+in cuDNN, are left out.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from ptx_machine.program import parse
 
 @dataclass(frozen=True)
 class Entry:
-    """A launch, for each frame of its batch.
+    """A launch; numbers are per frame of its batch.
 
     Attributes:
-        half: of the network, the template's or speech's.
+        half: of the network, ``template`` or ``speech``.
         kernel: its name.
         grid: blocks of the batch.
-        instructions, moves: of a warp; the second are among the first.
+        instructions, moves: warp instructions; the first include the second.
         passes: through shared memory's banks.
         sectors: of 32 bytes that loads and stores touch, caches included.
     """
@@ -78,7 +78,7 @@ def count(engine: FusedEngine, network: UNet328, arch: int, batch: int, most: in
 
 @contextlib.contextmanager
 def _on_the_machine(arch: int, execute: Any) -> Iterator[None]:
-    """Kernels are launched wherever their tensors lie, and their launches go to ``execute``."""
+    """Launch kernels whatever their tensors' device; the launches go to ``execute``."""
     with contextlib.ExitStack() as stack:
         for module in (inverted_residual, pointwise):
             stack.enter_context(mock.patch.object(module, "backend", return_value="triton"))

@@ -1,11 +1,11 @@
-"""Executes a compiled kernel's PTX on the CPU, all threads of a number of blocks abreast.
+"""Executes a compiled kernel's PTX on the CPU, all threads of several blocks abreast.
 
-A register is an array with an element for each thread, an instruction a few numpy operations. Threads that branch apart
-go on in groups, the one that is furthest behind first, until they meet again.
+A register is an array with an element for each thread, an instruction a few numpy operations. Threads that diverge
+continue in groups, the one that is furthest behind first, until they meet again.
 
-It is a strict machine: what PTX leaves undefined, and a GPU would do one way today and another way tomorrow, is an
-error that names the instruction (see :mod:`ptx_machine.memory` and :mod:`ptx_machine.tensor_cores`). What it cannot
-show: anything that the assembler does to the PTX after this, and time.
+It is strict: what PTX leaves undefined, so that a GPU may do it differently each time, is an error that names the
+instruction (see :mod:`ptx_machine.memory` and :mod:`ptx_machine.tensor_cores`). It cannot show what the assembler does
+to the PTX afterwards, nor a kernel's speed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ptx_machine.program import FLOATS, Immediate, Instruction, Program, PtxErro
 WARP = 32
 
 BLOCKS_ABREAST = 32
-"""Blocks that are executed together: enough to make an array's overhead small, few enough for their shared memory."""
+"""Blocks that are executed together: enough to make numpy's overhead small, few enough to hold their shared memory."""
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Mask = Array | None
@@ -33,7 +33,7 @@ Mask = Array | None
 Handler = Callable[["Machine", Instruction, Mask], None]
 
 HANDLERS: dict[str, Handler] = {}
-"""By the first part of an opcode; the modules of instructions add theirs."""
+"""Handlers by the first part of the opcode; the modules of instructions add theirs."""
 
 
 def executes(*opcodes: str) -> Callable[[Handler], Handler]:
@@ -52,7 +52,7 @@ class Group:
 
     Attributes:
         place: the instruction's index.
-        waits: whether they have come to a barrier, and wait for the block's others.
+        waits: whether they are at a barrier, waiting for the rest of the block.
     """
 
     place: int
@@ -65,9 +65,10 @@ class Counts:
     """What a launch executed, by opcode.
 
     Attributes:
-        instructions: of a warp.
-        shared: passes through shared memory's banks, and the fewest for as many words.
-        sectors: of 32 bytes of global memory, that a warp's instruction touched, and the fewest for as many bytes.
+        instructions: warp instructions.
+        shared, fewest_shared: passes through shared memory's banks, and the fewest possible for as many words.
+        sectors, fewest_sectors: 32-byte sectors of global memory that warp instructions touched, and the fewest
+            possible for as many bytes.
     """
 
     instructions: Counter[str] = field(default_factory=Counter)
@@ -77,7 +78,7 @@ class Counts:
     fewest_sectors: Counter[str] = field(default_factory=Counter)
 
     def count_shared(self, opcode: str, lanes: Array, addresses: Array, width: int) -> None:
-        """32 banks of 4 bytes; of 8 and 16 bytes a thread, a half and a quarter of a warp go together."""
+        """32 banks of 4 bytes; of 8 and 16 bytes a thread, half and a quarter of a warp are served at a time."""
         words = max(width // 4, 1)
         together = lanes // (WARP // words)
         word = addresses[:, None] // 4 + np.arange(words)
@@ -89,7 +90,7 @@ class Counts:
         self.fewest_shared[opcode] += int((-(-banks.sum(axis=1) // 32)).sum())
 
     def count_sectors(self, opcode: str, lanes: Array, addresses: Array, width: int) -> None:
-        """Aligned accesses of up to 16 bytes a thread lie in one sector each."""
+        """Each thread's aligned access of up to 16 bytes lies in one sector."""
         warp = lanes // WARP
         self.sectors[opcode] += len(np.unique(np.stack([warp, addresses // 32], axis=1), axis=0))
         distinct = np.unique(np.stack([warp, addresses], axis=1), axis=0)[:, 0]
@@ -107,7 +108,7 @@ class Machine:
         shared_bytes: of a block.
         memory: what pointers may point to.
         arguments: values of the program's parameters.
-        counts: to add what is executed to.
+        counts: to which executed instructions are added.
     """
 
     def __init__(
@@ -145,8 +146,8 @@ class Machine:
             for (name, dtype), value in zip(program.parameters.items(), arguments, strict=True)
         }
         self.registers: dict[str, Array] = {}
-        self.in_flight: dict[str, Instruction] = {}  # registers that a product which goes on is writing
-        self.copies_begun: list[Any] = []  # what goes on beside the threads: not committed yet, and in groups
+        self.in_flight: dict[str, Instruction] = {}  # registers that an asynchronous product is writing
+        self.copies_begun: list[Any] = []  # asynchronous work: not yet committed, and in committed groups
         self.copies: list[list[Any]] = []
         self.products_begun: list[Any] = []
         self.products: list[list[Any]] = []
@@ -155,7 +156,7 @@ class Machine:
     # ── registers ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def read(self, operand: Any, dtype: np.dtype[Any]) -> Any:
-        """An operand's values as ``dtype``, one a thread, or one for all; a wider register's lower bits."""
+        """An operand's values as ``dtype``, one for each thread or one for all; of a wider register the lower bits."""
         if isinstance(operand, Immediate):
             return operand.value(dtype)
         if isinstance(operand, Symbol):
@@ -165,7 +166,7 @@ class Machine:
             if operand.name in self.in_flight:
                 raise PtxError(f"{operand.name} is read before it is waited for: {self.in_flight[operand.name]}")
             held = self.registers.get(operand.name)
-            if held is None:  # the compiler fills words with bytes that it never uses
+            if held is None:  # legal: the compiler fills words with unused bytes
                 held = self._poison(operand)
         if held.itemsize > dtype.itemsize:
             held = held.astype(f"u{dtype.itemsize}")
@@ -177,7 +178,7 @@ class Machine:
         return np.ascontiguousarray(values).view(dtype).reshape(self.lanes, 2)
 
     def write(self, operand: Any, values: Any, mask: Mask) -> None:
-        """Values, one a thread or one for all, into a register; narrower ones are extended by their own sign."""
+        """Write a register: a value for each thread or one for all, extended by its own sign if narrower."""
         if isinstance(operand, Symbol):
             return
         dtype = self._dtype(operand)
@@ -204,11 +205,11 @@ class Machine:
         return self.program.registers[register.name.rstrip("0123456789")]
 
     def _poison(self, register: Register) -> Array:
-        """What was never written: ones, which are no numbers to floats, and outside of everything as addresses."""
+        """What an unwritten register holds: all bits set, which is NaN as a float and an invalid address."""
         return np.full(self.lanes, -1).astype(self._dtype(register))
 
     def whole_warps(self, mask: Mask) -> Array:
-        """Indices of the warps that take part in an instruction that a warp executes as one."""
+        """Indices of the warps that take part in an instruction that a warp must execute together."""
         if mask is None:
             return np.arange(self.lanes // WARP)
         warps = mask.reshape(-1, WARP)
@@ -245,7 +246,7 @@ class Machine:
         return first
 
     def _advance(self, group: Group, until: int) -> None:
-        """Execute for a group until it meets others at ``until``, parts, waits or ends."""
+        """Execute for a group until it meets others at ``until``, diverges, waits or ends."""
         instructions = self.program.instructions
         while group.place < until:
             instruction = instructions[group.place]
@@ -300,7 +301,7 @@ class Machine:
             self._groups.append(Group(target, taken))
 
     def _pass_barrier(self) -> None:
-        """All that are left wait at a barrier: each block's threads at the same one."""
+        """Let threads pass when all that are left wait at a barrier, each block's at the same one."""
         places = np.full(self.lanes, -1)
         for group in self._groups:
             places[slice(None) if group.mask is None else group.mask] = group.place
@@ -329,16 +330,16 @@ def launch(
         arguments: of its parameters, in order; pointers as addresses in ``buffers``.
         buffers: the memory that it may touch.
         threads, shared_bytes: of a block.
-        counts: to add what was executed to.
-        most: so many blocks, from the middle of the grid, and no others; None executes them all.
+        counts: to which executed instructions are added.
+        most: execute only so many blocks, from the middle of the grid; None executes all.
 
     Raises:
         PtxError: it does what PTX leaves undefined.
     """
     for name in ("arithmetic", "tensor_cores", "transfers"):
-        importlib.import_module(f"ptx_machine.{name}")  # which adds its instructions
+        importlib.import_module(f"ptx_machine.{name}")  # importing it adds its instructions
     program = parse(ptx)
-    memory = Global([Buffer(one.start, one.data) for one in buffers])  # a graph launches the same ones again
+    memory = Global([Buffer(one.start, one.data) for one in buffers])  # new ones: a graph launches these again
     blocks = grid[0] * grid[1] * grid[2]
     executed = blocks if most is None else min(most, blocks)
     begin = (blocks - executed) // 2

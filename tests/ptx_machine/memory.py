@@ -1,11 +1,11 @@
-"""Global and shared memory, and what their users must not do.
+"""Global and shared memory, and which accesses are errors.
 
-Errors, beside access outside of what there is and at addresses that the access' width does not divide:
+Errors, besides addresses out of bounds or not aligned to the access' width:
 
 * a race: threads touch the same bytes of shared memory, one of them writing, with no barrier in between; or two
   threads write different values to the same place of global memory, or one reads what another block wrote;
-* shared memory is read before anything was written to it, or before a copy that goes on beside the thread
-  (``cp.async``) was waited for;
+* shared memory is read before anything was written to it, or before an asynchronous copy (``cp.async``) was waited
+  for;
 * tensor cores read shared memory that was written by ordinary stores without a proxy fence since.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, np.dtype[Any]]
 
 GRANULE = 4
-"""Bytes of shared memory that are looked after together."""
+"""Bytes of shared memory that share a record."""
 
 NOBODY, SEVERAL = -1, -2
 
@@ -37,7 +37,7 @@ class Buffer:
     Attributes:
         start: its address.
         data: its bytes.
-        written_by: thread of the launch that wrote each byte, or ``NOBODY``; made when something is written.
+        written_by: the launch's thread that wrote each byte, or ``NOBODY``; None until something is written.
     """
 
     start: int
@@ -45,7 +45,7 @@ class Buffer:
     written_by: Array | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """As all allocators do it: what an access' width divides is then a row of that many bytes."""
+        """Check the alignment, which all allocators give: aligned accesses are then rows of the data."""
         if self.start % 16:
             raise ValueError(f"a buffer at {self.start:#x}; expected a multiple of 16")
 
@@ -57,7 +57,7 @@ class Global:
         self._buffers = list(buffers)
 
     def load(self, machine: Machine, addresses: Array, lanes: Array, dtype: np.dtype[Any], count: int) -> Array:
-        """``count`` values a thread, shape (lanes, count)."""
+        """Load ``count`` values for each thread, shape (lanes, count)."""
         found = np.empty((len(addresses), count), dtype)
         for buffer, some in self._parts(addresses, dtype.itemsize * count):
             width, row = dtype.itemsize * count, (addresses[some] - buffer.start) // (dtype.itemsize * count)
@@ -70,7 +70,7 @@ class Global:
         return found
 
     def store(self, machine: Machine, addresses: Array, lanes: Array, values: Array) -> None:
-        """The opposite; ``values`` has shape (lanes, count)."""
+        """Store ``values`` of shape (lanes, count)."""
         given = np.ascontiguousarray(values).view(np.uint8)
         width = given.shape[1]
         for buffer, some in self._parts(addresses, width):
@@ -86,7 +86,7 @@ class Global:
                 raise PtxError("threads write different values to the same place")
 
     def _parts(self, addresses: Array, width: int) -> list[tuple[Buffer, Any]]:
-        """The buffers that accesses fall into, each with which of them do."""
+        """The buffers that are accessed, each with the accesses that fall into it."""
         if (addresses % width).any():
             raise PtxError(f"address {int(addresses[addresses % width != 0][0]):#x} is no multiple of {width} bytes")
         lowest, highest = int(addresses.min()), int(addresses.max()) + width
@@ -106,12 +106,12 @@ class Global:
 
 
 def _byte_rows(record: Array, width: int) -> Array:
-    """A buffer's record with a row for each place that an access of ``width`` bytes may have."""
+    """A buffer's record as rows, one for each possible access of ``width`` bytes."""
     return record[: len(record) // width * width].reshape(-1, width)
 
 
 class Shared:
-    """The shared memory of a number of blocks.
+    """The shared memory of several blocks.
 
     Places are counted in bytes from the start of the first block's memory. A granule's records say who touched it last,
     and what has happened since the last barrier, which all blocks pass together. A warp's time goes up at each barrier
@@ -125,7 +125,7 @@ class Shared:
         granules = len(self.data) // GRANULE
         self._warp_time = np.zeros(blocks * self._warps, np.int32)
         self._writer = np.full(granules, NOBODY, np.int32)
-        self._written_since = np.zeros(granules, bool)  # the last barrier
+        self._written_since = np.zeros(granules, bool)  # since the last barrier
         self._written_warp = np.zeros(granules, np.int32)
         self._reader, self._reader_warp = np.full((2, granules), NOBODY, np.int32)  # since the last barrier
         self._read_warp = np.zeros(granules, np.int32)
@@ -133,10 +133,10 @@ class Shared:
         self._unfenced = np.zeros(granules, bool)  # written by ordinary stores, not yet for tensor cores to see
 
     def places(self, lanes: Array, addresses: Array, width: int) -> Array:
-        """Where threads' addresses are.
+        """The places of threads' addresses.
 
         Raises:
-            PtxError: outside of the block's memory, or at no multiple of ``width``.
+            PtxError: outside of the block's memory, or not at a multiple of ``width``.
         """
         if (addresses % width).any():
             raise PtxError(f"shared address {int(addresses[addresses % width != 0][0])} is no multiple of {width}")
@@ -145,12 +145,12 @@ class Shared:
         return (lanes // self._threads).astype(np.int64) * self.size + addresses
 
     def read(self, lanes: Array, places: Array, width: int) -> Array:
-        """``width`` bytes a thread, shape (lanes, width)."""
+        """Read ``width`` bytes for each thread, shape (lanes, width)."""
         self.note_reads(lanes, places, width)
         return self.data.reshape(-1, width).take(places // width, axis=0)
 
     def write(self, lanes: Array, places: Array, values: Array) -> None:
-        """The opposite; ``values`` are bytes."""
+        """Write ``values``: bytes, shape (lanes, width)."""
         width = values.shape[1]
         self.note_writes(lanes, places, width)
         rows, which = self.data.reshape(-1, width), places // width
@@ -159,7 +159,7 @@ class Shared:
             raise PtxError("threads write different values to the same place")
 
     def note_reads(self, lanes: Array, places: Array, width: int) -> None:
-        """Raise if what is read is not there, or not surely; else remember who read it."""
+        """Raise if what is read was not written, or may not be there yet; otherwise record who read it."""
         row, lane = _row(places, width), lanes[:, None]
         writer = _at(self._writer, row, width)
         if _at(self._copied, row, width).any():
@@ -179,7 +179,7 @@ class Shared:
         _rows(self._read_warp, width)[row] = self._warp_time[warp]
 
     def note_writes(self, lanes: Array, places: Array, width: int) -> None:
-        """Raise if others may still read or write there; else remember who wrote."""
+        """Raise if others may still read or write there; otherwise record who wrote."""
         row, lane = _row(places, width), lanes[:, None]
         if width >= GRANULE:
             writer = _at(self._writer, row, width)
@@ -210,17 +210,17 @@ class Shared:
     # ── order ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def pass_barrier(self) -> None:
-        """All threads of every block have met."""
+        """All threads of every block have reached a barrier."""
         self._warp_time += 1
         self._written_since[:] = False
         self._reader[:] = self._reader_warp[:] = NOBODY
 
     def pass_warp_barrier(self, warps: Array) -> None:
-        """All threads of these warps have."""
+        """All threads of these warps have reached the warp's barrier."""
         self._warp_time[warps] += 1
 
     def fence(self, lanes: Array) -> None:
-        """What these threads wrote, or what was written before the last barrier, is there for tensor cores too."""
+        """Make what these threads wrote, and what was written before the last barrier, visible to tensor cores."""
         blocks = len(self.data) // self.size
         own, of_block = np.zeros(blocks * self._threads, bool), np.zeros((blocks, 1), bool)
         own[lanes] = of_block[lanes // self._threads] = True
@@ -228,18 +228,18 @@ class Shared:
         self._unfenced[(self._writer != NOBODY) & (own[self._writer] | fenced.ravel())] = False
 
     def start_copy(self, lanes: Array, places: Array, values: Array) -> None:
-        """Begin to write bytes beside the threads."""
+        """Begin an asynchronous copy of bytes."""
         width = values.shape[1]
         self.write(lanes, places, values)
         _rows(self._copied, width)[_row(places, width)] = True
 
     def finish_copy(self, lanes: Array, places: Array, width: int) -> None:
-        """These threads have waited for it: what they copied is now as if they had stored it."""
+        """These threads have waited for their copy, which now counts as stored by them."""
         _rows(self._copied, width)[_row(places, width)] = False
         self.note_writes(lanes, places, width)
 
     def read_by_tensor_cores(self, warps: Array, places: Array, dtype: np.dtype[Any]) -> Array:
-        """16-bit values that whole warpgroups read; ``places`` has a row for each warpgroup's first warp."""
+        """Read 16-bit values for whole warpgroups; ``places`` has a row for each warpgroup's first warp."""
         lanes = np.repeat(warps.astype(np.int32) * 32, places.shape[1])
         chunks, first = np.unique(places.ravel() // _CHUNK, return_index=True)
         row = _row(chunks * _CHUNK, _CHUNK)
@@ -251,11 +251,11 @@ class Shared:
 
 
 _CHUNK = 16
-"""Bytes that stay together in every matrix that tensor cores read from shared memory."""
+"""Bytes that are contiguous in every matrix that tensor cores read from shared memory."""
 
 
 def _rows(record: Array, width: int) -> Array:
-    """A record with a row for each place that an access of ``width`` bytes may have."""
+    """A record as rows, one for each possible access of ``width`` bytes."""
     return record.reshape(-1, max(width // GRANULE, 1))
 
 

@@ -1,4 +1,4 @@
-"""A pytest plugin: Triton's kernels are compiled and executed by the machine, in place of Triton's interpreter.
+"""A pytest plugin: Triton's kernels are compiled and executed by the machine, not by Triton's interpreter.
 
 ``PTX_MACHINE=90 python -m pytest -p ptx_machine.plugin tests/test_….py``, with ``tests`` on ``PYTHONPATH``.
 """

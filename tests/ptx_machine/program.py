@@ -22,7 +22,7 @@ TYPES: dict[str, np.dtype[Any]] = {
 TYPES |= {f"f{bits}": np.dtype(f"f{bits // 8}") for bits in (16, 32, 64)} | {"pred": np.dtype(bool)}
 TYPES["bf16"] = np.dtype(ml_dtypes.bfloat16)
 TYPES |= {f"{name}x2": TYPES[name] for name in ("f16", "bf16", "s16", "u16")}
-"""By PTX's name; of a pair that is packed into 32 bits, the type of one."""
+"""By PTX's name; for a pair that is packed into 32 bits, the type of one element."""
 
 
 FLOATS = {TYPES[name] for name in ("f16", "bf16", "f32", "f64")}
@@ -46,7 +46,7 @@ class Immediate:
     text: str
 
     def value(self, dtype: np.dtype[Any]) -> Any:
-        """As ``dtype``: the bits of one, or the number."""
+        """The number as ``dtype``, or the bits if the text gives bits."""
         if self.text.startswith(("0f", "0F", "0d", "0D")):
             return np.array(int(self.text[2:], 16), f"u{dtype.itemsize}").view(dtype)[()]
         number = int(self.text.rstrip("U"), 0)
@@ -58,7 +58,7 @@ class Immediate:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A name: of a parameter, of shared memory, or of a place to go to; ``_`` takes what nobody wants."""
+    """The name of a parameter, of shared memory or of a label; ``_`` discards a result."""
 
     name: str
 
@@ -87,7 +87,7 @@ class Instruction:
 
     Attributes:
         opcode: split at its dots: ``("ld", "global", "v4", "b32")``.
-        predicate: the register that says which threads take part, and whether it says which do not.
+        predicate: the register that says which threads take part, and whether it is negated.
         line: where it stands in the text, from 1.
     """
 
@@ -99,7 +99,7 @@ class Instruction:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """What the last part of the opcode names."""
+        """The type that the last part of the opcode names."""
         return TYPES[self.opcode[-1]]
 
     def __str__(self) -> str:
@@ -113,7 +113,7 @@ class Program:
     Attributes:
         name: its own.
         parameters: name → type, in order.
-        registers: what a register's name begins with → its type.
+        registers: prefix of a register's name → its type.
         labels: → index of the instruction that follows.
     """
 
@@ -152,7 +152,7 @@ def parse(text: str) -> Program:
 
 
 def _statements(text: str, start: int) -> Iterator[tuple[int, str]]:
-    """Line and text of each statement of the function whose body begins at ``start``: Triton puts one in a line."""
+    """Line and text of each statement of the function whose body begins at ``start``: Triton writes one per line."""
     for line, statement in enumerate(text[start:].splitlines(), 1 + text.count("\n", 0, start)):
         if statement.strip() == "}":
             return
@@ -177,7 +177,7 @@ def _instruction(statement: str, line: int) -> Instruction:
 
 
 def _split(operands: str) -> list[str]:
-    """At commas outside of braces and brackets."""
+    """Split at commas outside of braces and brackets."""
     return [one.strip() for one in re.findall(r"(?:\{[^}]*\}|\[[^]]*\]|[^,{\[])+", operands) if one.strip()]
 
 

@@ -1,15 +1,15 @@
-"""Products of matrices: by a warp, and by a warpgroup, which goes on beside the threads.
+"""Products of matrices: by a warp, and asynchronously by a warpgroup.
 
 Layouts are those of the PTX ISA manual, "Matrix Fragments for mma.m16n8k16", "Register Fragments and Shared Memory
 Matrix Layouts" and "Matrix Descriptor" of wgmma.
 
-Errors, beside what shared memory minds:
+Errors, besides those of shared memory:
 
-* registers of a product that goes on are touched before it is waited for;
-* shared memory changes under it.
+* registers of an asynchronous product are touched before it is waited for;
+* shared memory changes while it runs.
 
-That operands in registers are written before a ``wgmma.fence`` is not looked after: the assembler puts one where it
-misses one, and says so (C7519).
+A missing ``wgmma.fence`` after operands in registers are written is not checked: the assembler inserts it with a
+warning (C7519).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ptx_machine.machine import WARP, Array, Machine, Mask, executes
 from ptx_machine.program import TYPES, Immediate, Instruction, PtxError, Vector
 
 WARPS = 4
-"""Of a warpgroup."""
+"""Warps of a warpgroup."""
 
 _FACTORS = ("f16", "bf16")
 
 SWIZZLES = {1: 128, 2: 64, 3: 32}
-"""Of a descriptor: bytes that are permuted together."""
+"""A descriptor's swizzle mode → bytes that are permuted together."""
 
 
 def _held(machine: Machine, operand: Vector, dtype: np.dtype[Any]) -> Array:
@@ -69,7 +69,7 @@ def _warp_product(machine: Machine, instruction: Instruction, mask: Mask) -> Non
 
 @dataclass
 class Product:
-    """One that goes on: what it writes, and what must not change meanwhile."""
+    """An asynchronous product that is not yet waited for: what it writes, and what must not change meanwhile."""
 
     registers: tuple[str, ...]
     places: list[Array]
@@ -78,7 +78,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A matrix in shared memory, as PTX describes it in 64 bits; of each warpgroup, as arrays."""
+    """A matrix in shared memory, as PTX describes it in 64 bits: arrays with an element for each warpgroup."""
 
     start: Array
     leading: Array
@@ -87,7 +87,7 @@ class Descriptor:
 
     @classmethod
     def of(cls, bits: Array) -> Descriptor:
-        """From the 64 bits."""
+        """Decode the 64 bits."""
         modes = np.unique(bits >> np.uint64(62))
         if len(modes) != 1 or (bits >> np.uint64(49) & np.uint64(7)).any():
             raise PtxError("descriptors of several kinds, or with a base offset")
@@ -98,7 +98,7 @@ class Descriptor:
         return cls(field(0), field(16), field(32), int(modes[0]))
 
     def addresses(self, rows: int, depth: int, *, transposed: bool) -> Array:
-        """Of the 16-bit values of a matrix, shape (warpgroups, rows, depth); rows lie along M or N."""
+        """Addresses of a matrix' 16-bit values, shape (warpgroups, rows, depth); rows lie along M or N."""
         row, k = np.arange(rows)[:, None], np.arange(depth)[None, :]
         leading, stride = self.leading[:, None, None], self.stride[:, None, None]
         width = SWIZZLES.get(self.swizzle)

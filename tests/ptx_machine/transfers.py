@@ -1,4 +1,4 @@
-"""Instructions that move values between registers and memory, and those that order them."""
+"""Instructions that move values between registers and memory, and those that order such moves."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def lanes_of(machine: Machine, mask: Mask) -> Array:
 
 
 def addresses_of(machine: Machine, operand: Address, lanes: Array, dtype: np.dtype[Any]) -> Array:
-    """Of these threads, as numbers that do not wrap around."""
+    """The addresses of these threads, in 64 bits, so that they do not wrap around."""
     base = np.broadcast_to(machine.read(operand.base, dtype), machine.lanes)
     return base[lanes].astype(np.int64) + operand.offset
 
 
 def _places(machine: Machine, instruction: Instruction, lanes: Array, operand: Address, width: int) -> Array:
-    """In shared memory."""
+    """The places in shared memory."""
     addresses = addresses_of(machine, operand, lanes, TYPES["u32"])
     if machine.counts is not None:
         machine.counts.count_shared(".".join(instruction.opcode), lanes, addresses, width)
@@ -84,7 +84,7 @@ def _store(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 @executes("cp")
 def _copy(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """``cp.async``: from global to shared memory, beside the threads; groups of copies are waited for in order."""
+    """``cp.async``: asynchronous copies from global to shared memory; groups of them are waited for in order."""
     what = instruction.opcode[2]
     if what == "commit_group":
         machine.copies.append(machine.copies_begun)
@@ -116,7 +116,7 @@ def _copy(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 @executes("bar")
 def _warp_barrier(machine: Machine, instruction: Instruction, mask: Mask) -> None:
-    """``bar.warp.sync``; a block's barrier is the scheduler's."""
+    """``bar.warp.sync``; the block's barrier is handled by :meth:`Machine.run`."""
     machine.shared.pass_warp_barrier(machine.whole_warps(mask))
 
 
@@ -131,7 +131,7 @@ def _fence(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def _rows(machine: Machine, instruction: Instruction, address: Address, count: int, mask: Mask) -> tuple[Array, Array]:
-    """Threads that give the addresses of ``count`` 8×8 matrices' rows, 8 each, and where these are."""
+    """The threads that give the row addresses of ``count`` 8×8 matrices, 8 each, and the rows' places."""
     warps = machine.whole_warps(mask)
     lanes = (warps[:, None] * WARP + np.arange(8 * count)).ravel().astype(np.int32)
     return lanes, _places(machine, instruction, lanes, address, 16)

@@ -1,6 +1,6 @@
-"""What the simulated GPU must bring to light: each of these forgets something, and must be seen to.
+"""Negative controls of the simulated GPU: mistakes in using a GPU, each of which it must detect.
 
-Run by ``tests/test_simulated_gpu.py``; on a GPU such mistakes go wrong only now and then.
+Run by ``tests/test_simulated_gpu.py``. On a real GPU such mistakes show only now and then.
 """
 
 from __future__ import annotations

@@ -17,20 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 failures: list[str] = []
-"""Tracebacks of queued work that failed. What had queued it is long gone."""
+"""Tracebacks of queued work that failed: the code that queued it has gone on."""
 
 _WAITS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "unique_consecutive", "bincount"}
-"""Operators that give the host a value, or a shape that depends on one."""
+"""Operators that give the host a value, or a shape that depends on values."""
 
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
-"""Operators that take indices from the host, too, and wait for a mask's."""
+"""Operators that also take indices from the host, and wait if an index is a mask."""
 
 _NATIVE = {
     "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "resize_", "set_", "record_stream",
     "_pin_memory", "is_pinned", "is_same_size", "_has_compatible_shallow_copy_type", "as_strided_", "transpose_",
     "squeeze_", "unsqueeze_", "t_",
 }  # fmt: skip
-"""Operators that only look at a tensor, its memory or its shape: torch's own, on the simulated runtime."""
+"""Operators that touch only a tensor's memory or shape, not its values: torch's own, on the simulated runtime."""
 
 _runtime = ctypes.CDLL(None)  # it is loaded before all else
 _runtime.simulated_gpu_queue.argtypes = [ctypes.c_void_p, ctypes.c_long]
@@ -55,7 +55,7 @@ def _run(number: int) -> None:
 
 
 def install(arch: str | None = None) -> None:
-    """Run what is for a CUDA device on the simulated one, from now on, in this thread and those that it starts.
+    """From now on, run work for CUDA devices on the simulated one, in this thread and those that it starts.
 
     Args:
         arch: Triton's kernels are compiled for this compute capability, times ten, and executed as PTX; None leaves
@@ -87,7 +87,7 @@ def without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _interpret_triton() -> None:
-    """Queue Triton's kernels, too: its interpreter would run them at once."""
+    """Queue Triton's kernels too; its interpreter would run them at once."""
     from triton.runtime.interpreter import GridExecutor
 
     launch = GridExecutor.__call__
@@ -105,7 +105,7 @@ def _interpret_triton() -> None:
 
 
 def _execute_triton(arch: int) -> None:
-    """Queue Triton's kernels as they are compiled."""
+    """Queue Triton's kernels, compiled for ``arch``."""
     from ptx_machine.launch import machine
 
     _contexts.enter_context(machine(arch, _queue_kernel))
@@ -122,7 +122,7 @@ def _queue_kernel(work: Callable[[], None], given: Any) -> None:
 
 
 class _Place:
-    """Where a CUDA tensor lies. Its memory is not kept: on a GPU, too, it may be given away before work is done."""
+    """Where a CUDA tensor lies. Its memory is not kept alive: as on a GPU, it may be reused before work is done."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.pointer, self.dtype = tensor.data_ptr(), tensor.dtype
@@ -153,7 +153,7 @@ def _at(value: Any) -> Any:
 
 
 def _device(values: Any) -> torch.device | None:
-    """The one device of the CUDA tensors among values; None if there are none."""
+    """The device of the CUDA tensors among values; None without any. They must share one."""
     found = {value.device for value in tree_flatten(values)[0] if _on_cuda(value)}
     if len(found) > 1:
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {sorted(map(str, found))}")
@@ -171,7 +171,7 @@ def _queue(work: Callable[[], None], device: torch.device | None) -> None:
 
 
 def _wait(device: torch.device | None) -> None:
-    """Wait for the current stream, which a capture forbids, and so may :func:`torch.cuda.set_sync_debug_mode`."""
+    """Wait for the current stream. A capture forbids that, and so may :func:`torch.cuda.set_sync_debug_mode`."""
     if torch.cuda.get_sync_debug_mode() == 2:
         raise RuntimeError("called a synchronizing CUDA operation")
     with torch.cuda.device(device):
@@ -183,7 +183,7 @@ def _wait(device: torch.device | None) -> None:
 
 
 class _Operators(TorchDispatchMode):
-    """Takes every operator that touches the device."""
+    """Intercepts every operator that touches the device."""
 
     def __torch_dispatch__(
         self, func: Any, types: tuple[type, ...], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -204,7 +204,7 @@ def _name(func: Any) -> str:
 
 
 def _touches_device(types: tuple[type, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a CUDA tensor is given or wanted, and none of a class of its own, as tracing has."""
+    """Whether a CUDA tensor is given or wanted. Not if a subclass of Tensor is involved, as in tracing."""
     if any(issubclass(one, Tensor) and one not in (Tensor, torch.nn.Parameter) for one in types):
         return False
     values = tree_flatten((args, kwargs))[0]
@@ -234,7 +234,7 @@ def _perform(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 @functools.cache
 def _is_view(func: Any) -> bool:
     if _is_composite(func):
-        return False  # some are views of what they are given only if it has the right layout
+        return False  # some return a view only if their input has the right layout
     aliases = [returned.alias_info for returned in func._schema.returns]
     written = any(one.alias_info is not None and one.alias_info.is_write for one in func._schema.arguments)
     return bool(aliases) and None not in aliases and not written
@@ -242,18 +242,18 @@ def _is_view(func: Any) -> bool:
 
 @functools.cache
 def _is_composite(func: Any) -> bool:
-    """Whether it is made of other operators, which inference mode leaves to us to find out."""
+    """Whether an operator is composed of others; in inference mode torch has not decomposed it."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 def _on_cpu(value: Any) -> Any:
-    if isinstance(value, torch.Generator):  # not the device's numbers, but the same ones each time
+    if isinstance(value, torch.Generator):  # not the numbers that a GPU would draw, but the same ones each time
         return torch.Generator().manual_seed(value.initial_seed())
     return torch.device("cpu") if isinstance(value, torch.device) else _at(value)
 
 
 def _later(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Allocate what an operator gives, and queue its computation."""
+    """Allocate an operator's results, and queue their computation."""
     given = tree_map(_place, (args, {key: value for key, value in kwargs.items() if key != "pin_memory"}))
 
     def compute() -> Any:
@@ -274,7 +274,7 @@ def _later(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     def work() -> None:
         for place, value in zip(places, tree_flatten(compute())[0], strict=True):
-            if value.shape == place.shape:  # what an operator leaves empty on a CPU is not looked at
+            if value.shape == place.shape:  # results that are empty on a CPU are not used
                 place.tensor().copy_(value)
 
     _queue(work, device)
@@ -282,7 +282,7 @@ def _later(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What an operator gives, without values."""
+    """An operator's results, without values."""
 
     def meta(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -304,7 +304,7 @@ def _now(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _copy(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    """``to.copy_(source)``. To and from pinned memory it may return before it has been done."""
+    """``to.copy_(source)``. To and from pinned memory it may return before the copy is done."""
     places = _place(to), _place(source)
     pinned = all(_on_cuda(one) or one.is_pinned() for one in (to, source))
     device = source.device if _on_cuda(source) else to.device
@@ -329,7 +329,7 @@ def _to(
     memory_format: torch.memory_format | None = None,
     **_: Any,
 ) -> Tensor:
-    """``source.to(…)``. Values change their type on the device."""
+    """``source.to(…)``. Types are converted on the device."""
     wanted = source.device if device is None else torch.device(device)
     layout: dict[str, Any] = {} if memory_format is None else {"memory_format": memory_format}
     if wanted.type == "cpu":
@@ -347,7 +347,7 @@ def _to(
 
 @contextlib.contextmanager
 def no_failures() -> Any:
-    """A context that must leave no failure of queued work behind."""
+    """A context within which all queued work must succeed."""
     failures.clear()
     yield
     torch.cuda.synchronize()

@@ -1,6 +1,6 @@
-"""pytest's plugin: the simulated GPU is there before a test module or conftest.py is read.
+"""A pytest plugin that sets up the simulated GPU before any test module or conftest.py is imported.
 
-With ``PTX_MACHINE=90`` Triton's kernels are compiled for compute capability 9.0 and executed, in place of interpreted.
+With ``PTX_MACHINE=90`` Triton's kernels are compiled for compute capability 9.0 and executed, not interpreted.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ torch.Tensor.__repr__ = operators.without_modes(torch.Tensor.__repr__)  # type: 
 
 
 def pytest_collection_finish() -> None:
-    """Measuring an engine that is interpreted takes minutes: ``auto`` takes the plainest, and small batches.
+    """Make ``auto`` choose a plain engine and small batches: measuring interpreted engines takes minutes.
 
-    Clips are short: what is to be recorded is at once."""
+    Tests' clips are short, so steps are recorded from the first batch on."""
     from gpupipe import avatar
     from gpupipe.engines import base
     from gpupipe.engines.declared import DECLARED

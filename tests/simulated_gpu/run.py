@@ -14,11 +14,11 @@ FOLDER = Path(__file__).resolve().parent
 
 
 class CannotSimulateError(Exception):
-    """What is missing here."""
+    """The simulated GPU cannot be built; the message says what is missing."""
 
 
 def build(target: Path) -> list[Path]:
-    """Compile the libraries that torch is to find in place of CUDA's, into the folder ``target``.
+    """Compile the libraries that replace CUDA's for torch, into the folder ``target``; returns their paths.
 
     Raises:
         CannotSimulateError: torch is built without CUDA 13, or there is no compiler.
@@ -62,7 +62,7 @@ int cuDevicePrimaryCtxGetState(int, unsigned *flags, int *active) { return *flag
 """
 
 _NOT_SIMULATED = "int {}() {{ return 801; }}"
-"""CUDA's error for what is not supported."""
+"""Returns CUDA's error "not supported"."""
 
 
 def _symbols(library: Path, *options: str) -> set[str]:
@@ -75,7 +75,7 @@ def _compile(*arguments: str | Path) -> None:
 
 
 def command(libraries: list[Path], arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """What runs pytest on the simulated GPU, and its environment."""
+    """The command that runs pytest on the simulated GPU, and its environment."""
     path = os.pathsep.join([str(FOLDER), str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"LD_PRELOAD": " ".join(map(str, libraries)), "PYTHONPATH": path}
     return [sys.executable, "-m", "pytest", "-p", "plugin", *arguments], environment
