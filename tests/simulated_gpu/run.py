@@ -78,6 +78,7 @@ def command(libraries: list[Path], arguments: list[str]) -> tuple[list[str], dic
     """The command that runs pytest on the simulated GPU, and its environment."""
     path = os.pathsep.join([str(FOLDER), str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"LD_PRELOAD": " ".join(map(str, libraries)), "PYTHONPATH": path}
+    environment.setdefault("OMP_WAIT_POLICY", "passive")  # as in conftest.py, before which the plugin loads torch
     return [sys.executable, "-m", "pytest", "-p", "plugin", *arguments], environment
 
 
