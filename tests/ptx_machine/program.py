@@ -6,6 +6,7 @@ one entry function, no calls, no nested scopes.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -124,8 +125,9 @@ class Program:
     labels: dict[str, int]
 
 
+@functools.cache
 def parse(text: str) -> Program:
-    """The one entry function in ``text``.
+    """The one entry function in ``text``; each text is parsed once, and nobody changes what comes out.
 
     Raises:
         PtxError: it holds what this reader does not know.
