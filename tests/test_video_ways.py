@@ -263,6 +263,11 @@ class Reader(NvencEncoder):
 
     def __init__(self, picture: PictureFormat, model: Any, *, use_model: bool, device: torch.device) -> None:
         super().__init__(picture, model, use_model=True, device=device)
+        if not use_model:  # its header is compared with the model's, which the other session may not have opened yet
+            model, flags = av.CodecContext.create(model.name, "w"), model.flags
+            tune(model, picture)
+            model.flags = flags
+            model.open()
         self._encoder, self._waiting = HostEncoder(picture, model, use_model=use_model), deque[Surface]()
         self._context, self._reads = Mock(encode=self._send), torch.cuda.Stream(device)
 
