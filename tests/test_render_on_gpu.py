@@ -185,7 +185,7 @@ def test_farm_halves_batches_that_do_not_fit(
     tiny_checkpoint: Callable[..., Path], template: Path, tmp_path: Path
 ) -> None:
     """A farm whose batches do not fit goes on with smaller ones, and records it."""
-    features, sound = write_speech(tmp_path, "speech", 40)
+    features, sound = write_speech(tmp_path, "speech", 20)
     job = {"checkpoint": str(tiny_checkpoint()), "template": str(template), "audio": sound, "audio_features": features}
     jobs = write_jobs(tmp_path / "jobs.jsonl", [job | {"output": "clip.mkv", "engine": "eager", "codec": "ffv1"}])
     total = torch.cuda.get_device_properties(0).total_memory
@@ -199,12 +199,12 @@ def test_farm_halves_batches_that_do_not_fit(
     assert farm("enough", 2).done == 1
     torch.cuda.set_per_process_memory_fraction(2 * torch.cuda.max_memory_reserved() / total)
     try:
-        record = farm("little", 32)
+        record = farm("little", 16)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert (record.done, record.frames) == (1, 40)
+    assert (record.done, record.frames) == (1, 20)
     assert any("out of memory" in told.lower() for told in record.as_dict()["fallbacks"])
-    assert len(planes(tmp_path / "little" / "clip.mkv")) == 40
+    assert len(planes(tmp_path / "little" / "clip.mkv")) == 20
 
 
 def test_second_gpu_matches_the_cpu(rendered: Callable[..., np.ndarray], template: Path) -> None:
