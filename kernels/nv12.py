@@ -1,4 +1,4 @@
-"""RGB ↔ NV12 for whole frames and for regions of them: one definition of matrix, range and chroma siting.
+"""BGR ↔ NV12 for whole frames and for regions of them: one definition of matrix, range and chroma siting.
 
 NV12 of an H×W frame is one uint8 plane of H·3/2 rows: H rows of luma, then H/2 rows of chroma, Cb and Cr interleaved.
 
@@ -7,7 +7,8 @@ NV12 of an H×W frame is one uint8 plane of H·3/2 rows: H rows of luma, then H/
     Cb Cr Cb Cr     rows H … 3H/2−1: one pair for each 2×2 pixels
 
 Convention: BT.709 matrix, limited range (Y 16…235, C 16…240; ITU-R BT.709-6 §3), chroma in the middle of its 2×2
-pixels (the mean of the four, computed before rounding), results rounded half up. H and W are even.
+pixels (the mean of the four, computed before rounding), results rounded half up. H and W are even. For RGB, flip the
+colours, the last axis: ``to_nv12(rgb.flip(-1))``, ``from_nv12(nv12).flip(-1)``.
 
 On CUDA whole frames are converted by Triton kernels (:mod:`gpupipe.kernels.nv12_triton`), to the same bits.
 """
@@ -22,7 +23,6 @@ from torch import Tensor
 
 from gpupipe.kernels.dispatch import backend
 
-ColorOrder = Literal["bgr", "rgb"]
 PixelFormat = Literal["bgr", "nv12"]
 """Of finished frames: (H, W, 3) or, with half as many chroma samples, (H·3/2, W)."""
 
@@ -49,22 +49,22 @@ _CHUNK = 1 << 16
 
 
 @functools.cache
-def yuv_weights(order: ColorOrder) -> tuple[tuple[int, int, int], ...]:
-    """BT.709 in whole numbers: rows Y, Cb, Cr; columns in the frame's colour order.
+def yuv_weights() -> tuple[tuple[int, int, int], ...]:
+    """BT.709 in whole numbers: rows Y, Cb, Cr; columns blue, green, red.
 
     Y is in units of 2⁻²³ of a pixel's value; Cb and Cr too, of the *sum* of a cell's four pixels. Whole numbers are as
     exact here as float32 is, and add up to the same bits in whatever order and on whatever device. The chroma rows sum
     to 0, so that grey is exactly 128.
     """
-    matrix = (ycbcr_matrix() if order == "rgb" else ycbcr_matrix().flip(1)) * (1 << FRACTION_BITS)
+    matrix = ycbcr_matrix().flip(1) * (1 << FRACTION_BITS)
     y = [round(v) for v in matrix[0].tolist()]
     cb, cr = ([round(v / 4) for v in row] for row in matrix[1:].tolist())
     return (y[0], y[1], y[2]), (cb[0], -cb[0] - cb[2], cb[2]), (cr[0], -cr[0] - cr[2], cr[2])
 
 
-def write_luma_chroma(planes: Tensor, luma: Tensor, chroma: Tensor, order: ColorOrder) -> None:
-    """Convert planes, int32 (3, H, W), into uint8 luma (H, W) and chroma (H/2, W/2, 2); H and W are even."""
-    y_weights, *chroma_weights = yuv_weights(order)
+def write_luma_chroma(planes: Tensor, luma: Tensor, chroma: Tensor) -> None:
+    """Convert BGR planes, int32 (3, H, W), into uint8 luma (H, W) and chroma (H/2, W/2, 2); H and W are even."""
+    y_weights, *chroma_weights = yuv_weights()
     luma.copy_(_weighted_sum(planes, y_weights, offset=16))
     cells = planes[:, 0::2] + planes[:, 1::2]
     cells = cells[..., 0::2] + cells[..., 1::2]
@@ -79,8 +79,8 @@ def _weighted_sum(planes: Tensor, weights: tuple[int, int, int], offset: int) ->
     return total.add_((2 * offset + 1) << (FRACTION_BITS - 1)).bitwise_right_shift_(FRACTION_BITS)
 
 
-def to_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
-    """uint8 (B, H, W, 3) → NV12 uint8 (B, H·3/2, W); H and W must be even.
+def to_nv12(frames: Tensor) -> Tensor:
+    """BGR uint8 (B, H, W, 3) → NV12 uint8 (B, H·3/2, W); H and W must be even.
 
     Raises:
         ValueError: an odd height or width.
@@ -91,7 +91,7 @@ def to_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
     if backend(frames.device) == "triton":
         from gpupipe.kernels.nv12_triton import to_nv12_triton
 
-        return to_nv12_triton(frames, order=order)
+        return to_nv12_triton(frames)
     nv12 = frames.new_empty(b, h * 3 // 2, w)
     step = max(2, _CHUNK // w // 2 * 2) if frames.device.type == "cpu" else h
     for frame, luma, chroma in zip(frames, nv12[:, :h], nv12[:, h:].unflatten(2, (w // 2, 2)), strict=True):
@@ -100,35 +100,34 @@ def to_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
             rows = frame[first : first + step].permute(2, 0, 1)
             planes = rows.to(torch.int32, memory_format=torch.contiguous_format)
             some_chroma = chroma[first // 2 : (first + step) // 2]
-            write_luma_chroma(planes, luma[first : first + step], some_chroma, order)
+            write_luma_chroma(planes, luma[first : first + step], some_chroma)
     return nv12
 
 
 INVERSE_BITS = 21
-"""Binary digits after the point of :func:`rgb_weights`."""
+"""Binary digits after the point of :func:`bgr_weights`."""
 
 
 @functools.cache
-def rgb_weights(order: ColorOrder) -> tuple[tuple[int, int, int], ...]:
-    """The inverse of BT.709 in units of 2⁻²¹: rows in the frame's colour order; columns Y − 16, Cb − 128, Cr − 128."""
+def bgr_weights() -> tuple[tuple[int, int, int], ...]:
+    """The inverse of BT.709 in units of 2⁻²¹: rows blue, green, red; columns Y − 16, Cb − 128, Cr − 128."""
     inverse = torch.linalg.inv(ycbcr_matrix()) * (1 << INVERSE_BITS)
-    rows = [(round(y), round(u), round(v)) for y, u, v in inverse.tolist()]
-    return tuple(rows if order == "rgb" else reversed(rows))
+    return tuple((round(y), round(u), round(v)) for y, u, v in inverse.flip(0).tolist())
 
 
-def from_nv12(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
-    """NV12 uint8 (B, H·3/2, W) → uint8 (B, H, W, 3); chroma is repeated over its 2×2 pixels; rounded half up."""
+def from_nv12(frames: Tensor) -> Tensor:
+    """NV12 uint8 (B, H·3/2, W) → BGR uint8 (B, H, W, 3); chroma is repeated over its 2×2 pixels; rounded half up."""
     if backend(frames.device) == "triton":
         from gpupipe.kernels.nv12_triton import from_nv12_triton
 
-        return from_nv12_triton(frames, order=order)
+        return from_nv12_triton(frames)
     height = frames.shape[1] * 2 // 3
     b, w = frames.shape[0], frames.shape[2]
     luma = frames[:, :height].to(torch.int32) - 16
     chroma = frames[:, height:].to(torch.int32).view(b, height // 2, w // 2, 2) - 128
     cb, cr = chroma.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).unbind(-1)
     half = 1 << (INVERSE_BITS - 1)
-    channels = [(luma * y + cb * u + cr * v + half) >> INVERSE_BITS for y, u, v in rgb_weights(order)]
+    channels = [(luma * y + cb * u + cr * v + half) >> INVERSE_BITS for y, u, v in bgr_weights()]
     return torch.stack(channels, dim=-1).clamp_(0, 255).to(torch.uint8)
 
 

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from gpupipe.kernels.common_triton import INTERPRETED, join4
 from gpupipe.kernels.dispatch import on_its_device
-from gpupipe.kernels.nv12 import FRACTION_BITS, INVERSE_BITS, ColorOrder, rgb_weights, yuv_weights
+from gpupipe.kernels.nv12 import FRACTION_BITS, INVERSE_BITS, bgr_weights, yuv_weights
 
 _SHIFT = tl.constexpr(FRACTION_BITS)
-_LUMA, _CB, _CR = (tl.constexpr(row) for row in yuv_weights("bgr"))
+_LUMA, _CB, _CR = (tl.constexpr(row) for row in yuv_weights())
 _LUMA_OFFSET = tl.constexpr((2 * 16 + 1) << (FRACTION_BITS - 1))  # and ½, to round
 _CHROMA_OFFSET = tl.constexpr((2 * 128 + 1) << (FRACTION_BITS - 1))
 _INVERSE_SHIFT = tl.constexpr(INVERSE_BITS)
 _INVERSE_HALF = tl.constexpr(1 << (INVERSE_BITS - 1))
-_INVERSE = tl.constexpr(rgb_weights("bgr"))
+_INVERSE = tl.constexpr(bgr_weights())
 
 BLOCK = 256 if INTERPRETED else 128
 """Threads' worth of work a program; the interpreter's cost is by the program."""
@@ -101,13 +101,13 @@ def _word(a, b, c, d):
 
 
 @triton.jit
-def _luma_word(words, P: tl.constexpr, BLUE: tl.constexpr):
+def _luma_word(words, P: tl.constexpr):
     """Luma of pixels P … P+3 of a row of 16."""
     return _word(
-        _luma(_byte(words, 3 * P + BLUE), _byte(words, 3 * P + 1), _byte(words, 3 * P + 2 - BLUE)),
-        _luma(_byte(words, 3 * P + 3 + BLUE), _byte(words, 3 * P + 4), _byte(words, 3 * P + 5 - BLUE)),
-        _luma(_byte(words, 3 * P + 6 + BLUE), _byte(words, 3 * P + 7), _byte(words, 3 * P + 8 - BLUE)),
-        _luma(_byte(words, 3 * P + 9 + BLUE), _byte(words, 3 * P + 10), _byte(words, 3 * P + 11 - BLUE)),
+        _luma(_byte(words, 3 * P), _byte(words, 3 * P + 1), _byte(words, 3 * P + 2)),
+        _luma(_byte(words, 3 * P + 3), _byte(words, 3 * P + 4), _byte(words, 3 * P + 5)),
+        _luma(_byte(words, 3 * P + 6), _byte(words, 3 * P + 7), _byte(words, 3 * P + 8)),
+        _luma(_byte(words, 3 * P + 9), _byte(words, 3 * P + 10), _byte(words, 3 * P + 11)),
     )
 
 
@@ -118,17 +118,17 @@ def _cell_sum(upper, lower, N: tl.constexpr):
 
 
 @triton.jit
-def _chroma_word(upper, lower, P: tl.constexpr, BLUE: tl.constexpr):
+def _chroma_word(upper, lower, P: tl.constexpr):
     """Cb, Cr, Cb, Cr of the cells at pixels P and P + 2."""
     cb0, cr0 = _chroma_pair(
-        _cell_sum(upper, lower, 3 * P + BLUE),
+        _cell_sum(upper, lower, 3 * P),
         _cell_sum(upper, lower, 3 * P + 1),
-        _cell_sum(upper, lower, 3 * P + 2 - BLUE),
+        _cell_sum(upper, lower, 3 * P + 2),
     )
     cb1, cr1 = _chroma_pair(
-        _cell_sum(upper, lower, 3 * P + 6 + BLUE),
+        _cell_sum(upper, lower, 3 * P + 6),
         _cell_sum(upper, lower, 3 * P + 7),
-        _cell_sum(upper, lower, 3 * P + 8 - BLUE),
+        _cell_sum(upper, lower, 3 * P + 8),
     )
     return _word(cb0, cr0, cb1, cr1)
 
@@ -143,8 +143,8 @@ def _piece(height, across, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _to_nv12_wide_kernel(frames, out, height, width, BLUE: tl.constexpr, BLOCK: tl.constexpr):
-    """``frames`` and ``out`` are words; BLUE is the byte of a pixel that holds blue, 0 or 2."""
+def _to_nv12_wide_kernel(frames, out, height, width, BLOCK: tl.constexpr):
+    """``frames`` and ``out`` are words."""
     frame = tl.program_id(1).to(tl.int64)
     across = width // 16
     row, column, active = _piece(height, across, BLOCK)
@@ -155,52 +155,44 @@ def _to_nv12_wide_kernel(frames, out, height, width, BLUE: tl.constexpr, BLOCK: 
     lower = _load4(below) + _load4(below + 4) + _load4(below + 8)
     to = out + frame * (height * across * 6)
     line = to + (row * 2 * across + column) * 4
-    _store4(
-        line,
-        _luma_word(upper, 0, BLUE),
-        _luma_word(upper, 4, BLUE),
-        _luma_word(upper, 8, BLUE),
-        _luma_word(upper, 12, BLUE),
-        active,
-    )
+    _store4(line, _luma_word(upper, 0), _luma_word(upper, 4), _luma_word(upper, 8), _luma_word(upper, 12), active)
     _store4(
         line + across * 4,
-        _luma_word(lower, 0, BLUE),
-        _luma_word(lower, 4, BLUE),
-        _luma_word(lower, 8, BLUE),
-        _luma_word(lower, 12, BLUE),
+        _luma_word(lower, 0),
+        _luma_word(lower, 4),
+        _luma_word(lower, 8),
+        _luma_word(lower, 12),
         active,
     )
     _store4(
         to + ((height + row) * across + column) * 4,
-        _chroma_word(upper, lower, 0, BLUE),
-        _chroma_word(upper, lower, 4, BLUE),
-        _chroma_word(upper, lower, 8, BLUE),
-        _chroma_word(upper, lower, 12, BLUE),
+        _chroma_word(upper, lower, 0),
+        _chroma_word(upper, lower, 4),
+        _chroma_word(upper, lower, 8),
+        _chroma_word(upper, lower, 12),
         active,
     )
 
 
 @triton.jit
-def _pixel_byte(line, pairs, N: tl.constexpr, BLUE: tl.constexpr):
+def _pixel_byte(line, pairs, N: tl.constexpr):
     """Byte ``N`` of a row of 16 pixels, from the words of its luma and its chroma."""
     P: tl.constexpr = N // 3
-    CHANNEL: tl.constexpr = N % 3 if BLUE == 0 else 2 - N % 3
-    return _color(_byte(line, P), _byte(pairs, P // 2 * 2), _byte(pairs, P // 2 * 2 + 1), CHANNEL)
+    return _color(_byte(line, P), _byte(pairs, P // 2 * 2), _byte(pairs, P // 2 * 2 + 1), N % 3)
 
 
 @triton.jit
-def _pixel_word(line, pairs, N: tl.constexpr, BLUE: tl.constexpr):
+def _pixel_word(line, pairs, N: tl.constexpr):
     return _word(
-        _pixel_byte(line, pairs, N, BLUE),
-        _pixel_byte(line, pairs, N + 1, BLUE),
-        _pixel_byte(line, pairs, N + 2, BLUE),
-        _pixel_byte(line, pairs, N + 3, BLUE),
+        _pixel_byte(line, pairs, N),
+        _pixel_byte(line, pairs, N + 1),
+        _pixel_byte(line, pairs, N + 2),
+        _pixel_byte(line, pairs, N + 3),
     )
 
 
 @triton.jit
-def _from_nv12_wide_kernel(frames, out, height, width, BLUE: tl.constexpr, BLOCK: tl.constexpr):
+def _from_nv12_wide_kernel(frames, out, height, width, BLOCK: tl.constexpr):
     """As :func:`_to_nv12_wide_kernel`, the other way."""
     frame = tl.program_id(1).to(tl.int64)
     across = width // 16
@@ -213,10 +205,10 @@ def _from_nv12_wide_kernel(frames, out, height, width, BLUE: tl.constexpr, BLOCK
         for third in tl.static_range(3):
             _store4(
                 to + third * 4,
-                _pixel_word(line, pairs, third * 16, BLUE),
-                _pixel_word(line, pairs, third * 16 + 4, BLUE),
-                _pixel_word(line, pairs, third * 16 + 8, BLUE),
-                _pixel_word(line, pairs, third * 16 + 12, BLUE),
+                _pixel_word(line, pairs, third * 16),
+                _pixel_word(line, pairs, third * 16 + 4),
+                _pixel_word(line, pairs, third * 16 + 8),
+                _pixel_word(line, pairs, third * 16 + 12),
                 active,
             )
 
@@ -233,30 +225,28 @@ def _cell(height, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _load_pixel(p, mask, BLUE: tl.constexpr):
-    b = tl.load(p + BLUE, mask=mask, other=0).to(tl.int32)
+def _load_pixel(p, mask):
+    b = tl.load(p, mask=mask, other=0).to(tl.int32)
     g = tl.load(p + 1, mask=mask, other=0).to(tl.int32)
-    r = tl.load(p + 2 - BLUE, mask=mask, other=0).to(tl.int32)
+    r = tl.load(p + 2, mask=mask, other=0).to(tl.int32)
     return b, g, r
 
 
 @triton.jit
-def _to_nv12_cell_kernel(frames, out, frame_stride, row_stride, height, width, BLUE: tl.constexpr, BLOCK: tl.constexpr):
+def _to_nv12_cell_kernel(frames, out, frame_stride, row_stride, height, width, BLOCK: tl.constexpr):
     frame = tl.program_id(1).to(tl.int64)
     y, x, active = _cell(height, width, BLOCK)
     p = frames + frame * frame_stride + y * row_stride + x * 3
-    upper_left = _load_pixel(p, active, BLUE)
-    upper_right = _load_pixel(p + 3, active, BLUE)
-    lower_left = _load_pixel(p + row_stride, active, BLUE)
-    lower_right = _load_pixel(p + row_stride + 3, active, BLUE)
+    upper_left = _load_pixel(p, active)
+    upper_right = _load_pixel(p + 3, active)
+    lower_left = _load_pixel(p + row_stride, active)
+    lower_right = _load_pixel(p + row_stride + 3, active)
     to = out + frame * (height // 2 * 3 * width)
     store_cell(to, height, width, y, x, upper_left, upper_right, lower_left, lower_right, active)
 
 
 @triton.jit
-def _from_nv12_cell_kernel(
-    frames, out, frame_stride, row_stride, height, width, BLUE: tl.constexpr, BLOCK: tl.constexpr
-):
+def _from_nv12_cell_kernel(frames, out, frame_stride, row_stride, height, width, BLOCK: tl.constexpr):
     frame = tl.program_id(1).to(tl.int64)
     y, x, active = _cell(height, width, BLOCK)
     planes = frames + frame * frame_stride
@@ -268,50 +258,48 @@ def _from_nv12_cell_kernel(
         px = x + i % 2
         value = tl.load(planes + py * row_stride + px, mask=active, other=0).to(tl.int32)
         to = out + frame * (height * width * 3) + (py * width + px) * 3
-        tl.store(to + BLUE, _color(value, cb, cr, 0).to(tl.uint8), mask=active)
-        tl.store(to + 1, _color(value, cb, cr, 1).to(tl.uint8), mask=active)
-        tl.store(to + 2 - BLUE, _color(value, cb, cr, 2).to(tl.uint8), mask=active)
+        for channel in tl.static_range(3):
+            tl.store(to + channel, _color(value, cb, cr, channel).to(tl.uint8), mask=active)
 
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @on_its_device
-def to_nv12_triton(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
+def to_nv12_triton(frames: Tensor) -> Tensor:
     """As :func:`gpupipe.kernels.nv12.to_nv12`, by a kernel; nothing is read back and nothing waits."""
     samples, height, width, _ = frames.shape
     out = frames.new_empty(samples, height // 2 * 3, width)
-    _launch(_to_nv12_wide_kernel, _to_nv12_cell_kernel, frames, out, height, order)
+    _launch(_to_nv12_wide_kernel, _to_nv12_cell_kernel, frames, out, height)
     return out
 
 
 @on_its_device
-def from_nv12_triton(frames: Tensor, *, order: ColorOrder = "bgr") -> Tensor:
+def from_nv12_triton(frames: Tensor) -> Tensor:
     """As :func:`gpupipe.kernels.nv12.from_nv12`, by a kernel; nothing is read back and nothing waits."""
     samples, rows, width = frames.shape
     height = rows // 3 * 2
     out = frames.new_empty(samples, height, width, 3)
-    _launch(_from_nv12_wide_kernel, _from_nv12_cell_kernel, frames, out, height, order)
+    _launch(_from_nv12_wide_kernel, _from_nv12_cell_kernel, frames, out, height)
     return out
 
 
-def _launch(wide_kernel: Any, cell_kernel: Any, frames: Tensor, out: Tensor, height: int, order: ColorOrder) -> None:
+def _launch(wide_kernel: Any, cell_kernel: Any, frames: Tensor, out: Tensor, height: int) -> None:
     """Convert by ``wide_kernel`` where frames can be read 16 bytes at a time, else by ``cell_kernel``."""
     if not out.numel():
         return
     samples, _, width = frames.shape[:3]
-    constants = {"BLUE": 0 if order == "bgr" else 2, "BLOCK": BLOCK}
-    if wide(frames):
+    if vectorizable(frames):
         grid = (triton.cdiv(height // 2 * (width // 16), BLOCK), samples)
-        wide_kernel[grid](_as_words(frames), _as_words(out), height, width, **constants)
+        wide_kernel[grid](_as_words(frames), _as_words(out), height, width, BLOCK=BLOCK)
         return
     if not frames[0, 0].is_contiguous():
         frames = frames.contiguous()
     grid = (triton.cdiv(height // 2 * (width // 2), BLOCK), samples)
-    cell_kernel[grid](frames, out, frames.stride(0), frames.stride(1), height, width, **constants)
+    cell_kernel[grid](frames, out, frames.stride(0), frames.stride(1), height, width, BLOCK=BLOCK)
 
 
-def wide(frames: Tensor) -> bool:
+def vectorizable(frames: Tensor) -> bool:
     """Whether frames can be read 16 bytes at a time."""
     return frames.shape[2] % 16 == 0 and frames.is_contiguous() and frames.data_ptr() % 16 == 0
 

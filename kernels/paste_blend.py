@@ -119,7 +119,7 @@ def _paste_blend(
         )
         if nv12:
             luma, chroma = nv12_window(out[sample : sample + 1], window)
-            write_luma_chroma(planes, luma[0], chroma[0].unflatten(1, (-1, 2)), order="bgr")
+            write_luma_chroma(planes, luma[0], chroma[0].unflatten(1, (-1, 2)))
         else:
             xmin, ymin, xmax, ymax = window
             out[sample, ymin:ymax, xmin:xmax] = planes.permute(1, 2, 0)

@@ -137,7 +137,7 @@ def variants() -> list[Variant]:
         found.append(Variant(kernel, "paste_blend", config, types, constants, tuple(multiples)))
 
     size = {"height": "i32", "width": "i32"}
-    block = {"BLUE": 0, "BLOCK": nv12_triton.BLOCK}
+    block = {"BLOCK": nv12_triton.BLOCK}
     cell = {"frames": "*u8", "out": "*u8", "frame_stride": "i32", "row_stride": "i32", **size}
     words = {"frames": "*i32", "out": "*i32", **size}
     found += [
