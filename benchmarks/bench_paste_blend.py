@@ -17,7 +17,7 @@ from gpupipe.kernels import paste_blend as module
 from gpupipe.kernels.crop_resize import crop_resize
 from gpupipe.kernels.dispatch import backend
 from gpupipe.kernels.nv12 import to_nv12
-from gpupipe.kernels.paste_blend import bytes_moved, paste_blend, paste_blend_nv12
+from gpupipe.kernels.paste_blend import bytes_moved, paste_blend
 
 
 def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
@@ -30,11 +30,9 @@ def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
     for nv12, feather in ((True, 0.0), (True, 8.0), (False, 8.0)):
 
         def finish(nv12: bool = nv12, feather: float = feather) -> torch.Tensor:
-            given = (mouth, crops, frames, index, boxes)
-            if not nv12:
-                return paste_blend(*given, feather=feather, max_box=(BOX, BOX))
-            background = backgrounds.index_select(0, index)
-            return paste_blend_nv12(*given, background, feather=feather, max_box=(BOX, BOX))
+            background = (backgrounds if nv12 else frames).index_select(0, index)
+            given = (mouth, crops, index, frames, index, boxes, background)
+            return paste_blend(*given, nv12=nv12, max_box=(BOX, BOX), feather=feather)
 
         def plainly(finish: Callable[[], torch.Tensor] = finish) -> torch.Tensor:
             with mock.patch.object(module, "backend", return_value="torch"):

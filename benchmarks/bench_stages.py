@@ -129,16 +129,17 @@ class Step:
     def _paste(self, index: Tensor) -> Tensor:
         mouths = self._mouths[_slice(index)]
         index = self._places[_slice(index)]
-        return paste_blend.paste_blend_nv12(
+        return paste_blend.paste_blend(
             mouths,
             self._crops,
+            index,
             self._pixels,
             index,
             self._boxes[index],
             self._backgrounds.index_select(0, index),
-            feather=FEATHER,
-            crop_index=index,
+            nv12=True,
             max_box=self._template.max_box,
+            feather=FEATHER,
         )
 
     def _convert(self, index: Tensor) -> Tensor:

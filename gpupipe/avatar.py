@@ -18,7 +18,7 @@ from gpupipe.frame_cache import FrameCache, Tensors
 from gpupipe.graphs import GraphedStep, beside
 from gpupipe.kernels.crop_resize import CROP_SIZE, crop_and_input
 from gpupipe.kernels.nv12 import PixelFormat, from_nv12, nv12_window, to_nv12
-from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
+from gpupipe.kernels.paste_blend import paste_blend
 from gpupipe.seam import FEATHER
 from gpupipe.stages import UNTIMED
 from gpupipe.template import Template
@@ -157,15 +157,15 @@ class Avatar:
         """
         derived, kept, crop_index, kept_index = sources
         boxes = self.template.boxes.index_select(0, frames)
-        where = (mouth, derived["crop"], kept["frame"], kept_index, boxes)
+        where = (mouth, derived["crop"], crop_index, kept["frame"], kept_index, boxes)
         how: dict[str, Any] = {
+            "nv12": self.pixel_format == "nv12",
+            "max_box": self.template.max_box,
             "feather": self.feather,
             "keep": kept.get("keep"),
-            "crop_index": crop_index,
-            "max_box": self.template.max_box,
         }
         if self.pixel_format == "bgr":
-            pasted = paste_blend(*where, **how)
+            pasted = paste_blend(*where, kept["frame"].index_select(0, kept_index), **how)
             if background is None:
                 return pasted
             finished = from_nv12(background)
@@ -174,10 +174,10 @@ class Avatar:
             return finished
         assert background is not None
         if "nv12" not in kept:
-            return paste_blend_nv12(*where, background, **how)
+            return paste_blend(*where, background, **how)
         luma, chroma = nv12_window(background, self.template.window)
         part = torch.cat([luma, chroma], dim=1)
-        pasted = paste_blend_nv12(*where, part, **how)
+        pasted = paste_blend(*where, part, **how)
         # A cell that a box cuts through was computed as a whole; outside the box its luma is still the source's.
         luma.copy_(torch.where(_inside(boxes, luma), pasted[:, : luma.shape[1]], luma))
         chroma.copy_(pasted[:, luma.shape[1] :])

@@ -157,7 +157,8 @@ class ImageProcessor:
         else:
             crop = crop_resize(frame[None], index, boxes)
         width_of_seam = feather_width(blend, feather)
-        return paste_blend(region, crop, frame[None], index, boxes, feather=width_of_seam, keep=keep)[0].numpy()
+        where = (region, crop, index, frame[None], index, boxes, frame[None].clone())
+        return paste_blend(*where, nv12=False, feather=width_of_seam, keep=keep)[0].numpy()
 
 
 def _image(image: Image | Tensor, name: str, *sizes: int) -> Tensor:

@@ -11,7 +11,7 @@ frame from 0 at the box's outermost pixels; ``feather=0`` pastes hard. Where ``k
 NV12: the background is converted once, when the template is loaded; here only the 2×2 cells that the box touches are
 computed, from the finished RGB pixels, so that the result equals converting the finished frame.
 
-Here are the public functions and their plain-torch reference; on CUDA one Triton kernel finishes the boxes
+Here are the public function and its plain-torch reference; on CUDA one Triton kernel finishes the boxes
 (:mod:`gpupipe.kernels.paste_blend_triton`).
 """
 
@@ -33,86 +33,44 @@ Box = tuple[int, int, int, int]
 def paste_blend(
     mouth: Tensor,
     crops: Tensor,
-    frames: Tensor,
-    index: Tensor,
-    boxes: Tensor,
-    *,
-    feather: float = 0.0,
-    keep: Tensor | None = None,
-    crop_index: Tensor | None = None,
-    max_box: tuple[int, int] | None = None,
-) -> Tensor:
-    """Finish frames as BGR (or whatever order ``frames`` has).
-
-    Args:
-        mouth: floating (B, 3, 320, 320) in [0, 1], the network's output; or uint8, already scaled and truncated.
-        crops: uint8 (N, 3, 328, 328) of :func:`~gpupipe.kernels.crop_resize.crop_resize`; only their ring is used.
-        frames: uint8 (L, H, W, 3).
-        index: int64 (B,), which frame each sample takes.
-        boxes: integers (B, 4), half-open, inside the frame and not empty.
-        feather: width of the fade at the box's edge, in pixels of the frame, ≥ 0.
-        keep: bool (L, H, W), pixels of the template that are not painted over.
-        crop_index: int64 (B,), which of ``crops`` each sample takes; None takes the b-th for sample b.
-        max_box: at least the width and height of every box, where the caller knows them: on CUDA, what is beyond is
-            not painted. None takes the frame's size and costs a launch with more programs that have nothing to do.
-
-    Returns:
-        uint8 (B, H, W, 3).
-    """
-    out = frames.index_select(0, index)
-    return _paste_blend(mouth, crops, frames, index, boxes, out, feather, keep, crop_index, max_box, nv12=False)
-
-
-def paste_blend_nv12(
-    mouth: Tensor,
-    crops: Tensor,
-    frames: Tensor,
-    index: Tensor,
-    boxes: Tensor,
-    background: Tensor,
-    *,
-    feather: float = 0.0,
-    keep: Tensor | None = None,
-    crop_index: Tensor | None = None,
-    max_box: tuple[int, int] | None = None,
-) -> Tensor:
-    """Finish frames as NV12: equal to :func:`paste_blend` on BGR frames followed by ``to_nv12``.
-
-    Args:
-        mouth, crops, frames, index, boxes, feather, keep, crop_index, max_box: as for :func:`paste_blend`; H and W
-            are even.
-        background: uint8 (B, H·3/2, W), each sample's frame as ``to_nv12`` converts it; **written in place**.
-
-    Returns:
-        ``background``, finished.
-    """
-    return _paste_blend(mouth, crops, frames, index, boxes, background, feather, keep, crop_index, max_box, nv12=True)
-
-
-def _paste_blend(
-    mouth: Tensor,
-    crops: Tensor,
+    crop_index: Tensor,
     frames: Tensor,
     index: Tensor,
     boxes: Tensor,
     out: Tensor,
-    feather: float,
-    keep: Tensor | None,
-    crop_index: Tensor | None,
-    max_box: tuple[int, int] | None,
     *,
     nv12: bool,
+    max_box: tuple[int, int] | None = None,
+    feather: float = 0.0,
+    keep: Tensor | None = None,
 ) -> Tensor:
-    """Write each box into ``out``, which holds the background."""
+    """Finish frames: write each sample's box, painted, into a copy of its template frame.
+
+    Args:
+        mouth: floating (B, 3, 320, 320) in [0, 1], the network's output; or uint8, already scaled and truncated.
+        crops: uint8 (N, 3, 328, 328) of :func:`~gpupipe.kernels.crop_resize.crop_resize`; only their ring is used.
+        crop_index: int64 (B,), which of ``crops`` each sample takes.
+        frames: uint8 BGR (L, H, W, 3); H and W even for NV12.
+        index: int64 (B,), which frame each sample takes.
+        boxes: integers (B, 4), half-open, inside the frame and not empty.
+        out: each sample's template frame, **written in place**: uint8 (B, H, W, 3), ``frames.index_select(0, index)``;
+            or with ``nv12`` (B, H·3/2, W), the same as ``to_nv12`` converts it.
+        nv12: what ``out`` is. The result is then the finished BGR frame's, converted, bit for bit.
+        max_box: at least the width and height of every box, where the caller knows them: on CUDA, what is beyond is
+            not painted. None takes the frame's size and costs a launch with more programs that have nothing to do.
+        feather: width of the fade at the box's edge, in pixels of the frame, ≥ 0.
+        keep: bool (L, H, W), pixels of the template that are not painted over.
+
+    Returns:
+        ``out``, finished.
+    """
     if backend(frames.device) == "triton":
         from gpupipe.kernels.paste_blend_triton import paste_blend_triton
 
-        if crop_index is None:
-            crop_index = torch.arange(len(index), device=index.device)
         places = (crop_index, frames, index, boxes, out)
         return paste_blend_triton(mouth, crops, *places, nv12=nv12, max_box=max_box, feather=feather, keep=keep)
-    rings = range(len(index)) if crop_index is None else crop_index.tolist()
-    for sample, (ring, frame, box) in enumerate(zip(rings, index.tolist(), boxes.tolist(), strict=True)):
+    samples = zip(crop_index.tolist(), index.tolist(), boxes.tolist(), strict=True)
+    for sample, (ring, frame, box) in enumerate(samples):
         kept = None if keep is None else keep[frame]
         planes, window = _finish_region(
             mouth[sample], crops[ring], frames[frame], box, feather, kept, align=2 if nv12 else 1

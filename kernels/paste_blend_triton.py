@@ -272,24 +272,13 @@ def paste_blend_triton(
     feather: float = 0.0,
     keep: Tensor | None = None,
 ) -> Tensor:
-    """Launch the kernel, which writes only the box; nothing is read back and nothing waits.
+    """As :func:`~gpupipe.kernels.paste_blend.paste_blend`, by a kernel; nothing is read back and nothing waits.
 
-    Args:
-        mouth: float16, bfloat16 or float32 (B, 3, 320, 320) in [0, 1], or uint8; any strides.
-        crops: uint8 (N, 3, 328, 328), contiguous.
-        crop_index: integers (B,), which of ``crops`` each sample takes.
-        frames: uint8 (L, H, W, 3), each row without gaps; H and W even for NV12.
-        index: integers (B,), which frame each sample takes.
-        boxes: integers (B, 4), half-open, inside the frame and not empty.
-        out: written in place, contiguous: uint8 (B, H, W, 3), or (B, H·3/2, W) for NV12.
-        nv12: what ``out`` is.
-        max_box: at least the width and the height of every box: it sizes the launch, and what is outside it is not
-            painted. None takes the frame's, at the cost of programs with nothing to do.
-        feather: width of the fade in pixels, ≥ 0.
-        keep: bool (L, H, W), each row without gaps.
+    ``mouth`` is float16, bfloat16, float32 or uint8, in any layout; ``crops`` and ``out`` are contiguous; rows of
+    ``frames`` and of ``keep`` have no gaps.
 
-    Returns:
-        ``out``.
+    Raises:
+        ValueError: memory that the kernel cannot address.
     """
     _, frame_height, frame_width, _ = frames.shape
     if frames.stride()[2:] != (3, 1):

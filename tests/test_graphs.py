@@ -26,7 +26,7 @@ from gpupipe.graphs import GraphedStep
 from gpupipe.kernels.crop_resize import crop_and_input
 from gpupipe.kernels.dispatch import backend
 from gpupipe.kernels.nv12 import to_nv12
-from gpupipe.kernels.paste_blend import paste_blend_nv12
+from gpupipe.kernels.paste_blend import paste_blend
 
 pytestmark = pytest.mark.usefixtures("recorded_at_once")
 
@@ -281,14 +281,14 @@ def test_each_stage_can_be_recorded(
     features = engine.encode(image)
     audio = torch.rand(template.length, 32, 16, 16, device=CUDA)
     mouth = engine.decode(features, index, audio)
-    background = to_nv12(frames)
+    background, order = to_nv12(frames), torch.arange(template.length, device=CUDA)
     largest = template.max_box
     steps: dict[str, Callable[[], Tensor]] = {
         "crop": lambda: crop_and_input(frames, index, boxes)[1],
         "encode": lambda: engine.encode(image)["x6"],
         "decode": lambda: engine.decode(features, index, audio),
-        "paste": lambda: paste_blend_nv12(
-            mouth, crop, frames, index, boxes, background.clone(), feather=8.0, max_box=largest
+        "paste": lambda: paste_blend(
+            mouth, crop, order, frames, index, boxes, background.clone(), nv12=True, max_box=largest, feather=8.0
         ),
         "nv12": lambda: to_nv12(frames),
     }

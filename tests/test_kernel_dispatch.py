@@ -110,7 +110,8 @@ import gpupipe.kernels
 from gpupipe.kernels import crop_resize, dispatch, nv12, paste_blend
 frames, index, boxes = torch.zeros(1, 8, 8, 3, dtype=torch.uint8), torch.tensor([0]), torch.tensor([[1, 1, 6, 6]])
 crops, image = crop_resize.crop_and_input(frames, index, boxes)
-done = paste_blend.paste_blend_nv12(image[:, :3], crops, frames, index, boxes, nv12.to_nv12(frames))
+given = (image[:, :3], crops, index, frames, index, boxes, nv12.to_nv12(frames))
+done = paste_blend.paste_blend(*given, nv12=True)
 print(tuple(done.shape), "triton" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.kernels.crop_resize import crop_resize
 from gpupipe.kernels.nv12 import to_nv12
-from gpupipe.kernels.paste_blend import bytes_moved, paste_blend, paste_blend_nv12
+from gpupipe.kernels.paste_blend import bytes_moved, paste_blend
 from gpupipe.landmarks import Box
 from gpupipe.seam import keep_mask
 
@@ -45,12 +45,20 @@ def square(side: int) -> Box:
     return 150, 0, 150 + side, side
 
 
+def finished(
+    mouth: Tensor, crops: Tensor, frames: Tensor, index: Tensor, boxes: Tensor, *, feather: float, keep: Tensor | None
+) -> Tensor:
+    """paste_blend of BGR frames, the k-th crop for sample k."""
+    places = (torch.arange(len(index)), frames, index, boxes, frames[index])
+    return paste_blend(mouth, crops, *places, nv12=False, feather=feather, keep=keep)
+
+
 def pasted(frame: Image, box: Box, mouth: Tensor, *, feather: float = 0.0, parsing: Image | None = None) -> Image:
-    """paste_blend of one sample."""
+    """The same of one sample."""
     frames, index, boxes = torch.from_numpy(frame)[None], torch.tensor([0]), torch.tensor([box])
     crops = crop_resize(frames, index, boxes)
     keep = None if parsing is None else keep_mask(torch.from_numpy(parsing))[None]
-    return paste_blend(mouth, crops, frames, index, boxes, feather=feather, keep=keep)[0].numpy()
+    return finished(mouth, crops, frames, index, boxes, feather=feather, keep=keep)[0].numpy()
 
 
 def by_opencv(
@@ -105,10 +113,10 @@ def test_a_sample_does_not_see_its_batch(feather: float) -> None:
     index = torch.arange(len(boxes)) % 2
     mouth = mouths(len(boxes))
     crops = crop_resize(frames, index, boxes)
-    together = paste_blend(mouth, crops, frames, index, boxes, feather=feather)
+    together = finished(mouth, crops, frames, index, boxes, feather=feather, keep=None)
     for k in range(len(boxes)):
         one = slice(k, k + 1)
-        alone = paste_blend(mouth[one], crops[one], frames, index[one], boxes[one], feather=feather)
+        alone = finished(mouth[one], crops[one], frames, index[one], boxes[one], feather=feather, keep=None)
         assert torch.equal(together[k], alone[0]), boxes[k].tolist()
     assert torch.equal(frames, before)
 
@@ -247,15 +255,15 @@ def test_kept_pixels_are_kept_in_the_seam_too() -> None:
 
 
 def both_ways(frames: Tensor, boxes: list[Box], *, feather: float, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The results of paste_blend_nv12, and of paste_blend followed by to_nv12, for one batch."""
+    """Finished as NV12, and as BGR followed by to_nv12, of one batch."""
     index = torch.arange(len(boxes)) % len(frames)
     mouth, places = mouths(len(boxes)), torch.tensor(boxes)
     crops = crop_resize(frames, index, places)
     background = to_nv12(frames)[index]
-    options = {"feather": feather, "keep": keep}
-    direct = paste_blend_nv12(mouth, crops, frames, index, places, background.clone(), **options)
+    where = (torch.arange(len(boxes)), frames, index, places, background.clone())
+    direct = paste_blend(mouth, crops, *where, nv12=True, feather=feather, keep=keep)
     assert not torch.equal(direct, background)
-    return direct, to_nv12(paste_blend(mouth, crops, frames, index, places, **options))
+    return direct, to_nv12(finished(mouth, crops, frames, index, places, feather=feather, keep=keep))
 
 
 @pytest.mark.parametrize(("with_keep", "feather"), [(False, 0.0), (True, 8.0)])
@@ -293,7 +301,7 @@ def test_nv12_is_written_into_the_background() -> None:
     index, boxes = torch.tensor([0]), torch.tensor([(10, 10, 90, 90)])
     background = to_nv12(frames)
     crops = crop_resize(frames, index, boxes)
-    found = paste_blend_nv12(mouths(1), crops, frames, index, boxes, background)
+    found = paste_blend(mouths(1), crops, index, frames, index, boxes, background, nv12=True)
     assert found.data_ptr() == background.data_ptr()
     assert torch.equal(found, background)
 

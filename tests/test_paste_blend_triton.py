@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from gpupipe.kernels.crop_resize import crop_resize
 from gpupipe.kernels.nv12 import to_nv12
-from gpupipe.kernels.paste_blend import paste_blend, paste_blend_nv12
+from gpupipe.kernels.paste_blend import paste_blend
 from gpupipe.kernels.paste_blend_triton import paste_blend_triton
 from gpupipe.landmarks import Box
 
@@ -95,8 +95,8 @@ def expected_bgr(
     feather: float = 0.0,
 ) -> Tensor:
     places, corners = torch.tensor(index), torch.tensor(boxes)
-    crops = crop_resize(frames, places, corners)
-    return paste_blend(mouth, crops, frames, places, corners, feather=feather, keep=keep)
+    where = (torch.arange(len(index)), frames, places, corners, frames[places])
+    return paste_blend(mouth, crop_resize(frames, places, corners), *where, nv12=False, feather=feather, keep=keep)
 
 
 def by_opencv(frame: Tensor, box: Box, mouth: Tensor) -> np.ndarray:
@@ -261,13 +261,14 @@ def test_whole_batches_on_the_gpu(dtype: torch.dtype, feather: float, parsing: b
     mouth = mouths(32).to(dtype)
     keep = mask(frames) if parsing else None
     crops = crop_resize(frames, index, boxes)
-    expected = paste_blend(mouth, crops, frames, index, boxes, feather=feather, keep=keep)
+    where = (mouth, crops, torch.arange(32), frames, index, boxes)
+    expected = paste_blend(*where, frames[index], nv12=False, feather=feather, keep=keep)
 
     layout = torch.channels_last if dtype == torch.float16 else torch.contiguous_format
-    given = mouth.cuda().contiguous(memory_format=layout), crops.cuda(), frames.cuda(), index.cuda(), boxes.cuda()
+    given = (mouth.cuda().contiguous(memory_format=layout), *(tensor.cuda() for tensor in where[1:]))
     kept = None if keep is None else keep.cuda()
-    background = to_nv12(frames.cuda())[given[3]]
-    found = paste_blend(*given, feather=feather, keep=kept, max_box=(719, 719))
+    background = frames[index].cuda()
+    found = paste_blend(*given, background.clone(), nv12=False, max_box=(719, 719), feather=feather, keep=kept)
     SAME.check(found.cpu().numpy(), expected.numpy())
-    nv12 = paste_blend_nv12(*given, background, feather=feather, keep=kept, max_box=(719, 719))
+    nv12 = paste_blend(*given, to_nv12(background), nv12=True, max_box=(719, 719), feather=feather, keep=kept)
     assert torch.equal(nv12, to_nv12(found))
