@@ -11,7 +11,7 @@ import torch
 
 from gpupipe.benchmarks.common import Row
 from gpupipe.benchmarks.kernel_bench import BOX, boxes_of, frames_of, main, rows_of
-from gpupipe.kernels.crop_resize import _crop_resize_torch, bytes_moved, crop_and_input, network_input
+from gpupipe.kernels.crop_resize import bytes_moved, crop_and_input, crop_resize, network_input
 from gpupipe.kernels.dispatch import backend
 
 
@@ -26,9 +26,9 @@ def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
             backend(device): lambda d=dtype, c=channels_last: crop_and_input(
                 frames, index, boxes, dtype=d, channels_last=c
             ),
-            "torch": lambda d=dtype, f=layout: network_input(
-                _crop_resize_torch(frames, index, boxes), dtype=d
-            ).contiguous(memory_format=f),
+            "torch": lambda d=dtype, f=layout: network_input(crop_resize(frames, index, boxes), dtype=d).contiguous(
+                memory_format=f
+            ),
         }
         for provider, function in functions.items():
             yield rows_of(

@@ -7,8 +7,8 @@
 Convention: frames are uint8 HWC BGR; boxes are half-open ``(xmin, ymin, xmax, ymax)`` inside the frame; taps are
 clamped to the crop's edge, not the frame's; no antialiasing; results are rounded half to even to uint8, then scaled.
 
-Here are the public functions and their plain-torch reference; on CUDA one Triton kernel does it all
-(:mod:`gpupipe.kernels.crop_resize_triton`).
+:func:`crop_resize` and :func:`network_input` are plain torch; :func:`crop_and_input` is both, and on CUDA one Triton
+kernel (:mod:`gpupipe.kernels.crop_resize_triton`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MASK_COLUMNS = slice(5, 315)
 
 
 def crop_resize(frames: Tensor, index: Tensor, boxes: Tensor) -> Tensor:
-    """Cut each sample's box out of its frame and resize it to 328×328.
+    """Cut each sample's box out of its frame and resize it to 328×328, sample by sample: boxes differ in size.
 
     Args:
         frames: uint8 (L, H, W, 3).
@@ -44,11 +44,11 @@ def crop_resize(frames: Tensor, index: Tensor, boxes: Tensor) -> Tensor:
     Returns:
         uint8 (B, 3, 328, 328), the frames' colour order.
     """
-    if backend(frames.device) == "triton":
-        from gpupipe.kernels.crop_resize_triton import crop_resize_triton
-
-        return crop_resize_triton(frames, index, boxes)[0]
-    return _crop_resize_torch(frames, index, boxes)
+    crops = [
+        frames[frame, ymin:ymax, xmin:xmax].permute(2, 0, 1)
+        for frame, (xmin, ymin, xmax, ymax) in zip(index.tolist(), boxes.tolist(), strict=True)
+    ]
+    return torch.stack([cubic_resize(crop, CROP_SIZE, CROP_SIZE) for crop in crops])
 
 
 def crop_and_input(
@@ -71,10 +71,8 @@ def crop_and_input(
     if backend(frames.device) == "triton":
         from gpupipe.kernels.crop_resize_triton import crop_resize_triton
 
-        crops, image = crop_resize_triton(frames, index, boxes, image=dtype, channels_last=channels_last)
-        assert image is not None
-        return crops, image
-    crops = _crop_resize_torch(frames, index, boxes)
+        return crop_resize_triton(frames, index, boxes, dtype=dtype, channels_last=channels_last)
+    crops = crop_resize(frames, index, boxes)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return crops, network_input(crops, dtype=dtype).contiguous(memory_format=layout)
 
@@ -88,15 +86,6 @@ def bytes_moved(box: tuple[int, int], dtype: torch.dtype = torch.float16) -> int
         box: width and height in pixels.
     """
     return 3 * box[0] * box[1] + 3 * CROP_SIZE**2 + 6 * INNER_SIZE**2 * dtype.itemsize
-
-
-def _crop_resize_torch(frames: Tensor, index: Tensor, boxes: Tensor) -> Tensor:
-    """The reference, sample by sample: each box has a size of its own."""
-    crops = [
-        frames[frame, ymin:ymax, xmin:xmax].permute(2, 0, 1)
-        for frame, (xmin, ymin, xmax, ymax) in zip(index.tolist(), boxes.tolist(), strict=True)
-    ]
-    return torch.stack([cubic_resize(crop, CROP_SIZE, CROP_SIZE) for crop in crops])
 
 
 def network_input(crops: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:

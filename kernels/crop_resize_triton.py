@@ -98,8 +98,7 @@ def _crop_resize_kernel(
         b3, g3, r3 = _rounded(pixels3[3 * i], pixels3[3 * i + 1], pixels3[3 * i + 2])
         blue, green, red = (b0, b1, b2, b3), (g0, g1, g2, g3), (r0, r1, r2, r3)
         _store_crop(crops, sample, y, column, blue, green, red, active)
-        if image is not None:
-            _store_image(image, sample, y - _RING, column - _RING, blue, green, red, active, CHANNELS_LAST)
+        _store_image(image, sample, y - _RING, column - _RING, blue, green, red, active, CHANNELS_LAST)
 
 
 @triton.jit
@@ -224,36 +223,22 @@ def _words(blue, green, red, seen, kind: tl.constexpr):
 
 @on_its_device
 def crop_resize_triton(
-    frames: Tensor,
-    index: Tensor,
-    boxes: Tensor,
-    *,
-    image: torch.dtype | None = None,
-    channels_last: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Launch the kernel; nothing is read back and nothing waits.
+    frames: Tensor, index: Tensor, boxes: Tensor, *, dtype: torch.dtype, channels_last: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As :func:`~gpupipe.kernels.crop_resize.crop_and_input`, by a kernel; nothing is read back and nothing waits.
 
-    Args:
-        frames: uint8 (L, H, W, 3), each row without gaps.
-        index: integers (B,).
-        boxes: integers (B, 4), half-open, inside the frame and not empty.
-        image: type of the network's input to write; None writes none.
-        channels_last: layout of the network's input; float16 or bfloat16 only.
-
-    Returns:
-        uint8 (B, 3, 328, 328), and ``image`` (B, 6, 320, 320) or None.
+    Raises:
+        ValueError: rows of ``frames`` that have gaps, or channels last in float32.
     """
     if frames.stride()[2:] != (3, 1):
         raise ValueError(f"frames have strides {frames.stride()}; expected the last two to be 3 and 1")
-    if channels_last and image not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"image is {image} and channels last; expected float16 or bfloat16 with this layout")
+    if channels_last and dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype is {dtype}, channels last; expected float16 or bfloat16 with this layout")
     samples = len(index)
     crops = frames.new_empty(samples, 3, CROP_SIZE, CROP_SIZE)
-    scaled = None
-    if image is not None:
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        shape = (samples, 6, INNER_SIZE, INNER_SIZE)
-        scaled = torch.empty(shape, dtype=image, device=frames.device, memory_format=layout)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (samples, 6, INNER_SIZE, INNER_SIZE)
+    image = torch.empty(shape, dtype=dtype, device=frames.device, memory_format=layout)
     if samples:
         grid = (triton.cdiv(_SQUARES.value**2, BLOCK), samples)
         _crop_resize_kernel[grid](
@@ -261,10 +246,10 @@ def crop_resize_triton(
             index.contiguous(),
             boxes.contiguous(),
             crops,
-            scaled,
+            image,
             frames.stride(0),
             frames.stride(1),
             CHANNELS_LAST=channels_last,
             BLOCK=BLOCK,
         )
-    return crops, scaled
+    return crops, image

@@ -97,16 +97,14 @@ def variants() -> list[Variant]:
     found = []
     crop = dict.fromkeys(("frames", "crops"), "*u8") | dict.fromkeys(("index", "boxes"), "*i64")
     crop |= {"frame_stride": "i32", "row_stride": "i32"}
-    for config, types, channels_last in (
-        ("crop328", {}, False),
-        ("crop328 + planar float32", {"image": "*fp32"}, False),
-        ("crop328 + channels-last float16", {"image": "*fp16"}, True),
+    for config, image, channels_last in (
+        ("crop328 + planar float32", "*fp32", False),
+        ("crop328 + channels-last float16", "*fp16", True),
     ):
+        types = crop | {"image": image}
         constants: dict[str, Any] = {"CHANNELS_LAST": channels_last, "BLOCK": crop_resize_triton.BLOCK}
-        if not types:
-            constants["image"] = None
         kernel = crop_resize_triton._crop_resize_kernel
-        found.append(Variant(kernel, "crop_resize", config, crop | types, constants, ("frame_stride", "row_stride")))
+        found.append(Variant(kernel, "crop_resize", config, types, constants, ("frame_stride", "row_stride")))
 
     paste = dict.fromkeys(("crops", "frames", "out"), "*u8") | dict.fromkeys(("crop_index", "index", "boxes"), "*i64")
     strides = ["mouth_stride", "frame_stride", "row_stride", "keep_stride", "keep_row_stride", "out_stride"]

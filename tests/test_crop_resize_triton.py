@@ -45,11 +45,18 @@ def planes(crop: np.ndarray) -> np.ndarray:
     return cv2.resize(crop, (328, 328), interpolation=cv2.INTER_CUBIC).transpose(2, 0, 1)
 
 
-def cut(frames: Tensor, index: list[int], boxes: list[Box], **options: object) -> tuple[Tensor, Tensor | None]:
-    """Run the kernel; its results on the CPU."""
+def cut(
+    frames: Tensor,
+    index: list[int],
+    boxes: list[Box],
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The kernel, its results on the CPU."""
     places = torch.tensor(index, device=DEVICE), torch.tensor(boxes, device=DEVICE)
-    crops, image = crop_resize_triton(frames.to(DEVICE), *places, **options)  # type: ignore[arg-type]
-    return crops.cpu(), (None if image is None else image.cpu())
+    crops, image = crop_resize_triton(frames.to(DEVICE), *places, dtype=dtype, channels_last=channels_last)
+    return crops.cpu(), image.cpu()
 
 
 def crop328(frame: Tensor, box: Box) -> np.ndarray:
@@ -96,15 +103,15 @@ def test_frames_beyond_two_gibibytes_are_found() -> None:
     bank = torch.empty((1 << 31) + frame.numel(), dtype=torch.uint8, device=DEVICE)
     frames = bank.as_strided((3, HEIGHT, WIDTH, 3), (1 << 30, WIDTH * 3, 3, 1))
     frames[2] = frame.to(DEVICE)
-    crops, _ = crop_resize_triton(frames, torch.tensor([2], device=DEVICE), torch.tensor([BOXES[0]], device=DEVICE))
+    places = torch.tensor([2], device=DEVICE), torch.tensor([BOXES[0]], device=DEVICE)
+    crops, _ = crop_resize_triton(frames, *places, dtype=torch.float32)
     assert np.array_equal(crops[0].cpu().numpy(), crop328(frame, BOXES[0]))
 
 
 def test_an_empty_batch_is_empty() -> None:
     frames = noise().to(DEVICE)
     nothing = torch.empty(0, dtype=torch.int64, device=DEVICE)
-    crops, image = crop_resize_triton(frames, nothing, nothing.view(0, 4), image=torch.float32)
-    assert image is not None
+    crops, image = crop_resize_triton(frames, nothing, nothing.view(0, 4), dtype=torch.float32)
     assert crops.shape == (0, 3, 328, 328) and image.shape == (0, 6, 320, 320)
 
 
@@ -121,9 +128,8 @@ def test_gaps_between_pixels_are_an_error() -> None:
 )
 def test_network_input_is_bit_equal_to_the_crop(dtype: torch.dtype, channels_last: bool) -> None:
     frames = noise(2)
-    crops, image = cut(frames, [1], BOXES[:1], image=dtype, channels_last=channels_last)
+    crops, image = cut(frames, [1], BOXES[:1], dtype=dtype, channels_last=channels_last)
     assert np.array_equal(crops[0].numpy(), crop328(frames[1], BOXES[0]))
-    assert image is not None
     assert image.dtype == dtype
     layout = torch.channels_last if channels_last else torch.contiguous_format
     assert image.is_contiguous(memory_format=layout)
@@ -133,8 +139,7 @@ def test_network_input_is_bit_equal_to_the_crop(dtype: torch.dtype, channels_las
 def test_all_256_values_are_divided_exactly() -> None:
     """A 328×328 box is copied pixel for pixel, and its values ÷ 255 are correctly rounded."""
     frame = (torch.arange(328 * 328 * 3) % 256).to(torch.uint8).view(328, 328, 3)
-    _, image = cut(frame[None], [0], [(0, 0, 328, 328)], image=torch.float32)
-    assert image is not None
+    _, image = cut(frame[None], [0], [(0, 0, 328, 328)])
     inner = frame[4:324, 4:324].permute(2, 0, 1)
     assert len(inner.unique()) == 256
     assert torch.equal(image[0, :3], inner.float() / 255)
@@ -143,7 +148,7 @@ def test_all_256_values_are_divided_exactly() -> None:
 
 def test_float32_is_not_written_channels_last() -> None:
     with pytest.raises(ValueError, match="float32"):
-        cut(noise(), [0], BOXES[:1], image=torch.float32, channels_last=True)
+        cut(noise(), [0], BOXES[:1], channels_last=True)
 
 
 # ── negative controls ─────────────────────────────────────────────────────────────────────────────────────────────────
