@@ -32,7 +32,6 @@ from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.fused import FusedEngine
 from gpupipe.kernels import depthwise_triton, inverted_residual_triton, pointwise_triton
 from gpupipe.kernels.common_triton import FENCES_COPIES
-from gpupipe.kernels.depthwise_triton import Tile
 from gpupipe.models.unet328 import INPUT_SIZE
 
 Sizes = dict[str, int]
@@ -99,9 +98,10 @@ class Launch:
         asked: list[tuple[Sizes, Sizes]] = []
         in_use = getattr(launcher.module, launcher.tiles)
 
-        def asking(*question: int, **more: Any) -> Tile | Sizes:
-            tile: Tile | Sizes = in_use(*question, **more)
-            asked.append((_sizes(tile), launcher.most(*question, **more)))
+        def asking(*question: int, **more: Any) -> Any:
+            tile = in_use(*question, **more)
+            sizes = tile if isinstance(tile, dict) else tile._asdict()
+            asked.append((sizes, launcher.most(*question, **more)))
             return tile
 
         with mock.patch.object(launcher.module, launcher.tiles, asking):
@@ -120,7 +120,7 @@ class Launch:
 
     def seconds(self, tile: Sizes) -> float:
         """Seconds with ``tile``; infinity where it does not compile, does not fit or gives a wrong result."""
-        given = Tile(**tile) if "chunk" in tile else tile
+        given = self._launcher.module.Tile(**tile) if "chunk" in tile else tile
         with mock.patch.object(self._launcher.module, self._launcher.tiles, lambda *_, **__: given):
             try:
                 result = self()
@@ -190,10 +190,6 @@ def descend(tile: Sizes, most: Sizes, seconds: Callable[[Sizes], float], *, dead
                 best, least = other, took
         if best == here or least > WORTH * start:
             return here, start
-
-
-def _sizes(tile: Tile | Sizes) -> Sizes:
-    return tile._asdict() if isinstance(tile, Tile) else tile
 
 
 def _shapes(values: Any) -> Any:

@@ -183,7 +183,7 @@ class Case:
 class Cubins:
     """:func:`~gpupipe.kernels.whole_block.whole_block`, run by a folder's kernels.
 
-    Where a block has two, the later one is used, which has warpgroup instructions.
+    Where a block has two, the later one is used: it multiplies with wgmma.
     """
 
     def __init__(self, folder: Path, entries: Sequence[dict[str, Any]]) -> None:

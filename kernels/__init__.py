@@ -8,7 +8,7 @@
     inverted_residual  inverted_residual.py  inverted_residual_triton.py: a block at once
                                              depthwise_triton.py: what follows its expansion
     whole_block        whole_block.py                                                whole_block_gluon.py
-                                                                                     whole_block_device.py: its parts
+                                                                                     whole_block_parts.py
 
     cubic              cubic.py              cubic_triton.py         taps and weights of crop_resize and paste_blend
                                              common_triton.py        what all Triton kernels share

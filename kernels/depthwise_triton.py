@@ -21,7 +21,7 @@ from torch import Tensor
 from gpupipe.kernels.common_triton import INTERPRETED
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.inverted_residual import Projection
-from gpupipe.kernels.packed_triton import multiply_add, multiply_add_relu, summed_in
+from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, multiply_add_relu
 
 
 @triton.jit
@@ -65,15 +65,15 @@ def _depthwise_rows(
 
     A row of input is read once, at its three shifts, and used for all rows of output that it is a tap of.
     """
-    SUM: tl.constexpr = summed_in(x.dtype.element_ty)
+    SUM: tl.constexpr = accumulator_dtype(x.dtype.element_ty)
     place = (sample * HEIGHT + y0 * STRIDE - 1) * WIDTH + column * STRIDE
     source = x + (place * HIDDEN)[:, None] + channel[None, :]
     left_exists = exists & (column > 0)
     right_exists = exists & (column * STRIDE + 1 < WIDTH)
     start = tl.zeros((column.shape[0], channel.shape[0]), SUM) + tl.load(bias + channel).to(SUM)[None, :]
-    # Sums of the rows of output that a row of input is the bottom, the middle and the top of.
-    ending = start
-    going_on = start
+    # Sums of a window's upper two rows, and of its upper one, as far as the input has been read.
+    two_rows = start
+    one_row = start
     first = start
     second = start
     third = start
@@ -86,7 +86,7 @@ def _depthwise_rows(
         middle = tl.load(at, mask=(exists & on_map)[:, None], other=0.0)
         right = tl.load(at + HIDDEN, mask=(right_exists & on_map)[:, None], other=0.0)
         if row >= 2 and row % STRIDE == 0:
-            done = _three_taps(ending, left, middle, right, taps + channel, 2, HIDDEN)
+            done = _three_taps(two_rows, left, middle, right, taps + channel, 2, HIDDEN)
             if row == 2:
                 first = done
             elif row == STRIDE + 2:
@@ -96,9 +96,9 @@ def _depthwise_rows(
             else:
                 fourth = done
         if STRIDE == 1 or row % 2 == 1:
-            ending = _three_taps(going_on, left, middle, right, taps + channel, 1, HIDDEN)
+            two_rows = _three_taps(one_row, left, middle, right, taps + channel, 1, HIDDEN)
         if row % STRIDE == 0:
-            going_on = _three_taps(start, left, middle, right, taps + channel, 0, HIDDEN)
+            one_row = _three_taps(start, left, middle, right, taps + channel, 0, HIDDEN)
     return first, second, third, fourth
 
 
@@ -184,12 +184,12 @@ def _depthwise_project_kernel(
 
 
 class Tile(NamedTuple):
-    """Output pixels (of a strip, columns) and hidden channels that a program has in its registers at a time; its warps.
+    """Columns of a strip and hidden channels that a program has in its registers at a time; its warps.
 
-    Those below are what compiles without spilling everywhere (:mod:`gpupipe.kernels.report`), by Triton 3.6 and 3.8.
+    Those below compile without spills for every architecture (:mod:`gpupipe.kernels.report`), by Triton 3.6 and 3.8.
     """
 
-    block: int
+    columns: int
     chunk: int
     warps: int = 4
 
@@ -216,7 +216,7 @@ def depthwise_triton(hidden: Tensor, taps: Tensor, bias: Tensor, *, stride: int 
     samples, height, width, channels = hidden.shape
     shape = (samples, -(-height // stride), -(-width // stride))
     tile = depthwise_tile(channels)
-    strips = triton.cdiv(samples * shape[2], tile.block)
+    strips = triton.cdiv(samples * shape[2], tile.columns)
     out = hidden.new_empty(*shape, channels)
     if samples:
         _depthwise_kernel[(triton.cdiv(shape[1], 4), strips, channels // tile.chunk)](
@@ -231,7 +231,7 @@ def depthwise_triton(hidden: Tensor, taps: Tensor, bias: Tensor, *, stride: int 
             OUT_WIDTH=shape[2],
             HIDDEN=channels,
             STRIDE=stride,
-            COLUMNS=tile.block,
+            COLUMNS=tile.columns,
             CHUNK=tile.chunk,
             num_warps=tile.warps,
             num_stages=1,
@@ -248,7 +248,7 @@ def depthwise_project_triton(
     outputs = projection.project.shape[1]
     shape = (samples, -(-height // stride), -(-width // stride))
     tile = projection_tile(channels, outputs)
-    strips = triton.cdiv(samples * shape[2], tile.block)
+    strips = triton.cdiv(samples * shape[2], tile.columns)
     out = hidden.new_empty(*shape, outputs)
     if samples:
         _depthwise_project_kernel[(triton.cdiv(shape[1], 4), strips)](
@@ -264,7 +264,7 @@ def depthwise_project_triton(
             HIDDEN=channels,
             OUT=outputs,
             STRIDE=stride,
-            COLUMNS=tile.block,
+            COLUMNS=tile.columns,
             CHUNK=tile.chunk,
             num_warps=tile.warps,
             num_stages=1,

@@ -13,16 +13,17 @@ than 64, whatever comes next in (sample, row, column) order, so that no lane idl
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from gpupipe.kernels.common_triton import INTERPRETED
-from gpupipe.kernels.depthwise_triton import Tile
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.inverted_residual import Block
-from gpupipe.kernels.packed_triton import multiply_add, relu_to, summed_in
+from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, relu_to
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def _inverted_residual_kernel(
     output = tl.arange(0, OUT)
     total = tl.zeros((BLOCK, OUT), tl.float32) + tl.load(project_bias + output)[None, :]
     half: tl.constexpr = x.dtype.element_ty
-    SUM: tl.constexpr = summed_in(half)
+    SUM: tl.constexpr = accumulator_dtype(half)
     for start in range(0, HIDDEN, CHUNK):
         channel = start + tl.arange(0, CHUNK)
         matrix = tl.load(expand + k[:, None] * HIDDEN + channel[None, :])
@@ -133,6 +134,17 @@ def _inverted_residual_kernel(
         tl.store(out + to, painted.to(out.dtype.element_ty), mask=inside[:, None] & (colour < 3)[None, :])
 
 
+class Tile(NamedTuple):
+    """Pixels and hidden channels that a program has in its registers at a time; its warps.
+
+    As in :mod:`gpupipe.kernels.depthwise_triton`, what compiles without spills for every architecture.
+    """
+
+    pixels: int
+    chunk: int
+    warps: int = 4
+
+
 def block_tile(channels: int, hidden: int) -> Tile:
     """Tile of a block at once."""
     if INTERPRETED:
@@ -169,7 +181,7 @@ def inverted_residual_triton(
     outputs = block.projection.project.shape[1]
     shape = (samples, -(-height // stride), -(-width // stride))
     tile = block_tile(channels, hidden)
-    tiles, columns = _launch_shape(shape, tile.block)
+    tiles, columns = _launch_shape(shape, tile.pixels)
     out = x.new_empty(*shape, outputs) if head is None else x.new_empty(samples, 3, *shape[1:], dtype=dtype)
     if samples:
         _inverted_residual_kernel[(tiles,)](
@@ -190,7 +202,7 @@ def inverted_residual_triton(
             OUT=outputs,
             STRIDE=stride,
             RESIDUAL=residual,
-            BLOCK=tile.block,
+            BLOCK=tile.pixels,
             CHUNK=tile.chunk,
             TILE=columns,
             num_warps=tile.warps,

@@ -25,14 +25,14 @@ RELU_TO_HALF = tl.constexpr("cvt.rn.relu.f16x2.f32 $0, $2, $1;")
 
 
 @triton.constexpr_function
-def summed_in(dtype):
+def accumulator_dtype(dtype):
     """The type in which values of ``dtype`` are added up."""
     return tl.float16 if dtype == tl.float16 else tl.float32
 
 
 @triton.jit
 def multiply_add(a, b, c):
-    """a · b + c in c's type, which is :func:`summed_in`'s."""
+    """a · b + c in c's type, which is :func:`accumulator_dtype`'s."""
     if c.dtype == tl.float16 and _ASSEMBLY:
         return tl.inline_asm_elementwise(MULTIPLY_ADD, "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2)
     else:
@@ -41,7 +41,7 @@ def multiply_add(a, b, c):
 
 @triton.jit
 def multiply_add_relu(a, b, c, dtype: tl.constexpr):
-    """ReLU(a · b + c) in ``dtype``, whose :func:`summed_in` is c's type; computed where it stands."""
+    """ReLU(a · b + c) in ``dtype``, whose :func:`accumulator_dtype` is c's type; computed where it stands."""
     if c.dtype == tl.float16 and _ASSEMBLY:
         return tl.inline_asm_elementwise(
             MULTIPLY_ADD_RELU, "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=False, pack=2

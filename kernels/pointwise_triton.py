@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpupipe.kernels.common_triton import FENCES_COPIES, INTERPRETED
 from gpupipe.kernels.dispatch import on_its_device
-from gpupipe.kernels.packed_triton import multiply_add, relu_to, summed_in
+from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, relu_to
 
 
 # A last batch is shorter: it must not be compiled for.
@@ -135,7 +135,7 @@ def _neighbours(position, LOW: tl.constexpr, HIGH: tl.constexpr):
 def _load(pointers):
     """Values in the type that they are added up in."""
     values = tl.load(pointers)
-    return values.to(summed_in(values.dtype))
+    return values.to(accumulator_dtype(values.dtype))
 
 
 @triton.jit

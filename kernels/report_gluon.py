@@ -7,11 +7,11 @@ from typing import Any
 
 from gpupipe.kernels.report import Variant
 
-WARPGROUP_ARCHITECTURES = (90,)
-"""Where warpgroup instructions exist."""
+WGMMA_ARCHITECTURES = (90,)
+"""Those with wgmma."""
 
-WARP_ARCHITECTURES = {"up3.0": (80, 86, 89, 90)}
-"""Blocks by warp instructions that are not for every architecture: compiled for 10.0, this one spills 84 bytes."""
+MMA_SYNC_ARCHITECTURES = {"up3.0": (80, 86, 89, 90)}
+"""Blocks by mma.sync that are not for every architecture: compiled for 10.0, this one spills 84 bytes."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ BLOCKS = {
 
 
 def gluon_variants() -> list[Variant]:
-    """Each block by warp and by warpgroup instructions."""
+    """Each block by mma.sync and by wgmma."""
     return [variant_of(name, wgmma=wgmma) for name in BLOCKS for wgmma in (False, True)]
 
 
@@ -69,9 +69,9 @@ def variant_of(name: str, *, wgmma: bool) -> Variant:
     return Variant(
         kernels[block.stride],
         "whole_block",
-        f"{name}, {'warpgroup' if wgmma else 'warp'}",
+        f"{name}, {'wgmma' if wgmma else 'mma.sync'}",
         types,
         constants,
         num_warps=whole_block_gluon.NUM_WARPS,
-        architectures=WARPGROUP_ARCHITECTURES if wgmma else WARP_ARCHITECTURES.get(name),
+        architectures=WGMMA_ARCHITECTURES if wgmma else MMA_SYNC_ARCHITECTURES.get(name),
     )

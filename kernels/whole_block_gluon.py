@@ -7,17 +7,17 @@ A program of four warps makes 6×30 pixels of one sample, all channels (3×15 wi
       ├─ expand: tensor cores, 256×K by K×32 (+ mask × bias) ── ReLU ──> hidden[256][32], float16, shared memory
       ├─ depthwise: a thread owns a column and 8 channels, goes down the 8 rows, and uses each value that it reads
       │             for up to three output rows; float16 multiply-adds, two at a time ── ReLU, in registers
-      └─ project: those registers *are* the left operand of tensor-core steps that add to out[180][C], float32
+      └─ project: those registers *are* the left operand of the products that add to out[180][C], float32
     then skip, head, and one store.
 
-:mod:`gpupipe.kernels.whole_block_device` has the parts, and says which lane holds what and why no two lanes want one
-bank.
+:mod:`gpupipe.kernels.whole_block_parts` has the parts, with their layouts and why there are no bank conflicts.
 
-What bounds it is no longer device memory (see :func:`gpupipe.kernels.whole_block.bytes_moved`), but, by instruction
-counts, the issue of instructions, the tensor cores and shared memory, about equally.
+By instruction counts a block is bound no longer by device memory (see
+:func:`gpupipe.kernels.whole_block.bytes_moved`) but about equally by instruction issue, the tensor cores and shared
+memory.
 
-``WGMMA`` (compute capability 9.0 only) lets an instruction of the whole warpgroup read both operands of expand from
-shared memory, which takes fewer instructions and registers.
+With ``WGMMA`` (compute capability 9.0 only) expand is by wgmma, whose instructions read both operands from shared
+memory: that takes fewer instructions and registers than mma.sync.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.whole_block import PackedBlock, PackedHead, check_maps
-from gpupipe.kernels.whole_block_device import (
+from gpupipe.kernels.whole_block_parts import (
     CHUNK,
     HALO,
     LEFT,
@@ -39,11 +39,11 @@ from gpupipe.kernels.whole_block_device import (
     RIGHT,
     RIGHT_DEEP,
     TILE_PIXELS,
-    as_dealt,
-    dealt,
+    deinterleave,
+    deinterleaved_layout,
     expand_chunk,
-    in_order,
-    in_order_layout,
+    interleave,
+    interleaved,
     mask_operand,
     multiply_add,
     multiply_add_relu,
@@ -66,7 +66,7 @@ _COLUMNS = gl.constexpr(  # 32 pixels of a row × 32 channels: a lane has a pixe
         shape=[32, 32],
     )
 )
-_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))  # row after row
+_PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))  # row-major, not swizzled
 
 
 # ── project and after ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -74,25 +74,25 @@ _PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))  # row after row
 
 @gluon.jit
 def _load_projection(project, start, HIDDEN: gl.constexpr, OUT: gl.constexpr):
-    """A chunk of hidden channels × output channels, dealt out."""
+    """A chunk of hidden channels × output channels, interleaved."""
     k = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, RIGHT_DEEP))
-    n = dealt(gl.arange(0, OUT, layout=gl.SliceLayout(0, RIGHT_DEEP)), OUT)
+    n = interleaved(gl.arange(0, OUT, layout=gl.SliceLayout(0, RIGHT_DEEP)), OUT)
     return gl.load(project + n[None, :] * HIDDEN + (start + k)[:, None])
 
 
 @gluon.jit
 def _biased(project_bias, OUT: gl.constexpr):
-    """Where a projection's sums begin."""
-    n = dealt(gl.arange(0, OUT, layout=gl.SliceLayout(0, MMA)), OUT)
+    """The projection's bias as its initial accumulator."""
+    n = interleaved(gl.arange(0, OUT, layout=gl.SliceLayout(0, MMA)), OUT)
     return gl.zeros([TILE_PIXELS, OUT], gl.float32, layout=MMA) + gl.load(project_bias + n)[None, :]
 
 
 @gluon.jit
 def _pixel_of(row, y0, x0, pair, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.constexpr):
-    """The output pixel that a product's row belongs to, and whether it is to be written; H, W are the output's.
+    """The output pixel of a product's row, and whether it is to be written; H, W are the output's.
 
-    Stride 1: 8 columns of one output row, then the same of the next, for each warp; ``pair`` counts pairs of rows.
-    Stride 2: four rows of 16, of which 3×15 count.
+    Stride 1: each warp has 8 columns of one output row, then the same of the next; ``pair`` counts pairs of rows.
+    Stride 2: four rows of 16 pixels, of which 3×15 count.
     """
     if STRIDE == 1:
         column = row // 16 * 8 + row % 8
@@ -108,8 +108,8 @@ def _pixel_of(row, y0, x0, pair, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.co
 
 @gluon.jit
 def _load_head(head, head_bias, OUT: gl.constexpr):
-    """The head's weights, and where its sums begin."""
-    k = dealt(gl.arange(0, OUT, layout=gl.SliceLayout(1, RIGHT)), OUT)
+    """The head's weights, and its bias as the initial accumulator."""
+    k = interleaved(gl.arange(0, OUT, layout=gl.SliceLayout(1, RIGHT)), OUT)
     n = gl.arange(0, _MOUTH, layout=gl.SliceLayout(0, RIGHT))
     channel = gl.arange(0, _MOUTH, layout=gl.SliceLayout(0, MMA))
     sums = gl.zeros([TILE_PIXELS, _MOUTH], gl.float32, layout=MMA) + gl.load(head_bias + channel)[None, :]
@@ -132,12 +132,12 @@ def _finish(
     RESIDUAL: gl.constexpr,
     HEAD: gl.constexpr,
 ):
-    """Skip, head and store of 64 pixels; H, W are the output's."""
-    layout: gl.constexpr = in_order_layout(OUT)
+    """Add the skip, apply the head and store 64 pixels; H, W are the output's."""
+    layout: gl.constexpr = deinterleaved_layout(OUT)
     pixel, inside = _pixel_of(gl.arange(0, TILE_PIXELS, layout=gl.SliceLayout(1, layout)), y0, x0, pair, H, W, STRIDE)
     places = (pixel * OUT)[:, None] + gl.arange(0, OUT, layout=gl.SliceLayout(0, layout))[None, :]
     if RESIDUAL:
-        residual = as_dealt(gl.load(skip + places, mask=inside[:, None], other=0.0), TILE_PIXELS, OUT)
+        residual = interleave(gl.load(skip + places, mask=inside[:, None], other=0.0), TILE_PIXELS, OUT)
         product += gl.convert_layout(residual, MMA, assert_trivial=True).to(gl.float32)
     half = product.to(gl.float16)
     if HEAD:
@@ -148,7 +148,7 @@ def _finish(
         places = pixel[:, None] + channel[None, :] * (H * W)
         gl.store(out + places, mouth.to(gl.uint8), mask=inside[:, None] & (channel < 3)[None, :])
     else:
-        ordered = gl.convert_layout(in_order(half, TILE_PIXELS, OUT), layout, assert_trivial=True)
+        ordered = gl.convert_layout(deinterleave(half, TILE_PIXELS, OUT), layout, assert_trivial=True)
         gl.store(out + places, ordered, mask=inside[:, None])
 
 
@@ -156,7 +156,7 @@ def _finish(
 
 
 @gluon.jit
-def _two_rows(first, second):
+def _left_operand(first, second):
     """Two output rows of a chunk, each [32 pixels, chunk], as a left operand: 8 pixels of one, then of the other."""
     rows = gl.join(gl.reshape(first, [4, 8, CHUNK]), gl.reshape(second, [4, 8, CHUNK]))
     rows = gl.reshape(gl.permute(rows, [0, 3, 1, 2]), [TILE_PIXELS, CHUNK])
@@ -187,7 +187,7 @@ def _whole_block_kernel(
     HEAD: gl.constexpr,
     WGMMA: gl.constexpr,
 ):
-    """Stride 1. Program (tile, sample). The skip has STORED channels, which zeros fill up to SKIP."""
+    """Stride 1. Program (tile, sample). The skip has STORED channels and is padded with zeros to SKIP."""
     TILES: gl.constexpr = (W + 29) // 30
     y0 = gl.program_id(0) // TILES * 6
     x0 = gl.program_id(0) % TILES * 30
@@ -232,30 +232,30 @@ def _whole_block_kernel(
         t22 = gl.load(taps + 8 * HIDDEN)[None, :]
         bias = gl.load(taps + 9 * HIDDEN)[None, :] + zero
         projection = _load_projection(project, start, HIDDEN, OUT)
-        # Sums of the output rows that a hidden row is the bottom, the middle and the top of.
-        ending = bias
-        going_on = bias
+        # Sums of a window's upper two rows, and of its upper one, as far as hidden has been read.
+        two_rows = bias
+        one_row = bias
         previous = zero
         for row in gl.static_range(8):
             left = hidden.gather(place + row * 32, 0)
             middle = hidden.gather(place + (row * 32 + 1), 0)
             right = hidden.gather(place + (row * 32 + 2), 0)
             if row >= 2:
-                done = multiply_add(middle, t21, multiply_add(left, t20, ending))
+                done = multiply_add(middle, t21, multiply_add(left, t20, two_rows))
                 done = multiply_add_relu(right, t22, done)
                 if row == 3:
-                    first = mma_v2(_two_rows(previous, done), projection, first)
+                    first = mma_v2(_left_operand(previous, done), projection, first)
                 elif row == 5:
-                    second = mma_v2(_two_rows(previous, done), projection, second)
+                    second = mma_v2(_left_operand(previous, done), projection, second)
                 elif row == 7:
-                    third = mma_v2(_two_rows(previous, done), projection, third)
+                    third = mma_v2(_left_operand(previous, done), projection, third)
                 previous = done
             if (row >= 1) & (row < 7):
-                ending = multiply_add(middle, t11, multiply_add(left, t10, going_on))
-                ending = multiply_add(right, t12, ending)
+                two_rows = multiply_add(middle, t11, multiply_add(left, t10, one_row))
+                two_rows = multiply_add(right, t12, two_rows)
             if row < 6:
-                going_on = multiply_add(middle, t01, multiply_add(left, t00, bias))
-                going_on = multiply_add(right, t02, going_on)
+                one_row = multiply_add(middle, t01, multiply_add(left, t00, bias))
+                one_row = multiply_add(right, t02, one_row)
 
     ends = None
     if HEAD:
@@ -282,7 +282,7 @@ def _halving_block_kernel(
     OUT: gl.constexpr,
     WGMMA: gl.constexpr,
 ):
-    """Stride 2. Program (tile, sample); H, W are the input's. Nine reads straight into project's left operand."""
+    """Stride 2. Program (tile, sample); H, W are the input's. Taps are read in the layout of project's left operand."""
     OUT_H: gl.constexpr = (H + 1) // 2
     OUT_W: gl.constexpr = (W + 1) // 2
     TILES: gl.constexpr = (OUT_W + 14) // 15
@@ -308,7 +308,7 @@ def _halving_block_kernel(
         taps = depthwise + start + channel
         value = gl.load(taps + 9 * HIDDEN)[None, :] + zero
         for tap in gl.static_range(9):
-            # Columns 2c, 2c + 1 and 2c + 2 of a halo row stand at c, 16 + c and c + 1 of its even-first order.
+            # Columns 2c, 2c + 1 and 2c + 2 of a halo row lie at c, 16 + c and c + 1: even columns come first.
             read = hidden.gather(place + (tap // 3 * 32 + tap % 3 % 2 * 16 + tap % 3 // 2), 0)
             weight = gl.load(taps + tap * HIDDEN)[None, :]
             if tap < 8:
@@ -338,7 +338,7 @@ def whole_block_gluon(
 
     Args:
         skip, block, low, index, head: as for the reference.
-        wgmma: expand by warpgroup instructions; None does so where the device has them (compute capability 9.0).
+        wgmma: expand by wgmma; None does so where the device has it (compute capability 9.0).
 
     Returns:
         As the reference.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from gpupipe.models.hoisted import HoistedUp, SpeechHalf, TemplateFeatures, TemplateHalf, pointwise
+from gpupipe.models.hoisted import HoistedUp, SpeechHalf, TemplateFeatures, TemplateHalf, conv1x1
 from gpupipe.models.unet328 import UNet328, Up
 
 BLOCK = 16
@@ -63,7 +63,7 @@ class JoinedUp(HoistedUp):
         super().__init__(up, projection)
         channels = self.skip.in_channels
         zeros = -channels % BLOCK
-        self.blocks = pointwise(torch.eye(channels + zeros, channels).to(self.skip.weight)[:, :, None, None], None)
+        self.blocks = conv1x1(torch.eye(channels + zeros, channels).to(self.skip.weight)[:, :, None, None], None)
         self.expand = _wider(self.joined(), inputs=zeros)
 
     def forward(self, low: Tensor, skip: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class TemplateHalf(nn.Module):
         self.down4, self.down5 = network.down4, network.down5
         expand = _layers(_blocks(network.fuse_conv[0])[0])[0]
         half = expand.in_channels // 2
-        self.bottleneck = pointwise(expand.weight[:, :half], expand.bias)
+        self.bottleneck = conv1x1(expand.weight[:, :half], expand.bias)
 
     def forward(self, image: Tensor) -> TemplateFeatures:
         """(B, 6, 320, 320) → six tensors."""
@@ -80,7 +80,7 @@ class SpeechHalf(nn.Module):
         first, second = _blocks(network.fuse_conv[0])
         expand, _, *rest = _layers(first)
         half = expand.in_channels // 2
-        self.audio_expand = pointwise(expand.weight[:, half:], None)
+        self.audio_expand = conv1x1(expand.weight[:, half:], None)
         self.fuse = nn.Sequential(*rest, second, network.fuse_conv[1])
         projection = _layers(network.inc.inconv[0])[6]
         self.up1, self.up2 = HoistedUp(network.up1), HoistedUp(network.up2)
@@ -124,7 +124,7 @@ class HoistedUp(nn.Module):
 
     def joined(self) -> nn.Conv2d:
         """The expansion in one again: of the upsampled low and the skip, concatenated in this order."""
-        return pointwise(torch.cat([self.low.weight, self.skip.weight], dim=1), self.skip.bias)
+        return conv1x1(torch.cat([self.low.weight, self.skip.weight], dim=1), self.skip.bias)
 
 
 def _split_entry(double: Any) -> tuple[nn.Conv2d, nn.Conv2d, nn.Sequential]:
@@ -132,7 +132,7 @@ def _split_entry(double: Any) -> tuple[nn.Conv2d, nn.Conv2d, nn.Sequential]:
     first, second = _blocks(double)
     expand, _, *rest = _layers(first)
     half = expand.in_channels // 2
-    low, skip = pointwise(expand.weight[:, :half], None), pointwise(expand.weight[:, half:], expand.bias)
+    low, skip = conv1x1(expand.weight[:, :half], None), conv1x1(expand.weight[:, half:], expand.bias)
     return low, skip, nn.Sequential(*rest, second)
 
 
@@ -155,10 +155,10 @@ def _compose(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
         bias = bias + outer @ first.bias.double()
     if second.bias is not None:
         bias = bias + second.bias.double()
-    return pointwise((outer @ matrix)[:, :, None, None].float(), bias.float())
+    return conv1x1((outer @ matrix)[:, :, None, None].float(), bias.float())
 
 
-def pointwise(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+def conv1x1(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A 1×1 convolution of weight (out, in, 1, 1) and, if given, bias (out,), copied."""
     layer = nn.Conv2d(weight.shape[1], weight.shape[0], 1, bias=bias is not None, device="meta")  # draws no weights
     layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)

@@ -18,7 +18,7 @@ from gpupipe.kernels.inverted_residual import pack_block
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEVER = math.inf
-TILE = {"block": 32, "chunk": 32, "warps": 4}
+TILE = {"columns": 32, "chunk": 32, "warps": 4}
 
 
 def test_neighbours_differ_by_one_size_and_stay_within_the_channels() -> None:
@@ -36,10 +36,10 @@ def test_the_search_goes_downhill_to_the_fastest_tile() -> None:
 
     def seconds(tile: Sizes) -> float:
         tried.append(tile)
-        return abs(math.log2(tile["block"] / 128)) + abs(math.log2(tile["warps"] / 2)) + 1
+        return abs(math.log2(tile["columns"] / 128)) + abs(math.log2(tile["warps"] / 2)) + 1
 
     fastest, least = descend(TILE, {"chunk": 32}, seconds, deadline=NEVER)
-    assert (fastest, least) == ({"block": 128, "chunk": 32, "warps": 2}, 1)
+    assert (fastest, least) == ({"columns": 128, "chunk": 32, "warps": 2}, 1)
     assert len(tried) == len({tuple(tile.values()) for tile in tried}), "a tile was compiled twice"
 
 

@@ -103,7 +103,7 @@ def halves(folder: Path) -> list[Row]:
     kernels = [
         {"config": f"{name}, {how}", "tile": [6, 30], "block": dataclasses.asdict(block)}
         for name, block in BLOCKS.items()
-        for how in ("warp", "warpgroup")
+        for how in ("mma.sync", "wgmma")
     ]
     manifest = {"triton": "3.8.0", "commit": "0" * 12, "kernels": kernels}
     (folder / gluon_cubins.MANIFEST).write_text(json.dumps(manifest))
@@ -125,8 +125,8 @@ def test_the_engine_finds_a_kernel_for_each_of_its_blocks(tmp_path: Path, monkey
 
     monkeypatch.setattr(gluon_cubins, "Cubin", Blank)
     (row,) = halves(tmp_path)
-    assert set(launched) == {f"{name}, warpgroup" for name in BLOCKS}
-    assert row.error is not None and "steps of 255 off; expected 1.5" in row.error, "as if nothing was painted"
+    assert set(launched) == {f"{name}, wgmma" for name in BLOCKS}
+    assert row.error is not None and "steps of 255 off; expected 1.5" in row.error, "as nothing was painted"
 
 
 def test_the_network_s_halves_are_checked_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -369,8 +369,8 @@ def without(pattern: str, number: int) -> Callable[[str], str]:
 def test_a_kernel_without_a_barrier_fence_or_wait_is_an_error(
     removed: Callable[[str], str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Remove a barrier, a fence or a wait from the whole-block kernel with warpgroup instructions."""
-    kernels = compiled("gpupipe.kernels.whole_block_device", "gpupipe.kernels.whole_block_gluon")
+    """A barrier, a fence, a wait of the whole-block kernel by wgmma."""
+    kernels = compiled("gpupipe.kernels.whole_block_parts", "gpupipe.kernels.whole_block_gluon")
     from gpupipe.kernels.whole_block import pack_whole_block
 
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 
 EXPANDS = [False, True]
-"""With tensor-core instructions of a warp, and of a warpgroup."""
+"""By mma.sync, and by wgmma."""
 
 FIRST = torch.tensor([0])
 """For one sample, which takes the first skip."""
@@ -32,7 +32,7 @@ def kernels() -> Any:
         from gpupipe.kernels import whole_block_gluon
 
         return whole_block_gluon
-    return compiled("gpupipe.kernels.whole_block_device", "gpupipe.kernels.whole_block_gluon")
+    return compiled("gpupipe.kernels.whole_block_parts", "gpupipe.kernels.whole_block_gluon")
 
 
 def layer(inputs: int, outputs: int, kernel: int = 1, *, groups: int = 1, stride: int = 1) -> nn.Conv2d:
@@ -56,7 +56,7 @@ def noise(*shape: int) -> Tensor:
 def run(kernels: Any, skip: Tensor, block: PackedBlock, *, wgmma: bool = False, **options: Any) -> Tensor:
     """Run the kernel; its result on the CPU."""
     if wgmma and CUDA and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("warpgroup instructions need compute capability 9.0")
+        pytest.skip("wgmma needs compute capability 9.0")
     moved = {
         name: value.to(DEVICE) if isinstance(value, Tensor | PackedHead) else value for name, value in options.items()
     }

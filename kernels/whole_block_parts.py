@@ -1,25 +1,25 @@
-"""What the Gluon kernels of whole blocks are put together from: the halo in shared memory, expand, and layouts.
+"""The parts of the Gluon kernels of whole blocks: the halo in shared memory, expand, and layouts.
 
 Padding and bias. The depthwise convolution pads the *hidden* tensor with zeros, and ReLU(bias) is not 0: expand's bias
-must be added to pixels of the map only. It comes by one extra step of 16 inputs, whose left operand is 1 in two columns
-where the pixel is on the map, and whose right operand is the bias in two float16 parts.
+must be added only where a pixel is on the map. An extra step of 16 inputs adds it: its left operand is 1 in two columns
+where the pixel is on the map, its right operand is the bias as the sum of two float16.
 
-Who holds what. Lane (g, d) is the d-th of the g-th group of four:
+Layouts. Lane 4g + d holds
 
-    accumulator of a tensor-core step (16×8)      rows g and g + 8, columns 2d and 2d + 1
-    left operand, 8 values together (16×32)       rows g and g + 8, depths 8d … 8d + 7
-    depthwise, 8 pixels of a row × 32 channels    pixel g, channels 8d … 8d + 7
+    of an accumulator (16×8)                              rows g and g + 8, columns 2d and 2d + 1
+    of a left operand with 8 values in a row (16×32)      rows g and g + 8, depths 8d … 8d + 7
+    in the depthwise step (8 pixels of a row × 32)        pixel g, channels 8d … 8d + 7
 
 The last two agree, row g + 8 being the next output row: no value changes lanes between depthwise and project. The first
-is made to agree by dealing out the columns of the weights (:func:`dealt`): what a lane holds of a product N columns
-wide are then N/4 channels in a row, written 16 bytes at a time (8 for 16 channels).
+is made to agree by permuting the weights' columns (:func:`interleaved`), so that the N/4 accumulator columns a lane
+holds are consecutive channels, stored 16 bytes at a time (8 if N is 16).
 
-Banks. The 8 lanes that go together write or read two neighbouring pixels of the hidden tensor, 64 bytes each and 64
-bytes apart: all 32 banks once, at every shift of the 3×3 window, with neither padding nor swizzling. With stride 2 the
-columns of a halo row are stored even ones first, so that neighbouring outputs read neighbouring pixels there too.
+Banks. A quarter-warp, 8 lanes, accesses two neighbouring pixels of the hidden tensor, 64 bytes each and 64 bytes apart:
+each of the 32 banks once, at every shift of the 3×3 window, with neither padding nor swizzling. With stride 2 a halo
+row's even columns are stored before its odd ones, so that neighbouring outputs read neighbouring pixels there too.
 
-The compiler puts the barriers between threads' reads and writes of shared memory; the one in :func:`expand_chunk` is
-for the tensor cores' own reads, which it does not see.
+The compiler places the barriers between threads' accesses to shared memory, but does not see that wgmma reads it: the
+barrier in :func:`expand_chunk` is for that.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _STEP = gl.constexpr(16)  # depth of a tensor-core step
 TILE_PIXELS = gl.constexpr(64)  # rows of a product that belong to one projection
 
 MMA = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8]))
-_WARPGROUP = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 32, 16]))
+_WGMMA = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 32, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA, 2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA, 2))
 LEFT_DEEP = gl.constexpr(gl.DotOperandLayout(0, MMA, 8))
@@ -68,13 +68,13 @@ def _weight_vectors(depth):
 
 @gluon.constexpr_function
 def _swizzled(depth, transposed=False):
-    """A left operand (a right one, transposed) in shared memory, as tensor cores and matrix loads like to read it."""
+    """A left operand (a right one, transposed) in shared memory, swizzled for wgmma and ldmatrix."""
     return gl.NVMMASharedLayout(swizzle_byte_width=2 * depth, element_bitwidth=16, transposed=transposed, rank=2)
 
 
 @gluon.constexpr_function
-def in_order_layout(channels):
-    """An accumulator's, once its columns are channels in order: a lane has ``channels / 4`` of them in a row."""
+def deinterleaved_layout(channels):
+    """The layout of an accumulator that is deinterleaved: a lane has ``channels / 4`` consecutive ones."""
     bits = [1 << i for i in range(channels.bit_length() - 1)]
     return gl.DistributedLinearLayout(
         reg_bases=[[0, bit] for bit in bits[:-2]] + [[8, 0]],
@@ -86,8 +86,8 @@ def in_order_layout(channels):
 
 
 # ── arithmetic in assembly ────────────────────────────────────────────────────────────────────────────────────────────
-# Left to itself the compiler takes float16 multiply-adds one by one, and ReLU as an instruction of its own. It is pure,
-# where packed_triton's ReLU is said not to be: Gluon computes in the layouts that the source says, and chooses none.
+# Left to itself the compiler multiplies and adds float16 one by one, and ReLU is an instruction of its own. All of this
+# is marked pure, unlike packed_triton's ReLU: in Gluon the source chooses the layouts, not the compiler.
 
 
 @gluon.jit
@@ -119,24 +119,24 @@ def sigmoid(a):
     )
 
 
-# ── columns dealt out ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── interleaved columns ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @gluon.jit
-def dealt(column, N: gl.constexpr):
-    """The channel that stands in a column of a product: pair d of every 8 columns is dealt to channels dN/4 … on."""
+def interleaved(column, N: gl.constexpr):
+    """The channel that a product's column holds: pair d of every 8 columns takes the next two from dN/4 on."""
     return column % 8 // 2 * (N // 4) + column // 8 * 2 + column % 2
 
 
 @gluon.jit
-def in_order(product, M: gl.constexpr, N: gl.constexpr):
-    """A product's columns from dealt to channel order. Every value stays in its register."""
+def deinterleave(product, M: gl.constexpr, N: gl.constexpr):
+    """A product with its columns in the order of channels. Every value stays in its register."""
     return gl.reshape(gl.permute(gl.reshape(product, [M, N // 8, 4, 2]), [0, 2, 1, 3]), [M, N])
 
 
 @gluon.jit
-def as_dealt(values, M: gl.constexpr, N: gl.constexpr):
-    """The way back."""
+def interleave(values, M: gl.constexpr, N: gl.constexpr):
+    """The inverse of :func:`deinterleave`."""
     return gl.reshape(gl.permute(gl.reshape(values, [M, 4, N // 8, 2]), [0, 2, 1, 3]), [M, N])
 
 
@@ -145,7 +145,7 @@ def as_dealt(values, M: gl.constexpr, N: gl.constexpr):
 
 @gluon.jit
 def _halo(pixel, y0, x0, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.constexpr):
-    """Row and column of the map for a pixel of the halo, and whether it is on the map; (y0, x0) is the first output."""
+    """Row and column in the map of a pixel of the halo, and whether it is on the map; (y0, x0) is the first output."""
     column = pixel % 32
     if STRIDE == 2:
         column = column % 16 * 2 + column // 16
@@ -166,7 +166,7 @@ def _load_skip(
     STORED: gl.constexpr,
     STRIDE: gl.constexpr,
 ):
-    """Channels from FIRST on of the halo; 0 outside the map, and beyond the channels that are stored."""
+    """Channels of the halo from FIRST on; 0 outside the map, and beyond the channels that are stored."""
     layout: gl.constexpr = _vectors(_depth(C))
     y, x, inside = _halo(gl.arange(0, HALO, layout=gl.SliceLayout(1, layout)), y0, x0, H, W, STRIDE)
     channel = FIRST + gl.arange(0, _depth(C), layout=gl.SliceLayout(0, layout))
@@ -178,7 +178,7 @@ def _load_skip(
 
 @gluon.jit
 def _load_upsampled(low, y0, x0, FIRST: gl.constexpr, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr):
-    """The same of the map that is upsampled: bilinear ×2, align_corners=True, in float16."""
+    """The same from the map that is upsampled: bilinear ×2, align_corners=True, in float16."""
     layout: gl.constexpr = _vectors(_depth(C))
     LOW_H: gl.constexpr = H // 2
     LOW_W: gl.constexpr = W // 2
@@ -186,7 +186,7 @@ def _load_upsampled(low, y0, x0, FIRST: gl.constexpr, H: gl.constexpr, W: gl.con
     channel = FIRST + gl.arange(0, _depth(C), layout=gl.SliceLayout(0, layout))[None, :]
     v = gl.minimum(gl.maximum(y, 0), H - 1).to(gl.float32) * ((LOW_H - 1) / (H - 1))
     u = gl.minimum(gl.maximum(x, 0), W - 1).to(gl.float32) * ((LOW_W - 1) / (W - 1))
-    # The last row and column are the lower and the right ones of two, so that four neighbours have one address.
+    # At the last row and column the pair is clamped inward, so that the four neighbours lie at fixed offsets.
     top = gl.minimum(v.to(gl.int32), max(LOW_H - 2, 0))
     left = gl.minimum(u.to(gl.int32), max(LOW_W - 2, 0))
     at = low + ((top * LOW_W + left) * C)[:, None] + channel
@@ -198,7 +198,7 @@ def _load_upsampled(low, y0, x0, FIRST: gl.constexpr, H: gl.constexpr, W: gl.con
     bottom_right = gl.load(at + BELOW + RIGHT)
     down = v - top.to(gl.float32)
     across = u - left.to(gl.float32)
-    # Weights of the lower and of the upper row, of nothing outside the map.
+    # Weights of the lower and of the upper row; 0 outside the map.
     lower = gl.where(inside, down, 0.0)
     upper = gl.where(inside, 1.0 - down, 0.0)
     zero = gl.zeros([HALO, _depth(C)], gl.float16, layout=layout)
@@ -218,7 +218,7 @@ def _spread(weight, zero):
 def stage_skip(
     skip, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr, STORED: gl.constexpr, STRIDE: gl.constexpr
 ):
-    """Shared memory [part][halo][≤ 32 channels]."""
+    """The skip's halo in shared memory: [part][pixel][≤ 32 channels]."""
     tile = gl.allocate_shared_memory(gl.float16, [C // _depth(C), HALO, _depth(C)], _swizzled(_depth(C)))
     for part in gl.static_range(C // _depth(C)):
         tile.index(part).store(_load_skip(skip, y0, x0, part * _depth(C), H, W, C, STORED, STRIDE))
@@ -227,7 +227,7 @@ def stage_skip(
 
 @gluon.jit
 def stage_upsampled(low, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr):
-    """The same of the map that is upsampled."""
+    """The same from the map that is upsampled."""
     tile = gl.allocate_shared_memory(gl.float16, [C // _depth(C), HALO, _depth(C)], _swizzled(_depth(C)))
     for part in gl.static_range(C // _depth(C)):
         tile.index(part).store(_load_upsampled(low, y0, x0, part * _depth(C), H, W, C))
@@ -236,7 +236,7 @@ def stage_upsampled(low, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constex
 
 @gluon.jit
 def _load_mask(y0, x0, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.constexpr, layout: gl.constexpr):
-    """1 in the first two of 16 columns where a pixel is on the map: by the two parts of the bias, the bias there."""
+    """(halo, 16): 1 in the first two columns where a pixel is on the map; times the bias' two parts, the bias there."""
     _, _, inside = _halo(gl.arange(0, HALO, layout=gl.SliceLayout(1, layout)), y0, x0, H, W, STRIDE)
     column = gl.arange(0, _STEP, layout=gl.SliceLayout(0, layout))
     return gl.where(inside[:, None] & (column < 2)[None, :], 1.0, 0.0).to(gl.float16)
@@ -244,7 +244,7 @@ def _load_mask(y0, x0, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.constexpr, l
 
 @gluon.jit
 def mask_operand(y0, x0, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.constexpr, WGMMA: gl.constexpr):
-    """The mask as :func:`expand_chunk` wants it: in shared memory for warpgroup instructions, else in registers."""
+    """The mask as :func:`expand_chunk` wants it: in shared memory for wgmma, else in registers."""
     if WGMMA:
         values = _load_mask(y0, x0, H, W, STRIDE, _vectors(_STEP))
         return gl.allocate_shared_memory(gl.float16, [HALO, _STEP], _swizzled(_STEP), values)
@@ -257,23 +257,23 @@ def mask_operand(y0, x0, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.constexpr,
 
 @gluon.jit
 def _load_weights(weights, start, INPUTS: gl.constexpr, FIRST: gl.constexpr, DEPTH: gl.constexpr, layout: gl.constexpr):
-    """Inputs FIRST … FIRST + DEPTH − 1 × a chunk of hidden channels, dealt out."""
+    """Inputs FIRST … FIRST + DEPTH − 1 × a chunk of hidden channels, interleaved."""
     k = gl.arange(0, DEPTH, layout=gl.SliceLayout(1, layout))
-    n = dealt(gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout)), CHUNK)
+    n = interleaved(gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout)), CHUNK)
     return gl.load(weights + (start + n)[None, :] * INPUTS + (FIRST + k)[:, None])
 
 
 @gluon.jit
 def _load_bias(bias, start, layout: gl.constexpr):
-    """The two parts of the bias as the first two of 16 inputs."""
+    """The two parts of the bias as the first two of 16 inputs, interleaved."""
     k = gl.arange(0, _STEP, layout=gl.SliceLayout(1, layout))
-    n = dealt(gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout)), CHUNK)
+    n = interleaved(gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout)), CHUNK)
     return gl.load(bias + (start + n)[None, :] * 2 + k[:, None], mask=(k < 2)[:, None], other=0.0)
 
 
 @gluon.jit
 def _stage_weights(weights, start, INPUTS: gl.constexpr, FIRST: gl.constexpr, CHANNELS: gl.constexpr):
-    """Shared memory [part][≤ 32 inputs][chunk]."""
+    """Weights in shared memory: [part][≤ 32 inputs][chunk]."""
     depth: gl.constexpr = _depth(CHANNELS)
     staged = gl.allocate_shared_memory(gl.float16, [CHANNELS // depth, depth, CHUNK], _swizzled(depth, True))
     for part in gl.static_range(CHANNELS // depth):
@@ -284,7 +284,7 @@ def _stage_weights(weights, start, INPUTS: gl.constexpr, FIRST: gl.constexpr, CH
 
 @gluon.jit
 def _multiply(acc, tile, weights, start, INPUTS: gl.constexpr, FIRST: gl.constexpr, CHANNELS: gl.constexpr):
-    """acc + tile × weights, the tile from shared memory, the weights from global memory straight into place."""
+    """acc + tile × weights, the tile from shared memory, the weights from global memory to registers."""
     depth: gl.constexpr = _depth(CHANNELS)
     for part in gl.static_range(CHANNELS // depth):
         right = _load_weights(weights, start, INPUTS, FIRST + part * depth, depth, RIGHT)
@@ -293,8 +293,8 @@ def _multiply(acc, tile, weights, start, INPUTS: gl.constexpr, FIRST: gl.constex
 
 
 @gluon.jit
-def _multiply_by_warpgroup(acc, tile, staged, CHANNELS: gl.constexpr):
-    """The same with weights that are staged too."""
+def _multiply_wgmma(acc, tile, staged, CHANNELS: gl.constexpr):
+    """The same by wgmma, with the weights in shared memory too."""
     for part in gl.static_range(CHANNELS // _depth(CHANNELS)):
         acc = warpgroup_mma(tile.index(part), staged.index(part), acc)
     return acc
@@ -311,17 +311,17 @@ def expand_chunk(
         skip_weights = _stage_weights(weights, start, LOW + SKIP, LOW, SKIP)
         if LOW:
             low_weights = _stage_weights(weights, start, LOW + SKIP, 0, LOW)
-        fence_async_shared()  # what ordinary stores wrote is read by the tensor cores' own path
+        fence_async_shared()  # wgmma reads through the async proxy what ordinary stores wrote
         gl.barrier()
-        acc = gl.zeros([HALO, CHUNK], gl.float32, layout=_WARPGROUP)
+        acc = gl.zeros([HALO, CHUNK], gl.float32, layout=_WGMMA)
         acc = warpgroup_mma(mask, staged_bias, acc, use_acc=False)
-        acc = _multiply_by_warpgroup(acc, skip_tile, skip_weights, SKIP)
+        acc = _multiply_wgmma(acc, skip_tile, skip_weights, SKIP)
         if LOW:
-            acc = _multiply_by_warpgroup(acc, low_tile, low_weights, LOW)
+            acc = _multiply_wgmma(acc, low_tile, low_weights, LOW)
     else:
         acc = gl.zeros([HALO, CHUNK], gl.float32, layout=MMA)
         acc = mma_v2(mask, _load_bias(bias, start, RIGHT), acc)
         acc = _multiply(acc, skip_tile, weights, start, LOW + SKIP, LOW, SKIP)
         if LOW:
             acc = _multiply(acc, low_tile, weights, start, LOW + SKIP, 0, LOW)
-    return in_order(_relu_to_half(acc), HALO, CHUNK)
+    return deinterleave(_relu_to_half(acc), HALO, CHUNK)
