@@ -5,7 +5,7 @@
     paste_blend        paste_blend.py        paste_blend_triton.py
     nv12               nv12.py               nv12_triton.py
     pointwise          pointwise.py          pointwise_triton.py
-    inverted_residual  inverted_residual.py  inverted_residual_triton.py: a block at once
+    inverted_residual  inverted_residual.py  inverted_residual_triton.py: a whole block
                                              depthwise_triton.py: what follows its expansion
     whole_block        whole_block.py                                                whole_block_gluon.py
                                                                                      whole_block_parts.py

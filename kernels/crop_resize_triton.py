@@ -31,7 +31,7 @@ _UNIT = tl.constexpr(32897 / (1 << 23))
 _UNIT_REST = tl.constexpr(1 / 255 - 32897 / (1 << 23))
 
 BLOCK = 1 << 13 if INTERPRETED else 128
-"""Squares a program; the interpreter's cost is by the program."""
+"""Squares a program; the interpreter's cost is per program."""
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _crop_resize_kernel(
     column2 = _columns(column + 2, width)
     column3 = _columns(column + 3, width)
     zero = tl.zeros((BLOCK,), tl.float32)
-    # Of each column, its pixels from the top down; of each pixel, blue, green, red.
+    # A tuple for each column: its pixels from the top down, each blue, green, red.
     pixels0 = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     pixels1 = pixels0
     pixels2 = pixels0

@@ -1,4 +1,4 @@
-"""Cubic resizing as OpenCV does it, as weights: the arithmetic that crop_resize and paste_blend share.
+"""Cubic resizing as OpenCV does it, by taps and weights: the arithmetic that crop_resize and paste_blend share.
 
 ``cv2.resize(…, interpolation=cv2.INTER_CUBIC)`` samples destination pixel ``d`` of ``D`` at source coordinate
 ``(d + ½)·S/D − ½`` (half-pixel centres) with Keys' cubic, a = −0.75, over four taps that are clamped to the image's
@@ -22,11 +22,11 @@ CUBIC_A = -0.75
 
 @functools.lru_cache(maxsize=1024)
 def cubic_taps(source: int, target: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """What a cubic resize from ``source`` to ``target`` pixels sums up along one axis; do not write to it.
+    """The taps of a cubic resize from ``source`` to ``target`` pixels along one axis; cached, so do not write to them.
 
     Returns:
-        of each destination pixel its four source pixels in ``[0, source)``, int64 (target, 4), and their weights,
-        float32 (target, 4), which sum to 1.
+        each destination pixel's four source pixels in ``[0, source)``, int64 (target, 4), and their weights, float32
+        (target, 4), which sum to 1.
     """
     position = torch.arange(target, device=device)
     # The coordinate times 2·target is an integer: the split into tap and fraction is exact.

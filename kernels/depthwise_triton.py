@@ -1,13 +1,13 @@
-"""Triton kernels of :mod:`gpupipe.kernels.inverted_residual`: what follows a block's expansion where that is written.
+"""Triton kernels of :mod:`gpupipe.kernels.inverted_residual`: a block from its expanded map on, where that is written.
 
-The depthwise convolution by itself, or with the projection: then the sums of nine taps are fed to the tensor cores and
-never written.
+One is the depthwise convolution alone. The other projects too: it feeds the sums of the nine taps to the tensor cores
+and never writes them.
 
-A program makes four rows of output in a strip of columns, which are counted on through the samples. It reads each of
-six rows of input (with stride 2, nine) once, at three shifts, and finds out once for all rows and channels whether a
-column has neighbours. Programs of a strip are neighbours, top down, so that the rows which two of them read come from
-caches the second time. Products are accumulated in float32; the nine taps of float16 in float16, two channels an
-instruction (:mod:`gpupipe.kernels.packed_triton`).
+A program makes four rows of output in a strip of columns; columns are numbered through all samples. It reads each of
+six rows of input (with stride 2, nine) once, at three shifts, and tests once for all rows and channels whether a column
+has neighbours. Programs of a strip follow each other, top down, so that a row which two of them read comes from caches
+the second time. Products are accumulated in float32; the nine taps of float16 in float16, two channels an instruction
+(:mod:`gpupipe.kernels.packed_triton`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, multi
 
 @triton.jit
 def _strip(samples, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns of a strip: the first one's sample, and each one's sample after that, column and whether it exists."""
+    """The first column's sample; each column's sample counted from that, column in the map, and whether it exists."""
     strip = tl.program_id(1)
     column = strip * COLUMNS + tl.arange(0, COLUMNS)
     first = strip * COLUMNS // WIDTH
@@ -35,7 +35,7 @@ def _strip(samples, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _three_taps(sums, left, middle, right, taps, row: tl.constexpr, HIDDEN: tl.constexpr):
-    """``sums`` and the three products of a row of the window; after the last row ReLU, in the maps' type."""
+    """``sums`` plus the three products of a row of the window; after the last row ReLU, in the maps' type."""
     taps += row * 3 * HIDDEN
     sums = multiply_add(left, tl.load(taps)[None, :], sums)
     sums = multiply_add(middle, tl.load(taps + HIDDEN)[None, :], sums)
@@ -61,9 +61,9 @@ def _depthwise_rows(
     HIDDEN: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """ReLU of the nine taps' sums of four rows of output from y0 on, each (columns, channels), in x's type.
+    """ReLU of the nine taps' sums, for four rows of output from y0 on, each (columns, channels), in x's type.
 
-    A row of input is read once, at its three shifts, and used for all rows of output that it is a tap of.
+    A row of input is read once, at its three shifts, and used for every row of output whose window it is in.
     """
     SUM: tl.constexpr = accumulator_dtype(x.dtype.element_ty)
     place = (sample * HEIGHT + y0 * STRIDE - 1) * WIDTH + column * STRIDE
@@ -102,7 +102,7 @@ def _depthwise_rows(
     return first, second, third, fourth
 
 
-# A last batch is shorter: it must not be compiled for.
+# The last batch may be shorter: that must not compile the kernel again.
 @triton.jit(do_not_specialize=["samples"])
 def _depthwise_kernel(
     x,
@@ -195,15 +195,15 @@ class Tile(NamedTuple):
 
 
 def depthwise_tile(hidden: int) -> Tile:
-    """Tile of the depthwise convolution alone."""
+    """Tile of :func:`depthwise_triton`."""
     return Tile(256, hidden) if INTERPRETED else Tile(32, min(hidden, 32))
 
 
 def projection_tile(hidden: int, out: int) -> Tile:
-    """Tile of depthwise and projection."""
-    if INTERPRETED:  # its cost is by the program
+    """Tile of :func:`depthwise_project_triton`."""
+    if INTERPRETED:  # its cost is per program
         return Tile(min(1024, tl.TRITON_MAX_TENSOR_NUMEL // 4 // max(hidden, out)), hidden)
-    if out > 64 and hidden <= 128:  # unrolled, the narrower strip spills
+    if out > 64 and hidden <= 128:  # with the narrower strip the unrolled loop spills
         return Tile(32, min(hidden, 64), 8)
     if out > 32:
         return Tile(16, min(hidden, 64))

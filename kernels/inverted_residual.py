@@ -4,16 +4,17 @@
                                                                                        └── optionally the 1×1 head,
                                                                                   sigmoid, × 255: mouth (B, 3, H, W)
 
-The expanded map is twice as wide as x, and the largest tensor of the network by far. What becomes of it:
+The expanded map has twice as many channels as x, and is the largest tensor of the network by far. It is handled in
+three ways:
 
 * where few channels come in, the block is one kernel that computes the expansion anew for every tap;
-* elsewhere it is written once and read once, by a kernel that also projects;
-* where many channels come out (the lowest maps, which are small), depthwise sums are written too.
+* elsewhere the map is written once, and read once by a kernel that also projects;
+* where many channels come out (the lowest maps, which are small), the depthwise sums are written too.
 
 :func:`expansion_is_recomputed` draws the first line, :data:`WIDEST_PROJECTION` the second.
 
 Convention: as in :mod:`gpupipe.kernels.pointwise`; the depthwise taps are (9, channels), row by row. Beyond the map's
-edge the *expanded* map is 0. Sums are accumulated in float32, but those of nine taps of float16, on CUDA, in float16.
+edge the *expanded* map is 0. Sums are accumulated in float32, except for nine taps of float16 on CUDA: in float16.
 The reference rounds the expanded map and the depthwise sums to the inputs' precision; a kernel that does not write one
 of them need not round it.
 
@@ -71,7 +72,7 @@ class Block(NamedTuple):
 
 
 def pack_pointwise(layer: nn.Conv2d, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A 1×1 convolution's matrix (C, N) and bias, channels filled up with zeros to what :func:`padded` says."""
+    """A 1×1 convolution's matrix (C, N) and bias, padded with zeros to :func:`padded` channels."""
     matrix = layer.weight.detach()[:, :, 0, 0].T
     rows, columns = padded(matrix.shape[0]) - matrix.shape[0], padded(matrix.shape[1]) - matrix.shape[1]
     bias = matrix.new_zeros(matrix.shape[1]) if layer.bias is None else layer.bias.detach()
@@ -80,7 +81,7 @@ def pack_pointwise(layer: nn.Conv2d, *, device: torch.device, dtype: torch.dtype
 
 
 def pack_depthwise(layer: nn.Conv2d, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A depthwise 3×3 convolution's taps (9, H) and bias, channels filled up with zeros."""
+    """A depthwise 3×3 convolution's taps (9, H) and bias, padded with zeros to :func:`padded` channels."""
     if layer.kernel_size != (3, 3) or layer.groups != layer.out_channels or layer.bias is None:
         raise ValueError(f"got {layer}; expected a depthwise 3×3 convolution with a bias")
     taps, columns = layer.weight.detach().flatten(1).T, padded(layer.out_channels) - layer.out_channels
@@ -140,7 +141,7 @@ def inverted_residual_head(
     Args:
         x: (B, H, W, C).
         block: from :func:`pack_block`.
-        head: (N, 16), of whose columns the first three are the colours.
+        head: (N, 16); the first three columns are the colours.
         head_bias: float32 (16,).
         residual: add x before the head.
         dtype: of the result. uint8 scales by 255 and truncates.
@@ -164,7 +165,7 @@ def inverted_residual_head(
 def depthwise_project(
     hidden: Tensor, projection: Projection, *, stride: int = 1, residual: Tensor | None = None
 ) -> Tensor:
-    """A block from its expanded map on.
+    """The rest of a block after its expansion: depthwise convolution, ReLU, projection.
 
     Args:
         hidden: (B, H, W, channels), after its ReLU.
@@ -203,8 +204,8 @@ def depthwise_project(
 def expansion_is_recomputed(block: Block, stride: int) -> bool:
     """Whether the block is one kernel.
 
-    Nine taps at every pixel, or at every fourth, are nine or 2¼ times the expansion's arithmetic. With so few channels
-    that takes less time than writing and reading the expanded map would, as far as bytes and instructions can tell.
+    An expansion for each of nine taps is nine times its arithmetic, with stride 2, 2¼ times. With so few channels that
+    takes less time than writing and reading the expanded map, as far as bytes and instructions can tell.
     """
     channels, outputs = len(block.expand), block.projection.project.shape[1]
     return channels <= (32 if stride == 1 else 64) and outputs <= WIDEST_PROJECTION

@@ -1,14 +1,14 @@
-"""Triton kernel of :mod:`gpupipe.kernels.inverted_residual`: a block at once, with or without the network's head.
+"""Triton kernel of :mod:`gpupipe.kernels.inverted_residual`: a whole block, with or without the network's head.
 
 The expansion is computed anew for each of the nine taps, on tensor cores, and never written. That is nine times (with
-stride 2, 2¼ times) the arithmetic for a fraction of the bytes, which pays where few channels come in. Elsewhere a block
-is :mod:`gpupipe.kernels.pointwise_triton` and :mod:`gpupipe.kernels.depthwise_triton`.
+stride 2, 2¼ times) the arithmetic for a fraction of the bytes, which pays where few channels come in. Other blocks
+run on :mod:`gpupipe.kernels.pointwise_triton` and :mod:`gpupipe.kernels.depthwise_triton`.
 
 Products are accumulated in float32; the nine taps of float16 in float16, two channels an instruction
 (:mod:`gpupipe.kernels.packed_triton`).
 
 A program makes a tile of pixels: 8×16 or 4×16 of them on large maps, so that taps are shared in L1; on maps narrower
-than 64, whatever comes next in (sample, row, column) order, so that no lane idles.
+than 64, consecutive ones in (sample, row, column) order, so that no lane idles.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, relu_
 
 @triton.jit
 def _output_pixels(tile, samples, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """Pixels of a tile: the first one's sample, and each one's sample after that, row, column and whether it exists.
+    """The first pixel's sample; each pixel's sample counted from that, row, column, and whether it exists.
 
     Args:
-        TILE: columns of a two-dimensional tile; 0 takes pixels as they come.
+        TILE: columns of a two-dimensional tile; 0 takes consecutive pixels.
     """
     lane = tl.arange(0, BLOCK)
     if TILE == 0:
@@ -146,7 +146,7 @@ class Tile(NamedTuple):
 
 
 def block_tile(channels: int, hidden: int) -> Tile:
-    """Tile of a block at once."""
+    """Tile of :func:`inverted_residual_triton`."""
     if INTERPRETED:
         return Tile(4096, hidden)
     if channels > 32:
@@ -157,7 +157,7 @@ def block_tile(channels: int, hidden: int) -> Tile:
 
 
 def _launch_shape(shape: tuple[int, int, int], block: int) -> tuple[int, int]:
-    """Tiles that cover (samples, height, width) of output, and the columns of one; 0 takes pixels as they come."""
+    """Tiles that cover (samples, height, width) of output, and the columns of one; 0 takes consecutive pixels."""
     samples, height, width = shape
     if width < 64:
         return triton.cdiv(samples * height * width, block), 0

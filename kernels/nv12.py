@@ -24,8 +24,7 @@ from torch import Tensor
 from gpupipe.kernels.dispatch import backend
 
 PixelFormat = Literal["bgr", "nv12"]
-"""Of finished frames: (H, W, 3) or, with half as many chroma samples, (H·3/2, W)."""
-
+"""What finished frames are: BGR (H, W, 3), or NV12 (H·3/2, W), which has a chroma pair for each 2×2 pixels."""
 
 KR, KB = 0.2126, 0.0722
 """BT.709's luma coefficients of red and blue; green's is 1 − KR − KB."""
@@ -45,7 +44,7 @@ FRACTION_BITS = 23
 """Binary digits after the point of :func:`yuv_weights`: as many as int32 has room for."""
 
 _CHUNK = 1 << 16
-"""Pixels converted at a time on the CPU, so that what is between the steps stays in the cache."""
+"""Pixels converted at a time on the CPU, so that intermediate values stay in the cache."""
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """The Triton kernels of :mod:`gpupipe.kernels.nv12`, and the arithmetic that paste_blend shares with them.
 
 A thread converts 16×2 pixels, either way. A row of 16 is 48 bytes, 12 words, read or written with three instructions;
-its luma, and the chroma of both rows, are 16 bytes each. Frames whose width is no multiple of 16, or that lie askew in
-memory, go one 2×2 cell a thread, byte by byte.
+its luma, and the chroma of both rows, are 16 bytes each. Frames whose width is not a multiple of 16, or that are not
+contiguous and aligned to 16 bytes, take one 2×2 cell a thread, byte by byte.
 
     word    0        1        2       …
     byte  b g r b  g r b g  r b g r  …        pixel p's channel c is byte 3·p + c
@@ -30,7 +30,7 @@ _INVERSE_HALF = tl.constexpr(1 << (INVERSE_BITS - 1))
 _INVERSE = tl.constexpr(bgr_weights())
 
 BLOCK = 256 if INTERPRETED else 128
-"""Threads' worth of work a program; the interpreter's cost is by the program."""
+"""Threads' worth of work a program; the interpreter's cost is per program."""
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _chroma_word(upper, lower, P: tl.constexpr):
 
 @triton.jit
 def _piece(height, across, BLOCK: tl.constexpr):
-    """A thread's pair of rows, its 16 columns, and whether there are any; where not, it reads the last ones again."""
+    """A thread's pair of rows, its 16 columns, and whether they exist; if not, it reads the last ones again."""
     wanted = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     active = wanted < height // 2 * across
     piece = tl.minimum(wanted, height // 2 * across - 1)
@@ -193,7 +193,7 @@ def _pixel_word(line, pairs, N: tl.constexpr):
 
 @triton.jit
 def _from_nv12_wide_kernel(frames, out, height, width, BLOCK: tl.constexpr):
-    """As :func:`_to_nv12_wide_kernel`, the other way."""
+    """The reverse of :func:`_to_nv12_wide_kernel`."""
     frame = tl.program_id(1).to(tl.int64)
     across = width // 16
     row, column, active = _piece(height, across, BLOCK)

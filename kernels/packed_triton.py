@@ -1,12 +1,12 @@
 """Arithmetic of the network's Triton kernels on maps in half precision: float16 two at a time, bfloat16 in float32.
 
 A GPU multiplies and adds two float16 in one instruction, where float32 takes two, and two more to convert. Left to
-itself the compiler takes float16 one by one, so that pairs are said in assembly. bfloat16 has too few bits for sums.
-Triton's interpreter knows no assembly and takes the plain operations, which round once more.
+itself the compiler takes float16 one by one, so pairs are written in assembly. bfloat16 has too few bits for sums.
+Triton's interpreter runs no assembly: there the plain operations stand in, which round once more.
 
-Assembly that is said to have effects (``is_pure=False``, as of ReLU, the last step before a product) is computed where
-it stands, in the layout that its operands have. What a product on tensor cores takes from registers, the compiler else
-makes in the product's layout from the first load on: as many times over as lanes hold a copy of it.
+Inline assembly marked impure (``is_pure=False``) keeps its operands' layout. Otherwise the compiler propagates the dot
+operand's layout back to the first load, and every lane that holds a copy of an element recomputes it. So the ReLU
+before a dot is marked impure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ASSEMBLY = tl.constexpr(not INTERPRETED)
 MULTIPLY_ADD = tl.constexpr("fma.rn.f16x2 $0, $1, $2, $3;")
 MULTIPLY_ADD_RELU = tl.constexpr("fma.rn.relu.f16x2 $0, $1, $2, $3;")
 RELU_TO_HALF = tl.constexpr("cvt.rn.relu.f16x2.f32 $0, $2, $1;")
-"""Two values an instruction, float16; the last from float32."""
+"""Two float16 an instruction; the last converts from float32."""
 
 
 @triton.constexpr_function
@@ -32,7 +32,7 @@ def accumulator_dtype(dtype):
 
 @triton.jit
 def multiply_add(a, b, c):
-    """a · b + c in c's type, which is :func:`accumulator_dtype`'s."""
+    """a · b + c in c's type, the :func:`accumulator_dtype` of the maps."""
     if c.dtype == tl.float16 and _ASSEMBLY:
         return tl.inline_asm_elementwise(MULTIPLY_ADD, "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=True, pack=2)
     else:
@@ -41,7 +41,7 @@ def multiply_add(a, b, c):
 
 @triton.jit
 def multiply_add_relu(a, b, c, dtype: tl.constexpr):
-    """ReLU(a · b + c) in ``dtype``, whose :func:`accumulator_dtype` is c's type; computed where it stands."""
+    """ReLU(a · b + c) in ``dtype``, whose :func:`accumulator_dtype` is c's type; marked impure."""
     if c.dtype == tl.float16 and _ASSEMBLY:
         return tl.inline_asm_elementwise(
             MULTIPLY_ADD_RELU, "=r,r,r,r", [a, b, c], dtype=tl.float16, is_pure=False, pack=2
@@ -52,7 +52,7 @@ def multiply_add_relu(a, b, c, dtype: tl.constexpr):
 
 @triton.jit
 def relu_to(a, dtype: tl.constexpr):
-    """ReLU of float32, rounded to ``dtype``, in one instruction for two values; computed where it stands."""
+    """ReLU of float32, rounded to ``dtype``, in one instruction for two values; marked impure."""
     if dtype == tl.float16 and _ASSEMBLY:
         return tl.inline_asm_elementwise(RELU_TO_HALF, "=r,r,r", [a], dtype=tl.float16, is_pure=False, pack=2)
     elif dtype == tl.bfloat16 and _ASSEMBLY:

@@ -80,7 +80,7 @@ def _paste_blend_kernel(
     x = tile_x + cell % TILE_COLUMNS * 2
     active = (y < ymax) & (x < xmax)
 
-    # A pixel outside the box is the template's in the end: here it may repeat the nearest that is inside.
+    # A pixel outside the box ends up as the template's: until then it may repeat the nearest one inside.
     rows = (
         cubic_axis(clamped(y - ymin, height), _SIZE, height),
         cubic_axis(clamped(y + 1 - ymin, height), _SIZE, height),
@@ -290,7 +290,7 @@ def paste_blend_triton(
     samples = len(index)
     width, height = max_box or (frame_width, frame_height)
     tile_rows, tile_columns = TILE
-    if INTERPRETED:  # its cost is by the program
+    if INTERPRETED:  # its cost is per program
         tile_rows, tile_columns = triton.next_power_of_2(height // 2 + 1), triton.next_power_of_2(width // 2 + 1)
     extra = 1 if nv12 else 0  # a box that starts at an odd pixel touches a cell more
     tiles = triton.cdiv(width + extra, 2 * tile_columns)

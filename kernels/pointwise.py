@@ -7,9 +7,9 @@ where ↑ doubles height and width bilinearly, corners aligned: the decoder's up
 convolution in one, of which only the result is written.
 
 Convention: maps are (samples, height, width, channels), contiguous; matrices are (channels in, channels out); biases
-are float32. The Triton kernels take channel counts that are powers of two from 16 up: :func:`padded` says which, and
-whoever packs the weights fills up with zeros, so that the channels beyond are 0 throughout. The input of
-:func:`pointwise` may have fewer channels than its matrix has rows; those beyond count as 0.
+are float32. The Triton kernels take channel counts that are powers of two from 16 up: weights are packed with zeros up
+to :func:`padded` channels, so that the spare channels are 0 throughout. The input of :func:`pointwise` may have fewer
+channels than its matrix has rows; the missing ones count as 0.
 
 Sums are accumulated in float32; results are rounded once, to the inputs' precision. Here are the public functions and
 their plain-torch reference; on CUDA :mod:`gpupipe.kernels.pointwise_triton` runs them in half precision.
@@ -25,7 +25,7 @@ from gpupipe.kernels.dispatch import backend
 
 
 def padded(channels: int) -> int:
-    """The channels that a tensor is given for ``channels`` of them: a power of two, 16 or more."""
+    """``channels`` rounded up to a power of two, 16 or more."""
     return max(16, 1 << (channels - 1).bit_length())
 
 
@@ -44,7 +44,7 @@ def pointwise(
         x: (B, H, W, K'), K' ≤ K.
         weight: (K, N).
         bias: float32 (N,).
-        relu: last of all.
+        relu: apply it last.
         residual: (B, H, W, N), added before the ReLU; with ``index`` (L, H, W, N).
         index: int64 (B,), which sample of ``residual`` each sample takes.
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of every Triton kernel, for GPUs that need not be there.
+"""What the compiler makes of every Triton kernel on every architecture; no GPU is needed.
 
 ``python -m gpupipe.kernels.report [--arch 90 …] [--json FILE]`` compiles each kernel as it is launched (see
 :func:`variants`) and prints a row for each configuration: registers, stack frame, spills, shared memory, and how wide
@@ -46,12 +46,12 @@ class Variant:
     Attributes:
         kernel: the ``@triton.jit`` function.
         name: the noun it belongs to.
-        config: what tells it from the noun's other variants.
-        types: of each argument that is no constant: ``*u8``, ``i32``, ``fp32``. Pointers are taken to be aligned to 16
-            bytes, as torch allocates them.
+        config: what distinguishes it from the noun's other variants.
+        types: the type of each argument that is not a constant: ``*u8``, ``i32``, ``fp32``. Pointers are taken to be
+            aligned to 16 bytes, as torch allocates them.
         constants: the ``constexpr`` arguments, and those that are None or 1 in this configuration.
         multiples: integer arguments that are multiples of 16, as a 1280×720 or 1920×1080 frame's are.
-        architectures: the only ones it is for; None is all.
+        architectures: those it is compiled for; None is all.
     """
 
     kernel: Any
@@ -67,7 +67,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a variant on an architecture; sizes in bytes, ``None`` where it did not compile or fit."""
+    """A variant compiled for an architecture; sizes in bytes, ``None`` where it did not compile or fit."""
 
     kernel: str
     config: str
@@ -91,8 +91,8 @@ class Row:
 def variants() -> list[Variant]:
     """Every kernel, as the pipeline and the benchmarks launch it; half precision is float16, frames are BGR.
 
-    The kernels around the network are given frames of 1280×720 or 1920×1080. Of paste_blend's options each is here,
-    and so is each type of mouth, in the layout that the engines give it, but not every combination of them.
+    The kernels around the network are given frames of 1280×720 or 1920×1080. Each option of paste_blend is here, and
+    each type of mouth in the layout that the engines give it, but not every combination of them.
     """
     found = []
     crop = dict.fromkeys(("frames", "crops"), "*u8") | dict.fromkeys(("index", "boxes"), "*i64")
@@ -175,7 +175,7 @@ def compiled_kernel(variant: Variant, arch: int) -> Any:
 
 
 def compile_variant(variant: Variant, arch: int) -> Row:
-    """Compile for compute capability ``arch`` / 10 and read off what came of it."""
+    """Compile for compute capability ``arch`` / 10 and read off the row."""
     label = (variant.name, variant.config, f"sm_{arch}")
     try:
         compiled = compiled_kernel(variant, arch)
@@ -202,7 +202,7 @@ def compile_variant(variant: Variant, arch: int) -> Row:
 
 
 def _resources(ptx: str, arch: int) -> tuple[int, int, int]:
-    """Registers, stack frame and spilled bytes, as the assembler that comes with Triton tells them."""
+    """Registers, stack frame and spilled bytes, as Triton's own ptxas reports them."""
     target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
     assert target is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -267,7 +267,7 @@ def _of_architecture(arch: int, kernels: Collection[str] | None) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows for people."""
+    """The rows as text."""
     names = ("kernel", "config", "arch", "registers", "stack", "spills", "shared_bytes", "load_bits", "store_bits")
     lines = [names, *(tuple(str(getattr(row, name)) for name in names) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -18,7 +18,7 @@ MMA_SYNC_ARCHITECTURES = {"up3.0": (80, 86, 89, 90)}
 class BlockShape:
     """A block of the network at full width; channels padded, ``size`` the skip's height and width.
 
-    ``stored`` are the skip's channels, where they are not padded; else 0.
+    ``stored``: the skip's channels if they are not padded, else 0.
     """
 
     size: int
@@ -43,7 +43,7 @@ BLOCKS = {
     "down1.0": BlockShape(320, 0, 16, 64, 32, stride=2),
     "down2.0": BlockShape(160, 0, 32, 64, 64, stride=2),
 }
-"""The blocks on maps of 80² and more, but for down2.1 (64 channels out at 80²), whose sums do not fit in registers."""
+"""The blocks on maps of 80² and more, except down2.1 (64 channels out at 80²), whose sums do not fit in registers."""
 
 
 def gluon_variants() -> list[Variant]:

@@ -1,7 +1,7 @@
 """The network's kernels as the fused engine launches them at width 1, for :mod:`gpupipe.kernels.report`.
 
-The launchers themselves say what they launch: they are called on tensors without memory, and each launch is written
-down in place of being made.
+The launchers themselves say what they launch: they are called on meta tensors, and each launch is recorded instead of
+made.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KERNELS = {
     "depthwise_project": (depthwise_triton, "_depthwise_project_kernel"),
     "inverted_residual": (inverted_residual_triton, "_inverted_residual_kernel"),
 }
-"""By noun: where each kernel is."""
+"""Each noun's module, and the kernel in it."""
 
 BATCH = 64
 
@@ -56,7 +56,8 @@ BLOCKS = (
 )
 
 HIDDEN = {"inc": 16, "down1.0": 64}
-"""Expanded channels where they are not twice those that come in: of 6, and of the 32 that a projection left out."""
+"""Expanded channels that are not twice the input's as given: inc's are padded from 12, and down1.0 reads inc's expanded
+map in place of its 32 channels."""
 
 UPS = (
     # name, height and width, channels of low, of the skip, hidden, and out
@@ -95,10 +96,10 @@ def network_variants() -> list[Variant]:
 
 
 class Launches:
-    """Launches written down, each configuration once.
+    """Recorded launches, each configuration once.
 
     Attributes:
-        config: what to call those that follow.
+        config: the name of those that follow.
         variants: what was launched.
     """
 
@@ -120,7 +121,7 @@ class Launches:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Launches]:
-    """Within this context the network's kernels are written down where they would be launched, on any device."""
+    """Within this context launches of the network's kernels are recorded instead of made, on any device."""
     launches = Launches()
     with contextlib.ExitStack() as stack:
         for module in (pointwise, inverted_residual):
@@ -132,7 +133,7 @@ def recording() -> Iterator[Launches]:
 
 
 class _StandIn:
-    """In a kernel's place: ``stand_in[grid](…)`` writes the launch down."""
+    """Takes a kernel's place: ``stand_in[grid](…)`` records the launch."""
 
     def __init__(self, name: str, kernel: Any, launches: Launches) -> None:
         self._name, self._kernel, self._launches = name, kernel, launches

@@ -8,7 +8,7 @@
 
 Convention: maps are float16 (B, H, W, C), contiguous (channels last); the upsampling is ``align_corners=True``;
 the depthwise convolution is padded by 1; batch norms are folded. Weights are packed once, by :func:`pack_whole_block`
-and :func:`pack_head`, with every channel count padded to a power of two of at least 16 by zeros: a map has as many
+and :func:`pack_head`, with every channel count padded with zeros to a power of two of at least 16. A map has as many
 channels as its weights say, the spare ones 0 (:func:`pad_channels`); what a block writes is padded in the same way.
 
 Here are the packing and the plain-torch reference, in float32 throughout; the kernel with the same signature is
@@ -43,7 +43,7 @@ class PackedBlock:
 
     Attributes:
         expand: float16 (hidden, low + skip), the upsampled map's channels before the skip's.
-        expand_bias: float16 (hidden, 2), whose sum is the bias: its rounded value and what the rounding left.
+        expand_bias: float16 (hidden, 2), whose sum is the bias: its rounded value and the remainder.
         depthwise: float16 (10, hidden): nine taps, row by row, and the bias.
         project: float16 (out, hidden).
         project_bias: float32 (out,).
@@ -102,7 +102,7 @@ class PackedHead:
 
 
 def gluon_obstacle() -> str | None:
-    """Why this Triton cannot compile the Gluon kernels; None if it can. The device is another question."""
+    """Why this Triton cannot compile the Gluon kernels; None if it can. The device is not asked about."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:

@@ -1,8 +1,10 @@
 """The networks: as they are trained, rearranged for inference, and read from checkpoints.
 
-    unet328, audio_encoder   the trained networks
-    checkpoint, pickles      reading their weights
-    fold, hoisted, blocked   the U-Net rearranged: batch norms folded; in two halves; those with channels in blocks
+    unet328, audio_encoder   the networks as they are trained
+    checkpoint, pickles      how their checkpoints are read
+    fold, hoisted, blocked   the U-Net with batch norms folded; in two halves; those with channels in blocks
+
+Nothing here knows of clips or commands.
 """
 
 from gpupipe.models.checkpoint import load_state_dict, load_unet

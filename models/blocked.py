@@ -1,11 +1,11 @@
-"""The hoisted halves as a CPU's kernels want them, which keep channels in blocks: 8 of them with AVX2, 16 with AVX-512.
+"""The hoisted halves for a CPU's kernels, which keep channels in blocks: of 8 with AVX2, of 16 with AVX-512.
 
 The same function, up to float32 rounding, with more multiply-adds that take less time:
 
-* The first block's hidden tensor h has 12 channels, which its reader cannot take in blocks. Four channels of zeros are
-  added while it is made; what is kept of a template frame is still h.
-* On the largest maps memory is the wall, and W (↑low ‖ h) is one pass over the wide tensor where ↑(Wl low) + Ws h are
-  three. So low and h are joined there after all, if low fills blocks: it has 32 channels at width 1, but 8 at width ¼.
+* The first block's hidden tensor h has 12 channels, which fill no block. It is computed with four more, all 0; what is
+  kept of a template frame is still h.
+* The largest maps are bound by memory: W (↑low ‖ h) is one pass over the wide tensor, where ↑(Wl low) + Ws h is three.
+  So low and h are joined there after all, if low fills blocks: it has 32 channels at width 1, but 8 at width ¼.
 
 Multiply-adds of the speech half at width 1, mode ave: 3.07 G, and 2.68 G hoisted. Measured with ONNX Runtime on a Xeon,
 a frame on one core, against the hoisted halves: with AVX-512 the speech half takes 85 % of the time and the template's
@@ -22,7 +22,7 @@ from gpupipe.models.hoisted import HoistedUp, SpeechHalf, TemplateFeatures, Temp
 from gpupipe.models.unet328 import UNet328, Up
 
 BLOCK = 16
-"""Channels of the largest block, a multiple of the others."""
+"""Channels of the largest block, a multiple of the other sizes."""
 
 
 class BlockedTemplateHalf(TemplateHalf):
@@ -56,7 +56,7 @@ class BlockedSpeechHalf(SpeechHalf):
 class JoinedUp(HoistedUp):
     """:class:`~gpupipe.models.hoisted.HoistedUp` that expands the upsampled low and the skip in one convolution.
 
-    The skip first goes through one that changes nothing and gives it whole blocks.
+    The skip first goes through an identity that pads it to whole blocks.
     """
 
     def __init__(self, up: Up, projection: nn.Conv2d) -> None:
@@ -72,7 +72,7 @@ class JoinedUp(HoistedUp):
 
 
 def _wider(layer: nn.Conv2d, *, inputs: int = 0, outputs: int = 0) -> nn.Conv2d:
-    """A convolution with so many more channels of zeros; a depthwise one gets its outputs' inputs with them."""
+    """A convolution with so many more channels, all 0; a depthwise one gets as many inputs as outputs."""
     depthwise = layer.groups > 1
     wider = nn.Conv2d(
         layer.in_channels + (outputs if depthwise else inputs),

@@ -21,7 +21,7 @@ from gpupipe.quiet import no_warnings
 Module = TypeVar("Module", bound=nn.Module)
 
 MAX_WIDTH = 4
-"""Of a U-Net that is read: a few bytes may promise a network that no memory holds."""
+"""The widest U-Net that is read: a few bytes may promise a network that no memory holds."""
 
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
@@ -66,14 +66,14 @@ def _read(path: Path) -> Any:
         raise pickle.UnpicklingError
     if zipfile.is_zipfile(path):
         _check_sums(path)
-    with no_warnings():  # of tensors that are refused later
+    with no_warnings():  # about tensors that are refused later
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _check_sums(path: Path) -> None:
-    """Raise BadZipFile where a tensor's bytes are not those that were saved, which torch does not look at.
+    """Raise BadZipFile if a tensor's bytes are not those that were saved, which torch does not check.
 
-    Only of members that are stored as they are: others may be far larger than the file.
+    Only members stored without compression are checked: others may be far larger than the file.
     """
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
@@ -84,9 +84,9 @@ def _check_sums(path: Path) -> None:
 
 
 def unfilled(make: Callable[[], Module]) -> Module:
-    """A module in float32 on the CPU whose weights are to be loaded: to draw them would spoil the program's seed.
+    """A module in float32 on the CPU whose weights are to be loaded: drawing them would advance the program's seed.
 
-    Counters are 0, since a checkpoint may lack them; the other values are whatever the memory holds.
+    Counters are 0, since a checkpoint may lack them; all other values are uninitialised.
     """
     with torch.device("meta"):
         module = make()
@@ -97,13 +97,13 @@ def unfilled(make: Callable[[], Module]) -> Module:
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Copy ``state`` into ``module``; ``path`` is only named in errors.
+    """Copy ``state`` into ``module``; ``path`` is only for error messages.
 
     ``num_batches_tracked`` counters take no part in inference: they may be missing.
 
     Raises:
-        CheckpointError: a key is missing, extra, misshapen or not of floats, or a value is none that trained weights
-            have: NaN, infinite in float32, a variance below 0.
+        CheckpointError: a key is missing, extra, misshapen or not of floats; a value is NaN or infinite in float32; or
+            a variance is below 0.
     """
     own = module.state_dict()
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
@@ -168,7 +168,7 @@ def _modes_of(state: Mapping[str, Tensor]) -> tuple[Mode, ...]:
 
 
 def _unusual(value: Tensor) -> str | None:
-    """What sets a tensor apart from a dense one whose values are there; None if nothing does."""
+    """What kind of tensor this is, if not a dense one that has values; None if it is."""
     if value.is_nested:
         return "nested"
     if value.layout != torch.strided:
@@ -179,7 +179,7 @@ def _unusual(value: Tensor) -> str | None:
 
 
 def _converted(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Weights stay floating-point numbers, from whichever format; counters may have become ones in saving."""
+    """``value`` in ``dtype``: weights must be floating-point, in any format; counters may have been saved as that."""
     try:
         if value.is_complex() or (dtype.is_floating_point and not value.is_floating_point()):
             raise TypeError

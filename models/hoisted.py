@@ -28,7 +28,7 @@ from gpupipe.models.unet328 import UNet328, Up
 TEMPLATE_FEATURES = ("hidden", "x2", "x3", "x4", "x5", "bottleneck")
 """What :class:`TemplateHalf` makes of a frame, by name, from 320×320 down to 10×10.
 
-``bottleneck`` is what x6 adds to the expansion that reads it."""
+``bottleneck`` is x6's share of the expansion that reads it."""
 
 TemplateFeatures = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -37,8 +37,8 @@ class TemplateHalf(nn.Module):
     """image (B, 6, 320, 320) in [0, 1] → the tensors of :data:`TEMPLATE_FEATURES`.
 
     Args:
-        network: in ``eval`` mode. One whose batch norms are folded is taken apart, of another a copy; no layer goes
-            into both halves.
+        network: in ``eval`` mode. If its batch norms are folded, its own layers are taken, else a copy's; no layer is
+            in both halves.
     """
 
     def __init__(self, network: UNet328) -> None:
@@ -70,7 +70,7 @@ class SpeechHalf(nn.Module):
     """The template's features and a window of speech features → mouth (B, 3, 320, 320) in (0, 1).
 
     Args:
-        network: as of :class:`TemplateHalf`.
+        network: as for :class:`TemplateHalf`.
     """
 
     def __init__(self, network: UNet328) -> None:
@@ -109,7 +109,7 @@ class HoistedUp(nn.Module):
     """:class:`~gpupipe.models.unet328.Up` with its first expansion split into low and skip.
 
     Args:
-        projection: a 1×1 convolution that the skip is still to go through, folded in.
+        projection: a 1×1 convolution that the skip has not been through yet; it is folded in.
     """
 
     def __init__(self, up: Up, projection: nn.Conv2d | None = None) -> None:
@@ -123,7 +123,7 @@ class HoistedUp(nn.Module):
         return self.rest(self.skip(skip) + self.up(self.low(low)))
 
     def joined(self) -> nn.Conv2d:
-        """The expansion in one again: of the upsampled low and the skip, concatenated in this order."""
+        """The expansion as one convolution again, of the upsampled low and the skip, concatenated in this order."""
         return conv1x1(torch.cat([self.low.weight, self.skip.weight], dim=1), self.skip.bias)
 
 

@@ -1,4 +1,4 @@
-"""How deep a pickle nests, told from its opcodes without running it.
+"""How deep a pickle nests, read from its opcodes without running it.
 
 A tuple that nests a hundred thousand times is a few bytes to a pickle, and hashing it as a key overflows the C stack:
 the process ends with a signal, which no reader that is otherwise safe can catch.
@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import IO
 
 MAX_NESTING = 100
-"""Of a state dict's pickle; it nests some five times."""
+"""The deepest that is accepted; a state dict's pickle nests some five times."""
 
 _MARK = -1
 _FILLING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
-"""Opcodes that put what is above it on the stack into a container."""
+"""Opcodes that move the values above a container on the stack into it."""
 
 
 def nests_too_deep(path: Path) -> bool:
@@ -34,18 +34,18 @@ def nests_too_deep(path: Path) -> bool:
 
 
 def _nests_too_deep(file: IO[bytes]) -> bool:
-    """As :func:`nests_too_deep`, of pickles that stand one behind the other, up to what is none."""
+    """As :func:`nests_too_deep`, for pickles one after the other, up to the first bytes that are none."""
     try:
         while True:
             machine = _Depths()
             if any(machine.step(opcode, argument) > MAX_NESTING for opcode, argument, _ in pickletools.genops(file)):
                 return True
-    except Exception:  # the end, or no pickle, of which the reader makes its own judgement
+    except Exception:  # the end, or no pickle, which the reader judges for itself
         return False
 
 
 class _Depths:
-    """A pickle's machine, with the depth of each value in place of the value."""
+    """The pickle machine, with the depth of each value in place of the value."""
 
     def __init__(self) -> None:
         self.stack: list[int] = []
