@@ -25,6 +25,11 @@ def _installed(package: str, otherwise: str) -> str:
 __version__ = _installed("gpupipe", "0+unknown")  # unknown: imported from a source tree by its path
 
 
+def numbers(version: str) -> tuple[int, ...]:
+    """A version's first three numbers, to compare: ``"3.7.1+git"`` → (3, 7, 1)."""
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that do the work; "missing" for one that is not installed."""
     found = {"python": platform.python_version()}

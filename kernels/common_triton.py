@@ -6,15 +6,16 @@ Only plain Triton: no libdevice and no inline assembly, so that Triton's interpr
 from __future__ import annotations
 
 import os
-import re
 
 import triton
 import triton.language as tl
 
+from gpupipe.versions import numbers
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels; it was decided when they were defined."""
 
-FENCES_COPIES = tuple(map(int, re.findall(r"\d+", triton.__version__)[:3])) >= (3, 7, 1)
+FENCES_COPIES = numbers(triton.__version__) >= (3, 7, 1)
 """Whether Triton's pipelined loops have a fence between asynchronous copies to shared memory and the tensor cores of
 Hopper and Blackwell, which read it by a way of their own (triton-lang/triton, pull requests 9610 and 10537)."""
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpupipe.kernels.pointwise import padded
+from gpupipe.versions import numbers
 
 OLDEST_TRITON = (3, 8)
 """The first whose Gluon reads shared memory by index (``shared_memory_descriptor.gather``)."""
@@ -107,7 +108,7 @@ def gluon_obstacle() -> str | None:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
         return "triton is not installed"
-    if tuple(map(int, version.split(".")[:2])) < OLDEST_TRITON:
+    if numbers(version) < OLDEST_TRITON:
         return f"triton is {version}; the Gluon kernels need {'.'.join(map(str, OLDEST_TRITON))}"
     return None
 

@@ -17,3 +17,8 @@ def test_processors_with_and_without_amx_have_different_names(
     monkeypatch.setattr(versions, "_processor_fact", {"model name": "Xeon", "flags": flags}.__getitem__)
     monkeypatch.setattr(versions, "available_cores", lambda: 2)
     assert versions.device_name("cpu") == f"{name}, 2 cores"
+
+
+def test_versions_are_compared_by_their_numbers() -> None:
+    assert versions.numbers("3.7.1+git0af") == (3, 7, 1)
+    assert versions.numbers("3.10") > versions.numbers("3.8.0")
