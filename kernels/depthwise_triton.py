@@ -225,7 +225,7 @@ def projection_tile(hidden: int, out: int) -> Tile:
 def joins_rows(device: torch.device) -> bool:
     """Whether a projection multiplies the four rows together: Hopper's wgmma has 64 rows or more.
 
-    By instruction counts that takes up to a seventh fewer there, and up to an eighth more where mma.sync has 16.
+    The loop has up to a seventh fewer instructions there; with mma.sync, which has 16 rows, up to an eighth more.
     """
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 

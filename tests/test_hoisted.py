@@ -16,7 +16,7 @@ from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
 
 BOUND = 2e-5
-"""Allowed difference of outputs in (0, 1): float32 rounding, a two-hundredth of a step of 255."""
+"""A difference of outputs in (0, 1): float32 rounding, a two-hundredth of a step of 255."""
 
 HOISTED, BLOCKED = (TemplateHalf, SpeechHalf), (BlockedTemplateHalf, BlockedSpeechHalf)
 Halves = tuple[type[TemplateHalf], type[SpeechHalf]]

@@ -24,7 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = torch.float16
 
 BOUND = 4e-3
-"""Allowed difference of values of about 1: four roundings to half precision, in another order than the reference's."""
+"""As a share of the largest value: four roundings to half precision, in another order than the reference's."""
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
