@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -112,9 +113,10 @@ class Avatar:
             self._painted += 1
             if self._painted <= RECORD_AFTER or len(frames) >= self._record_below:
                 return self._paint(sources, frames, audio)
+            avatar = weakref.proxy(self)  # it keeps the step, which must not keep it in turn
 
             def step(derived_index: Tensor, kept_index: Tensor, frames: Tensor, audio: Tensor) -> Tensor:
-                return self._paint(Sources(derived, kept, derived_index, kept_index), frames, audio)
+                return avatar._paint(Sources(derived, kept, derived_index, kept_index), frames, audio)
 
             try:
                 self._graphed = GraphedStep(step, *index, frames, audio)

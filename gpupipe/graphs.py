@@ -8,6 +8,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -48,6 +49,18 @@ _memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictiona
 """By the device's number."""
 
 
+@dataclass(frozen=True)
+class _Captured:
+    """A captured step: each call replays it on the current stream. It keeps ``step`` alive, and what that reads."""
+
+    memory: _Memory
+    graph: torch.cuda.CUDAGraph
+    step: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.memory.replay(self.graph)
+
+
 def capture(step: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
     """Record ``step`` on the current CUDA device.
 
@@ -56,7 +69,7 @@ def capture(step: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
 
     Returns:
         what replays the recording on the current stream, and the output that each replay writes: to be copied before
-        another recording of this device is replayed.
+        another recording of this device is replayed. The first keeps ``step`` alive, and what it reads.
 
     Raises:
         RuntimeError: ``step`` did something that cannot be recorded.
@@ -82,7 +95,7 @@ def capture(step: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
                 _end(graph, memory.pool)
             raise
         _end(graph, memory.pool)
-    return functools.partial(memory.replay, graph), output
+    return _Captured(memory, graph, step), output
 
 
 def replayed(function: Callable[[], object]) -> Callable[[], object]:
@@ -156,7 +169,8 @@ class GraphedStep:
         self.batch_size = len(inputs[0])
         self._inputs = [value.clone() for value in inputs]
         with torch.cuda.device_of(inputs[0]):
-            self._replay, self._output = capture(lambda: step(*self._inputs))
+            # Not a lambda: by `self` that would keep this object alive, and the GPU's memory with it.
+            self._replay, self._output = capture(functools.partial(step, *self._inputs))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run a batch of at most :attr:`batch_size`. The result is a copy, which the next replay leaves alone."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -82,6 +85,39 @@ def test_a_replay_waits_for_the_one_before_it_on_another_stream(monkeypatch: pyt
         monkeypatch.setattr(torch.cuda, "current_stream", lambda k=k: streams[k])
         memory.replay(graph)
     assert said == ["replay", "replay", "1 waits", "replay", "0 waits", "replay"]
+
+
+def test_a_replay_keeps_what_the_step_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory would be given away, and is still read."""
+    monkeypatch.setattr(torch, "cuda", MagicMock(**{"current_device.return_value": 0}))
+    monkeypatch.setattr(graphs, "_stream", MagicMock())
+    values = torch.ones(3)
+    there = weakref.ref(values)
+    run = graphs.replayed(lambda values=values: values * 2)
+    del values
+    assert there() is not None
+    del run
+    assert there() is None
+
+
+@pytest.fixture
+def without_gc() -> Iterator[None]:
+    """What keeps itself alive stays."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_gpu", "without_gc")
+def test_a_step_goes_with_its_last_user(painted: Callable[[str], tuple[Avatar, list[Tensor]]]) -> None:
+    """The memory of a GPU is free as soon as nobody wants it any more."""
+    one, _ = painted("cpu")
+    one._record_below = math.inf
+    replayed(one, *batches(one.template)[0])
+    there = weakref.ref(one), weakref.ref(one._graphed)
+    assert there[1]() is not None
+    del one
+    assert [gone() for gone in there] == [None, None]
 
 
 def batches(template: Template) -> list[tuple[np.ndarray, Tensor]]:
@@ -379,6 +415,20 @@ def test_a_recording_that_failed_keeps_no_memory(joined: bool) -> None:
     for _ in range(3):
         beside()
     assert held() - before < 16 * megabyte
+
+
+@pytest.mark.cuda
+def test_a_replay_reads_what_nobody_else_keeps() -> None:
+    def capture() -> tuple[Callable[[], None], Tensor]:
+        values = torch.full((32 << 20,), 3.0, device=CUDA)
+        return graphs.capture(lambda: values[:3] * 2)
+
+    replay, output = capture()
+    torch.cuda.empty_cache()
+    others = torch.zeros(32 << 20, device=CUDA)
+    replay()
+    assert output.tolist() == [6, 6, 6]
+    assert not others.any()
 
 
 def branched(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import operators
 import pytest
 import torch
 from test_video_ways import luma_of, read_late
@@ -84,6 +85,16 @@ def test_a_recording_runs_when_it_is_replayed() -> None:
     assert output.tolist() == [0, 0, 0]
     replay()
     assert output.tolist() == [10, 10, 10]
+
+
+def test_a_replay_of_what_nobody_keeps_is_an_illegal_access() -> None:
+    given, graph = torch.ones(3, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        given * 2
+    del given
+    with pytest.raises(AssertionError, match="illegal memory access"), operators.no_failures():
+        graph.replay()
+    operators.failures.clear()
 
 
 def test_a_branch_must_join() -> None:

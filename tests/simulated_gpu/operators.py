@@ -35,6 +35,7 @@ _NATIVE = {
 _runtime = ctypes.CDLL(None)  # it is loaded before all else
 _runtime.simulated_gpu_queue.argtypes = [ctypes.c_void_p, ctypes.c_long]
 _runtime.simulated_gpu_captures.argtypes = [ctypes.c_void_p]
+_runtime.simulated_gpu_holds.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _runtime.simulated_gpu_wait.argtypes = [ctypes.c_void_p]
 _Numbered = ctypes.CFUNCTYPE(None, ctypes.c_long)
 
@@ -74,7 +75,19 @@ def install(arch: str | None = None) -> None:
     threading.Thread.run = run  # type: ignore[method-assign]
     for module, name in ((torch.onnx, "export"), (torch.jit, "trace")):  # tracing does not see through a mode
         setattr(module, name, without_modes(getattr(module, name)))
+    _give_memory_back_before_replays()
     _interpret_triton() if arch is None else _execute_triton(int(arch))
+
+
+def _give_memory_back_before_replays() -> None:
+    """As another capture would do: a graph that reads what nobody keeps must not find it as it was."""
+    replay = torch.cuda.CUDAGraph.replay
+
+    def unkind(self: torch.cuda.CUDAGraph) -> None:
+        torch.cuda.empty_cache()
+        replay(self)
+
+    torch.cuda.CUDAGraph.replay = unkind  # type: ignore[method-assign]
 
 
 def without_modes(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,6 +148,8 @@ class _Place:
         """The memory as a tensor on the CPU."""
         if not self._bytes:
             return torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
+        if not _runtime.simulated_gpu_holds(self.pointer, self._bytes):
+            raise RuntimeError("an illegal memory access was encountered")
         memory = (ctypes.c_char * self._bytes).from_address(self.pointer)
         found = torch.frombuffer(memory, dtype=torch.uint8).view(self.dtype).as_strided(self.shape, self.stride)
         return found.conj() if self._conjugate else found

@@ -252,6 +252,11 @@ void simulated_gpu_queue(cudaStream_t stream, long number) {
 
 int simulated_gpu_captures(cudaStream_t stream) { return find(stream)->capture != nullptr; }
 
+// Whether a stretch of memory lies in one allocation that has not been freed.
+int simulated_gpu_holds(const char *start, size_t size) {
+    return kind_of(start) == device && kind_of(start + size - 1) == device;
+}
+
 int simulated_gpu_wait(cudaStream_t stream) { return wait_for(find(stream)); }
 
 // ── the device ──────────────────────────────────────────────────────────────────────────────────────────────────────
