@@ -76,7 +76,7 @@ def capture(step: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
         torch.OutOfMemoryError: recordings have memory of their own, and there is not enough.
     """
     device = torch.cuda.current_device()
-    side = _stream(torch.device("cuda", device), "recording", threading.get_ident())
+    side = own_stream(torch.device("cuda", device), "capture")
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()  # in which Triton compiles, and libraries make what they need for a stream
@@ -136,7 +136,7 @@ def beside(device: torch.device) -> Iterator[Callable[[Tensor | None], None]]:
     if device.type != "cuda":
         yield lambda result: None
         return
-    current, branch = torch.cuda.current_stream(device), _stream(device, "branch", threading.get_ident())
+    current, branch = torch.cuda.current_stream(device), own_stream(device, "branch")
     branch.wait_stream(current)
 
     def join(result: Tensor | None) -> None:
@@ -148,12 +148,17 @@ def beside(device: torch.device) -> Iterator[Callable[[Tensor | None], None]]:
         yield join
 
 
+def own_stream(device: torch.device, use: str) -> torch.cuda.Stream:
+    """This thread's stream for one use, the same each time: of the 32 in torch's pool a thread takes few.
+
+    The pool deals them out in turn, again and again. Two uses that share one wait for each other; and what another
+    thread queues on a stream that is being captured becomes part of the graph.
+    """
+    return _stream(device, use, threading.get_ident())
+
+
 @functools.cache
 def _stream(device: torch.device, use: str, thread: int) -> torch.cuda.Stream:
-    """A thread's stream for one use: torch deals out the same 32 again and again, to other threads as well.
-
-    What another thread queued on a stream that is being recorded would become part of the recording.
-    """
     return torch.cuda.Stream(device)
 
 

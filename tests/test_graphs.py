@@ -90,7 +90,7 @@ def test_a_replay_waits_for_the_one_before_it_on_another_stream(monkeypatch: pyt
 def test_a_replay_keeps_what_the_step_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory would be given away, and is still read."""
     monkeypatch.setattr(torch, "cuda", MagicMock(**{"current_device.return_value": 0}))
-    monkeypatch.setattr(graphs, "_stream", MagicMock())
+    monkeypatch.setattr(graphs, "own_stream", MagicMock())
     values = torch.ones(3)
     there = weakref.ref(values)
     run = graphs.replayed(lambda values=values: values * 2)
@@ -261,6 +261,21 @@ def test_only_what_both_caches_keep_is_replayed(
     monkeypatch.setattr(one.template, "device", CUDA)
     one.render(np.array(frames), torch.zeros(len(frames), 32, 16, 16))
     assert ways == [way]
+
+
+def test_a_thread_takes_a_stream_for_each_use_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch deals out the same 32 again and again: the render thread's would come to another use's turn."""
+    made: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or object())
+    graphs._stream.cache_clear()
+    first, second, other = (torch.device("cuda", 7), torch.device("cuda", 7), torch.device("cuda", 8))
+    mine = [graphs.own_stream(device, use) for device in (first, second, other) for use in ("copy", "branch") * 20]
+    with ThreadPoolExecutor(1) as thread:
+        theirs = thread.submit(graphs.own_stream, first, "copy").result()
+    graphs._stream.cache_clear()
+    assert len(set(mine)) == 4
+    assert theirs not in mine
+    assert len(made) == 5
 
 
 # ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────

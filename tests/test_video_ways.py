@@ -401,6 +401,18 @@ def test_waiting_for_a_batch_takes_no_core(tmp_path: Path, monkeypatch: pytest.M
     assert made == [{"blocking": True}]
 
 
+@pytest.mark.cuda
+def test_clips_are_copied_on_one_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has 32 for all: a farm's clips would soon copy on the one that renders."""
+    keep, streams = torch.Tensor.record_stream, []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *given: streams.append(given[1]) or keep(*given))
+    for clip in range(2):
+        with VideoWriter(tmp_path / f"{clip}.mkv", width=64, height=48, codec="ffv1", device="cuda") as writer:
+            writer.write(torch.full((3, 72, 64), 128, dtype=torch.uint8, device="cuda"))
+    assert len(streams) == 2
+    assert streams[0] == streams[1] != torch.cuda.current_stream()
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize("codec", ["auto", "hevc", "av1", "libx264", "mjpeg"])
 def test_frames_survive_when_their_memory_is_reused(codec: str, device: str, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gpupipe.errors import InputError, OutputError, output_error
 from gpupipe.files import media_url, replacing
+from gpupipe.graphs import own_stream
 from gpupipe.kernels.nv12 import PixelFormat, to_nv12
 from gpupipe.schedule import frame_rate
 from gpupipe.stages import ENCODE_THREAD, UNTIMED, Stages
@@ -125,7 +126,6 @@ class VideoWriter:
         if preset is not None:
             check_preset(self.encoder, preset)
         self._device = torch.device(device)
-        self._copies: torch.cuda.Stream | None = None
         whole = even == (width, height) and self._way.where != "nvjpeg"
         self.pixel_format: PixelFormat = "nv12" if whole else "bgr"
         self._decode_times = DecodeTimes()
@@ -235,13 +235,12 @@ class VideoWriter:
         """Copy a batch to the host; from CUDA, after the current stream's work so far and while its later work runs."""
         if not frames.is_cuda:
             return _Batch(frames, None)
-        if self._copies is None:
-            self._copies = torch.cuda.Stream(frames.device)
-        self._copies.wait_stream(torch.cuda.current_stream(frames.device))
-        with torch.cuda.stream(self._copies):
+        stream = own_stream(frames.device, "copies to the host")
+        stream.wait_stream(torch.cuda.current_stream(frames.device))
+        with torch.cuda.stream(stream):
             host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
             host.copy_(frames, non_blocking=True)
-            frames.record_stream(self._copies)  # its memory is not reused before it is copied
+            frames.record_stream(stream)  # its memory is not reused before it is copied
             return _Batch(host, _mark(frames))
 
     def _stop(self, error: BaseException | None) -> None:
