@@ -20,9 +20,9 @@ from gpupipe.engines.measure import Figures, fastest, measure
 from gpupipe.engines.remembered import recall, remember
 from gpupipe.errors import first_line
 from gpupipe.fallbacks import fallbacks
-from gpupipe.frame_cache import default_budget
 from gpupipe.kernels.dispatch import backend, obstacle
 from gpupipe.lanes import available_cores
+from gpupipe.memory import default_budget
 from gpupipe.models import UNet328
 from gpupipe.seam import FEATHER
 from gpupipe.versions import processor_name, versions

@@ -6,14 +6,12 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpupipe.cgroups import memory_left
 from gpupipe.transfer import to_device
 
 Tensors = dict[str, Tensor]
@@ -131,22 +129,3 @@ class FrameCache:
 
     def _index(self, values: NDArray[np.int64]) -> Tensor:
         return to_device(torch.from_numpy(values), self.device)
-
-
-def default_budget(device: torch.device) -> int:
-    """Bytes that the caches may take on a device: half of a GPU's free memory, a quarter of the host's, or of what is
-    left of its limit in a container."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
-    left = memory_left()
-    return (_available_host_memory() if left is None else min(left, _available_host_memory())) // 4
-
-
-def _available_host_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 4 << 30  # no such file outside Linux: assume a small machine

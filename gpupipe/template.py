@@ -15,9 +15,10 @@ from torch import Tensor
 from gpupipe.device import find_device
 from gpupipe.errors import InputError
 from gpupipe.files import input_folder, similar
-from gpupipe.frame_cache import FrameCache, Tensors, default_budget
+from gpupipe.frame_cache import FrameCache, Tensors
 from gpupipe.kernels.nv12 import from_nv12, nv12_window
 from gpupipe.landmarks import Box, crop_box, read_landmarks
+from gpupipe.memory import default_budget
 from gpupipe.schedule import times_shown
 from gpupipe.seam import keep_mask
 from gpupipe.stages import UNTIMED, Stages
@@ -43,7 +44,7 @@ class Template:
         device: where frames, boxes and masks are kept.
         exact: decode JPEGs on the CPU even for a CUDA device.
         memory_budget: bytes for all that is kept per template frame; None lets the device decide
-            (:func:`~gpupipe.frame_cache.default_budget`).
+            (:func:`~gpupipe.memory.default_budget`).
         stages: measures where the time of this template's clip goes.
 
     Attributes:

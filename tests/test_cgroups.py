@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpupipe import cgroups, frame_cache, lanes
+from gpupipe import cgroups, lanes, memory
 from gpupipe.cgroups import cpu_quota, memory_left
 
 MiB = 1 << 20
@@ -56,7 +56,7 @@ def test_cores_and_memory_keep_to_the_container_s_limits(cores: int, monkeypatch
     monkeypatch.setattr(lanes.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert lanes.available_cores() == cores
     left = memory_left()
-    assert frame_cache.default_budget(torch.device("cpu")) <= (math.inf if left is None else left // 4)
+    assert memory.default_budget(torch.device("cpu")) <= (math.inf if left is None else left // 4)
     monkeypatch.setenv("GPUPIPE_CORES", "1")
     assert lanes.available_cores() == 1
 

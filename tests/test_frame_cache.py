@@ -7,8 +7,6 @@ import functools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +16,7 @@ from clips import cached
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpupipe import frame_cache
-from gpupipe.frame_cache import FrameCache, default_budget
+from gpupipe.frame_cache import FrameCache
 from gpupipe.schedule import template_indices
 
 CPU = torch.device("cpu")
@@ -170,27 +167,6 @@ def test_failed_computation_leaves_the_cache_as_it_was() -> None:
         frames.lookup([0, 1])
     broken = False
     assert_right(frames, [1, 0])
-
-
-@pytest.mark.parametrize(("left", "budget"), [(None, 1000 * 1024), (400, 100), (1 << 40, 1000 * 1024)])
-def test_default_budget_of_a_host_is_a_quarter_of_what_is_available(
-    left: int | None, budget: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or a quarter of what is left of a container's limit."""
-    told = "MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable: 4000 kB\n"
-    monkeypatch.setattr(frame_cache, "Path", {"/proc/meminfo": SimpleNamespace(read_text=lambda **_: told)}.__getitem__)
-    monkeypatch.setattr(frame_cache, "memory_left", lambda: left)
-    assert default_budget(CPU) == budget
-
-
-def test_default_budget_of_a_gpu_is_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 8000))
-    assert default_budget(torch.device("cuda")) == 500
-
-
-@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="memory is read from /proc")
-def test_default_budget_is_a_part_of_the_memory_there_is() -> None:
-    assert 1 << 20 < default_budget(CPU) < 1 << 44
 
 
 @pytest.mark.parametrize("batch", [1, 4, 20])

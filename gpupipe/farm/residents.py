@@ -15,9 +15,9 @@ from gpupipe.avatar import Avatar, bytes_per_frame
 from gpupipe.device import find_device
 from gpupipe.engines import EngineName, Precision
 from gpupipe.farm.jobs import Job
-from gpupipe.frame_cache import default_budget
 from gpupipe.frame_generator import FrameGenerator
 from gpupipe.kernels.nv12 import PixelFormat
+from gpupipe.memory import default_budget
 from gpupipe.models import Mode
 from gpupipe.models.unet328 import INPUT_SIZE
 from gpupipe.seam import Blend
@@ -91,7 +91,7 @@ class Residents:
 
     Args:
         device: where they are.
-        budget: bytes for all; None lets the device decide (:func:`~gpupipe.frame_cache.default_budget`).
+        budget: bytes for all; None lets the device decide (:func:`~gpupipe.memory.default_budget`).
         upcoming: the avatars that will be asked for, next first, as far as is known.
     """
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gpupipe.frame_cache import default_budget
 from gpupipe.lanes import available_cores
+from gpupipe.memory import default_budget
 from gpupipe.stages import ENCODE_THREAD, UNTIMED, Stages
 from gpupipe.video.codecs import PictureFormat, configure, host_frame
 
