@@ -31,7 +31,6 @@ from gpupipe.benchmarks.kernel_bench import seconds_of
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.fused import FusedEngine
 from gpupipe.kernels import depthwise_triton, inverted_residual_triton, pointwise_triton
-from gpupipe.kernels.common_triton import FENCES_COPIES
 from gpupipe.models.unet328 import INPUT_SIZE
 
 Sizes = dict[str, int]
@@ -44,10 +43,9 @@ AGREE = 0.02
 """How far a tile's result may be from that of the tile in use, as a share of the latter's largest value."""
 
 
-_STAGES = 5 if FENCES_COPIES else 1
-"""The most stages of a loop whose matrix products take both sides from memory. A loop that computes its left side, as
-upsampling does, is not pipelined: compiled code has been seen to overwrite what Hopper's products still read
-(triton-lang/triton, issue 9433)."""
+_STAGES = 5
+"""The most stages of a loop that may be pipelined. One that computes the left side of its products, as upsampling does,
+is not: compiled code has been seen to overwrite what Hopper's products still read (triton-lang/triton, issue 9433)."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,12 @@ class Launcher:
 
 
 LAUNCHERS = (
-    Launcher(pointwise_triton, "pointwise_triton", "pointwise_tiles", lambda k, n, **_: {"BLOCK_K": k, "BLOCK_N": n}),
+    Launcher(
+        pointwise_triton,
+        "pointwise_triton",
+        "pointwise_tiles",
+        lambda k, n, *, pipelined, **_: {"BLOCK_K": k, "BLOCK_N": n, "num_stages": _STAGES if pipelined else 1},
+    ),
     Launcher(
         pointwise_triton,
         "upsample_expand_triton",

@@ -56,8 +56,10 @@ if [ -n "$wheels" ]; then
 fi
 part machine 60 "$python" -c '
 import torch, triton, gpupipe
+from gpupipe.kernels.common_triton import can_pipeline
 from gpupipe.kernels.dispatch import backend
-print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "torch", torch.__version__, "triton", triton.__version__)
+slow = "" if can_pipeline(torch.device("cuda", 0)) else ": too old to pipeline here, so the fused engine is slower than it can be"
+print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "torch", torch.__version__, "triton", triton.__version__ + slow)
 assert backend("cuda") == "triton", backend("cuda")'
 
 # A kernel NAME has tests/test_NAME_triton.py and benchmarks/bench_NAME.py: to add a kernel, add its name here.
@@ -94,7 +96,7 @@ part bench_tiles 270 "$python" -m gpupipe.benchmarks.bench_tiles --seconds 200 -
 
 {
     echo
-    tail -q -n 1 "$logs"/tests*.log 2>/dev/null
+    tail -q -n 1 "$logs"/machine.log "$logs"/tests*.log 2>/dev/null
     cat "$logs"/bench_*.log 2>/dev/null
     if ((${#failed[@]})); then
         printf 'FAILED: %s\n' "${failed[@]}"

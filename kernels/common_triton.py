@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 
@@ -15,9 +16,23 @@ from gpupipe.versions import numbers
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels; it was decided when they were defined."""
 
-FENCES_COPIES = numbers(triton.__version__) >= (3, 7, 1)
-"""Whether Triton's pipelined loops have a fence between asynchronous copies to shared memory and the tensor cores of
-Hopper and Blackwell, which read it by a way of their own (triton-lang/triton, pull requests 9610 and 10537)."""
+_FENCES_COPIES = numbers(triton.__version__) >= (3, 7, 1)
+"""Whether Triton puts a fence between asynchronous copies to shared memory and tensor cores that read it through the
+asynchronous proxy (triton-lang/triton, pull requests 9610 and 10537)."""
+
+
+def can_pipeline(device: torch.device) -> bool:
+    """Whether loops on a device may copy the next products' factors to shared memory while tensor cores multiply."""
+    if _FENCES_COPIES:
+        return True
+    return device.type == "cuda" and not reads_by_proxy(torch.cuda.get_device_capability(device))
+
+
+def reads_by_proxy(capability: tuple[int, int]) -> bool:
+    """Whether Triton's products read shared memory through the asynchronous proxy: with wgmma on Hopper, with tcgen05
+    on Blackwell's servers. Older GPUs, and Blackwell's for workstations (12.x), have mma.sync, which needs no fence."""
+    return (9, 0) <= capability < (12, 0)
+
 
 _INTEGER = tl.constexpr(8388608.0)  # 2²³: float32 has no fractions from here on
 _ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: the same for negative numbers too

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import FENCES_COPIES, INTERPRETED
+from gpupipe.kernels.common_triton import INTERPRETED, can_pipeline
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, relu_to
 
@@ -144,11 +144,12 @@ def _between(a, b, weight):
     return multiply_add(b - a, weight.to(a.dtype), a)
 
 
-def pointwise_tiles(k: int, n: int, *, narrow: bool = False) -> dict[str, int]:
+def pointwise_tiles(k: int, n: int, *, narrow: bool = False, pipelined: bool = True) -> dict[str, int]:
     """Tile of a product of ``k`` by ``n`` channels, and how it is launched.
 
     Args:
         narrow: half as many channels a program: a residual that is not indexed makes the wider tile spill on sm_100.
+        pipelined: copy to shared memory while tensor cores multiply, where ``common_triton.can_pipeline``.
     """
     if INTERPRETED:  # its cost is by the program
         return {"BLOCK_M": min(4096, tl.TRITON_MAX_TENSOR_NUMEL // max(n, k)), "BLOCK_N": n, "BLOCK_K": k}
@@ -157,7 +158,7 @@ def pointwise_tiles(k: int, n: int, *, narrow: bool = False) -> dict[str, int]:
         "BLOCK_N": min(n, 64 if narrow else 128),
         "BLOCK_K": min(k, 64),
         "num_warps": 4 if n <= 64 else 8,
-        "num_stages": 3 if FENCES_COPIES else 1,  # 1: no pipeline, and none of its copies
+        "num_stages": 3 if pipelined else 1,
     }
 
 
@@ -184,7 +185,8 @@ def pointwise_triton(
     k, n = weight.shape
     out = x.new_empty(samples, height, width, n)
     pixels = samples * height * width
-    tiles = pointwise_tiles(k, n, narrow=residual is not None and index is None)
+    narrow = residual is not None and index is None
+    tiles = pointwise_tiles(k, n, narrow=narrow, pipelined=can_pipeline(x.device))
     grid = (triton.cdiv(pixels, tiles["BLOCK_M"]) * (n // tiles["BLOCK_N"]),)
     if pixels:
         _pointwise_kernel[grid](

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -81,13 +82,51 @@ def test_more_shared_memory_than_there_is_fails_the_report(
 @pytest.mark.parametrize("fences", [True, False], ids=["as it is now", "before Triton 3.7.1"])
 def test_nothing_is_pipelined_where_triton_forgets_the_fence(fences: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise tensor cores may read shared memory before the copy to it is visible."""
-    from gpupipe.kernels import pointwise_triton
+    from gpupipe.kernels import common_triton, pointwise_triton
     from gpupipe.kernels.report_network import network_variants
 
     monkeypatch.setattr(pointwise_triton, "INTERPRETED", False)  # as on a GPU
-    monkeypatch.setattr(pointwise_triton, "FENCES_COPIES", fences)
+    monkeypatch.setattr(common_triton, "_FENCES_COPIES", fences)
     pipelined = {variant.name for variant in network_variants() if variant.num_stages != 1}
     assert pipelined == ({"pointwise"} if fences else set())
+
+
+def test_the_fence_is_missed_only_where_tensor_cores_read_by_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A100, L4 or RTX card is pipelined with an older Triton, too."""
+    from gpupipe.kernels import common_triton
+
+    capabilities = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    gpus = [torch.device("cuda", place) for place in range(len(capabilities))]
+    monkeypatch.setattr(common_triton, "_FENCES_COPIES", False)
+    safe = [capability for capability, gpu in zip(capabilities, gpus, strict=True) if common_triton.can_pipeline(gpu)]
+    assert safe == [(8, 0), (8, 6), (8, 9), (12, 0), (12, 1)]
+    monkeypatch.setattr(common_triton, "_FENCES_COPIES", True)
+    assert all(map(common_triton.can_pipeline, gpus))
+
+
+def test_architectures_whose_tensor_cores_read_by_the_proxy() -> None:
+    """As Triton compiles a product, and where it puts the fence."""
+    from gpupipe.kernels.common_triton import reads_by_proxy
+
+    script = """
+from gpupipe.kernels import report
+from gpupipe.kernels.report_network import network_variants
+variant, *_ = [one for one in network_variants() if (one.name, one.config) == ("pointwise", "fuse0.0")]
+for arch in (80, 86, 89, 90, 100, 120):
+    ptx = report.compiled_kernel(variant, arch).asm["ptx"]
+    print(arch, *(word for word in ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "fence.proxy.async") if word in ptx))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {int(arch): words for arch, *words in map(str.split, done.stdout.splitlines())}
+    assert found.keys() == {80, 86, 89, 90, 100, 120}
+    for arch, words in found.items():
+        by_proxy = reads_by_proxy((arch // 10, arch % 10))
+        assert ("mma.sync" in words) != by_proxy, (arch, words)
+        assert ("fence.proxy.async" in words) == by_proxy, (arch, words)
 
 
 def test_a_spill_fails_the_report(tmp_path: Path) -> None:
