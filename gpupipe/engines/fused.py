@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +44,6 @@ Entry = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A decoder level's first block: the map from below, the template's maps and which of them each sample takes."""
 
 
-class _Dense(NamedTuple):
-    """A 3×3 convolution over all channels, followed by ReLU."""
-
-    weight: Tensor
-    bias: Tensor
-    stride: tuple[int, int]
-    padding: int
-
-
 class FusedEngine:
     """Triton kernels on CUDA; elsewhere their plain-torch reference, which is there to be compared with.
 
@@ -60,22 +51,14 @@ class FusedEngine:
 
     Args:
         dtype: of weights and activations: half precision on CUDA. Sums are accumulated in float32.
-        mouth: type of what :meth:`decode` returns.
     """
 
     name: EngineName = "fused"
+    _mouth = torch.uint8
 
-    def __init__(
-        self,
-        network: UNet328,
-        *,
-        device: torch.device,
-        dtype: torch.dtype = torch.float16,
-        mouth: torch.dtype = torch.uint8,
-    ) -> None:
+    def __init__(self, network: UNet328, *, device: torch.device, dtype: torch.dtype = torch.float16) -> None:
         self.device = device
         self.dtype = dtype
-        self._mouth = mouth
         network = fold_batch_norms(network)
         template, speech = TemplateHalf(network), SpeechHalf(network)
 
@@ -83,25 +66,21 @@ class FusedEngine:
         self._first = self._block([expand, depthwise, _identity(expand.out_channels)], INPUT_SIZE)
         downs = (template.down1, template.down2, template.down3, template.down4, template.down5)
         self._downs = [self._down(down, INPUT_SIZE >> level) for level, down in enumerate(downs)]
-        self._bottleneck = self._pointwise(template.bottleneck)
+        self._bottleneck = self._pack(template.bottleneck)
 
         audio = speech.audio_model
-        self._audio_blocks = {
-            name: self._block(convolutions(block), 0, residual=bool(block.residual))
-            for name, block in audio.named_children()
-            if name in ("conv1", "conv2", "conv4", "conv6", "conv7")
-        }
-        self._audio_dense = {"conv3": self._dense(audio.conv3), "conv5": self._dense(audio.conv5)}
-        self._audio_expand = self._pointwise(speech.audio_expand)
-        layers = convolutions(speech.fuse)
-        self._fuse_first = self._projection(layers[:2])
+        layers = (audio.conv1, audio.conv2, audio.conv3, audio.conv4, audio.conv5, audio.conv6, audio.conv7)
+        self._audio = list(map(self._audio_step, layers))
+        self._audio_expand = self._pack(speech.audio_expand)
+        fuse = convolutions(speech.fuse)
+        self._fuse_first = self._projection(fuse[:2])
         self._fuse = [
-            self._block(layers[i : i + 3], 0, residual=residual) for i, residual in ((2, True), (5, False), (8, True))
+            self._block(fuse[i : i + 3], 0, residual=residual) for i, residual in ((2, True), (5, False), (8, True))
         ]
         ups = (speech.up1, speech.up2, speech.up3, speech.up4, speech.up5)
         sizes = [INPUT_SIZE >> level for level in (4, 3, 2, 1, 0)]
         self._entries = [self._entry(up, size) for up, size in zip(ups, sizes, strict=True)]
-        self._seconds = [
+        self._second_blocks = [
             self._block(convolutions(up.rest)[2:], size, residual=True)
             for up, size in zip(ups[:-1], sizes[:-1], strict=True)
         ]
@@ -123,26 +102,16 @@ class FusedEngine:
     @torch.autocast("cuda", enabled=False)  # of cuDNN's layers
     def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
         """As :meth:`Engine.decode`."""
-        heard = self._hear(audio.to(self.device, self.dtype).permute(0, 2, 3, 1).contiguous())
-        x = pointwise(heard, *self._audio_expand, relu=True, residual=features["bottleneck"], index=index)
+        x = audio.to(self.device, self.dtype).permute(0, 2, 3, 1).contiguous()
+        for step in self._audio:
+            x = step(x)
+        x = pointwise(x, *self._audio_expand, relu=True, residual=features["bottleneck"], index=index)
         x = depthwise_project(x, self._fuse_first)
         for block in self._fuse:
             x = block(x)
-        rest = (*self._seconds, self._last)
+        rest = (*self._second_blocks, self._last)
         for entry, second, skip in zip(self._entries, rest, ("x5", "x4", "x3", "x2", "hidden"), strict=True):
             x = second(entry(x, features[skip], index))
-        return x
-
-    def _hear(self, x: Tensor) -> Tensor:
-        """The audio branch: (B, H, W, channels) → (B, 10, 10, channels)."""
-        for name in ("conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "conv7"):
-            if name in self._audio_dense:
-                layer = self._audio_dense[name]
-                planes = x.permute(0, 3, 1, 2)  # channels last, as cuDNN wants it
-                out = conv2d(planes, layer.weight, layer.bias, stride=layer.stride, padding=layer.padding)
-                x = out.relu_().permute(0, 2, 3, 1).contiguous()
-            else:
-                x = self._audio_blocks[name](x)
         return x
 
     # ── what runs a block ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -154,8 +123,8 @@ class FusedEngine:
 
     def _entry(self, up: HoistedUp, size: int) -> Entry:
         """Upsampling, concatenation and the first block of a decoder level, to maps of ``size`` pixels a side."""
-        low_weight, _ = self._pointwise(up.low)
-        weights = (low_weight, *self._pointwise(up.skip))
+        low_weight, _ = self._pack(up.low)
+        weights = (low_weight, *self._pack(up.skip))
         projection = self._projection(convolutions(up.rest)[:2])
 
         def enter(low: Tensor, skip: Tensor, index: Tensor) -> Tensor:
@@ -166,7 +135,7 @@ class FusedEngine:
     def _mouth_block(self, layers: Sequence[nn.Conv2d], head: nn.Conv2d) -> Step:
         """The last block, with head, sigmoid and scaling: (B, 320, 320, channels) → mouth (B, 3, 320, 320)."""
         block = pack_block(layers, device=self.device, dtype=self.dtype)
-        weight, bias = self._pointwise(head)
+        weight, bias = self._pack(head)
         return functools.partial(
             inverted_residual_head, block=block, head=weight, head_bias=bias, residual=True, dtype=self._mouth
         )
@@ -176,19 +145,28 @@ class FusedEngine:
         layers = convolutions(module)
         return self._block(layers[:3], size, stride=2), self._block(layers[3:], size // 2, residual=True)
 
-    def _pointwise(self, layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    def _pack(self, layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
         return pack_pointwise(layer, device=self.device, dtype=self.dtype)
 
     def _projection(self, layers: Sequence[nn.Conv2d]) -> Projection:
         return pack_projection(layers, device=self.device, dtype=self.dtype)
 
-    def _dense(self, layer: nn.Conv2d) -> _Dense:
+    def _audio_step(self, layer: nn.Module) -> Step:
+        """An inverted residual of the audio branch, or one of its 3×3 convolutions with ReLU."""
+        if not isinstance(layer, nn.Conv2d):
+            return self._block(convolutions(layer), 0, residual=bool(layer.residual))
         outputs, inputs = (padded(size) - size for size in layer.weight.shape[:2])
         assert layer.bias is not None
-        weight = pad(layer.weight.detach(), (0, 0, 0, 0, 0, inputs, 0, outputs)).to(self.device, self.dtype)
+        filled = pad(layer.weight.detach(), (0, 0, 0, 0, 0, inputs, 0, outputs)).to(self.device, self.dtype)
+        weight = filled.contiguous(memory_format=torch.channels_last)
         bias = pad(layer.bias.detach(), (0, outputs)).to(self.device, self.dtype)
-        strides = (layer.stride[0], layer.stride[1])
-        return _Dense(weight.contiguous(memory_format=torch.channels_last), bias, strides, int(layer.padding[0]))
+        how: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding}
+
+        def convolve(x: Tensor) -> Tensor:
+            planes = conv2d(x.permute(0, 3, 1, 2), weight, bias, **how)  # channels last, as cuDNN wants it
+            return planes.relu_().permute(0, 2, 3, 1).contiguous()
+
+        return convolve
 
 
 def convolutions(module: nn.Module) -> list[nn.Conv2d]:
