@@ -37,6 +37,7 @@ from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.errors import DeviceError, DeviceLostError, InputError
 from gpupipe.fallbacks import fallbacks
+from gpupipe.frame_cache import FrameCache
 from gpupipe.kernels import dispatch
 from gpupipe.lanes import Lanes
 from gpupipe.models import MODES, Mode, UNet328
@@ -104,6 +105,22 @@ def test_features_have_the_frames_along_their_first_axis(engine: Engine) -> None
         assert value.shape[0] == 2
         assert value.device.type == "cpu"
         torch.testing.assert_close(value[1:], alone[name], atol=1e-5, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_what_is_cached_channels_last_stays_so(network: UNet328) -> None:
+    """As on CUDA, whose layers would turn it round each time."""
+    engine = EagerEngine(network, device=CPU)
+    engine._layout = torch.channels_last
+    decode, given = engine._decode, []
+    engine._decode = lambda features, audio: given.extend(features) or decode(features, audio)
+    image, audio = network_inputs("ave", 3)
+    frames = FrameCache(3, lambda frames: engine.encode(image[frames]), budget=10**9, device=CPU)
+    for order in ([0, 1], [0, 2, 1]):
+        mouth = engine.decode(*frames.lookup(order), audio[: len(order)])
+        assert (mouth - network(image[order], audio[: len(order)])).abs().max() <= BOUND
+    assert len(given) == 12
+    assert all(value.is_contiguous(memory_format=torch.channels_last) for value in given)
 
 
 def test_onnxruntime_does_not_depend_on_the_batch(network: UNet328) -> None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from gpupipe.engines.base import Declaration, EngineName, Features
-from gpupipe.models.fold import fold_batch_norms
+from gpupipe.engines.eager import EagerEngine
 from gpupipe.models.unet328 import UNet328
-from gpupipe.tf32 import own_precision
 
 MODE = "max-autotune-no-cudagraphs"
 """CUDA graphs are taken over the whole step (:mod:`gpupipe.graphs`), not over the network alone."""
 
 
-class CompiledEngine:
+class CompiledEngine(EagerEngine):
     """``torch.compile`` with ``fullgraph`` and max-autotune; channels-last on CUDA.
 
     A graph serves one batch size. The first batch sets it; smaller ones are padded by repeating their last sample, and
@@ -31,36 +29,20 @@ class CompiledEngine:
     name: EngineName = "compile"
 
     def __init__(self, network: UNet328, *, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        self.device = device
-        self.dtype = dtype
-        self._layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        folded = fold_batch_norms(network).to(device, dtype).to(memory_format=self._layout)
+        super().__init__(network, device=device, dtype=dtype)
         compiler = functools.partial(torch.compile, fullgraph=True, dynamic=False, mode=MODE)
-        self._encode: Callable[[Tensor], tuple[Tensor, ...]] = compiler(folded.encode)
-        self._decode: Callable[..., Tensor] = compiler(folded.decode)
+        self._encode, self._decode = compiler(self._encode), compiler(self._decode)
         self._sizes: dict[str, int] = {}
 
-    @torch.inference_mode()
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`."""
-        count = len(image)
-        image = _padded(image.to(self.device, self.dtype, memory_format=self._layout), self._size("encode", count))
-        with own_precision(self.device):
-            features = self._encode(image.contiguous(memory_format=self._layout))
-        return {f"x{i}": value[:count] for i, value in enumerate(features, start=1)}
+        features = super().encode(_padded(image, self._size("encode", len(image))))
+        return {name: value[: len(image)] for name, value in features.items()}
 
-    @torch.inference_mode()
     def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
         """As :meth:`Engine.decode`."""
-        count = len(index)
-        size = self._size("decode", count)
-        index = _padded(index, size)
-        gathered = tuple(
-            features[f"x{i}"].index_select(0, index).contiguous(memory_format=self._layout) for i in range(1, 7)
-        )
-        window = _padded(audio.to(self.device, self.dtype), size).contiguous(memory_format=self._layout)
-        with own_precision(self.device):
-            return self._decode(gathered, window)[:count]
+        size = self._size("decode", len(index))
+        return super().decode(features, _padded(index, size), _padded(audio, size))[: len(index)]
 
     def _size(self, half: str, count: int) -> int:
         """The batch size that a half runs at."""
