@@ -15,7 +15,7 @@ from typing import Any, cast, get_args
 import pytest
 import torch
 from clips import network_inputs
-from torch import nn
+from torch import Tensor, nn
 
 import gpupipe.engines
 from gpupipe.benchmarks.seeded import seeded_network
@@ -225,7 +225,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
         return SimpleNamespace(name=one.name, device=device, dtype=dtype)
 
     monkeypatch.setattr(measure, "_seconds", take)
-    monkeypatch.setattr(measure, "_levels", lambda engine, network: torch.zeros(2))
+    monkeypatch.setattr(measure, "_levels", lambda engine, network: torch.zeros(1, 3, 20, 20))
     monkeypatch.setattr(Declaration, "build", build)
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "cache"))
     return seconds
@@ -441,7 +441,7 @@ def small_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_batch")
 @pytest.mark.parametrize("how", ["replayed", "launched"])
 def test_each_run_on_a_gpu_is_waited_for(how: str, network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run is the replay of a recording, as in a render, if the engine can be recorded."""
+    """It is a graph's, as a render's are, where the engine can be captured."""
     said: list[str] = []
 
     def capture(step: object) -> tuple[Callable[[], None], None]:
@@ -461,19 +461,59 @@ def test_each_run_on_a_gpu_is_waited_for(how: str, network: UNet328, monkeypatch
 
 @pytest.mark.usefixtures("small_batch")
 def test_mouths_are_compared_in_steps_of_255_whatever_their_type(network: UNet328) -> None:
+    """uint8 is truncated: on the average, half a step is missing."""
     in_steps, of_one = (
         measure._levels(cast(Engine, SimpleNamespace(encode=lambda image: {}, decode=lambda *_, m=mouth: m)), network)
-        for mouth in (torch.tensor([51, 102], dtype=torch.uint8), torch.tensor([0.2, 0.4]))
+        for mouth in (torch.tensor([51, 102], dtype=torch.uint8), torch.tensor([51.5 / 255, 102.5 / 255]))
     )
-    assert torch.equal(in_steps, of_one.round())
+    torch.testing.assert_close(in_steps, of_one)
 
 
-def test_an_error_of_bfloat16_s_size_still_agrees() -> None:
-    """A tenth of the picture's standard deviation agrees; a fifth does not."""
+def pictures() -> tuple[Tensor, Tensor]:
+    """Mouths as two precise engines paint them, and noise of the same standard deviation, 50 steps."""
     generator = torch.Generator().manual_seed(0)
-    picture, error = (50 * torch.randn(10_000, generator=generator) for _ in range(2))
-    assert measure._agree(picture + 0.1 * error, picture)
-    assert not measure._agree(picture + 0.2 * error, picture)
+    noise, coarse = (torch.randn(4, 3, size, size, generator=generator) for size in (320, 20))
+    return 50 * nn.functional.interpolate(coarse, scale_factor=16), 50 * noise
+
+
+@pytest.mark.parametrize(
+    ("dtype", "right", "wrong"),
+    [(torch.float32, 0.005, 0.04), (torch.float16, 0.02, 0.05), (torch.bfloat16, 0.1, 0.2)],
+    ids=str,
+)
+def test_an_error_of_a_precision_s_size_still_agrees(dtype: torch.dtype, right: float, wrong: float) -> None:
+    """As a share of the picture's standard deviation."""
+    picture, noise = pictures()
+    assert measure._agree(picture + right * noise, picture, dtype)
+    assert not measure._agree(picture + wrong * noise, picture, dtype)
+
+
+@pytest.mark.parametrize("dtype", measure._LARGEST_ERROR, ids=str)
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (157, 143), (314, 290)])
+@pytest.mark.parametrize("wrong", [0.0, torch.nan, "another place's"])
+def test_one_wrong_tile_of_a_batch_is_seen(wrong: float | str, row: int, column: int, dtype: torch.dtype) -> None:
+    picture, _ = pictures()
+    painted = picture.clone()
+    tile = painted[2, :, row : row + 6, column : column + 30]
+    tile.copy_(picture[0, :, 100:106, 60:90] if isinstance(wrong, str) else torch.full_like(tile, wrong))
+    assert not measure._agree(painted, picture, dtype)
+
+
+def test_an_engine_that_does_not_paint_the_same_twice_is_not_taken(
+    network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its threads race: next time they may do more harm."""
+    levels = torch.zeros(1, 3, 20, 20)
+
+    def painted(engine: Engine, network: UNet328) -> Tensor:
+        if engine.name == "onnxruntime":
+            levels[0, 0, 3, 7] += 1
+        return levels.clone()
+
+    timed.update(onnxruntime=0.1, eager=0.2)
+    monkeypatch.setattr(measure, "_levels", painted)
+    assert make_engine(network, device=CPU).name == "eager"
+    assert "engine onnxruntime: does not paint the same twice: eager runs instead" in caplog.text
 
 
 def test_the_measurement_runs_the_engine(network: UNet328) -> None:
