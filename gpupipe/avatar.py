@@ -16,7 +16,7 @@ from gpupipe.engines import Engine
 from gpupipe.errors import first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.frame_cache import FrameCache, Tensors
-from gpupipe.graphs import GraphedStep, beside
+from gpupipe.graphs import GraphedStep, on_side_stream
 from gpupipe.kernels.crop_resize import CROP_SIZE, crop_and_input
 from gpupipe.kernels.nv12 import PixelFormat, from_nv12, nv12_window, to_nv12
 from gpupipe.kernels.paste_blend import paste_blend
@@ -25,9 +25,9 @@ from gpupipe.stages import UNTIMED
 from gpupipe.template import Template
 from gpupipe.transfer import to_device
 
-RECORD_AFTER = 8
-"""Batches that are launched piece by piece before the step is recorded: short clips are spared what recording takes,
-which is another run of the step, a wait for the device and memory that is given back."""
+CAPTURE_AFTER = 8
+"""Batches launched kernel by kernel before capturing. A capture costs an extra run, a sync and the allocator's cache;
+short clips would not earn it back."""
 
 _NOT_FEATURES = frozenset({"crop", "nv12"})
 """What is derived from a template frame besides what the network makes of it."""
@@ -78,7 +78,7 @@ class Avatar:
         )
         self._graphed: GraphedStep | None = None
         self._painted = 0
-        self._record_below = math.inf
+        self._capture_below = math.inf
 
     def look_up(self, frames: NDArray[np.int64]) -> Sources:
         """What template frames (B,) give."""
@@ -100,20 +100,20 @@ class Avatar:
         device = self.template.device
         sources = self.look_up(frames)
         numbers, audio = to_device(torch.from_numpy(frames), device), to_device(audio, device)
-        # A recording reads the caches where they lie: they must hold all of the batch's frames.
+        # A captured graph reads the caches where they lie: they must hold all of the batch's frames.
         cached = self._derived.owns(sources.derived) and self.template.frames.owns(sources.kept)
         if device.type != "cuda" or not cached:
             return self._paint(sources, numbers, audio)
         return self._replay(sources, numbers, audio)
 
     def _replay(self, sources: Sources, frames: Tensor, audio: Tensor) -> Tensor:
-        """:meth:`_paint` as a CUDA graph, recorded after some batches and for every larger one that comes then."""
+        """:meth:`_paint` as a CUDA graph: captured after a few batches, and again for each larger batch after that."""
         derived, kept, *index = sources
         if self._graphed is None or self._graphed.batch_size < len(frames):
             self._painted += 1
-            if self._painted <= RECORD_AFTER or len(frames) >= self._record_below:
+            if self._painted <= CAPTURE_AFTER or len(frames) >= self._capture_below:
                 return self._paint(sources, frames, audio)
-            avatar = weakref.proxy(self)  # it keeps the step, which must not keep it in turn
+            avatar = weakref.proxy(self)  # this object keeps the step, which must not keep it in turn
 
             def step(derived_index: Tensor, kept_index: Tensor, frames: Tensor, audio: Tensor) -> Tensor:
                 return avatar._paint(Sources(derived, kept, derived_index, kept_index), frames, audio)
@@ -122,22 +122,23 @@ class Avatar:
                 self._graphed = GraphedStep(step, *index, frames, audio)
             except RuntimeError as error:
                 self._graphed = None
-                self._record_below = len(frames) if isinstance(error, torch.OutOfMemoryError) else 0
+                self._capture_below = len(frames) if isinstance(error, torch.OutOfMemoryError) else 0
                 note_fallback(
-                    f"the step cannot be recorded as a CUDA graph ({first_line(error)}): it is launched piece by piece"
+                    f"the step cannot be captured as a CUDA graph ({first_line(error)}): it is launched kernel by"
+                    " kernel"
                 )
-            if self._graphed is None:  # no longer in the handler, whose error keeps the recording's tensors
+            if self._graphed is None:  # outside the handler, whose error keeps the capture's tensors alive
                 return self._paint(sources, frames, audio)
         with self.template.stages.time("speech half + paste", self.template.device):
             return self._graphed(*index, frames, audio)
 
     def _paint(self, sources: Sources, frames: Tensor, audio: Tensor) -> Tensor:
-        """From the caches to finished frames, without a word to the host."""
+        """From the caches to finished frames, without synchronising with the host."""
         stages, device = self.template.stages, self.template.device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            stages = UNTIMED  # a recording is timed when it is replayed
-        # The speech branch's small maps leave most of a GPU's bandwidth: the background is copied beside them.
-        with beside(device) as join:
+            stages = UNTIMED  # a graph is timed when it is replayed
+        # The speech branch's small maps leave most of a GPU's bandwidth idle: meanwhile the background is copied.
+        with on_side_stream(device) as join:
             background = self.background(sources)
         with stages.time("speech half", device):
             mouth = self.engine.decode(sources.derived, sources.derived_index, audio)

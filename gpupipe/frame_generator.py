@@ -128,7 +128,7 @@ class FrameGenerator:
     def save_frames(self, frames: Iterable[Image | Tensor], output_dir: str | Path, prefix: str = "frame") -> list[str]:
         """Write frames as ``<prefix>_00000.jpg`` … and return their paths.
 
-        Images of an earlier, longer clip stay in the folder, and are said aloud.
+        Images of an earlier, longer clip stay in the folder, with a warning.
 
         Raises:
             OutputError: the folder cannot be made or written.
@@ -197,7 +197,8 @@ class FrameGenerator:
         Raises:
             InputError: ``start_frame`` outside the template or ``fps`` out of range, before anything is rendered.
         """
-        # What is shown once is prepared for nothing else, but a recorded step reads nothing but what is kept.
+        # On a CPU a frame shown once is not worth caching; on CUDA the captured graph reads only from the cache, so
+        # everything is.
         shown = times_shown(len(speech), template.length, start_frame)
         cacheable = shown >= (2 if template.device.type == "cpu" else 1)
         avatar = self.avatar(template, pixel_format, cacheable=cacheable)

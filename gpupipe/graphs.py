@@ -1,4 +1,4 @@
-"""CUDA graphs: a step's hundreds of launches recorded once and replayed as one; and branches beside each other."""
+"""CUDA graphs: a step's hundreds of launches, captured once and replayed as one; and streams for work side by side."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ logger = logging.getLogger(__name__)
 Output = TypeVar("Output")
 
 _turn = threading.Lock()
-"""Held by the thread that records, for none may wait for the device meanwhile, as another one's recording begins with;
-and by the one that replays, until it has copied the output."""
+"""Held during a capture, because a second capture would begin with a device synchronisation, which is illegal then; and
+during a replay until its output has been copied."""
 
 
 class _Memory:
-    """Memory that all recordings of a device have in common, for as long as there are any.
+    """Memory that all captured graphs of a device share, for as long as there are any.
 
-    It is used by one replay after the other, on whichever streams. Nothing is kept in it between them: an output is
-    copied before the next one, which may write over it.
+    It serves one replay after the other, on whichever streams. Nothing is kept in it between replays: an output is
+    copied before the next replay, which may overwrite it.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class _Memory:
         self._last: torch.cuda.Stream | None = None
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Replay ``graph`` on the current stream, behind what was queued where the last one was replayed."""
+        """Replay ``graph`` on the current stream, after everything queued on the stream of the last replay."""
         current = torch.cuda.current_stream()
         if self._last is not None and self._last != current:
             current.wait_stream(self._last)
@@ -51,7 +51,7 @@ _memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictiona
 
 @dataclass(frozen=True)
 class _Captured:
-    """A captured step: each call replays it on the current stream. It keeps ``step`` alive, and what that reads."""
+    """A captured step: a call replays it on the current stream. It keeps ``step`` alive, and what it reads."""
 
     memory: _Memory
     graph: torch.cuda.CUDAGraph
@@ -62,36 +62,36 @@ class _Captured:
 
 
 def capture(step: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
-    """Record ``step`` on the current CUDA device.
+    """Capture ``step`` as a CUDA graph on the current device.
 
     Args:
         step: must read and write the same memory each time, and neither wait for the device nor copy from the host.
 
     Returns:
-        what replays the recording on the current stream, and the output that each replay writes: to be copied before
-        another recording of this device is replayed. The first keeps ``step`` alive, and what it reads.
+        a function that replays the graph on the current stream and keeps ``step`` alive, and what it reads; and the
+        output, which each replay overwrites: copy it before another graph of this device is replayed.
 
     Raises:
-        RuntimeError: ``step`` did something that cannot be recorded.
-        torch.OutOfMemoryError: recordings have memory of their own, and there is not enough.
+        RuntimeError: ``step`` did something that cannot be captured.
+        torch.OutOfMemoryError: captured graphs have memory of their own, and there is not enough.
     """
     device = torch.cuda.current_device()
     side = own_stream(torch.device("cuda", device), "capture")
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step()  # in which Triton compiles, and libraries make what they need for a stream
+        step()  # lets Triton compile, and libraries set themselves up for the stream
     graph = torch.cuda.CUDAGraph()
     with _turn, torch.cuda.stream(side):
         torch.cuda.synchronize()
-        # As torch.cuda.graph does, which would give pinned memory back too, for the next copies to ask for it again.
+        # As torch.cuda.graph does. But that frees unused pinned memory too, which the next copies would ask for again.
         torch.cuda.empty_cache()
         memory = _memories.get(device) or _memories.setdefault(device, _Memory())
-        # The encoder's thread may wait for the device meanwhile: that is no fault of this thread's recording.
+        # "thread_local": the encoder's thread may wait for the device meanwhile without breaking this capture.
         graph.capture_begin(memory.pool, capture_error_mode="thread_local")
         try:
             output = step()
         except BaseException:
-            with contextlib.suppress(RuntimeError):  # it says again that the recording failed
+            with contextlib.suppress(RuntimeError):  # says once more that the capture failed
                 _end(graph, memory.pool)
             raise
         _end(graph, memory.pool)
@@ -99,39 +99,44 @@ def capture(step: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
 
 
 def replayed(function: Callable[[], object]) -> Callable[[], object]:
-    """``function`` on the current CUDA device as a recording of it, to be timed: Python takes longer to launch a kernel
-    than many run. One that cannot be recorded, as the plain references that ask the host, is left as it is, aloud."""
+    """Capture ``function`` on the current CUDA device, to time it: many kernels run for less time than Python takes to
+    launch them.
+
+    A function that cannot be captured (the plain references synchronise with the host) is returned unchanged, with a
+    warning.
+    """
     try:
         return capture(function)[0]
     except RuntimeError as error:
-        logger.warning("cannot be recorded as a CUDA graph, and is launched piece by piece (%s)", first_line(error))
+        logger.warning("cannot be captured as a CUDA graph, and is launched kernel by kernel (%s)", first_line(error))
         return function
 
 
 def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
-    """End a recording on the current stream whose memory comes from ``pool``.
+    """End the capture on the current stream, whose memory comes from ``pool``.
 
     Raises:
-        RuntimeError: it has failed. To the allocators of PyTorch 2.11 it would still go on: the pool is never free
-            again, nor is what two streams have used; and nothing else can be recorded into that pool.
+        RuntimeError: the capture failed. PyTorch 2.11's allocator would believe that it still goes on: it would never
+            free the pool, nor memory used on two streams, and nothing else could be captured into that pool.
     """
     device = torch.cuda.current_device()
     try:
         graph.capture_end()
     except RuntimeError:
-        with contextlib.suppress(RuntimeError):  # newer ones know
+        with contextlib.suppress(RuntimeError):  # newer versions have ended it themselves
             torch._C._cuda_endAllocateToPool(device, pool)
             torch._C._cuda_releasePool(device, pool)
-        _memories.pop(device, None)  # the next recording begins another
+        _memories.pop(device, None)  # the next capture starts another
         raise
 
 
 @contextlib.contextmanager
-def beside(device: torch.device) -> Iterator[Callable[[Tensor | None], None]]:
-    """Queue what is inside on a stream of its own, beside what comes after it; in a recording, as a branch.
+def on_side_stream(device: torch.device) -> Iterator[Callable[[Tensor | None], None]]:
+    """Queue what is inside on a second stream, so that it runs alongside what follows; during a capture, as a branch.
 
-    Gives a function to call with the result before it is used on the current stream: that waits for it, and its memory
-    is not given away before what is queued there. On a CPU it is done at once.
+    Yields a function to be called with the result before the current stream uses it. It makes that stream wait for the
+    result, and keeps the result's memory until all that is queued on that stream is done. On a CPU everything runs at
+    once.
     """
     if device.type != "cuda":
         yield lambda result: None
@@ -149,10 +154,10 @@ def beside(device: torch.device) -> Iterator[Callable[[Tensor | None], None]]:
 
 
 def own_stream(device: torch.device, use: str) -> torch.cuda.Stream:
-    """This thread's stream for one use, the same each time: of the 32 in torch's pool a thread takes few.
+    """This thread's stream for one use: cached so that a thread uses few of torch's 32 pool streams.
 
-    The pool deals them out in turn, again and again. Two uses that share one wait for each other; and what another
-    thread queues on a stream that is being captured becomes part of the graph.
+    The pool hands them out in turn, over and over. Two uses that are given the same stream wait for each other, and
+    what another thread queues on a stream that is being captured becomes part of the graph.
     """
     return _stream(device, use, threading.get_ident())
 
@@ -163,18 +168,18 @@ def _stream(device: torch.device, use: str, thread: int) -> torch.cuda.Stream:
 
 
 class GraphedStep:
-    """A step with inputs of its own, replayed for each batch.
+    """A step captured with inputs of its own, to be replayed for each batch.
 
     Args:
         step: tensors with the batch along their first axis → such a tensor; see :func:`capture`.
-        inputs: a first batch. Its size is the recording's; smaller batches are padded with their last sample.
+        inputs: a first batch, whose size is the graph's; smaller batches are padded with their last sample.
     """
 
     def __init__(self, step: Callable[..., Tensor], *inputs: Tensor) -> None:
         self.batch_size = len(inputs[0])
         self._inputs = [value.clone() for value in inputs]
         with torch.cuda.device_of(inputs[0]):
-            # Not a lambda: by `self` that would keep this object alive, and the GPU's memory with it.
+            # Not a lambda with `self`: that would keep this object alive, and the GPU's memory with it.
             self._replay, self._output = capture(functools.partial(step, *self._inputs))
 
     def __call__(self, *inputs: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from gpupipe.files import replacing
 
 STAGES = ("template decode", "template half", "speech half", "paste", "encode", "mux")
-"""In a frame's order. A recorded CUDA graph runs the speech half and the paste as one: ``speech half + paste``."""
+"""In a frame's order. A captured CUDA graph runs the speech half and the paste as one: ``speech half + paste``."""
 
 LANE_THREAD, ENCODE_THREAD = "lane", "encode"
 """How the names of threads begin that are summed as one group: the lanes (lanes.py) and the encoders (video/)."""

@@ -276,9 +276,9 @@ def no_thread_left() -> Iterator[None]:
 
 
 @pytest.fixture
-def recorded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps are recorded as CUDA graphs from the first batch on: clips of tests are short."""
-    monkeypatch.setattr(avatar, "RECORD_AFTER", 0)
+def captured_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are captured as CUDA graphs from the first batch on: clips of tests are short."""
+    monkeypatch.setattr(avatar, "CAPTURE_AFTER", 0)
 
 
 # ── jobs and the farm that did them ───────────────────────────────────────────────────────────────────────────────────

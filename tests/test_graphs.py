@@ -1,4 +1,4 @@
-"""CUDA graphs: everything around the recording is tested anywhere, the recording itself on a GPU."""
+"""CUDA graphs: what is around the capture is tested anywhere, the capture itself on a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gpupipe.kernels.dispatch import backend
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import paste_blend
 
-pytestmark = pytest.mark.usefixtures("recorded_at_once")
+pytestmark = pytest.mark.usefixtures("captured_at_once")
 
 CUDA = torch.device("cuda")
 FRAMES_ONLY = 4 * 192 * 128 * 3
@@ -39,7 +39,7 @@ FRAMES_ONLY = 4 * 192 * 128 * 3
 
 
 def rerun(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """In place of :func:`graphs.capture`: replaying runs the step again, into the same output, as a recording would."""
+    """As :func:`graphs.capture`: runs the step again, into the same output as a graph would."""
     output = step()
 
     def replay() -> None:
@@ -112,7 +112,7 @@ def without_gc() -> Iterator[None]:
 def test_a_step_goes_with_its_last_user(painted: Callable[[str], tuple[Avatar, list[Tensor]]]) -> None:
     """The memory of a GPU is free as soon as nobody wants it any more."""
     one, _ = painted("cpu")
-    one._record_below = math.inf
+    one._capture_below = math.inf
     replayed(one, *batches(one.template)[0])
     there = weakref.ref(one), weakref.ref(one._graphed)
     assert there[1]() is not None
@@ -136,13 +136,13 @@ def avatar(template: Template, checkpoint: Path, device: str = "cpu") -> Avatar:
 def painted(
     tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path: Path
 ) -> Callable[[str], tuple[Avatar, list[Tensor]]]:
-    """``painted(device)`` → an avatar with all frames cached, and its batches rendered without a recording."""
+    """``painted(device)`` → an avatar all of whose frames are cached, and the batches painted without a graph."""
     folder = make_template(tmp_path / "template")
 
     def make(device: str) -> tuple[Avatar, list[Tensor]]:
         template = Template.from_directory(folder, device=device)
         one = avatar(template, tiny_checkpoint(), device)
-        one._record_below = 0
+        one._capture_below = 0
         one.render(np.arange(template.length), torch.zeros(template.length, 32, 16, 16))
         return one, [one.render(*batch).clone() for batch in batches(template)]
 
@@ -155,9 +155,9 @@ def painted(
 def test_replayed_batches_equal_unrecorded_ones(
     step: int, painted: Callable[[str], tuple[Avatar, list[Tensor]]]
 ) -> None:
-    """A smaller batch is padded to the first one's recording; for a larger one a new recording is made."""
+    """A smaller batch fits into the graph of the first; for a larger one another is captured."""
     one, expected = painted("cpu")
-    one._record_below = math.inf
+    one._capture_below = math.inf
     found = [replayed(one, *batch) for batch in batches(one.template)[::step]]
     assert all(map(torch.equal, found, expected[::step]))
     assert not torch.equal(found[0], found[1])
@@ -167,17 +167,17 @@ def test_replayed_batches_equal_unrecorded_ones(
 
 @pytest.mark.usefixtures("without_gpu")
 @torch.inference_mode()
-def test_short_clips_are_not_recorded(
+def test_short_clips_are_not_captured(
     painted: Callable[[str], tuple[Avatar, list[Tensor]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, expected = painted("cpu")
-    one._record_below, one._painted = math.inf, 0
-    monkeypatch.setattr(avatar_module, "RECORD_AFTER", 2)
-    recorded, found = [], []
+    one._capture_below, one._painted = math.inf, 0
+    monkeypatch.setattr(avatar_module, "CAPTURE_AFTER", 2)
+    captured, found = [], []
     for batch in batches(one.template):
         found.append(replayed(one, *batch))
-        recorded.append(one._graphed is not None)
-    assert recorded == [False, False, True]
+        captured.append(one._graphed is not None)
+    assert captured == [False, False, True]
     assert all(map(torch.equal, found, expected))
 
 
@@ -192,19 +192,19 @@ def test_smaller_batches_are_recorded_where_memory_is_short(
         return replay, output
 
     one, expected = painted("cpu")
-    one._record_below = math.inf
+    one._capture_below = math.inf
     monkeypatch.setattr(graphs, "capture", capture)
-    found, recorded = [], []
+    found, captured = [], []
     for batch in batches(one.template):
         found.append(replayed(one, *batch))
-        recorded.append(one._graphed is not None)
-    assert recorded == [False, False, True], "three samples, three, two"
+        captured.append(one._graphed is not None)
+    assert captured == [False, False, True], "three samples, three, two"
     assert all(map(torch.equal, found, expected))
     assert any("(CUDA out of memory)" in line for line in fallbacks())
 
 
 @torch.inference_mode()
-def test_a_step_that_cannot_be_recorded_is_painted(
+def test_a_step_that_cannot_be_captured_is_painted(
     painted: Callable[[str], tuple[Avatar, list[Tensor]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[Callable[[], Tensor]] = []
@@ -214,7 +214,7 @@ def test_a_step_that_cannot_be_recorded_is_painted(
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     one, expected = painted("cpu")
-    one._record_below = math.inf
+    one._capture_below = math.inf
     monkeypatch.setattr(graphs, "capture", capture)
     found = [replayed(one, *batch) for batch in batches(one.template)]
     assert all(map(torch.equal, found, expected))
@@ -249,7 +249,7 @@ def test_only_what_both_caches_keep_is_replayed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A recording reads from the caches' memory."""
+    """A graph reads the caches where they lie."""
     ways: list[str] = []
     monkeypatch.setattr(Avatar, "_replay", lambda *given: ways.append("replayed"))
     monkeypatch.setattr(Avatar, "_paint", lambda *given: ways.append("painted"))
@@ -291,7 +291,7 @@ def triton_kernels() -> None:
 @pytest.mark.usefixtures("triton_kernels")
 def test_recorded_batches_on_a_gpu(painted: Callable[[str], tuple[Avatar, list[Tensor]]]) -> None:
     one, expected = painted("cuda")
-    one._record_below = math.inf
+    one._capture_below = math.inf
     found = [one.render(*batch) for batch in batches(one.template)]
     assert one._graphed is not None, fallbacks()
     assert all(map(torch.equal, found, expected))
@@ -320,7 +320,7 @@ def test_recorded_batches_on_a_second_gpu(
 @pytest.mark.usefixtures("triton_kernels")
 @pytest.mark.parametrize("stage", ["crop", "encode", "decode", "paste", "nv12"])
 @torch.inference_mode()
-def test_each_stage_can_be_recorded(
+def test_each_stage_can_be_captured(
     stage: str, tiny_model: Callable[..., UNetModel], make_template: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Nothing in a stage waits for the device or reads from the host: capturing would fail."""
@@ -373,7 +373,7 @@ def test_batches_are_queued_without_waiting(
     template = Template.from_directory(make_template(tmp_path / "template", 2), device=CUDA)
     speech = SpeechFeatures(np.random.default_rng(0).standard_normal((20, 512)).astype(np.float32))
     batches = generator.stream(template, speech, fps=fps, pixel_format="nv12")
-    for _ in range(2):  # caches are filled, the step is recorded
+    for _ in range(2):  # caches are filled, the step is captured
         next(batches)
     no_waiting()
     assert len(next(batches)) == 2
@@ -392,22 +392,22 @@ def test_the_check_for_waiting_sees_a_wait(no_waiting: Callable[[], None]) -> No
 
 
 @pytest.mark.cuda
-def test_waiting_for_the_device_cannot_be_recorded() -> None:
+def test_waiting_for_the_device_cannot_be_captured() -> None:
     values = torch.ones(3, device=CUDA)
     stream = torch.cuda.current_stream()
     with pytest.raises(RuntimeError):
         graphs.capture(lambda: values * values.sum().item())
-    assert torch.cuda.current_stream() == stream, "what is launched next must not go to the recording's stream"
+    assert torch.cuda.current_stream() == stream, "what is launched next must not go to the capture's stream"
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("joined", [True, False], ids=["waited", "branch left open"])
 def test_a_recording_that_failed_keeps_no_memory(joined: bool) -> None:
-    """Nor do tensors that are used on two streams after it, as the background is."""
+    """Nor does what is used on two streams after it, as the background is."""
     megabyte = 1 << 20
 
-    def beside() -> Tensor:
-        with graphs.beside(CUDA) as join:
+    def on_two_streams() -> Tensor:
+        with graphs.on_side_stream(CUDA) as join:
             made = torch.ones(16 * megabyte, dtype=torch.uint8, device=CUDA)
             if not joined and torch.cuda.is_current_stream_capturing():
                 raise torch.OutOfMemoryError("no memory for the rest")
@@ -415,7 +415,7 @@ def test_a_recording_that_failed_keeps_no_memory(joined: bool) -> None:
         return made
 
     def step() -> Tensor:
-        made = beside()
+        made = on_two_streams()
         return made * made.sum().item()
 
     def held() -> int:
@@ -428,7 +428,7 @@ def test_a_recording_that_failed_keeps_no_memory(joined: bool) -> None:
         graphs.capture(step)
     del failed  # the error's traceback keeps the step's tensors alive
     for _ in range(3):
-        beside()
+        on_two_streams()
     assert held() - before < 16 * megabyte
 
 
@@ -447,14 +447,14 @@ def test_a_replay_reads_what_nobody_else_keeps() -> None:
 
 
 def branched(values: Tensor) -> Tensor:
-    with graphs.beside(values.device) as join:
+    with graphs.on_side_stream(values.device) as join:
         more = values + 1
     join(more)
     return more * 2
 
 
 @pytest.mark.cuda
-def test_what_another_thread_does_is_not_recorded() -> None:
+def test_what_another_thread_does_is_not_captured() -> None:
     mine, other = torch.ones(3, device=CUDA), torch.full((3,), 5.0, device=CUDA)
     found = []
     with ThreadPoolExecutor(1) as thread:
@@ -472,12 +472,12 @@ def test_what_another_thread_does_is_not_recorded() -> None:
 
 
 @pytest.mark.cuda
-def test_recordings_share_their_memory() -> None:
-    """A farm records a step for each face."""
+def test_graphs_share_their_memory() -> None:
+    """A farm captures a step for each face."""
     size = 16 << 20
 
     def step(values: Tensor, level: int) -> Tensor:
-        with graphs.beside(CUDA) as join:
+        with graphs.on_side_stream(CUDA) as join:
             background = torch.zeros(size, device=CUDA)
         wide = values.sum() * torch.ones(4 * size, device=CUDA)
         join(background)
@@ -510,7 +510,7 @@ def test_what_cannot_be_recorded_is_timed_unrecorded_with_a_warning(
 
     monkeypatch.setattr(graphs, "capture", refuse)
     assert graphs.replayed(step) is step
-    assert caplog.messages[0].endswith("piece by piece (operation not permitted when stream is capturing)")
+    assert caplog.messages[0].endswith("kernel by kernel (operation not permitted when stream is capturing)")
     monkeypatch.setattr(graphs, "capture", lambda step: (lambda: 2 * step(), None))
     assert graphs.replayed(step)() == 14
     assert len(caplog.messages) == 1
@@ -518,10 +518,10 @@ def test_what_cannot_be_recorded_is_timed_unrecorded_with_a_warning(
 
 @pytest.mark.cuda
 def test_two_threads_may_record_at_once() -> None:
-    """They record one after the other, even if both begin at once."""
+    """One after the other, though both would begin at once."""
     both = threading.Barrier(2)
 
-    def record(level: float) -> list[float]:
+    def captured(level: float) -> list[float]:
         values, runs = torch.full((3,), level, device=CUDA), []
 
         def step() -> Tensor:
@@ -535,4 +535,4 @@ def test_two_threads_may_record_at_once() -> None:
         return output.tolist()
 
     with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(record, (1.0, 2.0))) == [[4, 4, 4], [6, 6, 6]]
+        assert list(threads.map(captured, (1.0, 2.0))) == [[4, 4, 4], [6, 6, 6]]

@@ -22,7 +22,7 @@ from gpupipe.graphs import GraphedStep
 from gpupipe.kernels.whole_block import gluon_obstacle
 from gpupipe.video.decode import read_images
 
-pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("recorded_at_once")]
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("captured_at_once")]
 
 FRAMES = 8
 BOXES = [(60, 24, 71), (58, 20, 73), (130, 30, 80), (62, 22, 70)]  # the third reaches over the frame's edge
@@ -124,8 +124,8 @@ def test_half_precision_is_near(rendered: Callable[..., np.ndarray], template: P
 def test_engines_of_our_own_kernels(
     engine: EngineName, rendered: Callable[..., np.ndarray], template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the template's crop to the pasted NV12, in batches of template frames 1 2, 3 2 and 1. All are replayed: the
-    second with a frame that is cached only after the recording, the third padded."""
+    """From the template's crop to the pasted NV12, in batches of template frames 1 2, 3 2 and 1: all are replayed, the
+    second with a frame that is cached after the capture, and the third padded."""
     if engine == "gluon" and (reason := gluon_obstacle()) is not None:
         pytest.skip(reason)
     replay, replayed = GraphedStep.__call__, []

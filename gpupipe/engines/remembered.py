@@ -43,7 +43,7 @@ def recall(network: UNet328, device: torch.device, dtype: torch.dtype) -> Figure
 
 
 def remember(network: UNet328, device: torch.device, dtype: torch.dtype, figures: Figures) -> None:
-    """Add to the file; one that cannot be written is said aloud, and only means measuring again."""
+    """Add to the file; one that cannot be written is logged, and only means measuring again."""
     path = cache_file()
     kept = _read()
     kept[_key(network, device, dtype)] = {

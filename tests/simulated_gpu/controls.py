@@ -74,10 +74,10 @@ def test_a_kernel_of_torch_s_own_is_refused() -> None:
         torch.ones(3, device="cuda")
 
 
-# ── recordings ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── graphs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_recording_runs_when_it_is_replayed() -> None:
+def test_a_graph_runs_when_it_is_replayed() -> None:
     given = torch.ones(3, device="cuda")
     replay, output = capture(lambda: given * 2)
     given.fill_(5)
@@ -115,7 +115,7 @@ def test_a_branch_must_join() -> None:
         capture(lambda: step(joined=False))
 
 
-def test_a_recording_does_not_wait_for_what_is_outside() -> None:
+def test_a_capture_does_not_wait_for_what_is_outside() -> None:
     given, other = torch.ones(3, device="cuda"), torch.cuda.Stream()
 
     def step() -> torch.Tensor:
@@ -127,7 +127,7 @@ def test_a_recording_does_not_wait_for_what_is_outside() -> None:
 
 
 @pytest.mark.parametrize("how", ["copied from the host", "a mask", "a value"])
-def test_what_cannot_be_recorded(how: str) -> None:
+def test_what_cannot_be_captured(how: str) -> None:
     given = torch.arange(3.0, device="cuda")
     steps = {
         "copied from the host": lambda: given + torch.ones(3).to("cuda"),

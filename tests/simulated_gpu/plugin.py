@@ -25,12 +25,12 @@ torch.Tensor.__repr__ = operators.without_modes(torch.Tensor.__repr__)  # type: 
 def pytest_collection_finish() -> None:
     """Make ``auto`` choose a plain engine and small batches: measuring interpreted engines takes minutes.
 
-    Tests' clips are short, so steps are recorded from the first batch on."""
+    Clips are short: what is to be captured is at once."""
     from gpupipe import avatar
     from gpupipe.engines import base
     from gpupipe.engines.declared import DECLARED
 
-    avatar.RECORD_AFTER = 0
+    avatar.CAPTURE_AFTER = 0
     for name in ("fused", "gluon"):
         DECLARED[name] = dataclasses.replace(DECLARED[name], slow_to_build=True)
     base.BATCH_SIZES["cuda"] = 4
