@@ -1,4 +1,4 @@
-"""A template prepared for a network: everything that depends on the template frame alone, computed once per frame."""
+"""A template prepared for a network: all that depends on the template frame alone is computed once per frame."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ CAPTURE_AFTER = 8
 short clips would not earn it back."""
 
 _NOT_FEATURES = frozenset({"crop", "nv12"})
-"""What is derived from a template frame besides what the network makes of it."""
+"""Names of what is derived from a template frame without the network."""
 
 
 class Sources(NamedTuple):
     """What a batch is made from.
 
     Attributes:
-        derived, kept: what was derived from template frames, and the frames themselves, by name.
-        derived_index, kept_index: int64 (B,), where each sample's stands in them.
+        derived, kept: tensors derived from template frames, and the frames themselves, by name.
+        derived_index, kept_index: int64 (B,), each sample's place in them.
     """
 
     derived: Tensors
@@ -50,14 +50,14 @@ class Sources(NamedTuple):
 class Avatar:
     """Renders frames of one template with one network.
 
-    Per template frame it keeps, within the template's budget of memory: the 328-pixel crop, the features that the
-    network's template side makes of it, and for ``"nv12"`` the converted background.
+    Within the template's memory budget it keeps for each template frame: the 328-pixel crop, the features that the
+    network's template half makes of it, and for ``"nv12"`` the converted background.
 
     Args:
         template: on the engine's device.
         pixel_format: of the finished frames.
         feather: width of the seam in pixels; 0 pastes hard.
-        cacheable: bool (L,), the template frames that may be kept prepared; None allows all.
+        cacheable: bool (L,), the template frames for which this may be kept; None allows all.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Avatar:
         self._capture_below = math.inf
 
     def look_up(self, frames: NDArray[np.int64]) -> Sources:
-        """What template frames (B,) give."""
+        """What a batch of template frames (B,) is made from."""
         derived, derived_index = self._derived.lookup(frames)
         kept, kept_index = self.template.frames.lookup(frames)
         return Sources(derived, kept, derived_index, kept_index)
@@ -91,8 +91,8 @@ class Avatar:
         """Render a batch.
 
         Args:
-            frames: template frame of each sample, (B,).
-            audio: window of each sample, (B, *audio_shape), on any device.
+            frames: (B,), the template frame of each sample.
+            audio: (B, *audio_shape), the window of each sample, on any device.
 
         Returns:
             uint8 (B, H, W, 3) BGR, or (B, H·3/2, W) NV12.
@@ -147,7 +147,7 @@ class Avatar:
             return self.paste(mouth, background, sources, frames)
 
     def background(self, sources: Sources) -> Tensor | None:
-        """Copies of the template frames (B, H·3/2, W) as they are kept in NV12; None where none are."""
+        """Copies of the template frames as they are kept in NV12, (B, H·3/2, W); None if they are not kept in NV12."""
         derived, kept, derived_index, kept_index = sources
         if "nv12" in kept:
             return kept["nv12"].index_select(0, kept_index)
@@ -156,7 +156,7 @@ class Avatar:
     def paste(self, mouth: Tensor, background: Tensor | None, sources: Sources, frames: Tensor) -> Tensor:
         """Paste mouths (B, 3, 320, 320) into their frames; ``frames`` are their numbers, on the device.
 
-        ``background`` is :meth:`background`'s, and is written over.
+        ``background`` comes from :meth:`background`, and is overwritten.
         """
         derived, kept, crop_index, kept_index = sources
         boxes = self.template.boxes.index_select(0, frames)
@@ -181,7 +181,7 @@ class Avatar:
         luma, chroma = nv12_window(background, self.template.window)
         part = torch.cat([luma, chroma], dim=1)
         pasted = paste_blend(*where, part, **how)
-        # A cell that a box cuts through was computed as a whole; outside the box its luma is still the source's.
+        # A 2×2 cell that a box cuts through was computed as a whole; its luma outside the box must stay the source's.
         luma.copy_(torch.where(_inside(boxes, luma), pasted[:, : luma.shape[1]], luma))
         chroma.copy_(pasted[:, luma.shape[1] :])
         return background
@@ -192,7 +192,7 @@ class Avatar:
         with self.template.stages.time("template half", device):
             kept, index = self.template.frames.lookup(frames)
             boxes = self.template.boxes.index_select(0, to_device(torch.from_numpy(frames), device))
-            half = self.engine.dtype != torch.float32  # which runs channels last
+            half = self.engine.dtype != torch.float32  # those engines run channels last
             crop, image = crop_and_input(kept["frame"], index, boxes, dtype=self.engine.dtype, channels_last=half)
             derived = self.engine.encode(image)
             derived["crop"] = crop
@@ -202,9 +202,9 @@ class Avatar:
 
 
 def bytes_per_frame(width: int, height: int, feature_bytes: int) -> int:
-    """What an :class:`Avatar` for NV12 and its template keep of a template frame: BGR, NV12, the crop and the features.
+    """Bytes that an :class:`Avatar` for NV12 and its template keep per frame: BGR, NV12, the crop and the features.
 
-    Parsing adds a byte a pixel, and of a video the BGR is smaller.
+    Parsing adds a byte per pixel. If the template is a video, less BGR is kept.
     """
     pixels = width * height
     return 3 * pixels + pixels * 3 // 2 + 3 * CROP_SIZE**2 + feature_bytes
@@ -214,7 +214,7 @@ def bytes_per_frame(width: int, height: int, feature_bytes: int) -> int:
 def render_together(requests: Sequence[tuple[Avatar, NDArray[np.int64], Tensor]]) -> list[Tensor]:
     """:meth:`Avatar.render` for several avatars of one engine, in one run of the network's speech half.
 
-    Each avatar's features lie in a bank of their own: those of a batch of several are gathered first.
+    Each avatar's features are in a bank of their own, so they are gathered first.
     """
     if len(requests) == 1:
         ((avatar, frames, audio),) = requests
@@ -244,7 +244,7 @@ def _rows(values: Tensor, index: Tensor) -> Tensor:
 
 
 def _inside(boxes: Tensor, pixels: Tensor) -> Tensor:
-    """Which pixels (B, H, W) stand in their sample's box, (B, 4): bool."""
+    """Which of the pixels (B, H, W) lie inside their sample's box (B, 4): bool."""
     rows = torch.arange(pixels.shape[1], device=pixels.device)[:, None]
     columns = torch.arange(pixels.shape[2], device=pixels.device)
     xmin, ymin, xmax, ymax = boxes[:, :, None, None].unbind(1)

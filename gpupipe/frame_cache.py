@@ -1,4 +1,4 @@
-"""What is known of each template frame, kept on the device within a budget of memory."""
+"""A cache of what is computed from each template frame, on the device and within a budget of memory."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from gpupipe.transfer import to_device
 Tensors = dict[str, Tensor]
 
 _ABSENT, _BEING_WRITTEN = -1, -2
-"""In place of a frame's slot in the bank."""
+"""These stand in place of a frame's slot in the bank."""
 
 
 class FrameCache:
-    """Tensors per template frame, computed when they are first asked for and kept until the budget is full.
+    """Tensors for each template frame, computed when first asked for, and kept as far as the budget allows.
 
-    Several threads may ask at once; two that ask for the same new frame may each compute it. None waits while another
-    computes or keeps one.
+    Several threads may ask at once. Two that ask for the same new frame may both compute it; no thread waits while
+    another computes or stores a frame.
 
-    Nothing is ever evicted. A template is walked there and back, so each frame comes round twice a period: which C of
-    the L frames are kept makes no difference to the number of hits, and keeping the first C costs no copies.
+    Nothing is ever evicted. The template is walked there and back, so each frame comes round twice a period: which C
+    of the L frames are kept makes no difference to the number of hits, and keeping the first C costs no copies.
 
     Args:
-        length: number of template frames L.
-        compute: frame numbers (distinct) → tensors, each with the frames along its first axis.
+        length: number of template frames, L.
+        compute: distinct frame numbers → tensors, each with the frames along its first axis.
         budget: bytes that the kept tensors may take.
         device: where ``compute`` leaves its tensors.
         cacheable: bool (L,), the frames that may be kept; None allows all.
@@ -49,23 +49,24 @@ class FrameCache:
         self.length = length
         self.budget = budget
         self.device = device
-        self.capacity: int | None = None  # frames that will be kept, known once a frame has been computed
+        self.capacity: int | None = None  # how many frames will be kept; known once one has been computed
         self.bytes_used = 0
-        # An owner's method must not keep its owner alive: the memory is to be free when the last user lets go of it.
+        # A method of the cache's owner must not keep the owner alive: memory is to be freed with its last user.
         self._compute = weakref.WeakMethod(compute) if inspect.ismethod(compute) else lambda: compute
         self._bank: Tensors = {}
         self._slot = np.full(length, _ABSENT, dtype=np.int64)
         self._cacheable = np.ones(length, dtype=np.bool_) if cacheable is None else cacheable
-        self._taken = 0  # slots, from the first on
+        self._taken = 0  # how many slots, from the first on
         self._lock = threading.Lock()
 
     def lookup(self, frames: Sequence[int] | NDArray[np.int64]) -> tuple[Tensors, Tensor]:
-        """Tensors and an index into them: ``tensors[name][index[k]]`` belongs to ``frames[k]``.
+        """Tensors, and an index into them: ``tensors[name][index[k]]`` belongs to ``frames[k]``.
 
-        When all frames are kept, the tensors are the whole bank, and nothing is copied; nor is it when none is.
+        If all these frames are kept, the tensors are the whole bank; if none is, they are what was just computed.
+        Nothing is copied in either case.
 
         Returns:
-            the tensors, and int64 (len(frames),) on the device.
+            the tensors, and the index: int64 (len(frames),), on the device.
         """
         frames = np.asarray(frames, dtype=np.int64)
         slot = self._slot[frames]
@@ -83,7 +84,7 @@ class FrameCache:
             return self._bank, self._index(slot[inverse])
         if not kept.any():
             return computed, self._index(inverse)
-        # Some do not fit: put kept and computed rows of this batch together.
+        # Some are kept and some are not: put this batch's rows together.
         position = np.empty(len(wanted), dtype=np.int64)
         position[kept] = np.arange(kept.sum())
         position[~kept] = kept.sum() + np.arange((~kept).sum())
@@ -95,7 +96,7 @@ class FrameCache:
         return together, self._index(position[inverse])
 
     def owns(self, tensors: Tensors) -> bool:
-        """Whether :meth:`lookup` gave the whole bank, whose tensors stay where they are."""
+        """Whether these tensors, from :meth:`lookup`, are the bank itself, which stays where it is."""
         return tensors is self._bank
 
     def _computed(self, frames: NDArray[np.int64]) -> Tensors:
@@ -104,7 +105,7 @@ class FrameCache:
         return compute(frames)
 
     def _store(self, frames: NDArray[np.int64], computed: Tensors) -> None:
-        """Keep as many of the computed frames as fit, but those that another thread keeps meanwhile."""
+        """Keep as many of the computed frames as fit, except those that another thread is keeping."""
         with self._lock:
             rows, first = self._take_slots(frames, computed)
         if not len(rows):
@@ -115,12 +116,12 @@ class FrameCache:
         self._slot[frames[rows]] = np.arange(first, first + len(rows))
 
     def _take_slots(self, frames: NDArray[np.int64], computed: Tensors) -> tuple[NDArray[np.int64], int]:
-        """Which of the computed rows are to be kept, and the first of their slots, which follow each other."""
+        """Which of the computed rows to keep, and the first of their slots, which are consecutive."""
         if self.capacity is None:
             size = sum(value[0].nbytes for value in computed.values())
             capacity = min(int(self._cacheable.sum()), max(0, self.budget) // max(1, size))
             self._bank = {name: value.new_empty(capacity, *value.shape[1:]) for name, value in computed.items()}
-            self.capacity, self.bytes_used = capacity, capacity * size  # last: there may not be so much memory now
+            self.capacity, self.bytes_used = capacity, capacity * size  # last: allocating may fail
         first = self._taken
         rows = np.flatnonzero((self._slot[frames] == _ABSENT) & self._cacheable[frames])[: self.capacity - first]
         self._slot[frames[rows]] = _BEING_WRITTEN

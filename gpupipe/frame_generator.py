@@ -115,7 +115,7 @@ class FrameGenerator:
             audio_features: (N, …), as :class:`~gpupipe.features.SpeechFeatures` takes it.
             start_frame: first frame of the stretch of the template that is walked to its end and back; the clip begins
                 with the one after it (:func:`~gpupipe.schedule.template_indices`).
-            fps: kept for the seed's callers: a list of frames has no rate, there is one for each row.
+            fps: accepted for callers of the original, and ignored: there is one frame for each row of features.
 
         Returns:
             N frames uint8 (H, W, 3), BGR. For long clips use :meth:`stream`, whose memory does not grow.
@@ -228,7 +228,7 @@ class FrameGenerator:
         device, size = self.unet_model.device, self.batch_size
 
         def render(pieces: list[Piece]) -> list[tuple[Piece, Tensor]]:
-            """A piece and its rows; in halves where a GPU has no memory for the whole, and so from then on."""
+            """A piece and its rows; in halves, from then on, if the GPU has no memory for the whole."""
             nonlocal size
             (piece,) = pieces
             try:
@@ -236,7 +236,7 @@ class FrameGenerator:
             except torch.OutOfMemoryError:
                 if len(piece.rows) == 1:
                     raise
-            # No longer in the handler, whose error keeps the batch's tensors.
+            # Outside the handler, whose error keeps the batch's tensors alive.
             torch.cuda.empty_cache()
             if len(piece.rows) <= size:
                 size = len(piece.rows) // 2
@@ -249,7 +249,7 @@ class FrameGenerator:
                 yield from piece.frames_from_rows(rows, self.batch_size)
 
     def _window(self, audio: ArrayLike | Tensor) -> Tensor:
-        """One frame's audio as (1, *audio_shape)."""
+        """One frame's audio, as (1, *audio_shape)."""
         shape = AUDIO_SHAPES[self.mode]
         values = np.array(as_array(audio), dtype=np.float32)
         size = int(np.prod(shape))
@@ -266,7 +266,7 @@ def check_limits(batch_size: int | None, memory_budget: int | None) -> None:
     """Refuse a batch of no frames and a budget below 0 bytes; None stands for the device's default.
 
     Raises:
-        InputError: the option, and what is expected of it.
+        InputError: names the option and what is expected.
     """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch size is {batch_size}; expected 1 or more")

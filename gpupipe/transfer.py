@@ -1,4 +1,4 @@
-"""Between the host and a device."""
+"""Moving data between the host and a device, and reading what users pass in."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """``values`` on ``device``, without waiting for what the device still has to do.
+    """``values`` on ``device``, without waiting for work that is queued there.
 
-    A copy from pageable memory makes the host wait until the GPU has come to it, and a batch would be prepared only
-    when the one before it is done. From pinned memory it takes its place on the current stream, and the host goes on.
+    To copy from pageable memory, the host waits until the GPU reaches the copy; a batch could then be prepared only
+    after the one before it was done. A copy from pinned memory is queued on the current stream, and the host goes on.
     """
     if device.type != "cuda" or values.is_cuda:
         return values.to(device)
@@ -22,17 +22,17 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def as_tensor(values: ArrayLike | Tensor) -> Tensor:
-    """What a user gave as a tensor without a gradient, on its own device. An array's shares its memory where it can."""
+    """What a user passed, as a tensor without gradient on its own device. It shares an array's memory if possible."""
     if isinstance(values, Tensor):
         return values.detach()
     array = np.ascontiguousarray(values)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())  # PyTorch warns of what is read-only
+    return torch.from_numpy(array if array.flags.writeable else array.copy())  # PyTorch warns about read-only ones
 
 
 def as_array(values: ArrayLike | Tensor) -> NDArray[Any]:
-    """What a user gave as an array: a tensor may be on any device, of bfloat16, or have a gradient.
+    """What a user passed, as an array. A tensor may be on any device, in bfloat16, or have a gradient.
 
-    bfloat16, which NumPy does not know, becomes float32; no other type is changed.
+    bfloat16, which NumPy lacks, becomes float32; no other type is changed.
     """
     if not isinstance(values, Tensor):
         return np.asarray(values)

@@ -1,6 +1,6 @@
-"""What the Triton kernels share: how they are compiled, rounding, and stores of four values side by side.
+"""What the Triton kernels share: whether loops may be pipelined, rounding, and stores of four values side by side.
 
-Only plain Triton: no libdevice and no inline assembly, so that Triton's interpreter runs the kernels on the CPU.
+Plain Triton only: no libdevice and no inline assembly, so that Triton's interpreter can run the kernels on a CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from gpupipe.versions import numbers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether Triton's interpreter runs the kernels; it was decided when they were defined."""
+"""Whether Triton's interpreter runs the kernels. It was decided when they were defined."""
 
 _FENCES_COPIES = numbers(triton.__version__) >= (3, 7, 1)
 """Whether Triton puts a fence between asynchronous copies to shared memory and tensor cores that read it through the
@@ -34,13 +34,16 @@ def reads_by_proxy(capability: tuple[int, int]) -> bool:
     return (9, 0) <= capability < (12, 0)
 
 
-_INTEGER = tl.constexpr(8388608.0)  # 2²³: float32 has no fractions from here on
-_ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: the same for negative numbers too
+_INTEGER = tl.constexpr(8388608.0)  # 2²³: from here on float32 has no fractions
+_ROUND = tl.constexpr(12582912.0)  # 1.5 · 2²³: the same, for negative numbers too
 
 
 @triton.jit
 def round_saturate(values):
-    """Round half to even and saturate to 0 … 255; still float32. Full rate, where a conversion is a quarter's."""
+    """Round half to even and saturate to 0 … 255; still float32.
+
+    Two adds at full rate; a conversion instruction runs at a quarter of it.
+    """
     return tl.minimum(tl.maximum((values + _ROUND) - _ROUND, 0.0), 255.0)
 
 
@@ -57,5 +60,5 @@ def truncate(b, g, r):
 
 @triton.jit
 def join4(a, b, c, d):
-    """Four (N,) → (N, 4), each thread's four side by side: stored with one wide instruction."""
+    """Four (N,) → (N, 4), with each thread's four values side by side, so that one wide instruction stores them."""
     return tl.join(tl.join(a, c), tl.join(b, d)).reshape(a.shape[0], 4)

@@ -1,6 +1,6 @@
 """Which implementation of a kernel runs on a device: Triton on CUDA, plain torch everywhere else.
 
-Triton is imported only when a CUDA device asks for it: a CPU build of torch comes without it.
+Triton is imported only for a CUDA device: a CPU build of torch comes without it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _Rest = ParamSpec("_Rest")
 _Result = TypeVar("_Result")
 
 OLDEST_CAPABILITY = (8, 0)
-"""Compute capability from which the kernels are compiled and checked (see :mod:`gpupipe.kernels.report`)."""
+"""The lowest compute capability that the kernels are compiled and checked for (see :mod:`gpupipe.kernels.report`)."""
 
 
 def backend(device: torch.device | str) -> Backend:
@@ -57,14 +57,17 @@ def _cuda_obstacle(index: int | None) -> str | None:
 
 
 def _launch_obstacle() -> str | None:
-    """Why Triton launches nothing here: a C compiler makes what it launches with, once, and a folder keeps that."""
+    """Why Triton cannot launch kernels here; None if it can.
+
+    Triton compiles its launcher with the system's C compiler on first use and caches it.
+    """
     import triton
 
     try:
         triton.runtime.driver.active.get_current_target()
-    except subprocess.CalledProcessError:  # which has told
+    except subprocess.CalledProcessError:  # the compiler has printed its own error
         return "triton cannot launch them: the C compiler fails, which also needs Python's headers (python3-dev)"
-    except Exception as error:  # no compiler, no folder that can be written …
+    except Exception as error:  # no compiler, no cache folder that can be written …
         return f"triton cannot launch them: {first_line(error)}"
     return None
 
@@ -72,7 +75,7 @@ def _launch_obstacle() -> str | None:
 def on_its_device(
     launch: Callable[Concatenate[Tensor, _Rest], _Result],
 ) -> Callable[Concatenate[Tensor, _Rest], _Result]:
-    """A launcher that launches on its first tensor's device: Triton takes the current one, wherever tensors lie."""
+    """A launcher that launches on its first tensor's device: Triton takes the current device, wherever they lie."""
 
     @functools.wraps(launch)
     def on_device(first: Tensor, /, *rest: _Rest.args, **options: _Rest.kwargs) -> _Result:

@@ -1,12 +1,13 @@
 """Triton kernels of :mod:`gpupipe.kernels.pointwise`: matrix products over the pixels of channels-last maps.
 
 Both compute a tile of pixels by a tile of output channels, on tensor cores, accumulating in float32. Programs that
-share pixels are neighbours, so that a tile of the input comes from device memory once and from L2 after that.
+share pixels are neighbours, so a tile of the input comes from device memory once, and from L2 after that.
 
-The upsampling expansion makes its left operand while loading: four gathered neighbours (L1 and L2 serve most of them:
-four output pixels share a source pixel), float16 weighed in float16 (:mod:`gpupipe.kernels.packed_triton`). What it
-saves is writing and reading the upsampled map and the concatenation. Upsampling the product instead would do less
-arithmetic, but there are two to four times as many hidden channels as low ones to gather, and a map of them to write.
+The upsampling expansion makes its left operand while loading: it gathers four neighbours (mostly from L1 and L2, since
+four output pixels share a source pixel) and weighs float16 in float16 (:mod:`gpupipe.kernels.packed_triton`). That
+saves writing and reading the upsampled map and the concatenation. Upsampling the product instead would take less
+arithmetic, but there are two to four times as many hidden channels as low ones, which would all be gathered, and a map
+of them would be written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, relu_to
 
 
-# A last batch is shorter: it must not be compiled for.
+# The last batch may be shorter. It must not be compiled for.
 @triton.jit(do_not_specialize=["pixels"])
 def _pointwise_kernel(
     x,
@@ -85,7 +86,7 @@ def _upsample_expand_kernel(
     BLOCK_LOW: tl.constexpr,
     BLOCK_SKIP: tl.constexpr,
 ):
-    """Pixels are taken as they come; those of the last tile that there are not read the last one again."""
+    """Tiles are runs of pixels. Beyond the last pixel, the last tile reads that pixel again, and stores nothing."""
     area: tl.constexpr = HEIGHT * WIDTH
     low_height: tl.constexpr = HEIGHT // 2
     low_width: tl.constexpr = WIDTH // 2
@@ -124,7 +125,7 @@ def _upsample_expand_kernel(
 
 @triton.jit
 def _neighbours(position, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """The first of two neighbouring positions in the source of an upsampled one, and the second one's weight."""
+    """For an upsampled position: the first of its two neighbours in the source, and the weight of the second."""
     scale: tl.constexpr = (LOW - 1) / (HIGH - 1)
     at = position.to(tl.float32) * scale
     first = tl.minimum(at.to(tl.int32), max(LOW - 2, 0))
@@ -133,25 +134,25 @@ def _neighbours(position, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 @triton.jit
 def _load(pointers):
-    """Values in the type that they are added up in."""
+    """Loaded values, in the type that sums are computed in."""
     values = tl.load(pointers)
     return values.to(accumulator_dtype(values.dtype))
 
 
 @triton.jit
 def _between(a, b, weight):
-    """Both, the second one by ``weight`` (pixels, 1)."""
+    """``a`` and ``b`` mixed: ``b`` by ``weight`` (pixels, 1), ``a`` by the rest."""
     return multiply_add(b - a, weight.to(a.dtype), a)
 
 
 def pointwise_tiles(k: int, n: int, *, narrow: bool = False, pipelined: bool = True) -> dict[str, int]:
-    """Tile of a product of ``k`` by ``n`` channels, and how it is launched.
+    """The tile of a product of ``k`` by ``n`` channels, and how it is launched.
 
     Args:
-        narrow: half as many channels a program: a residual that is not indexed makes the wider tile spill on sm_100.
-        pipelined: copy to shared memory while tensor cores multiply, where ``common_triton.can_pipeline``.
+        narrow: half as many channels per program: with a residual that is not indexed, the wider tile spills on sm_100.
+        pipelined: copy to shared memory while tensor cores multiply; see ``common_triton.can_pipeline``.
     """
-    if INTERPRETED:  # its cost is by the program
+    if INTERPRETED:  # its cost is per program
         return {"BLOCK_M": min(4096, tl.TRITON_MAX_TENSOR_NUMEL // max(n, k)), "BLOCK_N": n, "BLOCK_K": k}
     return {
         "BLOCK_M": 128,
@@ -163,7 +164,7 @@ def pointwise_tiles(k: int, n: int, *, narrow: bool = False, pipelined: bool = T
 
 
 def upsample_tiles(low: int, skip: int, n: int) -> dict[str, int]:
-    """Tile of an upsampling expansion, and how it is launched."""
+    """The tile of an upsampling expansion, and how it is launched."""
     if INTERPRETED:
         return {"BLOCK_M": 4096, "BLOCK_N": n, "BLOCK_LOW": low, "BLOCK_SKIP": skip}
     blocks = {"BLOCK_M": 128, "BLOCK_N": min(n, 128), "BLOCK_LOW": min(low, 32), "BLOCK_SKIP": min(skip, 64)}

@@ -1,4 +1,4 @@
-"""Ways of running the network: each turns the trained U-Net into something fast, on one device, at one precision.
+"""Ways of running the network: each makes a fast version of the trained U-Net for one device, at one precision.
 
 | engine        | runs                                                   | where |
 | ------------- | ------------------------------------------------------ | ----- |
@@ -6,8 +6,8 @@
 | `compile`     | the same through torch.compile, max-autotune           | both  |
 | `fused`       | Triton kernels (:mod:`gpupipe.kernels.inverted_residual`) | CUDA |
 | `gluon`       | the same, and on large maps Gluon kernels (:mod:`gpupipe.kernels.whole_block`) | CUDA |
-| `onnxruntime` | ONNX Runtime, the network in hoisted halves, float32   | CPU   |
-| `openvino`    | OpenVINO, the same in bfloat16                         | CPU   |
+| `onnxruntime` | ONNX Runtime on :mod:`gpupipe.models.blocked`, float32 | CPU   |
+| `openvino`    | OpenVINO on the same, bfloat16                         | CPU   |
 
 Every engine runs the network in two halves, so that the half that sees only the template can be cached.
 """

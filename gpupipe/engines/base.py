@@ -14,15 +14,15 @@ from gpupipe.models.unet328 import UNet328
 
 EngineName = Literal["auto", "eager", "compile", "fused", "gluon", "onnxruntime", "openvino", "torch"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
-"""What ``engine=`` takes: ``auto`` chooses, ``torch`` is another word for ``eager``."""
+"""What ``engine=`` accepts. ``auto`` chooses one; ``torch`` is another name for ``eager``."""
 
 Precision = Literal["float32", "float16", "bfloat16"]
 
 BATCH_SIZES = {"cuda": 64, "cpu": 1}
-"""Default frames in a batch, by kind of device; a CPU renders several batches side by side."""
+"""Default number of frames in a batch, by kind of device. A CPU renders several batches side by side."""
 
 Features = dict[str, Tensor]
-"""What the network makes of template frames, before it hears anything: tensors by name, frames along the first axis."""
+"""What the network computes from template frames alone: tensors by name, with the frames along the first axis."""
 
 
 class Engine(Protocol):
@@ -33,15 +33,15 @@ class Engine(Protocol):
     dtype: torch.dtype
 
     def encode(self, image: Tensor) -> Features:
-        """Template's half: image (B, 6, 320, 320) in [0, 1] on ``device`` → features of each frame, by name."""
+        """The template's half: image (B, 6, 320, 320) in [0, 1] on ``device`` → features of each frame, by name."""
         ...
 
     def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
-        """Speech's half.
+        """The speech's half.
 
         Args:
             features: what :meth:`encode` made of L frames.
-            index: int64 (B,), which of them each sample takes.
+            index: int64 (B,), which of these frames each sample uses.
             audio: (B, *audio_shape).
 
         Returns:
@@ -52,14 +52,15 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Declaration:
-    """What an engine's file tells of it before it is built.
+    """What is known of an engine before it is built.
 
     Attributes:
         make: builds it, given the network, ``device=`` and ``dtype=``.
-        devices: kinds of device that it runs on.
-        dtypes: that it runs at.
-        slow_to_build: not built only to be measured: ``auto`` takes it if an earlier measurement found it the fastest.
-        obstacle: why it does not run on a device here, or None.
+        devices: the kinds of device that it runs on.
+        dtypes: the types that it runs in.
+        slow_to_build: ``auto`` does not build it just to measure it, but uses it if an earlier measurement found it the
+            fastest.
+        obstacle: why it does not run on a device of this machine; None if it does.
     """
 
     name: EngineName
@@ -88,5 +89,5 @@ class Declaration:
 
 
 def joined(samples: Sequence[Tensor]) -> Tensor:
-    """Batches of one as one batch; a single one is not copied."""
+    """Batches of one, joined to one batch; a single one is not copied."""
     return samples[0] if len(samples) == 1 else torch.cat(list(samples))

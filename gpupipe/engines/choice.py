@@ -1,4 +1,4 @@
-"""Which engine: the one asked for, or the fastest that works here, by a short measurement that is remembered."""
+"""Which engine to use: the one asked for, or the fastest here, found by a short measurement and remembered."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ def make_engine(
 
     Args:
         engine: one of :data:`~gpupipe.engines.base.ENGINES`; ``"auto"`` measures once for each device, network shape,
-            precision and set of versions, and remembers. Where one alone comes into question it is taken unmeasured.
+            precision and set of versions, and remembers. If only one engine is eligible, it is used without measuring.
         exact: float32 arithmetic with TF32 off.
-        precision: of weights and activations; None means float32 on the CPU and where ``exact``, else float16. A CPU
-            takes bfloat16, too, if it multiplies that and OpenVINO is installed.
+        precision: of weights and activations; None means float32 on a CPU or with ``exact``, else float16. bfloat16
+            runs on a CPU, too, if the CPU has instructions for it and OpenVINO is installed.
 
     Raises:
-        DeviceError: an engine that does not run on ``device`` or at ``precision``, or an unknown name.
-        DeviceLostError: an engine that was measured has taken the GPU away from this process; the next one knows.
+        DeviceError: the engine does not run on ``device`` or at ``precision``, or its name is unknown.
+        DeviceLostError: an engine being measured crashed, and this process has lost the GPU. That is remembered, so the
+            next process does not measure it again.
     """
     if engine not in ENGINES:
         raise DeviceError(f"engine is {engine!r}; expected one of {', '.join(ENGINES)}")
@@ -70,10 +71,10 @@ def make_engine(
 
 
 def find_dtype(device: torch.device, *, exact: bool, precision: Precision | None) -> torch.dtype:
-    """The type an engine computes in.
+    """The type that an engine computes in.
 
     Raises:
-        DeviceError: half precision with ``exact`` or on a CPU that is not made for it, or an unknown precision.
+        DeviceError: half precision with ``exact`` or on a CPU without instructions for it, or an unknown precision.
     """
     if precision is None:
         precision = "float32" if exact or device.type == "cpu" else "float16"

@@ -1,4 +1,4 @@
-"""The `compile` engine: PyTorch's compiler on the folded network, one graph for each half, shapes fixed."""
+"""The `compile` engine: PyTorch's compiler on the folded network, one graph for each half, with fixed shapes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gpupipe.engines.eager import EagerEngine
 from gpupipe.models.unet328 import UNet328
 
 MODE = "max-autotune-no-cudagraphs"
-"""CUDA graphs are taken over the whole step (:mod:`gpupipe.graphs`), not over the network alone."""
+"""Without CUDA graphs, because :mod:`gpupipe.graphs` captures the whole step, not the network alone."""
 
 
 class CompiledEngine(EagerEngine):
     """``torch.compile`` with ``fullgraph`` and max-autotune; channels-last on CUDA.
 
-    A graph serves one batch size. The first batch sets it; smaller ones are padded by repeating their last sample, and
-    a larger one is compiled anew. Compiling takes minutes, once a process and batch size.
+    A compiled graph serves one batch size. The first batch sets it; smaller ones are padded by repeating their last
+    sample, and a larger one is compiled anew. Compiling takes minutes, once per process and batch size.
 
     Args:
         dtype: of weights and activations. float32 is compiled and run without TF32.

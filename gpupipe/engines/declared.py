@@ -1,4 +1,4 @@
-"""The engines there are."""
+"""The list of engines."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ DECLARED: dict[str, Declaration] = {
     module.DECLARATION.name: module.DECLARATION
     for module in (gluon, fused, openvino_cpu, onnxruntime_cpu, compiled, eager)
 }
-"""By name, in the expected order of speed; the last is the plainest, to which the others are held."""
+"""By name, in the expected order of speed; the last is the plainest, with which the others are compared."""
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> list[Declaration]:
-    """Engines that may run on a device in a type, in the expected order of speed."""
+    """Engines made for a kind of device and a type, in the expected order of speed."""
     return [one for one in DECLARED.values() if device.type in one.devices and dtype in one.dtypes]
 
 
 def runnable(device: torch.device, dtype: torch.dtype) -> list[Declaration]:
-    """The :func:`candidates` that nothing here keeps from running."""
+    """The :func:`candidates` that nothing on this machine keeps from running."""
     return [one for one in candidates(device, dtype) if one.obstacle(device) is None]
 
 
 def contenders(device: torch.device, dtype: torch.dtype) -> list[Declaration]:
-    """Those of them that ``auto`` measures."""
+    """The :func:`runnable` engines that ``auto`` measures."""
     return [one for one in runnable(device, dtype) if not one.slow_to_build]

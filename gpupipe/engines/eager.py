@@ -1,4 +1,4 @@
-"""The `eager` engine: PyTorch, layer by layer, batch norms folded. It runs anywhere; the others are held to it."""
+"""The `eager` engine: PyTorch, layer by layer, batch norms folded. It runs anywhere, and checks the others."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """The `fused` engine: the hoisted halves of the network on kernels that keep the wide tensors out of memory.
 
-It runs what :mod:`gpupipe.models.hoisted` says, channels last in half precision, with these kernels:
+It runs the layers of :mod:`gpupipe.models.hoisted`, channels last in half precision, on these kernels:
 
     inverted residual     whole, or expansion + (depthwise, projection), see gpupipe.kernels.inverted_residual
     decoder's entry       upsampling, concatenation and expansion in one, see gpupipe.kernels.pointwise
     last block            with head, sigmoid and the scaling to uint8
     audio's 3×3 layers    cuDNN
 
-One thing is not hoisted: the decoder's expansions upsample their low maps while they load them, which moves fewer bytes
+One thing is not hoisted: the decoder's expansions upsample their low maps while loading them, which moves fewer bytes
 (see gpupipe.kernels.pointwise_triton).
 """
 
@@ -41,13 +41,13 @@ Step = Callable[[Tensor], Tensor]
 """A block on (B, H, W, channels)."""
 
 Entry = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""A decoder level's first block: the map from below, the template's maps and which of them each sample takes."""
+"""A decoder level's first block: takes the map from below, the template's maps, and which of them each sample uses."""
 
 
 class FusedEngine:
-    """Triton kernels on CUDA; elsewhere their plain-torch reference, which is there to be compared with.
+    """Triton kernels on CUDA; on other devices their plain-torch reference, for comparison.
 
-    Features are (L, H, W, channels), contiguous, and are read where they lie: a batch is not gathered.
+    Features are (L, H, W, channels), contiguous, and are read where they lie: no batch is gathered.
 
     Args:
         dtype: of weights and activations: half precision on CUDA. Sums are accumulated in float32.
@@ -99,7 +99,7 @@ class FusedEngine:
         return features
 
     @torch.inference_mode()
-    @torch.autocast("cuda", enabled=False)  # of cuDNN's layers
+    @torch.autocast("cuda", enabled=False)  # for cuDNN's layers
     def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
         """As :meth:`Engine.decode`."""
         x = audio.to(self.device, self.dtype).permute(0, 2, 3, 1).contiguous()
@@ -117,12 +117,12 @@ class FusedEngine:
     # ── what runs a block ─────────────────────────────────────────────────────────────────────────────────────────────
 
     def _block(self, layers: Sequence[nn.Conv2d], size: int, *, stride: int = 1, residual: bool = False) -> Step:
-        """An inverted residual on maps of ``size`` pixels a side, 0 for small ones; only the `gluon` engine asks."""
+        """An inverted residual on maps of ``size`` pixels a side, 0 for small maps; only `gluon` looks at the size."""
         block = pack_block(layers, device=self.device, dtype=self.dtype)
         return functools.partial(inverted_residual, block=block, stride=stride, residual=residual)
 
     def _entry(self, up: HoistedUp, size: int) -> Entry:
-        """Upsampling, concatenation and the first block of a decoder level, to maps of ``size`` pixels a side."""
+        """Upsampling, concatenation and the first block of a decoder level, giving maps of ``size`` pixels a side."""
         low_weight, _ = self._pack(up.low)
         weights = (low_weight, *self._pack(up.skip))
         projection = self._projection(convolutions(up.rest)[:2])
@@ -141,7 +141,7 @@ class FusedEngine:
         )
 
     def _down(self, module: nn.Module, size: int) -> tuple[Step, Step]:
-        """The two blocks of an encoder level on maps of ``size`` pixels a side, which it halves."""
+        """The two blocks of an encoder level on maps of ``size`` pixels a side. The level halves them."""
         layers = convolutions(module)
         return self._block(layers[:3], size, stride=2), self._block(layers[3:], size // 2, residual=True)
 
@@ -175,7 +175,7 @@ def convolutions(module: nn.Module) -> list[nn.Conv2d]:
 
 
 def _identity(channels: int) -> nn.Conv2d:
-    """A projection that changes nothing, for the first block: its own is folded into its readers."""
+    """A projection that changes nothing. The first block needs one: its own is folded into the layers that read it."""
     layer = nn.Conv2d(channels, channels, 1, bias=False, device="meta")  # draws no weights
     layer.weight = nn.Parameter(torch.eye(channels)[:, :, None, None], requires_grad=False)
     return layer

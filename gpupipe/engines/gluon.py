@@ -1,9 +1,9 @@
 """The `gluon` engine: `fused`, but on large maps each inverted residual is one kernel, upsampling and head included.
 
-    maps of 80² and more, where the bytes are     gpupipe.kernels.whole_block_gluon: no wide tensor in memory
-    the others, and blocks with wider results     as in gpupipe.engines.fused
+    maps of 80² and more, most of the bytes       gpupipe.kernels.whole_block_gluon: no wide tensor in memory
+    smaller maps, and blocks with wider results   as in gpupipe.engines.fused
 
-For half precision in float16 alone, and for a Triton whose Gluon can do it (:func:`gluon_obstacle`).
+It runs in float16 only, and needs a Triton whose Gluon is new enough (:func:`gluon_obstacle`).
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ from gpupipe.models.hoisted import HoistedUp
 from gpupipe.models.unet328 import UNet328
 
 SMALLEST_MAP = 80
-"""Pixels a side from which a block is bound by the bytes of its wide tensor."""
+"""Pixels a side. On maps this large and larger, a block's time is that of moving its wide tensor."""
 
 WIDEST_RESULT = {1: 32, 2: 64}
-"""Channels out, by stride, whose sums fit in registers beside the rest of the block."""
+"""Most output channels, by stride, whose sums fit in registers along with the rest of the block."""
 
 WIDEST_ENTRY_BY_WARPS = 64
-"""Channels in, of a block with upsampling, that do without a stack frame on architectures after Hopper."""
+"""Most input channels (upsampled + skip) with which an upsampling block compiles without spilling where there is no
+wgmma (after Hopper)."""
 
 
 class GluonEngine(FusedEngine):
-    """Gluon kernels on CUDA for the large maps; elsewhere their plain-torch reference, to be compared with.
+    """Gluon kernels for the large maps on CUDA; on other devices their plain-torch reference, for comparison.
 
     It runs in float16; mouths are uint8.
 
     Args:
-        run: :func:`~gpupipe.kernels.whole_block.whole_block`, as it is to be computed; None takes the Gluon kernels on
-            CUDA.
+        run: an implementation of :func:`~gpupipe.kernels.whole_block.whole_block`; None takes the Gluon kernels on CUDA
+            and the reference elsewhere.
     """
 
     name: EngineName = "gluon"
@@ -78,12 +79,12 @@ class GluonEngine(FusedEngine):
 
 
 def _after_hopper(device: torch.device) -> bool:
-    """Whether a GPU is of an architecture after Hopper, which has no warpgroup instructions for these kernels."""
+    """Whether a GPU is newer than Hopper, and so lacks the warpgroup instructions (wgmma) that these kernels use."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) > (9, 0)
 
 
 def _fits(layers: Sequence[nn.Conv2d], size: int, stride: int) -> bool:
-    """Whether a block is worth, and can be, one kernel."""
+    """Whether a block can be one kernel, and gains by it."""
     return size >= SMALLEST_MAP and layers[-1].out_channels <= WIDEST_RESULT[stride]
 
 

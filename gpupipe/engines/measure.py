@@ -1,4 +1,4 @@
-"""How fast engines are here, and whether they paint the same."""
+"""How fast engines are here, and whether they all paint the same."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ _WINDOW = 20
 a kernel gets wrong is lost. In the worst window float16 differs by one step, bfloat16 by 15 % of the deviation."""
 
 Figures = dict[str, float]
-"""Milliseconds a frame of the speech half, by engine; infinite for one that failed."""
+"""Milliseconds per frame of the speech half, by engine; infinite for an engine that failed."""
 
 
 def measure(
     network: UNet328, device: torch.device, dtype: torch.dtype, engines: Sequence[Declaration]
 ) -> tuple[Figures, dict[str, Engine]]:
-    """Time the speech half of each engine with the template's half cached, as it runs when frames come round again.
+    """Time each engine's speech half with the template's half cached, which is how most frames of a clip are rendered.
 
-    An engine that fails, or paints something else than the plainest one, is noted as a fallback and counts as
+    An engine that fails, or does not paint what the plainest one paints, is noted as a fallback and counts as
     infinitely slow.
 
     Args:
-        engines: the expected order of speed. They are built the other way round: the plainest first, to which the
-            others are held.
+        engines: in the expected order of speed. They are built in reverse: the plainest comes first, and the others
+            are compared with it.
 
     Returns:
         the figures, and the engines that work.
 
     Raises:
-        DeviceError: no engine works; the message gives each one's reason.
+        DeviceError: no engine works; the message gives the reason for each.
     """
     figures: Figures = {}
     built: dict[str, Engine] = {}
@@ -67,7 +67,7 @@ def measure(
             if plain is not None:
                 if not _agree(levels, plain, dtype):
                     raise DeviceError("paints something else than the network")
-                if not torch.equal(_levels(engine, network), levels):  # all are deterministic: threads race
+                if not torch.equal(_levels(engine, network), levels):  # engines are deterministic, so threads race
                     raise DeviceError("does not paint the same twice")
             figures[name] = 1000 * _seconds(engine, network)
         except Exception as error:  # compilers raise what they like
@@ -84,13 +84,13 @@ def measure(
 
 
 def fastest(figures: Figures) -> str:
-    """The engine that took least."""
+    """The engine that took the least time."""
     return min(figures, key=lambda name: figures[name])
 
 
 @torch.inference_mode()
 def _seconds(engine: Engine, network: UNet328) -> float:
-    """Seconds a frame, the best of a few runs."""
+    """Seconds per frame, in the best of a few runs."""
     image, index, audio = _batch(engine, network)
     features = engine.encode(image)
 
@@ -114,14 +114,15 @@ def _seconds(engine: Engine, network: UNet328) -> float:
 
 @torch.inference_mode()
 def _levels(engine: Engine, network: UNet328) -> Tensor:
-    """Mouths for the same random batch whichever the engine, float32 in steps of 255."""
+    """Mouths for a random batch that is the same for all engines: float32, in steps of 255."""
     image, index, audio = _batch(engine, network)
     mouth = engine.decode(engine.encode(image), index, audio)
-    return mouth.float() + 0.5 if mouth.dtype == torch.uint8 else 255 * mouth.float()  # truncated, to half a step
+    # Truncation to uint8 takes off half a step on average.
+    return mouth.float() + 0.5 if mouth.dtype == torch.uint8 else 255 * mouth.float()
 
 
 def _agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
-    """Whether mouths (B, 3, H, W) differ as little as the rounding of ``dtype`` explains, as a whole and everywhere."""
+    """Whether mouths (B, 3, H, W) differ no more than rounding to ``dtype`` explains, overall and in each window."""
     allowed = max(_LARGEST_ERROR[dtype] * float(expected.std()), _LEAST_ERROR)
     error = (found - expected).square().mean(dim=1)
     worst = avg_pool2d(error, _WINDOW, stride=_WINDOW // 2).max()

@@ -1,4 +1,4 @@
-"""The `onnxruntime` engine: the network in two halves on the CPU, in float32."""
+"""The `onnxruntime` engine: the network's two halves on the CPU, in float32."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class OnnxRuntimeEngine:
     """ONNX Runtime on :mod:`gpupipe.models.blocked`.
 
     It runs frame by frame: a batch gains nothing on CPU cores, a frame's features are read where they lie, and with all
-    shapes fixed ONNX Runtime fuses the halves' sums into their convolutions.
+    shapes fixed ONNX Runtime fuses the halves' additions into their convolutions.
 
     Args:
-        threads: of one inference; None takes those of a lane (:mod:`gpupipe.lanes`).
+        threads: for one inference; None takes as many as a lane has (:mod:`gpupipe.lanes`).
     """
 
     name: EngineName = "onnxruntime"
@@ -50,14 +50,16 @@ class OnnxRuntimeEngine:
 def _session(graph: bytes, threads: int | None) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or cpu_lanes().threads
-    # Idle workers would spin on the cores that decode and encode video beside the network.
+    # Idle workers would spin on cores that decode and encode video at the same time.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _run(session: onnxruntime.InferenceSession, samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
-    """The outputs of all samples by name, written where they are to stay: what ONNX Runtime hands out are copies, in
-    NumPy's memory, whose pages of 2 MB a virtual machine may have to ask its host for."""
+    """The outputs of all samples by name, written where they are to stay.
+
+    ONNX Runtime would return copies in NumPy's memory, whose 2 MB pages a virtual machine may have to ask its host for.
+    """
     outputs = {
         one.name: torch.empty(len(samples), *one.shape[1:], dtype=torch.float32, device="cpu")
         for one in session.get_outputs()

@@ -1,7 +1,8 @@
-"""The `openvino` engine: the network in two halves on the CPU, in bfloat16.
+"""The `openvino` engine: the network's two halves on the CPU, in bfloat16.
 
-For processors that multiply bfloat16. With AMX it takes little more than half of the time of float32; with AVX512-BF16
-alone, on the Xeon where that was measured, a third more. OpenVINO is an extra: ``pip install 'gpupipe[openvino]'``.
+It is for processors with bfloat16 instructions. With AMX it takes little more than half the time that float32 takes;
+with AVX512-BF16 only, on the Xeon where that was measured, a third more than float32. OpenVINO is an extra:
+``pip install 'gpupipe[openvino]'``.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from gpupipe.versions import processor_flags
 
 
 class OpenVinoEngine:
-    """OpenVINO on :mod:`gpupipe.models.blocked`, frame by frame, as many frames beside each other as there are lanes.
+    """OpenVINO on :mod:`gpupipe.models.blocked`, frame by frame, with as many frames at once as there are lanes.
 
-    Sums are accumulated in float32, and so is what follows the last layer. Features are bfloat16 (L, H, W, channels),
-    contiguous, and are read where they lie.
+    Sums are accumulated in float32, and what follows the last layer is computed in it. Features are bfloat16
+    (L, H, W, channels), contiguous, and are read where they lie.
 
     Args:
-        lanes: how many frames and threads; None takes those of a render (:mod:`gpupipe.lanes`).
+        lanes: how many frames at once, and on how many threads each; None takes a render's (:mod:`gpupipe.lanes`).
     """
 
     name: EngineName = "openvino"
@@ -63,8 +64,8 @@ class _Half:
     """One graph, compiled. Any thread may call it.
 
     Args:
-        channels_last_in, channels_last_out: tensors that are bfloat16 (1, H, W, channels) outside of the graph; what
-            is named in neither is float32 in the graph's own layout.
+        channels_last_in, channels_last_out: names of the tensors that are bfloat16 (1, H, W, channels) outside the
+            graph; all others are float32, in the graph's own layout.
     """
 
     def __init__(
@@ -90,14 +91,14 @@ class _Half:
                 "INFERENCE_PRECISION_HINT": "bf16",
                 "NUM_STREAMS": lanes.number,
                 "INFERENCE_NUM_THREADS": lanes.number * lanes.threads,
-                "ENABLE_CPU_PINNING": False,  # video is decoded and encoded on the same cores
+                "ENABLE_CPU_PINNING": False,  # the same cores decode and encode video
             },
         )
         self._outputs = len(self._compiled.outputs)
-        self._idle: deque[Any] = deque()  # requests that nobody uses: each holds the memory of a network at work
+        self._idle: deque[Any] = deque()  # requests not in use; each holds the memory that a running network takes
 
     def __call__(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Contiguous tensors by name → the outputs, in the graph's order."""
+        """Run on contiguous tensors, by name; returns the outputs in the graph's order."""
         try:
             request = self._idle.pop()
         except IndexError:
@@ -112,7 +113,7 @@ class _Half:
 
 
 def _shared(value: Tensor) -> Any:
-    """OpenVINO's view of a tensor's memory, which NumPy has no bfloat16 for."""
+    """OpenVINO's view of a tensor's memory. NumPy cannot pass it on: it has no bfloat16."""
     import openvino  # noqa: PLC0415 - an extra
 
     if value.dtype != torch.bfloat16:
@@ -121,7 +122,7 @@ def _shared(value: Tensor) -> Any:
 
 
 def _copied(value: Any) -> Tensor:
-    """A copy of what a request will write over."""
+    """A copy of an output, which the request will overwrite."""
     import openvino  # noqa: PLC0415 - an extra
 
     if value.element_type != openvino.Type.bf16:
@@ -142,7 +143,7 @@ def obstacle() -> str | None:
 
 
 def pays() -> bool:
-    """Whether the engine can be hoped to be faster here than float32 is. Does not load OpenVINO to know."""
+    """Whether the engine is likely to be faster here than float32. This does not load OpenVINO."""
     return importlib.util.find_spec("openvino") is not None and "amx_bf16" in processor_flags()
 
 

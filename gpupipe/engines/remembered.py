@@ -1,4 +1,4 @@
-"""What measurements found, kept in the user's cache folder from one process to the next."""
+"""The results of measurements, kept in the user's cache folder from one process to the next."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def cache_file() -> Path:
 
 
 def recall(network: UNet328, device: torch.device, dtype: torch.dtype) -> Figures | None:
-    """What an earlier measurement of the same kind found of the engines that run here.
+    """What an earlier measurement of the same kind found for the engines that run here.
 
-    None where there was none, or one without an engine to which there was an obstacle then, such as a missing compiler.
+    None if there was none, or if it lacks an engine that could not run then, as without a compiler, and can run now.
     """
     figures = _read().get(_key(network, device, dtype))
     if not isinstance(figures, dict):
@@ -43,7 +43,7 @@ def recall(network: UNet328, device: torch.device, dtype: torch.dtype) -> Figure
 
 
 def remember(network: UNet328, device: torch.device, dtype: torch.dtype, figures: Figures) -> None:
-    """Add to the file; one that cannot be written is logged, and only means measuring again."""
+    """Add to the file. If it cannot be written, that is logged, and engines are measured again next time."""
     path = cache_file()
     kept = _read()
     kept[_key(network, device, dtype)] = {
@@ -66,7 +66,7 @@ def _read() -> dict[str, object]:
 
 
 def _key(network: UNet328, device: torch.device, dtype: torch.dtype) -> str:
-    """All that a measurement depends on."""
+    """Everything that a measurement depends on."""
     packages = versions()
     lanes = f", {cpu_lanes().threads} threads" if device.type == "cpu" else f", batch {BATCH_SIZES['cuda']}"
     names = ("gpupipe", "torch", "onnxruntime", "openvino") if device.type == "cpu" else ("gpupipe", "torch", "triton")
