@@ -25,7 +25,7 @@ torch.Tensor.__repr__ = operators.without_modes(torch.Tensor.__repr__)  # type: 
 def pytest_collection_finish() -> None:
     """Make ``auto`` choose a plain engine and small batches: measuring interpreted engines takes minutes.
 
-    Clips are short: what is to be captured is at once."""
+    Tests' clips are short, so steps are captured from the first batch on."""
     from gpupipe import avatar
     from gpupipe.engines import base
     from gpupipe.engines.declared import DECLARED
