@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,10 +25,10 @@ from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, multi
 
 
 @triton.jit
-def _strip(samples, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, lane):
+def _strip(samples, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """The first column's sample; each column's sample counted from that, column in the map, and whether it exists."""
     strip = tl.program_id(1)
-    column = strip * COLUMNS + lane
+    column = strip * COLUMNS + tl.arange(0, COLUMNS)
     first = strip * COLUMNS // WIDTH
     return first.to(tl.int64), column // WIDTH - first, column % WIDTH, column < samples * WIDTH
 
@@ -123,7 +122,7 @@ def _depthwise_kernel(
     """Program (four rows, strip, chunk)."""
     y0 = tl.program_id(0) * 4
     channel = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
-    first, sample, column, exists = _strip(samples, OUT_WIDTH, COLUMNS, tl.arange(0, COLUMNS))
+    first, sample, column, exists = _strip(samples, OUT_WIDTH, COLUMNS)
     source = x + first * (HEIGHT * WIDTH * HIDDEN)
     rows = _depthwise_rows(source, taps, bias, sample, y0, column, exists, channel, HEIGHT, WIDTH, HIDDEN, STRIDE)
     pixel = (sample * OUT_HEIGHT + y0) * OUT_WIDTH + column
@@ -152,14 +151,13 @@ def _depthwise_project_kernel(
     STRIDE: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
-    JOINED: tl.constexpr,
 ):
-    """Program (four rows, strip). JOINED: a product takes the four rows together, else each has its own."""
+    """Program (four rows, strip)."""
     y0 = tl.program_id(0) * 4
-    first, sample, column, exists = _strip(samples, OUT_WIDTH, COLUMNS, tl.arange(0, COLUMNS))
+    first, sample, column, exists = _strip(samples, OUT_WIDTH, COLUMNS)
     source = x + first * (HEIGHT * WIDTH * HIDDEN)
     output = tl.arange(0, OUT)
-    t0 = tl.zeros((4 * COLUMNS if JOINED else COLUMNS, OUT), tl.float32) + tl.load(project_bias + output)[None, :]
+    t0 = tl.zeros((COLUMNS, OUT), tl.float32) + tl.load(project_bias + output)[None, :]
     t1 = t0
     t2 = t0
     t3 = t0
@@ -169,25 +167,15 @@ def _depthwise_project_kernel(
             source, taps, bias, sample, y0, column, exists, channel, HEIGHT, WIDTH, HIDDEN, STRIDE
         )
         matrix = tl.load(project + channel[:, None] * OUT + output[None, :])
-        if JOINED:
-            # (columns, channels, 2, 2) → one row below the other.
-            rows = tl.join(tl.join(r0, r1), tl.join(r2, r3)).permute(3, 2, 0, 1).reshape(4 * COLUMNS, CHUNK)
-            t0 = tl.dot(rows, matrix, t0)
-        else:
-            t0 = tl.dot(r0, matrix, t0)
-            t1 = tl.dot(r1, matrix, t1)
-            t2 = tl.dot(r2, matrix, t2)
-            t3 = tl.dot(r3, matrix, t3)
-    y = y0
-    if JOINED:
-        lane = tl.arange(0, 4 * COLUMNS)
-        first, sample, column, exists = _strip(samples, OUT_WIDTH, COLUMNS, lane % COLUMNS)
-        y += lane // COLUMNS
+        t0 = tl.dot(r0, matrix, t0)
+        t1 = tl.dot(r1, matrix, t1)
+        t2 = tl.dot(r2, matrix, t2)
+        t3 = tl.dot(r3, matrix, t3)
     totals = (t0, t1, t2, t3)
-    pixel = (sample * OUT_HEIGHT + y) * OUT_WIDTH + column
+    pixel = (sample * OUT_HEIGHT + y0) * OUT_WIDTH + column
     to = first * (OUT_HEIGHT * OUT_WIDTH * OUT) + (pixel * OUT)[:, None] + output[None, :]
-    for row in tl.static_range(1 if JOINED else 4):
-        inside = (exists & (y + row < OUT_HEIGHT))[:, None]
+    for row in tl.static_range(4):
+        inside = (exists & (y0 + row < OUT_HEIGHT))[:, None]
         at = to + row * OUT_WIDTH * OUT
         total = totals[row]
         if residual is not None:
@@ -220,14 +208,6 @@ def projection_tile(hidden: int, out: int) -> Tile:
     if out > 32:
         return Tile(16, min(hidden, 64))
     return Tile(32 if out > 16 else 64, min(hidden, 32))
-
-
-def joins_rows(device: torch.device) -> bool:
-    """Whether a projection multiplies the four rows together: Hopper's wgmma has 64 rows or more.
-
-    The loop has up to a seventh fewer instructions there; with mma.sync, which has 16 rows, up to an eighth more.
-    """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @on_its_device
@@ -286,7 +266,6 @@ def depthwise_project_triton(
             STRIDE=stride,
             COLUMNS=tile.columns,
             CHUNK=tile.chunk,
-            JOINED=joins_rows(hidden.device),
             num_warps=tile.warps,
             num_stages=1,
         )

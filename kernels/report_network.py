@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from gpupipe.kernels import depthwise_triton, inverted_residual, inverted_residual_triton, pointwise, pointwise_triton
 from gpupipe.kernels.inverted_residual import Block, Projection
-from gpupipe.kernels.report import ARCHITECTURES, Variant
+from gpupipe.kernels.report import Variant
 
 KERNELS = {
     "pointwise": (pointwise_triton, "_pointwise_kernel"),
@@ -93,18 +92,7 @@ def network_variants() -> list[Variant]:
         x = _half(BATCH, 10, 10, 512)
         pointwise.pointwise(x, _half(512, 2048), _single(2048), relu=True, residual=wide, index=index)
         inverted_residual.depthwise_project(wide, _projection(2048, 512))
-    return [found for variant in launches.variants for found in _by_architecture(variant)]
-
-
-def _by_architecture(variant: Variant) -> list[Variant]:
-    """A variant as it is launched, or as each architecture would launch it."""
-    if "JOINED" not in variant.constants:
-        return [variant]
-    others = tuple(arch for arch in ARCHITECTURES if arch != 90)
-    return [
-        replace(variant, constants=variant.constants | {"JOINED": joined}, architectures=architectures)
-        for joined, architectures in ((False, others), (True, (90,)))
-    ]
+    return launches.variants
 
 
 class Launches:

@@ -144,19 +144,6 @@ def test_bound_fails_on_near_misses_of_the_entry() -> None:
 # ── depthwise and projection ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.fixture(params=[False, True], ids=["row by row", "rows joined"])
-def joined(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Projections as other GPUs make them, and as Hopper does."""
-    monkeypatch.setattr(depthwise_kernels, "joins_rows", lambda device: request.param)
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-def test_rows_are_joined_on_hopper(capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert depthwise_kernels.joins_rows(torch.device("cuda")) == (capability == (9, 0))
-    assert not depthwise_kernels.joins_rows(torch.device("cpu"))
-
-
 @pytest.mark.parametrize(
     ("shape", "outputs", "stride", "residual"),
     [
@@ -169,7 +156,7 @@ def test_rows_are_joined_on_hopper(capability: tuple[int, int], monkeypatch: pyt
     ],
 )
 def test_depthwise_project_matches_the_reference(
-    shape: tuple[int, ...], outputs: int, stride: int, residual: bool, small_tiles: None, joined: None
+    shape: tuple[int, ...], outputs: int, stride: int, residual: bool, small_tiles: None
 ) -> None:
     projection = block_of(shape[3] // 2, outputs).projection
     hidden = noise(*shape).relu()
@@ -181,8 +168,8 @@ def test_depthwise_project_matches_the_reference(
     block_kernels.INTERPRETED or DEVICE.type == "cuda", reason="counts what the machine without a GPU executes"
 )
 @pytest.mark.parametrize("stride", [1, 2])
-def test_taps_are_summed_once_two_float16_at_a_time(stride: int, joined: None) -> None:
-    """Two float16 an instruction, in the layout that they were read in: not anew for each lane that multiplies them."""
+def test_taps_are_summed_once_two_float16_at_a_time(stride: int) -> None:
+    """Two float16 an instruction, in the layout they were loaded in: not again for each lane that multiplies them."""
     from ptx_machine.launch import machine
     from ptx_machine.machine import Counts
 

@@ -27,7 +27,7 @@ import torch
 import ptx_machine.launch as launching
 from gpupipe.benchmarks.common import Spread, append_rows, row
 from gpupipe.engines.fused import FusedEngine
-from gpupipe.kernels import depthwise_triton, inverted_residual, pointwise
+from gpupipe.kernels import inverted_residual, pointwise
 from gpupipe.models import AUDIO_SHAPES
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
 from ptx_machine.machine import Counts, launch
@@ -82,7 +82,6 @@ def _on_the_machine(arch: int, execute: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for module in (inverted_residual, pointwise):
             stack.enter_context(mock.patch.object(module, "backend", return_value="triton"))
-        stack.enter_context(mock.patch.object(depthwise_triton, "joins_rows", return_value=arch == 90))
         stack.enter_context(mock.patch.object(launching, "launch", execute))
         stack.enter_context(launching.machine(arch))
         yield
