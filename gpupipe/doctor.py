@@ -97,10 +97,12 @@ def _engine(device: torch.device, *, exact: bool) -> str:
         network = UNet328("ave")
     figures = recall(network, device, dtype)
     if figures is None:
-        quick = ", ".join(one.name for one in contenders(device, dtype))
+        quick = [one.name for one in contenders(device, dtype)]
         slow = ", ".join(one.name for one in runnable(device, dtype) if one.slow_to_build)
         more = f"; --engines measures {slow} too" if slow else ""
-        return f"auto: the fastest of {quick}, measured at the first render{more}" if "," in quick else quick + more
+        if len(quick) == 1:
+            return quick[0] + more
+        return f"auto: the fastest of {', '.join(quick)}, measured at the first render{more}"
     results = ", ".join("fails: " + name if math.isinf(ms) else f"{name} {ms:.1f}" for name, ms in figures.items())
     return f"{fastest(figures)} (ms a frame, mode ave, full width: {results})"
 

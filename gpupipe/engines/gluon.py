@@ -79,7 +79,7 @@ class GluonEngine(FusedEngine):
 
 
 def _after_hopper(device: torch.device) -> bool:
-    """Whether a GPU is newer than Hopper, and so lacks the warpgroup instructions (wgmma) that these kernels use."""
+    """Whether a GPU is newer than Hopper, and so lacks wgmma, which these kernels use."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) > (9, 0)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import re
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from gpupipe.errors import first_line
 from gpupipe.fallbacks import note_fallback
+from gpupipe.versions import numbers
 from gpupipe.video.codecs import PictureFormat, configure
 
 _ENGINES = {
@@ -177,7 +177,7 @@ def nvenc_sessions(encoder: str, picture: PictureFormat, device: torch.device) -
     wanted = nvenc_engines(gpu)
     if wanted == 0:
         return 0, f"{gpu} has no NVENC engine"
-    if tuple(map(int, re.findall(r"\d+", av.__version__)[:2])) < _TAKES_OUR_CONTEXT:
+    if numbers(av.__version__) < _TAKES_OUR_CONTEXT:
         return 0, f"PyAV {av.__version__} does not encode in PyTorch's context; 18.1 does, on Python 3.11 and newer"
     try:
         ctypes.CDLL("libnvidia-encode.so.1")
