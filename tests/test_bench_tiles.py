@@ -74,6 +74,7 @@ def test_launches_are_made_again_with_other_tiles(monkeypatch: pytest.MonkeyPatc
         pointwise_triton.pointwise_triton(x, block.expand, block.expand_bias, relu=True)
         return inverted_residual_triton.inverted_residual_triton(x, block)
 
+    monkeypatch.setattr(pointwise_triton, "can_pipeline", lambda device: True)
     launches = bench_tiles.recorded(run)
     assert {str(launch): launch.times for launch in launches} == {
         "pointwise 2×8×8×16 → 2×8×8×32": 2,
@@ -82,8 +83,8 @@ def test_launches_are_made_again_with_other_tiles(monkeypatch: pytest.MonkeyPatc
         "inverted_residual 2×8×8×16 → 2×8×8×16": 1,
     }
     assert [launch.most for launch in launches] == [
-        {"BLOCK_K": 16, "BLOCK_N": 32},
-        {"BLOCK_K": 32, "BLOCK_N": 16},
+        {"BLOCK_K": 16, "BLOCK_N": 32, "num_stages": 5},
+        {"BLOCK_K": 32, "BLOCK_N": 16, "num_stages": 5},
         {"chunk": 32},
         {"chunk": 32},
     ]

@@ -112,25 +112,18 @@ def test_the_speech_encoder_runs_without_it(monkeypatch: pytest.MonkeyPatch, tmp
     assert switches()[1:] == (True, True)
 
 
-@pytest.mark.parametrize("name", ["eager", "compiled"])
-def test_engines_run_without_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [EagerEngine, CompiledEngine])
+def test_engines_run_without_it(kind: type[EagerEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, although the network itself runs on the CPU here."""
-    monkeypatch.setattr(f"gpupipe.engines.{name}.own_precision", lambda device: own_precision(CUDA))
+    monkeypatch.setattr("gpupipe.engines.eager.own_precision", lambda device: own_precision(CUDA))
     found = []
 
     def look(*_: object) -> tuple[torch.Tensor, ...]:
         found.append(switches()[1:])
         return (torch.zeros(1, 1, 1, 1),) * 6
 
-    network, cpu = seeded_network(width=1 / 8), torch.device("cpu")
-    engine: EagerEngine | CompiledEngine
-    if name == "eager":
-        engine = EagerEngine(network, device=cpu)
-        monkeypatch.setattr(engine._network, "encode", look)
-        monkeypatch.setattr(engine._network, "decode", look)
-    else:
-        engine = CompiledEngine(network, device=cpu)
-        engine._encode = engine._decode = look  # type: ignore[assignment]
+    engine = kind(seeded_network(width=1 / 8), device=torch.device("cpu"))
+    engine._encode = engine._decode = look  # type: ignore[assignment]
     engine.decode(engine.encode(torch.zeros(1, 6, 320, 320)), torch.tensor([0]), torch.zeros(1, 32, 16, 16))
     assert found == [(False, False)] * 2
     assert switches()[1:] == (True, True)
