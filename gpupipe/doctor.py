@@ -121,7 +121,7 @@ def _bfloat16() -> str:
     """Describe what `--precision bfloat16` does on this CPU."""
     if reason := openvino_cpu.obstacle():
         return f"not bfloat16: {reason}"
-    doubt = "" if openvino_cpu.pays() else ", hardly faster without AMX"
+    doubt = "" if openvino_cpu.pays() else ", slower than float32 where it was tried without AMX"
     return f"--precision bfloat16 for openvino{doubt}"
 
 

@@ -43,7 +43,7 @@ def test_doctor_does_not_query_a_broken_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     ("obstacle", "pays", "told"),
     [
         (None, True, "float32; --precision bfloat16 for openvino"),
-        (None, False, "float32; --precision bfloat16 for openvino, hardly faster without AMX"),
+        (None, False, "float32; --precision bfloat16 for openvino, slower than float32 where it was tried without AMX"),
         ("it is made of wood", False, "float32; not bfloat16: it is made of wood"),
     ],
 )
