@@ -116,8 +116,8 @@ def render(
         if profile is not None:
             print_waterfall(pipeline.last_render)
         print_record(pipeline.last_render, output, as_json)
-        if not (as_json or exact or precision) and engine == "auto":
-            _suggest_bfloat16(pipeline)
+        if not as_json:
+            _suggest_bfloat16(pipeline, engine, exact or precision)
 
 
 @app.command()
@@ -172,8 +172,8 @@ def frames(
                 progress=progress,
             )
         print_record(pipeline.last_render, output_dir, as_json)
-        if not (as_json or exact or precision) and engine == "auto":
-            _suggest_bfloat16(pipeline)
+        if not as_json:
+            _suggest_bfloat16(pipeline, engine, exact or precision)
 
 
 @app.command()
@@ -394,9 +394,9 @@ def _bytes(megabytes: int | None) -> int | None:
     return None if megabytes is None else megabytes * 1_000_000
 
 
-def _suggest_bfloat16(pipeline: FrameGenerationPipeline) -> None:
-    """Suggest bfloat16 where it pays: it is never chosen unless asked for."""
-    if pipeline.unet_model.device.type == "cpu" and openvino_cpu.pays():
+def _suggest_bfloat16(pipeline: FrameGenerationPipeline, engine: options.Engine, chosen: object) -> None:
+    """Suggest bfloat16 where it pays, unless an engine or a precision was chosen: it is never used unasked."""
+    if engine == "auto" and not chosen and pipeline.unet_model.device.type == "cpu" and openvino_cpu.pays():
         console.print(
             "tip: --precision bfloat16 is usually faster on this processor; mouths differ slightly", soft_wrap=True
         )

@@ -24,8 +24,8 @@ _LARGEST_ERROR = {torch.float32: 0.01, torch.float16: 0.08, torch.bfloat16: 0.15
 standard deviation.
 
 For scale: rounding layers' outputs to float16 costs at most 0.7 % of it, and to bfloat16 10 % (simulated on a CPU, with
-seeded and trained weights). Sums in float16, as the Gluon kernels' depthwise ones are, may cost 3 %, and the plainest
-engine has errors of its own. A wrong network (align_corners=False) differs by at least 22 %."""
+seeded and trained weights). float16 is allowed more because kernels also add a depthwise convolution's nine taps in
+float16, which that leaves out. A wrong network (align_corners=False) differs by at least 22 %."""
 
 _LEAST_ERROR = 1.5
 """In steps of 255. This much is always allowed, however little the picture varies: uint8 alone costs 0.3."""

@@ -1,0 +1,353 @@
+"""How `auto` chooses an engine: what is measured, what is remembered, and which engines are not taken."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.engines import (
+    Engine,
+    EngineName,
+    choice,
+    gluon,
+    make_engine,
+    measure,
+    remembered,
+)
+from gpupipe.engines.base import Declaration
+from gpupipe.engines.declared import DECLARED
+from gpupipe.engines.eager import EagerEngine
+from gpupipe.errors import DeviceError, DeviceLostError
+from gpupipe.fallbacks import fallbacks
+from gpupipe.kernels import dispatch
+from gpupipe.lanes import Lanes
+from gpupipe.models import UNet328
+from gpupipe.versions import versions
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def network() -> UNet328:
+    return seeded_network(width=1 / 8)
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
+    """Engines "take" the seconds that a test enters here; others fail. Nothing is built, no figures are remembered."""
+    seconds: dict[str, float] = {}
+
+    def take(engine: Engine, network: object) -> float:
+        if engine.name not in seconds:
+            raise RuntimeError(f"{engine.name} is out of order\nand says more")
+        return seconds[engine.name]
+
+    def build(one: Declaration, network: object, device: torch.device, dtype: torch.dtype) -> SimpleNamespace:
+        return SimpleNamespace(name=one.name, device=device, dtype=dtype)
+
+    monkeypatch.setattr(measure, "_seconds", take)
+    monkeypatch.setattr(measure, "_levels", lambda engine, network: torch.zeros(1, 3, 20, 20))
+    monkeypatch.setattr(Declaration, "build", build)
+    monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "cache"))
+    return seconds
+
+
+def test_auto_takes_the_fastest(network: UNet328, timed: dict[str, float]) -> None:
+    timed.update(onnxruntime=0.2, eager=0.1)
+    assert make_engine(network, device=CPU).name == "eager"
+
+
+def test_auto_says_that_it_measures(
+    network: UNet328, timed: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    timed.update(onnxruntime=0.2, eager=0.1)
+    with caplog.at_level("INFO", "gpupipe"):
+        for _ in range(2):
+            make_engine(network, device=CPU)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "INFO"]
+    assert said == ["engine: measuring onnxruntime and eager on cpu, once for this kind of network"]
+
+
+def test_auto_remembers_for_the_same_kind_of_network(network: UNet328, timed: dict[str, float]) -> None:
+    timed.update(onnxruntime=0.2, eager=0.1)
+    make_engine(network, device=CPU)
+    timed.update(onnxruntime=0.05)
+    assert make_engine(network, device=CPU).name == "eager", "by the remembered figures"
+    assert make_engine(seeded_network(width=1 / 4), device=CPU).name == "onnxruntime", "another shape is measured"
+    assert make_engine(seeded_network("wenet", width=1 / 8), device=CPU).name == "onnxruntime"
+    assert make_engine(network, device=CPU).name == "eager", "nor was it forgotten for the others"
+
+
+@pytest.mark.usefixtures("timed")
+def test_figures_of_one_precision_leave_another_s_alone(network: UNet328) -> None:
+    figures = {"onnxruntime": 50.0, "eager": 100.0}
+    remembered.remember(network, CPU, torch.float32, figures)
+    remembered.remember(network, CPU, torch.bfloat16, {"eager": 50.0, "openvino": 10.0})
+    assert remembered.recall(network, CPU, torch.float32) == figures
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("cpu_lanes", lambda: Lanes(number=1, threads=977)),
+        ("device_name", lambda device: "another CPU"),
+        ("versions", lambda: versions() | {"gpupipe": "0"}),
+        ("versions", lambda: versions() | {"torch": "0"}),
+        ("versions", lambda: versions() | {"onnxruntime": "0"}),
+        ("versions", lambda: versions() | {"openvino": "0"}),
+    ],
+    ids=["threads", "device", "gpupipe", "torch", "onnxruntime", "openvino"],
+)
+def test_auto_measures_again_on_another_machine(
+    network: UNet328, name: str, other: Callable[..., object], timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed.update(onnxruntime=0.2, eager=0.1)
+    make_engine(network, device=CPU)
+    timed.update(onnxruntime=0.05)
+    monkeypatch.setattr(remembered, name, other)
+    assert make_engine(network, device=CPU).name == "onnxruntime"
+
+
+def test_auto_measures_again_what_it_cannot_read(network: UNet328, timed: dict[str, float]) -> None:
+    timed.update(onnxruntime=0.1, eager=0.2)
+    for damage in ("", "[]", '{"x": ', json.dumps({remembered._key(network, CPU, torch.float32): {"eager": "fast"}})):
+        remembered.cache_file().parent.mkdir(exist_ok=True)
+        remembered.cache_file().write_text(damage)
+        assert make_engine(network, device=CPU).name == "onnxruntime"
+        assert remembered.recall(network, CPU, torch.float32) == {"onnxruntime": 100.0, "eager": 200.0}
+
+
+@pytest.mark.parametrize("in_the_way", ["a file for the folder", "a folder for the file"])
+def test_auto_works_where_nothing_can_be_remembered(
+    network: UNet328, in_the_way: str, timed: dict[str, float], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if in_the_way == "a file for the folder":
+        (tmp_path / "cache").write_text("")
+    else:
+        remembered.cache_file().mkdir(parents=True)
+    timed.update(onnxruntime=0.1, eager=0.2)
+    assert make_engine(network, device=CPU).name == "onnxruntime"
+    assert f"{tmp_path / 'cache'}" in caplog.text
+    assert "; engines are measured again next time" in caplog.text
+
+
+def test_a_failing_engine_is_logged_and_not_taken(
+    network: UNet328, timed: dict[str, float], caplog: pytest.LogCaptureFixture
+) -> None:
+    timed.update(eager=0.3)
+    assert make_engine(network, device=CPU).name == "eager"
+    assert "engine onnxruntime: onnxruntime is out of order: eager runs instead" in caplog.text
+    assert make_engine(network, device=CPU).name == "eager", "and so it is remembered"
+    told = f"engine onnxruntime failed when it was measured ({remembered.cache_file()} tells): eager runs instead"
+    assert told in fallbacks(), "and logged again"
+
+
+def test_one_engine_alone_is_not_measured(
+    network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU in float32, whose memory may be too small for the batch that engines are measured with."""
+    monkeypatch.setattr(remembered, "device_name", lambda device: "a GPU")
+    assert make_engine(network, device=torch.device("cuda"), exact=True).name == "eager"
+    assert not remembered.cache_file().exists()
+    remembered.remember(network, torch.device("cuda"), torch.float32, {"eager": 3.0, "compile": 2.0})
+    assert make_engine(network, device=torch.device("cuda"), exact=True).name == "compile", "asked for by doctor"
+
+
+def test_an_obstacle_is_logged_and_checked_again_each_time(
+    network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Like a compiler that is missing, then installed, then removed."""
+    timed.update(onnxruntime=0.1, eager=0.2)
+    as_it_is = DECLARED["onnxruntime"]
+    for reason, taken in (("it rains", "eager"), (None, "onnxruntime"), ("it rains again", "eager")):
+        monkeypatch.setitem(DECLARED, "onnxruntime", replace(as_it_is, obstacle=lambda device, told=reason: told))
+        assert make_engine(network, device=CPU).name == taken
+    assert fallbacks() == [
+        f"engine onnxruntime does not run here (it {rains}): eager runs instead" for rains in ("rains", "rains again")
+    ]
+
+
+@pytest.mark.parametrize("name", ["fused", "gluon"])
+def test_engines_of_our_own_kernels_need_what_the_kernels_need(
+    name: EngineName, network: UNet328, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_cuda_obstacle", lambda index: "it is too old")
+    monkeypatch.setattr(gluon, "gluon_obstacle", lambda: None)
+    with pytest.raises(DeviceError, match=f"^engine is '{name}': it is too old"):
+        make_engine(network, device=torch.device("cuda"), engine=name, exact=False)
+
+
+def test_an_engine_that_crashes_the_gpu_is_tried_only_once(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like an illegal memory access: after it nothing on CUDA works in this process, not even the chosen engine."""
+    cuda, figures = torch.device("cuda"), {"gluon": math.inf, "fused": math.inf, "eager": 1.0}
+    kept: list[dict[str, float]] = []
+
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    for name, value in (
+        ("contenders", lambda *_: [DECLARED["fused"], DECLARED["eager"]]),
+        ("measure", lambda *_: (figures, {"eager": SimpleNamespace(name="eager")})),
+        ("recall", lambda *_: kept[-1] if kept else None),
+        ("remember", lambda *given: kept.append(given[-1])),
+    ):
+        monkeypatch.setattr(choice, name, value)
+    monkeypatch.setattr(dispatch, "_cuda_obstacle", lambda index: None)
+    monkeypatch.setattr(Declaration, "build", lambda one, *_: SimpleNamespace(name=one.name))
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    told = r"CUDA error: an illegal memory access was encountered\); run it again: .* eager runs instead"
+    with pytest.raises(DeviceLostError, match=told):
+        make_engine(network, device=cuda, exact=False)
+    assert make_engine(network, device=cuda, exact=False).name == "eager"
+
+
+def test_no_working_engine_is_an_error(network: UNet328, timed: dict[str, float]) -> None:
+    with pytest.raises(DeviceError, match=r"^no engine works on cpu: eager: eager is out of order; onnxruntime: "):
+        make_engine(network, device=CPU)
+
+
+def without_aligned_corners(network: UNet328) -> UNet328:
+    altered = copy.deepcopy(network)
+    for module in altered.modules():
+        if isinstance(module, nn.Upsample):
+            module.align_corners = False
+    return altered
+
+
+@pytest.mark.parametrize("alter", [copy.deepcopy, without_aligned_corners])
+def test_an_engine_with_other_results_is_not_taken(
+    network: UNet328,
+    alter: Callable[[UNet328], UNet328],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """However fast it is; with the right results the same engine is taken."""
+    made: dict[str, Engine] = {
+        "onnxruntime": EagerEngine(alter(network), device=CPU, dtype=torch.float32),
+        "eager": EagerEngine(network, device=CPU, dtype=torch.float32),
+    }
+    made["onnxruntime"].name = "onnxruntime"
+    monkeypatch.setattr(Declaration, "build", lambda one, *_: made[one.name])
+    monkeypatch.setattr(measure, "_seconds", lambda engine, _: {"onnxruntime": 0.1, "eager": 0.2}[engine.name])
+    monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "cache"))
+    wrong = alter is without_aligned_corners
+    assert make_engine(network, device=CPU).name == ("eager" if wrong else "onnxruntime")
+    told = "engine onnxruntime: paints something else than the network: eager runs instead"
+    assert (told in caplog.text) == wrong
+
+
+def test_compile_is_taken_only_where_a_measurement_found_it_fastest(network: UNet328, timed: dict[str, float]) -> None:
+    timed.update(onnxruntime=0.2, eager=0.1, compile=0.01)
+    assert make_engine(network, device=CPU).name == "eager", "compiling takes minutes: not measured unasked"
+    remembered.remember(network, CPU, torch.float32, {"onnxruntime": 200.0, "eager": 100.0, "compile": 10.0})
+    assert make_engine(network, device=CPU).name == "compile"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "best"),
+    [([0.9, 0.3, 0.1, 0.2], 0.1), ([0.01, 0.3, 0.2, 0.25], 0.2)],
+    ids=["of the best run", "not of the first, which allocates and tunes"],
+)
+def test_best_run_counts_but_not_the_first(seconds: list[float], best: float) -> None:
+    assert measure._best(iter(seconds).__next__) == best
+
+
+@pytest.fixture
+def small_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Image, index and audio that no engine looks at."""
+    monkeypatch.setattr(measure, "_batch", lambda *_: (torch.zeros(1), torch.zeros(2), torch.zeros(1)))
+
+
+@pytest.mark.usefixtures("small_batch")
+@pytest.mark.parametrize("how", ["replayed", "launched"])
+def test_each_run_on_a_gpu_is_waited_for(how: str, network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a graph's, as a render's are, where the engine can be captured."""
+    said: list[str] = []
+
+    def capture(step: object) -> tuple[Callable[[], None], None]:
+        if how == "launched":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return lambda: said.append("replayed"), None
+
+    monkeypatch.setattr("gpupipe.graphs.capture", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("waited"))
+    monkeypatch.setattr(measure, "_SECONDS", 0)
+    engine: Any = SimpleNamespace(
+        device=torch.device("cuda"), encode=lambda image: {}, decode=lambda *_: said.append("launched")
+    )
+    measure._seconds(engine, network)
+    assert said == [how, "waited"] * (1 + measure._RUNS)
+
+
+@pytest.mark.usefixtures("small_batch")
+def test_mouths_are_compared_in_steps_of_255_whatever_their_type(network: UNet328) -> None:
+    """uint8 is truncated: on the average, half a step is missing."""
+    in_steps, of_one = (
+        measure._levels(cast(Engine, SimpleNamespace(encode=lambda image: {}, decode=lambda *_, m=mouth: m)), network)
+        for mouth in (torch.tensor([51, 102], dtype=torch.uint8), torch.tensor([51.5 / 255, 102.5 / 255]))
+    )
+    torch.testing.assert_close(in_steps, of_one)
+
+
+def pictures() -> tuple[Tensor, Tensor]:
+    """Mouths as two precise engines paint them, and noise of the same standard deviation, 50 steps."""
+    generator = torch.Generator().manual_seed(0)
+    noise, coarse = (torch.randn(4, 3, size, size, generator=generator) for size in (320, 20))
+    return 50 * nn.functional.interpolate(coarse, scale_factor=16), 50 * noise
+
+
+@pytest.mark.parametrize(
+    ("dtype", "right", "wrong"),
+    [(torch.float32, 0.005, 0.04), (torch.float16, 0.06, 0.12), (torch.bfloat16, 0.1, 0.2)],
+    ids=str,
+)
+def test_an_error_of_a_precision_s_size_still_agrees(dtype: torch.dtype, right: float, wrong: float) -> None:
+    """As a share of the picture's standard deviation."""
+    picture, noise = pictures()
+    assert measure._agree(picture + right * noise, picture, dtype)
+    assert not measure._agree(picture + wrong * noise, picture, dtype)
+
+
+@pytest.mark.parametrize("dtype", measure._LARGEST_ERROR, ids=str)
+@pytest.mark.parametrize(("row", "column"), [(0, 0), (157, 143), (314, 290)])
+@pytest.mark.parametrize("wrong", [0.0, torch.nan, "another place's"])
+def test_one_wrong_tile_of_a_batch_is_seen(wrong: float | str, row: int, column: int, dtype: torch.dtype) -> None:
+    picture, _ = pictures()
+    painted = picture.clone()
+    tile = painted[2, :, row : row + 6, column : column + 30]
+    tile.copy_(picture[0, :, 100:106, 60:90] if isinstance(wrong, str) else torch.full_like(tile, wrong))
+    assert not measure._agree(painted, picture, dtype)
+
+
+def test_an_engine_that_does_not_paint_the_same_twice_is_not_taken(
+    network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its threads race: next time they may do more harm."""
+    levels = torch.zeros(1, 3, 20, 20)
+
+    def painted(engine: Engine, network: UNet328) -> Tensor:
+        if engine.name == "onnxruntime":
+            levels[0, 0, 3, 7] += 1
+        return levels.clone()
+
+    timed.update(onnxruntime=0.1, eager=0.2)
+    monkeypatch.setattr(measure, "_levels", painted)
+    assert make_engine(network, device=CPU).name == "eager"
+    assert "engine onnxruntime: does not paint the same twice: eager runs instead" in caplog.text
+
+
+def test_the_measurement_runs_the_engine(network: UNet328) -> None:
+    engine = make_engine(network, device=CPU, engine="onnxruntime")
+    assert 0 < measure._seconds(engine, network) < 10
