@@ -13,6 +13,7 @@ from simulated_gpu.run import CannotSimulateError, build, command
 from gpupipe.kernels.whole_block import gluon_obstacle
 
 TESTS = Path(__file__).resolve().parent
+GRAPHS = (TESTS / "test_graphs.py", TESTS / "test_captured_steps.py")
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +45,13 @@ def test_simulated_gpu_detects_mistakes(libraries: list[Path]) -> None:
 def test_gpu_tests_with_reference_kernels(libraries: list[Path]) -> None:
     """All but the kernels: their plain references run in their place."""
     marked = "cuda and not hardware"
-    run(libraries, TESTS, "-m", marked, f"--ignore={TESTS / 'test_graphs.py'}")
+    run(libraries, TESTS, "-m", marked, *(f"--ignore={file}" for file in GRAPHS))
 
 
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
 def test_graphs_with_compiled_kernels(libraries: list[Path]) -> None:
     """On a simulated GPU as new as the kernels need, which executes them as Triton compiles them."""
-    run(libraries, TESTS / "test_graphs.py", "-m", "cuda", arch=90)
+    run(libraries, *GRAPHS, "-m", "cuda", arch=90)
 
 
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
