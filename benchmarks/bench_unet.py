@@ -5,7 +5,7 @@
 
 On a CPU, in float32: eager PyTorch, and ONNX Runtime on the whole network as ``gpupipe export`` writes it, each with
 all cores on one frame; ONNX Runtime again with one frame to each core; and gpupipe's `onnxruntime` engine as a render
-runs it, side by side in lanes. In bfloat16: the `openvino` engine, where it runs.
+runs it, side by side in lanes. In bfloat16 and in int8: the `openvino` engine, where it runs.
 
 On CUDA: each engine × precision × batch, in the order given, replayed as CUDA graphs; rows are written as soon as they
 are measured. ``--engine onnxruntime`` adds ONNX Runtime's CUDA and TensorRT providers on the whole network, where they
@@ -48,6 +48,7 @@ from gpupipe.graphs import replayed
 from gpupipe.lanes import Lanes, available_cores, cpu_lanes, map_in_lanes
 from gpupipe.models import MODES, UNet328
 from gpupipe.models.fold import fold_batch_norms
+from gpupipe.models.int8 import measure_inputs
 from gpupipe.models.unet328 import INPUT_SIZE, random_inputs
 from gpupipe.onnx_export import export_onnx, export_unet
 from gpupipe.quiet_onnxruntime import onnxruntime
@@ -89,6 +90,7 @@ class Contestant:
 def on_cpu(network: UNet328) -> list[Contestant]:
     """Everybody at batch 1, which loses nothing on CPU cores."""
     image, audio = _inputs(network, 1, torch.device("cpu"))
+    network.input_channels = measure_inputs(network, [(image, audio)])
     inputs = {"image": image.numpy(), "audio": audio.numpy()}
     with tempfile.TemporaryDirectory() as folder:
         graph = export_unet(network, Path(folder) / "unet.onnx").read_bytes()
@@ -111,7 +113,11 @@ def on_cpu(network: UNet328) -> list[Contestant]:
         return [Contestant(engine.name, *uncached, told), Contestant(engine.name, *cached, told, cached=True)]
 
     everything = side_by_side(lambda: narrow.run(None, inputs), Lanes(cores, 1))
-    half = [] if openvino_cpu.obstacle() else in_lanes(OpenVinoEngine(network), {"precision": "bfloat16"})
+    lower: list[Contestant] = []
+    for dtype in (torch.bfloat16, torch.int8):
+        if openvino_cpu.obstacle(dtype) is None:
+            made = OpenVinoEngine(network, dtype=dtype)
+            lower += in_lanes(made, {"precision": str(dtype).removeprefix("torch.")})
     told = {"precision": "float32"}
     return [
         Contestant("eager, as trained", lambda: network(image, audio), 1, told),
@@ -120,7 +126,7 @@ def on_cpu(network: UNet328) -> list[Contestant]:
         Contestant("ONNX Runtime, whole network", lambda: whole.run(None, inputs), 1, told),
         Contestant("ONNX Runtime, whole network, a frame a core", *everything, told),
         *in_lanes(OnnxRuntimeEngine(network), told),
-        *half,
+        *lower,
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpupipe import FrameGenerationPipeline
+from gpupipe import FrameGenerationPipeline, calibrate
 from gpupipe.benchmarks.common import Row, Spread, row
 from gpupipe.benchmarks.meters import PeakMemory, energy_counter
 from gpupipe.benchmarks.scenario import Scenario
@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # it needs OpenCV, which is an extra
     from gpupipe.benchmarks.reference_loop import Network
 
 WARMUP_FRAMES = 4
+
+_CALIBRATION_FRAMES = 8
 
 Render = Callable[[Path, Path, Path], dict[str, float]]
 """(features, sound, output) → seconds by stage."""
@@ -165,11 +167,20 @@ def gpupipe(
     return made
 
 
-def half_precision_on_cpu(scenario: Scenario, *, device: str, crf: int) -> list[Contestant]:
-    """gpupipe in bfloat16, where ``device`` is a CPU with instructions for it; else nobody."""
-    if device != "cpu" or openvino_cpu.obstacle():
-        return []
-    return [gpupipe(scenario, device=device, crf=crf, name="gpupipe_bfloat16", precision="bfloat16")]
+def lower_precisions_on_cpu(scenario: Scenario, folder: Path, *, device: str, crf: int) -> list[Contestant]:
+    """gpupipe in bfloat16 and in int8, where ``device`` is a CPU with instructions for it; else nobody.
+
+    For int8 the checkpoint is calibrated on a few frames of the scenario.
+    """
+    made = []
+    how: dict[str, Any] = {"device": device, "crf": crf}
+    if device == "cpu" and not openvino_cpu.obstacle(torch.bfloat16):
+        made.append(gpupipe(scenario, name="gpupipe_bfloat16", precision="bfloat16", **how))
+    if device == "cpu" and not openvino_cpu.obstacle(torch.int8):
+        files = scenario.checkpoint, scenario.template, scenario.features, folder / "calibrated.safetensors"
+        scenario = replace(scenario, checkpoint=calibrate(*files, scenario.mode, frames=_CALIBRATION_FRAMES).path)
+        made.append(gpupipe(scenario, name="gpupipe_int8", precision="int8", **how))
+    return made
 
 
 # ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,12 +5,10 @@
 The bundled avatar's network paints frames of the bundled sample in float32, and again in each format. The painted
 mouths are compared before they are rounded, scaled to 0 … 255: PSNR over all frames, and the largest difference.
 
-On CUDA every engine runs in its own precisions. On a CPU the `openvino` engine runs in bfloat16, where it can, and all
-formats are *simulated*: weights and every layer's output are rounded to the format, and sums are float32, as on tensor
-cores with float32 accumulators when each layer writes its output to memory. This says nothing about speed.
-
-For int8, weights and the inputs of convolutions are rounded. An input channel has 256 steps between its least and its
-greatest value in the very frames that are compared, which is better than ranges taken from other frames can be.
+On CUDA every engine runs in its own precisions. On a CPU the `openvino` engine runs in bfloat16 and int8, where it can,
+and all formats are *simulated*: weights and every layer's output are rounded to the format, and sums are float32, as on
+tensor cores with float32 accumulators when each layer writes its output to memory; int8 as :mod:`gpupipe.models.int8`
+has it. This says nothing about speed. The bundled network's ranges for int8 are from other frames of the same sample.
 """
 
 from __future__ import annotations
@@ -26,16 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_name, row
+from gpupipe.calibration import network_inputs
 from gpupipe.demo import BUNDLE
 from gpupipe.engines import EngineName, Precision, make_engine, openvino_cpu
 from gpupipe.engines.choice import find_dtype
 from gpupipe.engines.declared import candidates
 from gpupipe.errors import GpupipeError, first_line
 from gpupipe.features import SpeechFeatures
-from gpupipe.kernels.crop_resize import crop_and_input
 from gpupipe.models import UNet328, load_unet
 from gpupipe.models.fold import fold_batch_norms
-from gpupipe.schedule import template_indices
+from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf
 from gpupipe.speech import SpeechEncoder
 from gpupipe.template import Template
 
@@ -72,7 +70,7 @@ def measure(frames: int, device: torch.device) -> list[Row]:
     image, audio = sample(frames)
     exact = steps(network, image, audio)
     rows = []
-    for provider, name, paint in contestants(network, image, audio, device):
+    for provider, name, paint in contestants(network, device):
         what: dict[str, Any] = {
             "what": "precision",
             "provider": provider,
@@ -94,29 +92,23 @@ def measure(frames: int, device: torch.device) -> list[Row]:
 
 def sample(frames: int) -> tuple[Tensor, Tensor]:
     """Images and audio windows of ``frames`` frames, spread evenly over the bundled sample."""
-    template = Template.from_directory(BUNDLE / "template")
     encoder = SpeechEncoder(BUNDLE / "encoder.safetensors")
     speech = SpeechFeatures(torch.cat(list(encoder.covering_features(BUNDLE / "sample.flac"))), "ave")
-    numbers = np.linspace(0, len(speech) - 1, frames).round().astype(int)
-    chosen = np.concatenate([template_indices(i, i + 1, template.length) for i in numbers])
-    kept, index = template.frames.lookup(chosen)
-    _, image = crop_and_input(kept["frame"], index, template.boxes[torch.from_numpy(chosen)])
-    return image, torch.cat([speech.windows(i, i + 1) for i in numbers])
+    numbers = np.linspace(0, len(speech) - 1, frames).round().astype(np.int64)
+    return network_inputs(Template.from_directory(BUNDLE / "template"), speech, numbers)
 
 
-def contestants(network: UNet328, image: Tensor, audio: Tensor, device: torch.device) -> list[tuple[str, str, Paint]]:
-    """(provider, format, what paints in it): on CUDA all engines, on a CPU the simulations and `openvino` in bfloat16.
-
-    Args:
-        image, audio: of the frames to paint.
-    """
+def contestants(network: UNet328, device: torch.device) -> list[tuple[str, str, Paint]]:
+    """(provider, format, what paints in it): on CUDA all engines, on a CPU the simulations and `openvino`."""
     if device.type == "cpu":
-        made = [("simulated", name, simulated(network, dtype)) for name, dtype in FORMATS.items()]
-        made.append(("simulated", "int8", simulated_int8(network, image, audio)))
-        runs: list[tuple[str, str, Paint]] = []
-        if openvino_cpu.obstacle() is None:
-            runs = [("openvino", "bfloat16", _by_engine(network, device, "openvino", "bfloat16"))]
-        return [*made, *runs]
+        made: list[tuple[str, str, Paint]] = []
+        made += [("simulated", name, simulated(network, dtype)) for name, dtype in FORMATS.items()]
+        made.append(("simulated", "int8", simulated_int8(network)))
+        lower: tuple[Precision, ...] = ("bfloat16", "int8")
+        for name in lower:
+            if openvino_cpu.obstacle(getattr(torch, name)) is None:
+                made.append(("openvino", name, _by_engine(network, device, "openvino", name)))
+        return made
     precisions: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
     return [
         (engine.name, precision, _by_engine(network, device, engine.name, precision))
@@ -149,39 +141,10 @@ def simulated(network: UNet328, dtype: torch.dtype) -> UNet328:
     return rounded
 
 
-def simulated_int8(network: UNet328, image: Tensor, audio: Tensor) -> UNet328:
-    """``network``, batch norms folded, whose convolutions have int8 inputs and int8 weights; sums are float32.
-
-    Each input channel has its own scale and zero point, which could be folded into the layer before and this layer's
-    weights; the weights of each output channel have a scale.
-
-    Args:
-        image, audio: of the frames that the channels' ranges are taken from.
-    """
-    rounded = fold_batch_norms(network)
-    convolutions = [module for module in rounded.modules() if isinstance(module, nn.Conv2d)]
-    ranges: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-    def widen(module: nn.Module, inputs: tuple[Tensor]) -> None:
-        least, greatest = torch.aminmax(inputs[0].transpose(0, 1).flatten(1), dim=1)
-        before = ranges.get(module, (torch.zeros_like(least), torch.zeros_like(greatest)))
-        ranges[module] = torch.minimum(before[0], least), torch.maximum(before[1], greatest)
-
-    watches = [module.register_forward_pre_hook(widen) for module in convolutions]
-    steps(rounded, image, audio)
-    for watch in watches:
-        watch.remove()
-
-    def round_inputs(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        least, greatest = (bound[:, None, None] for bound in ranges[module])
-        scale = ((greatest - least) / 255).clamp_min(torch.finfo(torch.float32).tiny)
-        return ((inputs[0] - least) / scale).round_().mul_(scale).add_(least)
-
-    for module in convolutions:
-        scale = module.weight.abs().amax((1, 2, 3), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        module.weight.copy_((module.weight / scale).round() * scale)
-        module.register_forward_pre_hook(round_inputs)
-    return rounded
+def simulated_int8(network: UNet328) -> Paint:
+    """The network as :mod:`gpupipe.models.int8` has it; ``network`` has ``input_channels``."""
+    template, speech = Int8TemplateHalf(network).eval(), Int8SpeechHalf(network).eval()
+    return lambda image, audio: speech(*template(image), audio)
 
 
 def steps(paint: Paint, image: Tensor, audio: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ NAMES = {
     "gpupipe_exact": "gpupipe, exact",
     "gpupipe": "gpupipe",
     "gpupipe_bfloat16": "gpupipe, bfloat16",
+    "gpupipe_int8": "gpupipe, int8",
 }
 """Contestants as readers see them, in this order."""
 

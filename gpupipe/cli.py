@@ -14,7 +14,8 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from gpupipe import __version__, options
+from gpupipe import __version__, calibration, options
+from gpupipe.calibration import FRAMES
 from gpupipe.console import (
     console,
     print_record,
@@ -31,7 +32,7 @@ from gpupipe.doctor import examine, measure_engines
 from gpupipe.engines import openvino_cpu
 from gpupipe.errors import InputError
 from gpupipe.features import save_features, video_rate, write_features
-from gpupipe.models import load_unet
+from gpupipe.models import Mode, load_unet
 from gpupipe.onnx_export import export_unet
 from gpupipe.pipeline import FrameGenerationPipeline
 from gpupipe.seam import FEATHER
@@ -96,7 +97,7 @@ def render(
             batch_size=batch_size,
             memory_budget=_bytes(memory_budget),
         )
-        with _features(audio_features, encoder, audio, pipeline) as features, progress_bar() as progress:
+        with _features(audio_features, encoder, audio, mode, device) as features, progress_bar() as progress:
             pipeline.generate_video(
                 features,
                 template,
@@ -159,7 +160,7 @@ def frames(
             batch_size=batch_size,
             memory_budget=_bytes(memory_budget),
         )
-        with _features(audio_features, encoder, audio, pipeline) as features, progress_bar() as progress:
+        with _features(audio_features, encoder, audio, mode, device) as features, progress_bar() as progress:
             pipeline.generate_frames_only(
                 features,
                 template,
@@ -203,6 +204,30 @@ def export(
     with reporting(debug):
         export_unet(load_unet(checkpoint, mode), output)
         console.print(f"{output}: written; agrees with PyTorch on random inputs", soft_wrap=True)
+
+
+@app.command()
+def calibrate(
+    checkpoint: options.Checkpoint,
+    template: options.TemplateFolder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new checkpoint, .safetensors.")],
+    audio_features: options.OptionalFeatures = None,
+    encoder: options.Encoder = None,
+    audio: Annotated[Path | None, typer.Option(help="Sound for --encoder.")] = None,
+    mode: options.Mode = "ave",
+    frames: Annotated[int, typer.Option(help="How many frames to measure, spread over the clip.")] = FRAMES,
+    debug: options.Debug = False,
+) -> None:
+    """Prepare a checkpoint for --precision int8 on a CPU, by measuring the network on frames of a clip."""
+    with reporting(debug):
+        _check_source(audio_features, encoder, audio)
+        with _features(audio_features, encoder, audio, mode, "cpu") as features:
+            made = calibration.calibrate(checkpoint, template, features, output, mode, frames=frames)
+        console.print(
+            f"{made.path}: written; {made.frames} frames were measured, and on others mouths in int8 are at"
+            f" {made.psnr:.1f} dB against float32 (largest difference {made.largest:.0f} of 255)",
+            soft_wrap=True,
+        )
 
 
 @app.command()
@@ -411,16 +436,16 @@ def _check_source(audio_features: Path | None, encoder: Path | None, audio: Path
 
 @contextlib.contextmanager
 def _features(
-    path: Path | None, encoder: Path | None, sound: Path | None, pipeline: FrameGenerationPipeline
+    path: Path | None, encoder: Path | None, sound: Path | None, mode: Mode, device: str | None
 ) -> Iterator[Path]:
     """Yield the file of features, or a temporary one with features made from the sound."""
     if path is not None:
         yield path
         return
     assert encoder is not None and sound is not None
-    if pipeline.mode != "ave":
-        raise InputError(f"--encoder makes ave features and mode is {pipeline.mode!r}; expected --audio-features")
+    if mode != "ave":
+        raise InputError(f"--encoder makes ave features and mode is {mode!r}; expected --audio-features")
     with tempfile.TemporaryDirectory(prefix="gpupipe-") as folder:
         made = Path(folder) / "features.npy"
-        write_features(SpeechEncoder(encoder, pipeline.unet_model.device).covering_features(sound), made)
+        write_features(SpeechEncoder(encoder, device).covering_features(sound), made)
         yield made

@@ -55,7 +55,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
         "render": {
             "device": f"{chosen}: " + ("asked for" if device else "there is no CUDA GPU" if exact else "a CUDA GPU"),
             "engine": _engine(chosen, exact=exact),
-            "precision": f"float32; {_bfloat16()}" if exact else "float16; --exact for float32",
+            "precision": f"float32; {_lower_precisions()}" if exact else "float16; --exact for float32",
             "jpeg": jpeg_decoder(chosen, exact=exact),
             "kernels": f"{backend(chosen)}: {obstacle(chosen) or 'fused kernels around the network'}",
             "codec": _codec(way),
@@ -72,7 +72,7 @@ def _obstacles(gpu: torch.device) -> dict[str, str | None]:
     no_gpu = None if gpu.type == "cuda" else "no CUDA GPU is available"
     found: dict[str, str | None] = {
         "Triton kernels": no_gpu or obstacle(gpu),
-        "Gluon kernels": no_gpu or DECLARED["gluon"].obstacle(gpu),
+        "Gluon kernels": no_gpu or DECLARED["gluon"].obstacle(gpu, torch.float16),
         "nvJPEG": no_gpu or _nvjpeg_obstacle(gpu),
         "NVDEC": no_gpu or _nvdec_obstacle(),
     }
@@ -117,12 +117,14 @@ def measure_engines(device: str | torch.device | None = None) -> Figures:
     return figures
 
 
-def _bfloat16() -> str:
-    """Describe what `--precision bfloat16` does on this CPU."""
-    if reason := openvino_cpu.obstacle():
-        return f"not bfloat16: {reason}"
+def _lower_precisions() -> str:
+    """Describe what `--precision` can take on this CPU."""
     doubt = "" if openvino_cpu.pays() else ", slower than float32 where it was tried without AMX"
-    return f"--precision bfloat16 for openvino{doubt}"
+    told = {"bfloat16": f"openvino{doubt}", "int8": "openvino, for checkpoints that gpupipe calibrate wrote"}
+    for name in told:
+        if reason := openvino_cpu.obstacle(getattr(torch, name)):
+            told[name] = f"no, {reason}"
+    return "; ".join(f"{name}: {way}" for name, way in told.items())
 
 
 def _device_facts(device: torch.device) -> dict[str, str]:

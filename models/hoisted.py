@@ -49,7 +49,7 @@ class TemplateHalf(nn.Module):
         (down,) = network.down1.maxpool_conv
         first, second = _blocks(down)
         expand, *rest = _layers(first)
-        self.down1 = nn.Sequential(_compose(inc[6], expand), *rest, second)
+        self.down1 = nn.Sequential(compose(inc[6], expand), *rest, second)
         self.down2, self.down3 = network.down2, network.down3
         self.down4, self.down5 = network.down4, network.down5
         expand = _layers(_blocks(network.fuse_conv[0])[0])[0]
@@ -116,7 +116,7 @@ class HoistedUp(nn.Module):
         super().__init__()
         self.up = up.up
         self.low, skip, self.rest = _split_entry(up.conv)
-        self.skip = skip if projection is None else _compose(projection, skip)
+        self.skip = skip if projection is None else compose(projection, skip)
 
     def forward(self, low: Tensor, skip: Tensor) -> Tensor:
         """low (B, C1, H/2, W/2), skip (B, C2, H, W) → (B, out, H, W)."""
@@ -147,7 +147,7 @@ def _layers(block: Any) -> list[Any]:
     return list(block.conv)
 
 
-def _compose(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
+def compose(first: nn.Conv2d, second: nn.Conv2d) -> nn.Conv2d:
     """One 1×1 convolution for ``second`` after ``first``."""
     matrix, outer = first.weight[:, :, 0, 0].double(), second.weight[:, :, 0, 0].double()
     bias = outer.new_zeros(len(outer))

@@ -15,7 +15,7 @@ Parameter names and shapes are those of the family's published checkpoints.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,14 @@ CHANNELS = (32, 64, 128, 256, 512)
 
 Features = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """x1 … x6: what :meth:`UNet328.encode` makes of a template frame, from 320×320 down to 10×10."""
+
+
+class Channels(NamedTuple):
+    """What each input channel of a convolution holds: float32 (C,)."""
+
+    least: Tensor
+    greatest: Tensor
+    mean: Tensor
 
 
 class InvertedResidual(nn.Module):
@@ -172,7 +180,13 @@ class UNet328(nn.Module):
     Args:
         mode: the kind of speech features: ``"ave"``, ``"hubert"`` or ``"wenet"``.
         width: scales every channel count; 1 is the published network, ½ the family's mobile variant. A multiple of ⅛.
+
+    Attributes:
+        input_channels: what each convolution, by name, reads once batch norms are folded, where that was measured:
+            8-bit integers need it (:mod:`gpupipe.models.int8`).
     """
+
+    input_channels: dict[str, Channels] | None = None
 
     def __init__(self, mode: Mode = "ave", *, width: float = 1.0) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from gpupipe.engines import (
     ENGINES,
     Engine,
     EngineName,
+    Precision,
     compiled,
     make_engine,
     openvino_cpu,
@@ -172,24 +173,36 @@ def test_openvino_pays_with_amx_where_it_is_installed(
 
 @pytest.mark.skipif(not openvino_cpu.pays(), reason="needs OpenVINO, and a CPU with AMX")
 def test_where_openvino_pays_it_runs() -> None:
-    assert openvino_cpu.obstacle() is None
+    assert openvino_cpu.obstacle(torch.bfloat16) is None
 
 
-def test_bfloat16_on_a_cpu_without_it_is_refused(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DeviceError, match=r"^engine is 'openvino' and precision 'float32'; expected bfloat16 with"):
+@pytest.mark.parametrize("flags", [["avx2", "avx_vnni"], ["avx512f", "avx512_vnni"], ["avx512f"], []])
+def test_int8_needs_vnni(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(openvino_cpu, "processor_flags", lambda: flags)
+    told = openvino_cpu.obstacle.__wrapped__(torch.int8)
+    assert (told is None) == any("vnni" in flag for flag in flags)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_lower_precisions_on_a_cpu_without_them_are_refused(
+    precision: Precision, network: UNet328, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DeviceError, match=r"^engine is 'openvino' and precision 'float32'; expected bfloat16 or int8"):
         make_engine(network, device=CPU, engine="openvino")
-    monkeypatch.setattr(openvino_cpu, "obstacle", lambda: "it is made of wood")
-    with pytest.raises(DeviceError, match=r"^precision is 'bfloat16'; expected float32 on this CPU: it is made of"):
-        make_engine(network, device=CPU, exact=False, precision="bfloat16")
+    monkeypatch.setattr(openvino_cpu, "obstacle", lambda dtype: "it is made of wood")
+    told = rf"^precision is '{precision}'; expected float32 on this CPU: it is made of"
+    with pytest.raises(DeviceError, match=told):
+        make_engine(network, device=CPU, exact=False, precision=precision)
 
 
 def test_unsupported_precisions_are_refused(network: UNet328) -> None:
-    with pytest.raises(DeviceError, match=r"^precision is 'float16'; expected float32 or bfloat16 on a CPU"):
+    with pytest.raises(DeviceError, match=r"^precision is 'float16'; expected float32, bfloat16 or int8 on a CPU"):
         make_engine(network, device=CPU, precision="float16", exact=False)
     with pytest.raises(DeviceError, match=r"^precision is 'bfloat16'; expected float32 with exact"):
         make_engine(network, device=torch.device("cuda"), precision="bfloat16", exact=True)
-    with pytest.raises(DeviceError, match=r"^precision is 'int8'; expected float32, float16 or bfloat16"):
-        make_engine(network, device=CPU, precision="int8")  # type: ignore[arg-type]
+    with pytest.raises(DeviceError, match=r"^precision is 'int4'; expected float32, float16, bfloat16 or int8"):
+        make_engine(network, device=CPU, precision="int4")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

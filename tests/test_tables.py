@@ -59,6 +59,8 @@ def test_the_headline_s_bfloat16_is_of_its_own_run_and_template() -> None:
     assert "**4.0×" in TABLES["headline"](run) and "template anna" in TABLES["headline"](run)
     assert "**8.0×** with `--precision bfloat16`" in TABLES["headline"](run)
     assert "AMX" not in TABLES["headline"](run)
+    assert "**9.0×** with `--precision int8`" in TABLES["headline"]([*run, ratio("gpupipe_int8", 9)]), "the faster"
+    assert "**8.0×** with `--precision bfloat16`" in TABLES["headline"]([*run, ratio("gpupipe_int8", 7)])
     amx = [row | {"device": "a CPU with AMX"} for row in run]
     assert "`--precision bfloat16` on this processor, which has AMX (" in TABLES["headline"](amx)
     for other in ({"template": "ben"}, {"n": 5}, {"commit": "d"}, {"device": "another"}):

@@ -16,7 +16,7 @@ EngineName = Literal["auto", "eager", "compile", "fused", "gluon", "onnxruntime"
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 """What ``engine=`` accepts. ``auto`` chooses one; ``torch`` is another name for ``eager``."""
 
-Precision = Literal["float32", "float16", "bfloat16"]
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
 
 BATCH_SIZES = {"cuda": 64, "cpu": 1}
 """Default number of frames in a batch, by kind of device. A CPU renders several batches side by side."""
@@ -26,7 +26,11 @@ Features = dict[str, Tensor]
 
 
 class Engine(Protocol):
-    """The network, ready to run."""
+    """The network, ready to run.
+
+    Attributes:
+        dtype: of the images and windows that it takes.
+    """
 
     name: EngineName
     device: torch.device
@@ -60,7 +64,7 @@ class Declaration:
         dtypes: the types that it runs in.
         slow_to_build: ``auto`` does not build it just to measure it, but uses it if an earlier measurement found it the
             fastest.
-        obstacle: why it does not run on a device of this machine; None if it does.
+        obstacle: why it does not run on a device of this machine at a type; None if it does.
     """
 
     name: EngineName
@@ -68,7 +72,7 @@ class Declaration:
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
     slow_to_build: bool = False
-    obstacle: Callable[[torch.device], str | None] = lambda device: None
+    obstacle: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
 
     def build(self, network: UNet328, device: torch.device, dtype: torch.dtype) -> Engine:
         """Build the engine.
@@ -83,7 +87,7 @@ class Declaration:
         if dtype not in self.dtypes:
             met, *others = (str(one).removeprefix("torch.") for one in (dtype, *self.dtypes))
             raise DeviceError(f"{told} and precision {met!r}; expected {' or '.join(others)} with this engine")
-        if reason := self.obstacle(device):
+        if reason := self.obstacle(device, dtype):
             raise DeviceError(f"{told}: {reason}")
         return self.make(network, device=device, dtype=dtype)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import get_args
 
 import torch
 
@@ -35,7 +36,8 @@ def make_engine(
             precision and set of versions, and remembers. If only one engine is eligible, it is used without measuring.
         exact: float32 arithmetic with TF32 off.
         precision: of weights and activations; None means float32 on a CPU or with ``exact``, else float16. bfloat16
-            runs on a CPU, too, if the CPU has instructions for it and OpenVINO is installed.
+            runs on a CPU, too, and int8 only there, if the CPU has instructions for it and OpenVINO is installed; int8
+            needs a network with ``input_channels``.
 
     Raises:
         DeviceError: the engine does not run on ``device`` or at ``precision``, or its name is unknown.
@@ -59,7 +61,7 @@ def make_engine(
         require_alive(device, f"run it again: what did it is remembered, and {fastest(figures)} runs instead")
     name = fastest(figures) if figures else engines[0].name
     for one in candidates(device, dtype):
-        if not one.slow_to_build and (reason := one.obstacle(device)):
+        if not one.slow_to_build and (reason := one.obstacle(device, dtype)):
             note_fallback(f"engine {one.name} does not run here ({reason}): {name} runs instead")
     if not built:
         for failed in (failed for failed, ms in figures.items() if math.isinf(ms)):
@@ -74,16 +76,20 @@ def find_dtype(device: torch.device, *, exact: bool, precision: Precision | None
     """The type that an engine computes in.
 
     Raises:
-        DeviceError: half precision with ``exact`` or on a CPU without instructions for it, or an unknown precision.
+        DeviceError: less than float32 with ``exact`` or on a device that does not compute in it, or an unknown
+            precision.
     """
     if precision is None:
         precision = "float32" if exact or device.type == "cpu" else "float16"
-    if precision not in ("float32", "float16", "bfloat16"):
-        raise DeviceError(f"precision is {precision!r}; expected float32, float16 or bfloat16")
+    if precision not in get_args(Precision):
+        raise DeviceError(f"precision is {precision!r}; expected float32, float16, bfloat16 or int8")
     if precision != "float32" and exact:
         raise DeviceError(f"precision is {precision!r}; expected float32 with exact")
+    dtype: torch.dtype = getattr(torch, precision)
+    if precision == "int8" and device.type != "cpu":
+        raise DeviceError(f"precision is {precision!r}; expected float32, float16 or bfloat16 on {device}")
     if precision == "float16" and device.type == "cpu":
-        raise DeviceError(f"precision is {precision!r}; expected float32 or bfloat16 on a CPU")
-    if precision == "bfloat16" and device.type == "cpu" and (reason := openvino_cpu.obstacle()):
+        raise DeviceError(f"precision is {precision!r}; expected float32, bfloat16 or int8 on a CPU")
+    if precision in ("bfloat16", "int8") and device.type == "cpu" and (reason := openvino_cpu.obstacle(dtype)):
         raise DeviceError(f"precision is {precision!r}; expected float32 on this CPU: {reason}")
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[precision]
+    return dtype

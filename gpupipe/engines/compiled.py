@@ -63,4 +63,6 @@ def obstacle(device: torch.device) -> str | None:
     return None
 
 
-DECLARATION = Declaration("compile", CompiledEngine, slow_to_build=True, obstacle=obstacle)
+DECLARATION = Declaration(
+    "compile", CompiledEngine, slow_to_build=True, obstacle=lambda device, dtype: obstacle(device)
+)

@@ -21,7 +21,7 @@ def candidates(device: torch.device, dtype: torch.dtype) -> list[Declaration]:
 
 def runnable(device: torch.device, dtype: torch.dtype) -> list[Declaration]:
     """The :func:`candidates` that nothing on this machine keeps from running."""
-    return [one for one in candidates(device, dtype) if one.obstacle(device) is None]
+    return [one for one in candidates(device, dtype) if one.obstacle(device, dtype) is None]
 
 
 def contenders(device: torch.device, dtype: torch.dtype) -> list[Declaration]:

@@ -182,5 +182,9 @@ def _identity(channels: int) -> nn.Conv2d:
 
 
 DECLARATION = Declaration(
-    "fused", FusedEngine, devices=("cuda",), dtypes=(torch.float16, torch.bfloat16), obstacle=obstacle
+    "fused",
+    FusedEngine,
+    devices=("cuda",),
+    dtypes=(torch.float16, torch.bfloat16),
+    obstacle=lambda device, dtype: obstacle(device),
 )

@@ -93,5 +93,5 @@ DECLARATION = Declaration(
     lambda network, device, dtype: GluonEngine(network, device=device),
     devices=("cuda",),
     dtypes=(torch.float16,),
-    obstacle=lambda device: gluon_obstacle() or obstacle(device),
+    obstacle=lambda device, dtype: gluon_obstacle() or obstacle(device),
 )

@@ -1,8 +1,8 @@
-"""The `openvino` engine: the network's two halves on the CPU, in bfloat16.
+"""The `openvino` engine: the network's two halves on the CPU, in bfloat16 or in 8-bit integers.
 
-It is for processors with bfloat16 instructions. With AMX it takes little more than half the time that float32 takes;
-with AVX512-BF16 only, on the Xeon where that was measured, a third more than float32. OpenVINO is an extra:
-``pip install 'gpupipe[openvino]'``.
+It is for processors with instructions for them. In bfloat16 it takes little more than half the time that float32 takes
+with AMX, and with AVX512-BF16 only, on the Xeon where that was measured, a third more than float32. OpenVINO is an
+extra: ``pip install 'gpupipe[openvino]'``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,26 +24,33 @@ from gpupipe.models.unet328 import UNet328
 from gpupipe.onnx_export import export_halves
 from gpupipe.versions import processor_flags
 
+_INT8_FLAGS = {"avx512_vnni", "avx_vnni"}
+"""Linux's names of the instructions that multiply 8-bit integers and add in 32 bits."""
+
 
 class OpenVinoEngine:
-    """OpenVINO on :mod:`gpupipe.models.blocked`, frame by frame, with as many frames at once as there are lanes.
+    """OpenVINO, frame by frame, with as many frames at once as there are lanes.
 
-    Sums are accumulated in float32, and what follows the last layer is computed in it. Features are bfloat16
-    (L, H, W, channels), contiguous, and are read where they lie.
+    In bfloat16 it runs :mod:`gpupipe.models.blocked`: sums are accumulated in float32, and what follows the last layer
+    is computed in it. In int8 it runs :mod:`gpupipe.models.int8`. Features are of that type, (L, H, W, channels),
+    contiguous, and are read where they lie.
 
     Args:
+        dtype: bfloat16 or int8.
         lanes: how many frames at once, and on how many threads each; None takes a render's (:mod:`gpupipe.lanes`).
     """
 
     name: EngineName = "openvino"
 
-    def __init__(self, network: UNet328, *, lanes: Lanes | None = None) -> None:
+    def __init__(self, network: UNet328, *, dtype: torch.dtype = torch.bfloat16, lanes: Lanes | None = None) -> None:
         self.device = torch.device("cpu")
-        self.dtype = torch.bfloat16
-        template, speech = export_halves(network)
-        lanes = lanes or cpu_lanes()
-        self._template = _Half(template, lanes, channels_last_in=("image",), channels_last_out=TEMPLATE_FEATURES)
-        self._speech = _Half(speech, lanes, channels_last_in=TEMPLATE_FEATURES)
+        int8 = dtype == torch.int8
+        self.dtype = torch.float32 if int8 else dtype
+        template, speech = export_halves(network, int8=int8)
+        features = dict.fromkeys(TEMPLATE_FEATURES, dtype)
+        build = functools.partial(_Half, lanes=lanes or cpu_lanes(), floats=self.dtype)
+        self._template = build(template, channels_last_in={"image": self.dtype}, channels_last_out=features)
+        self._speech = build(speech, channels_last_in=features)
 
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`; fastest with a channels-last image of the engine's type."""
@@ -64,31 +72,36 @@ class _Half:
     """One graph, compiled. Any thread may call it.
 
     Args:
-        channels_last_in, channels_last_out: names of the tensors that are bfloat16 (1, H, W, channels) outside the
-            graph; all others are float32, in the graph's own layout.
+        floats: what it computes in where the graph says nothing else.
+        channels_last_in, channels_last_out: types of the tensors that are (1, H, W, channels) outside the graph, by
+            name; all others are float32, in the graph's own layout.
     """
 
     def __init__(
         self,
         graph: bytes,
-        lanes: Lanes,
         *,
-        channels_last_in: tuple[str, ...],
-        channels_last_out: tuple[str, ...] = (),
+        lanes: Lanes,
+        floats: torch.dtype,
+        channels_last_in: Mapping[str, torch.dtype],
+        channels_last_out: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         import openvino  # noqa: PLC0415 - an extra
         from openvino.preprocess import PrePostProcessor  # noqa: PLC0415
 
         core = openvino.Core()
+        types = {torch.float32: openvino.Type.f32, torch.bfloat16: openvino.Type.bf16, torch.int8: openvino.Type.i8}
         steps = PrePostProcessor(core.read_model(graph))
-        for tensor in [*map(steps.input, channels_last_in), *map(steps.output, channels_last_out)]:
-            tensor.tensor().set_element_type(openvino.Type.bf16).set_layout(openvino.Layout("NHWC"))
-            tensor.model().set_layout(openvino.Layout("NCHW"))
+        for find, tensors in ((steps.input, channels_last_in), (steps.output, channels_last_out or {})):
+            for name, dtype in tensors.items():
+                tensor = find(name)
+                tensor.tensor().set_element_type(types[dtype]).set_layout(openvino.Layout("NHWC"))
+                tensor.model().set_layout(openvino.Layout("NCHW"))
         self._compiled = core.compile_model(
             steps.build(),
             "CPU",
             {
-                "INFERENCE_PRECISION_HINT": "bf16",
+                "INFERENCE_PRECISION_HINT": types[floats],
                 "NUM_STREAMS": lanes.number,
                 "INFERENCE_NUM_THREADS": lanes.number * lanes.threads,
                 "ENABLE_CPU_PINNING": False,  # the same cores decode and encode video
@@ -131,26 +144,29 @@ def _copied(value: Any) -> Tensor:
 
 
 @functools.cache
-def obstacle() -> str | None:
-    """Why the engine does not run here; None if it does."""
+def obstacle(dtype: torch.dtype) -> str | None:
+    """Why the engine does not run here in bfloat16 or int8; None if it does."""
     try:
         import openvino  # noqa: PLC0415 - an extra
     except ImportError:
         return "OpenVINO is not installed (pip install 'gpupipe[openvino]')"
+    if dtype == torch.int8:
+        # Without them 16-bit sums of two products may overflow.
+        return None if _INT8_FLAGS & set(processor_flags()) else "this processor lacks VNNI, instructions for int8"
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return "this processor does not multiply bfloat16"
     return None
 
 
 def pays() -> bool:
-    """Whether the engine is likely to be faster here than float32. This does not load OpenVINO."""
+    """Whether bfloat16 is likely to be faster here than float32. This does not load OpenVINO."""
     return importlib.util.find_spec("openvino") is not None and "amx_bf16" in processor_flags()
 
 
 DECLARATION = Declaration(
     "openvino",
-    lambda network, **_: OpenVinoEngine(network),
+    lambda network, dtype, **_: OpenVinoEngine(network, dtype=dtype),
     devices=("cpu",),
-    dtypes=(torch.bfloat16,),
-    obstacle=lambda device: obstacle(),
+    dtypes=(torch.bfloat16, torch.int8),
+    obstacle=lambda device, dtype: obstacle(dtype),
 )

@@ -1,0 +1,113 @@
+"""Measuring what a checkpoint's convolutions read on frames of a clip: 8-bit integers need these ranges."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpupipe.errors import InputError
+from gpupipe.features import SpeechFeatures
+from gpupipe.files import replacing
+from gpupipe.kernels.crop_resize import crop_and_input
+from gpupipe.models import Mode, UNet328, load_unet
+from gpupipe.models.checkpoint import with_input_channels
+from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf, measure_inputs
+from gpupipe.schedule import template_indices
+from gpupipe.template import Template
+
+FRAMES = 32
+"""Frames whose ranges are taken, unless told otherwise."""
+
+_BATCH = 4
+_CHECKED = 8
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What :func:`calibrate` wrote, and how good it is.
+
+    Attributes:
+        path: of the new checkpoint.
+        frames: how many frames were measured.
+        psnr: of mouths in 8-bit integers against float32, in dB (peak 255), on frames that were not measured.
+        largest: difference among them, in steps of 255.
+    """
+
+    path: Path
+    frames: int
+    psnr: float
+    largest: float
+
+
+def calibrate(
+    checkpoint_path: str | Path,
+    template: str | Path,
+    audio_features: str | Path | NDArray[np.float32] | Tensor,
+    output_path: str | Path,
+    mode: Mode = "ave",
+    *,
+    frames: int = FRAMES,
+) -> Calibration:
+    """Write a checkpoint that can be rendered with ``precision="int8"``: the same weights, and ranges in its metadata.
+
+    The ranges are those of ``frames`` frames, spread evenly over the clip that these features make of this template.
+    They hold for other clips of the face, too. Up to 8 frames between them are painted in 8-bit integers, simulated,
+    and compared.
+
+    Args:
+        audio_features: speech features, as :meth:`gpupipe.FrameGenerationPipeline.generate_video` takes them.
+        output_path: a ``.safetensors`` file; it may be ``checkpoint_path`` itself.
+
+    Raises:
+        CheckpointError: as :class:`gpupipe.UNetModel`.
+        InputError: the template or the features cannot be used, the clip has fewer than 2 frames, or ``frames`` is less
+            than 1.
+        OutputError: ``output_path`` cannot be written.
+    """
+    path = Path(output_path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: has the suffix {path.suffix!r}; expected '.safetensors', which holds metadata")
+    if frames < 1:
+        raise InputError(f"frames is {frames}; expected at least 1")
+    network = load_unet(checkpoint_path, mode)
+    speech = SpeechFeatures(audio_features, mode)
+    if len(speech) < 2:
+        raise InputError(f"{speech.name}: makes {len(speech)} frame; expected at least 2, one of them to check with")
+    numbers = np.unique(np.linspace(0, len(speech) - 1, 2 * frames).round().astype(np.int64))
+    measured, others = numbers[::2], numbers[1::2]
+    opened = Template.from_directory(template)
+    parts = np.array_split(measured, -(-len(measured) // _BATCH))
+    network.input_channels = measure_inputs(network, (network_inputs(opened, speech, part) for part in parts))
+    with replacing(path) as temporary:
+        with_input_channels(checkpoint_path, network.input_channels, temporary)
+    checked = others[:: -(-len(others) // _CHECKED)]
+    psnr, largest = _compared(network, *network_inputs(opened, speech, checked))
+    return Calibration(path, len(measured), psnr, largest)
+
+
+def network_inputs(template: Template, speech: SpeechFeatures, frames: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    """What the network reads for these frames of a clip: image (B, 6, 320, 320) and audio (B, *audio_shape)."""
+    shown = np.concatenate([template_indices(i, i + 1, template.length) for i in frames.tolist()])
+    kept, index = template.frames.lookup(shown)
+    _, image = crop_and_input(kept["frame"], index, template.boxes[torch.from_numpy(shown)])
+    return image, torch.cat([speech.windows(i, i + 1) for i in frames.tolist()])
+
+
+@torch.inference_mode()
+def _compared(network: UNet328, image: Tensor, audio: Tensor) -> tuple[float, float]:
+    """PSNR and largest difference of mouths in simulated 8-bit integers against float32."""
+    template, speech = Int8TemplateHalf(network).eval(), Int8SpeechHalf(network).eval()
+    difference = torch.cat(
+        [
+            255 * (speech(*template(its_image), its_audio) - network(its_image, its_audio)).double()
+            for its_image, its_audio in zip(image.split(_BATCH), audio.split(_BATCH), strict=True)
+        ]
+    )
+    error = float(difference.square().mean())
+    return (10 * math.log10(255**2 / error) if error else math.inf), float(difference.abs().max())

@@ -1,0 +1,150 @@
+"""Calibrating a checkpoint for 8-bit integers: the same weights, and ranges that are read back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from clips import features
+from typer.testing import CliRunner
+
+from gpupipe import Calibration, CheckpointError, DeviceError, InputError, UNetModel, calibrate
+from gpupipe.cli import app
+from gpupipe.models import load_state_dict, load_unet
+from gpupipe.models.checkpoint import with_input_channels
+
+KEY = "gpupipe.input_channels"
+
+
+@pytest.fixture(scope="module")
+def made(
+    tiny_checkpoint: Callable[..., Path], clip: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Calibration:
+    target = tmp_path_factory.mktemp("calibrated") / "int8.safetensors"
+    return calibrate(tiny_checkpoint(), clip["template"], clip["features"], target, frames=3)
+
+
+def test_the_weights_are_the_same_and_the_ranges_are_read_back(
+    made: Calibration, tiny_checkpoint: Callable[..., Path]
+) -> None:
+    before, after = load_state_dict(tiny_checkpoint()), load_state_dict(made.path)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
+    assert load_unet(tiny_checkpoint()).input_channels is None
+    channels = load_unet(made.path).input_channels
+    assert channels is not None
+    image = channels["inc.inconv.0.conv.0"]
+    assert image.least.shape == (6,) and (image.least >= 0).all() and (image.greatest <= 1).all()
+    assert (image.mean > image.least).any() and (image.mean <= image.greatest).all()
+    assert made.frames == 3
+    assert 20 < made.psnr < 80 and 0 < made.largest < 100, "of random weights; rounded, and the same picture"
+
+
+def test_a_checkpoint_may_be_calibrated_in_place_and_again(
+    made: Calibration, clip: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "again.safetensors"
+    path.write_bytes(made.path.read_bytes())
+    calibrate(path, clip["template"], np.load(clip["features"]), path, frames=3)
+    assert path.read_bytes() == made.path.read_bytes()
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"output_path": "out.pth"}, r"^out\.pth: has the suffix '\.pth'; expected '\.safetensors'"),
+        ({"frames": 0}, r"^frames is 0; expected at least 1$"),
+        ({"audio_features": features(1)}, r"^audio features: makes 1 frame; expected at least 2"),
+        ({"mode": "wenet"}, r"is a checkpoint of mode ave or hubert; expected mode wenet$"),
+        ({"template": "nowhere"}, r"^nowhere"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_told(
+    changed: dict[str, Any],
+    told: str,
+    tiny_checkpoint: Callable[..., Path],
+    clip: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    given: dict[str, Any] = {"checkpoint_path": tiny_checkpoint(), "template": clip["template"]}
+    given |= {"audio_features": clip["features"], "output_path": tmp_path / "out.safetensors"}
+    with pytest.raises(InputError, match=told):
+        calibrate(**given | changed)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_needs_a_calibrated_checkpoint(tiny_checkpoint: Callable[..., Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"\.pth: lacks the ranges that precision 'int8' needs; expected a"):
+        UNetModel(tiny_checkpoint(), device="cpu", precision="int8")
+
+
+def test_int8_is_for_cpus(made: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpupipe.unet_model.find_device", lambda device: torch.device("cuda:0"))
+    with pytest.raises(DeviceError, match=r"^precision is 'int8'; expected float32, float16 or bfloat16 on cuda:0$"):
+        UNetModel(made.path, precision="int8")
+
+
+def _ranges(change: Callable[[dict[str, Any]], Any]) -> Callable[[str], str]:
+    def changed(text: str) -> str:
+        ranges = json.loads(text)
+        return json.dumps(change(ranges) or ranges)
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:-9],
+        lambda text: "[]",
+        lambda text: "7",
+        lambda text: "[" * 100_000,
+        _ranges(lambda ranges: ranges.pop("outc.conv")[:0]),
+        _ranges(lambda ranges: ranges.update({"outc.conv": ranges["outc.conv"][:2]})),
+        _ranges(lambda ranges: ranges["outc.conv"][0].pop() and None),
+        _ranges(lambda ranges: ranges["outc.conv"][1].__setitem__(0, math.nan)),
+        _ranges(lambda ranges: ranges["outc.conv"][1].__setitem__(0, "x")),
+        _ranges(lambda ranges: ranges["outc.conv"].__setitem__(0, [9e9] * len(ranges["outc.conv"][0]))),
+        _ranges(lambda ranges: ranges["outc.conv"].__setitem__(0, [[0.0]] * len(ranges["outc.conv"][0]))),
+    ],
+)
+def test_damaged_ranges_are_told(damage: Callable[[str], str], made: Calibration, tmp_path: Path) -> None:
+    with safetensors.safe_open(made.path, framework="pt") as file:
+        metadata = file.metadata()
+    damaged = tmp_path / "damaged.safetensors"
+    state = safetensors.torch.load_file(made.path)
+    safetensors.torch.save_file(state, damaged, metadata=metadata | {KEY: damage(metadata[KEY])})
+    with pytest.raises(CheckpointError) as caught:
+        load_unet(damaged)
+    assert str(caught.value).startswith(f"{damaged}: its metadata {KEY} is damaged (")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pth_becomes_safetensors_with_views_and_wrappers_resolved(
+    made: Calibration, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    state = load_state_dict(tiny_checkpoint())
+    wrapped = tmp_path / "wrapped.pth"
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, wrapped)
+    channels = load_unet(made.path).input_channels
+    assert channels is not None
+    with_input_channels(wrapped, channels, tmp_path / "out.safetensors")
+    assert load_state_dict(tmp_path / "out.safetensors").keys() == state.keys()
+
+
+def test_the_command(tiny_checkpoint: Callable[..., Path], clip: dict[str, Path], tmp_path: Path) -> None:
+    words = ["calibrate", "--checkpoint", tiny_checkpoint(), "--template", clip["template"], "--frames", "2"]
+    words += ["--audio-features", clip["features"], "--output", tmp_path / "int8.safetensors"]
+    result = CliRunner().invoke(app, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    assert "int8.safetensors: written; 2 frames were measured, and on others mouths in int8 are at" in result.output
+    assert load_unet(tmp_path / "int8.safetensors").input_channels is not None
