@@ -54,7 +54,11 @@ def test_a_checkpoint_may_be_calibrated_in_place_and_again(
     path = tmp_path / "again.safetensors"
     path.write_bytes(made.path.read_bytes())
     calibrate(path, clip["template"], np.load(clip["features"]), path, frames=3)
-    assert path.read_bytes() == made.path.read_bytes()
+    again, before = load_unet(path).input_channels, load_unet(made.path).input_channels
+    assert again is not None and before is not None
+    for name, one in again.items():
+        for found, expected in zip(one, before[name], strict=True):
+            assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4), name
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
