@@ -47,8 +47,8 @@ from gpupipe.errors import DeviceError, first_line
 from gpupipe.graphs import replayed
 from gpupipe.lanes import Lanes, available_cores, cpu_lanes, map_in_lanes
 from gpupipe.models import MODES, UNet328
+from gpupipe.models.codes import measure_inputs
 from gpupipe.models.fold import fold_batch_norms
-from gpupipe.models.int8 import measure_inputs
 from gpupipe.models.unet328 import INPUT_SIZE, random_inputs
 from gpupipe.onnx_export import export_onnx, export_unet
 from gpupipe.quiet_onnxruntime import onnxruntime

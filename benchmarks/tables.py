@@ -237,19 +237,17 @@ def unet(rows: Rows) -> str:
 
 def precision(rows: Rows) -> str:
     """What a number format costs in picture quality."""
-    newest: dict[tuple[str, str, str], dict[str, Record]] = {}
+    newest: dict[tuple[str, str], dict[str, Record]] = {}
     for row in rows:
         if row["what"] == "precision" and row["error"] is None:
-            device = (
-                "" if row["provider"] == "simulated" else row["device"]
-            )  # a simulation gives the same on every device
-            newest.setdefault((device, row["provider"], row["value"]), {})[row["metric"]] = row
+            newest.setdefault((row["provider"], row["value"]), {})[row["metric"]] = row
     lines = ["| format | by | PSNR | largest difference | frames | commit |", "| --- | --- | --- | --- | --- | --- |"]
-    for (device, provider, name), found in sorted(newest.items(), key=lambda item: -item[1]["psnr"]["p50"]):
+    for (provider, name), found in sorted(newest.items(), key=lambda item: -item[1]["psnr"]["p50"]):
         psnr, largest = found["psnr"], found["largest_difference"]
-        by = f"{provider} on {device}"
+        by = f"{provider} on {psnr['device']}"
         if provider == "simulated":
-            by = "simulated: convolutions' inputs rounded" if name == "int8" else "simulated: layers' outputs rounded"
+            rounded = "convolutions' inputs and weights" if name == "int8" else "layers' outputs"
+            by = f"simulated: {rounded} rounded"
         lines.append(
             f"| {name} | {by} | {psnr['p50']:.1f} dB | {largest['p50']:.1f} steps of 255 |"
             f" {psnr['config']['frames']} | `{psnr['commit']}` |"

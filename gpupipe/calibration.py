@@ -17,7 +17,8 @@ from gpupipe.files import replacing
 from gpupipe.kernels.crop_resize import crop_and_input
 from gpupipe.models import Mode, UNet328, load_unet
 from gpupipe.models.checkpoint import with_input_channels
-from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf, measure_inputs
+from gpupipe.models.codes import measure_inputs
+from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf
 from gpupipe.schedule import template_indices
 from gpupipe.template import Template
 
@@ -45,6 +46,7 @@ class Calibration:
     largest: float
 
 
+@torch.autocast("cpu", enabled=False)
 def calibrate(
     checkpoint_path: str | Path,
     template: str | Path,

@@ -29,7 +29,10 @@ Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1 …; by default a 
 Engine = Annotated[engines.EngineName, Option(help="How the network is run; auto takes the fastest here.")]
 Precision = Annotated[
     engines.Precision | None,
-    Option(help="Network precision: by default float32 on a CPU and float16 on CUDA; some CPUs take bfloat16."),
+    Option(
+        help="Network precision: by default float32 on a CPU and float16 on CUDA; some CPUs take bfloat16, and int8"
+        " with a checkpoint that calibrate wrote."
+    ),
 ]
 Exact = Annotated[
     bool,

@@ -167,16 +167,13 @@ def with_input_channels(source: str | Path, channels: Mapping[str, Channels], ta
     """
     told = {name: [[float(f"{value:.6g}") for value in row.tolist()] for row in one] for name, one in channels.items()}
     state = {name: value.contiguous().clone() for name, value in load_state_dict(source).items()}
-    metadata = {"format": "pt", _INPUT_CHANNELS: json.dumps(told)}
+    metadata = _metadata(Path(source)) | {"format": "pt", _INPUT_CHANNELS: json.dumps(told)}
     Path(target).write_bytes(safetensors.torch.save(state, metadata))
 
 
 def _read_input_channels(path: str | Path, network: UNet328) -> dict[str, Channels] | None:
     """What :func:`with_input_channels` wrote; None if it did not write this file."""
-    if Path(path).suffix != ".safetensors":
-        return None
-    with safetensors.safe_open(path, framework="pt") as file:
-        told = (file.metadata() or {}).get(_INPUT_CHANNELS)
+    told = _metadata(Path(path)).get(_INPUT_CHANNELS)
     if told is None:
         return None
     wanted = {name: layer.weight.shape[1] * layer.groups for name, layer in _convolutions(network)}
@@ -198,6 +195,14 @@ def _read_input_channels(path: str | Path, network: UNet328) -> dict[str, Channe
             " calibrate wrote"
         ) from error
     return made
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What a ``.safetensors`` file says beside its tensors; other files say nothing."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safetensors.safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
 
 
 def _convolutions(network: UNet328) -> list[tuple[str, nn.Conv2d]]:

@@ -145,6 +145,15 @@ def test_a_pth_becomes_safetensors_with_views_and_wrappers_resolved(
     assert load_state_dict(tmp_path / "out.safetensors").keys() == state.keys()
 
 
+def test_other_metadata_is_kept(made: Calibration, clip: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "told.safetensors"
+    safetensors.torch.save_file(load_state_dict(made.path), path, metadata={"trained": "by hand"})
+    calibrate(path, clip["template"], clip["features"], path, frames=2)
+    with safetensors.safe_open(path, framework="pt") as file:
+        assert file.metadata()["trained"] == "by hand"
+        assert KEY in file.metadata()
+
+
 def test_the_command(tiny_checkpoint: Callable[..., Path], clip: dict[str, Path], tmp_path: Path) -> None:
     words = ["calibrate", "--checkpoint", tiny_checkpoint(), "--template", clip["template"], "--frames", "2"]
     words += ["--audio-features", clip["features"], "--output", tmp_path / "int8.safetensors"]

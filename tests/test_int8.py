@@ -16,9 +16,10 @@ from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.demo import BUNDLE
 from gpupipe.models import MODES, Mode, UNet328, load_unet
 from gpupipe.models import int8 as integers
+from gpupipe.models.codes import Codes, Int8Conv, coded, measure_inputs
 from gpupipe.models.fold import fold_batch_norms
-from gpupipe.models.hoisted import TEMPLATE_FEATURES
-from gpupipe.models.int8 import Int8Conv, Int8SpeechHalf, Int8TemplateHalf, coded, measure_inputs
+from gpupipe.models.hoisted import TEMPLATE_FEATURES, conv1x1
+from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf
 from gpupipe.models.unet328 import Channels
 from gpupipe.onnx_export import export_halves
 from gpupipe.quiet_onnxruntime import onnxruntime
@@ -48,7 +49,7 @@ class Unrounded(Int8Conv):
     def __init__(self, layer: nn.Conv2d, *codes: Any, twice: bool = False) -> None:
         super().__init__(layer, *codes, twice=twice)
         if twice:
-            layer = integers.conv1x1(torch.cat([layer.weight, layer.weight], dim=1) / 2, layer.bias)
+            layer = conv1x1(torch.cat([layer.weight, layer.weight], dim=1) / 2, layer.bias)
         self.exact = coded(layer, *codes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,14 +62,14 @@ def test_without_rounding_it_is_the_network(mode: Mode, width: float, monkeypatc
     """At width 1 the first block of WeNet's audio branch adds its input, too."""
     network = measured(mode, width)
     monkeypatch.setattr(integers, "Int8Conv", Unrounded)
-    monkeypatch.setattr(integers, "signed", lambda codes: codes)
-    monkeypatch.setattr(integers, "unsigned", torch.relu)
+    monkeypatch.setattr(integers, "round_signed", lambda codes: codes)
+    monkeypatch.setattr(integers, "round_unsigned", torch.relu)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     image, audio = network_inputs(mode, 2)
     error = (paint(network, image, audio) - steps(network, image, audio)).abs().max()
     assert error < 0.01, "in steps of 255: float32 rounding"
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items()), "it is left as it is"
-    monkeypatch.setattr(integers, "unsigned", lambda codes: codes)
+    monkeypatch.setattr(integers, "round_unsigned", lambda codes: codes)
     assert (paint(network, image, audio) - steps(network, image, audio)).abs().max() > 0.1, "without ReLU"
 
 
@@ -126,9 +127,9 @@ def test_features_and_weights_are_whole_numbers_of_8_bits() -> None:
 @torch.no_grad()
 def test_an_input_that_comes_twice_halves_the_weights_steps() -> None:
     torch.manual_seed(0)
-    layer = integers.conv1x1(torch.randn(8, 12, 1, 1), torch.zeros(8))
-    codes = integers.Codes(torch.ones(12), torch.zeros(12), torch.zeros(12))
-    both = integers.Codes(*(torch.cat([part, part]) for part in codes))
+    layer = conv1x1(torch.randn(8, 12, 1, 1), torch.zeros(8))
+    codes = Codes(torch.ones(12), torch.zeros(12), torch.zeros(12))
+    both = Codes(*(torch.cat([part, part]) for part in codes))
     once, twice = Int8Conv(layer, codes, None), Int8Conv(layer, both, None, twice=True)
     sums = twice.weight.chunk(2, dim=1)[0] + twice.weight.chunk(2, dim=1)[1]
     exact = layer.weight

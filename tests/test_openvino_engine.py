@@ -21,7 +21,7 @@ from gpupipe.errors import DeviceError
 from gpupipe.landmarks import crop_box, read_landmarks
 from gpupipe.lanes import Lanes, map_in_lanes
 from gpupipe.models import MODES, Mode, UNet328, load_unet
-from gpupipe.models.int8 import measure_inputs
+from gpupipe.models.codes import measure_inputs
 from gpupipe.speech import SpeechEncoder
 
 CPU = torch.device("cpu")

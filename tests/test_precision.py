@@ -9,7 +9,7 @@ import torch
 
 from gpupipe.benchmarks.precision import compare, simulated, simulated_int8, steps
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.models.int8 import measure_inputs
+from gpupipe.models.codes import measure_inputs
 from gpupipe.models.unet328 import UNet328, random_inputs
 
 

@@ -7,7 +7,7 @@
 | `fused`       | Triton kernels (:mod:`gpupipe.kernels.inverted_residual`) | CUDA |
 | `gluon`       | the same, and on large maps Gluon kernels (:mod:`gpupipe.kernels.whole_block`) | CUDA |
 | `onnxruntime` | ONNX Runtime on :mod:`gpupipe.models.blocked`, float32 | CPU   |
-| `openvino`    | OpenVINO on the same, bfloat16                         | CPU   |
+| `openvino`    | OpenVINO on the same in bfloat16, or on :mod:`gpupipe.models.int8` | CPU |
 
 Every engine runs the network in two halves, so that the half that sees only the template can be cached.
 """
