@@ -8,7 +8,7 @@ mouths are compared before they are rounded, scaled to 0 … 255: PSNR over all 
 On CUDA every engine runs in its own precisions. On a CPU the `openvino` engine runs in bfloat16 and int8, where it can,
 and all formats are *simulated*: weights and every layer's output are rounded to the format, and sums are float32, as on
 tensor cores with float32 accumulators when each layer writes its output to memory; int8 as :mod:`gpupipe.models.int8`
-has it. This says nothing about speed. The bundled network's ranges for int8 are from other frames of the same sample.
+has it. This says nothing about speed. The bundled network's ranges for int8 are from frames of the same sample.
 """
 
 from __future__ import annotations

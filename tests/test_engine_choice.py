@@ -171,7 +171,9 @@ def test_an_obstacle_is_logged_and_checked_again_each_time(
     timed.update(onnxruntime=0.1, eager=0.2)
     as_it_is = DECLARED["onnxruntime"]
     for reason, taken in (("it rains", "eager"), (None, "onnxruntime"), ("it rains again", "eager")):
-        monkeypatch.setitem(DECLARED, "onnxruntime", replace(as_it_is, obstacle=lambda device, told=reason: told))
+        monkeypatch.setitem(
+            DECLARED, "onnxruntime", replace(as_it_is, obstacle=lambda device, dtype, told=reason: told)
+        )
         assert make_engine(network, device=CPU).name == taken
     assert fallbacks() == [
         f"engine onnxruntime does not run here (it {rains}): eager runs instead" for rains in ("rains", "rains again")
