@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_name, row
-from gpupipe.calibration import network_inputs
+from gpupipe.calibration import network_inputs, spread
 from gpupipe.demo import BUNDLE
 from gpupipe.engines import EngineName, Precision, make_engine, openvino_cpu
 from gpupipe.engines.choice import find_dtype
@@ -34,6 +34,7 @@ from gpupipe.features import SpeechFeatures
 from gpupipe.models import UNet328, load_unet
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf
+from gpupipe.schedule import template_indices
 from gpupipe.speech import SpeechEncoder
 from gpupipe.template import Template
 
@@ -94,8 +95,9 @@ def sample(frames: int) -> tuple[Tensor, Tensor]:
     """Images and audio windows of ``frames`` frames, spread evenly over the bundled sample."""
     encoder = SpeechEncoder(BUNDLE / "encoder.safetensors")
     speech = SpeechFeatures(torch.cat(list(encoder.covering_features(BUNDLE / "sample.flac"))), "ave")
-    numbers = np.linspace(0, len(speech) - 1, frames).round().astype(np.int64)
-    return network_inputs(Template.from_directory(BUNDLE / "template"), speech, numbers)
+    template, heard = Template.from_directory(BUNDLE / "template"), spread(len(speech), frames)
+    shown = np.concatenate([template_indices(i, i + 1, template.length) for i in heard.tolist()])
+    return network_inputs(template, speech, shown, heard)
 
 
 def contestants(network: UNet328, device: torch.device) -> list[tuple[str, str, Paint]]:

@@ -19,10 +19,9 @@ from gpupipe.models import Mode, UNet328, load_unet
 from gpupipe.models.checkpoint import with_input_channels
 from gpupipe.models.codes import measure_inputs
 from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf
-from gpupipe.schedule import template_indices
 from gpupipe.template import Template
 
-FRAMES = 32
+FRAMES = 64
 """Frames whose ranges are taken, unless told otherwise."""
 
 _BATCH = 4
@@ -58,9 +57,9 @@ def calibrate(
 ) -> Calibration:
     """Write a checkpoint that can be rendered with ``precision="int8"``: the same weights, and ranges in its metadata.
 
-    The ranges are those of ``frames`` frames, spread evenly over the clip that these features make of this template.
-    They hold for other clips of the face, too. Up to 8 frames between them are painted in 8-bit integers, simulated,
-    and compared.
+    The ranges are those of ``frames`` mouths, for template frames and windows of speech that are spread evenly over the
+    whole template and all of the features. Give it speech with all of its sounds: a mouth that opens wider than ever
+    there may be painted wrong. Up to 8 mouths between them are painted in 8-bit integers, simulated, and compared.
 
     Args:
         audio_features: speech features, as :meth:`gpupipe.FrameGenerationPipeline.generate_video` takes them.
@@ -68,8 +67,8 @@ def calibrate(
 
     Raises:
         CheckpointError: as :class:`gpupipe.UNetModel`.
-        InputError: the template or the features cannot be used, the clip has fewer than 2 frames, or ``frames`` is less
-            than 1.
+        InputError: the template or the features cannot be used, there is one template frame and one row of features, or
+            ``frames`` is less than 1.
         OutputError: ``output_path`` cannot be written.
     """
     path = Path(output_path)
@@ -79,26 +78,33 @@ def calibrate(
         raise InputError(f"frames is {frames}; expected at least 1")
     network = load_unet(checkpoint_path, mode)
     speech = SpeechFeatures(audio_features, mode)
-    if len(speech) < 2:
-        raise InputError(f"{speech.name}: makes {len(speech)} frame; expected at least 2, one of them to check with")
-    numbers = np.unique(np.linspace(0, len(speech) - 1, 2 * frames).round().astype(np.int64))
-    measured, others = numbers[::2], numbers[1::2]
     opened = Template.from_directory(template)
+    count = min(2 * frames, max(opened.length, len(speech)))
+    if count < 2:
+        raise InputError(f"{speech.name}: has 1 row, and {template} 1 frame; expected more of either, to check with")
+    pairs = np.stack([spread(opened.length, count), spread(len(speech), count)], axis=1)
+    measured, others = pairs[::2], pairs[1::2]
     parts = np.array_split(measured, -(-len(measured) // _BATCH))
-    network.input_channels = measure_inputs(network, (network_inputs(opened, speech, part) for part in parts))
+    network.input_channels = measure_inputs(network, (network_inputs(opened, speech, *part.T) for part in parts))
     with replacing(path) as temporary:
         with_input_channels(checkpoint_path, network.input_channels, temporary)
     checked = others[:: -(-len(others) // _CHECKED)]
-    psnr, largest = _compared(network, *network_inputs(opened, speech, checked))
+    psnr, largest = _compared(network, *network_inputs(opened, speech, *checked.T))
     return Calibration(path, len(measured), psnr, largest)
 
 
-def network_inputs(template: Template, speech: SpeechFeatures, frames: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """What the network reads for these frames of a clip: image (B, 6, 320, 320) and audio (B, *audio_shape)."""
-    shown = np.concatenate([template_indices(i, i + 1, template.length) for i in frames.tolist()])
+def network_inputs(
+    template: Template, speech: SpeechFeatures, shown: NDArray[np.int64], heard: NDArray[np.int64]
+) -> tuple[Tensor, Tensor]:
+    """What the network reads for template frames (B,) and windows (B,): image (B, 6, 320, 320), (B, *audio_shape)."""
     kept, index = template.frames.lookup(shown)
     _, image = crop_and_input(kept["frame"], index, template.boxes[torch.from_numpy(shown)])
-    return image, torch.cat([speech.windows(i, i + 1) for i in frames.tolist()])
+    return image, torch.cat([speech.windows(i, i + 1) for i in heard.tolist()])
+
+
+def spread(length: int, count: int) -> NDArray[np.int64]:
+    """``count`` of the numbers from 0 to ``length`` - 1, from first to last at equal distances."""
+    return np.linspace(0, length - 1, count).round().astype(np.int64)
 
 
 @torch.inference_mode()

@@ -16,7 +16,17 @@ import torch
 from clips import features
 from typer.testing import CliRunner
 
-from gpupipe import Calibration, CheckpointError, DeviceError, InputError, UNetModel, calibrate
+from gpupipe import (
+    Calibration,
+    CheckpointError,
+    DeviceError,
+    InputError,
+    SpeechFeatures,
+    Template,
+    UNetModel,
+    calibrate,
+    calibration,
+)
 from gpupipe.cli import app
 from gpupipe.models import load_state_dict, load_unet
 from gpupipe.models.checkpoint import with_input_channels
@@ -67,7 +77,6 @@ def test_a_checkpoint_may_be_calibrated_in_place_and_again(
     [
         ({"output_path": "out.pth"}, r"^out\.pth: has the suffix '\.pth'; expected '\.safetensors'"),
         ({"frames": 0}, r"^frames is 0; expected at least 1$"),
-        ({"audio_features": features(1)}, r"^audio features: makes 1 frame; expected at least 2"),
         ({"mode": "wenet"}, r"is a checkpoint of mode ave or hubert; expected mode wenet$"),
         ({"template": "nowhere"}, r"^nowhere"),
     ],
@@ -84,6 +93,34 @@ def test_what_cannot_be_calibrated_is_told(
     with pytest.raises(InputError, match=told):
         calibrate(**given | changed)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_single_frame_leaves_none_to_check_with(
+    tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path: Path
+) -> None:
+    single, target = make_template(tmp_path / "single", frames=1), tmp_path / "out.safetensors"
+    with pytest.raises(InputError, match=r"^audio features: has 1 row, and .*single 1 frame; expected more of either"):
+        calibrate(tiny_checkpoint(), single, features(1), target)
+    assert not target.exists()
+    assert calibrate(tiny_checkpoint(), single, features(2), target).frames == 1
+
+
+def test_the_whole_template_and_all_of_the_speech_are_measured(
+    tiny_checkpoint: Callable[..., Path], clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    inputs = calibration.network_inputs
+
+    def noted(template: Template, speech: SpeechFeatures, shown: Any, heard: Any) -> Any:
+        seen.extend(zip(shown.tolist(), heard.tolist(), strict=True))
+        return inputs(template, speech, shown, heard)
+
+    monkeypatch.setattr(calibration, "network_inputs", noted)
+    made = calibrate(tiny_checkpoint(), clip["template"], clip["features"], tmp_path / "all.safetensors")
+    assert {frame for frame, _ in seen} == set(range(4))
+    assert {row for _, row in seen} == set(range(len(np.load(clip["features"]))))
+    assert made.frames == 6
+    assert len(set(seen)) == len(seen), "none is checked that was measured"
 
 
 def test_int8_needs_a_calibrated_checkpoint(tiny_checkpoint: Callable[..., Path]) -> None:
