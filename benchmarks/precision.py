@@ -14,7 +14,6 @@ has it. This says nothing about speed. The bundled network's ranges for int8 are
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_name, row
-from gpupipe.calibration import network_inputs, spread
+from gpupipe.calibration import compare, network_inputs, spread
 from gpupipe.demo import BUNDLE
 from gpupipe.engines import EngineName, Precision, make_engine, openvino_cpu
 from gpupipe.engines.choice import find_dtype
@@ -153,13 +152,6 @@ def steps(paint: Paint, image: Tensor, audio: Tensor) -> Tensor:
     """Painted mouths in steps of 255, a few frames at a time."""
     painted = [paint(*pair) for pair in zip(image.split(4), audio.split(4), strict=True)]
     return torch.cat([one if one.dtype == torch.uint8 else one.float() * 255 for one in painted]).float()
-
-
-def compare(found: Tensor, exact: Tensor) -> tuple[float, float]:
-    """PSNR in dB over all values, peak 255, and the largest difference."""
-    difference = found.double() - exact.double()
-    error = float(difference.square().mean())
-    return (10 * math.log10(255**2 / error) if error else math.inf), float(difference.abs().max())
 
 
 if __name__ == "__main__":

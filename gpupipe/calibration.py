@@ -86,10 +86,10 @@ def calibrate(
     measured, others = pairs[::2], pairs[1::2]
     parts = np.array_split(measured, -(-len(measured) // _BATCH))
     network.input_channels = measure_inputs(network, (network_inputs(opened, speech, *part.T) for part in parts))
+    checked = others[:: -(-len(others) // _CHECKED)]
+    psnr, largest = _agreement(network, *network_inputs(opened, speech, *checked.T))
     with replacing(path) as temporary:
         with_input_channels(checkpoint_path, network.input_channels, temporary)
-    checked = others[:: -(-len(others) // _CHECKED)]
-    psnr, largest = _compared(network, *network_inputs(opened, speech, *checked.T))
     return Calibration(path, len(measured), psnr, largest)
 
 
@@ -107,15 +107,17 @@ def spread(length: int, count: int) -> NDArray[np.int64]:
     return np.linspace(0, length - 1, count).round().astype(np.int64)
 
 
-@torch.inference_mode()
-def _compared(network: UNet328, image: Tensor, audio: Tensor) -> tuple[float, float]:
-    """PSNR and largest difference of mouths in simulated 8-bit integers against float32."""
-    template, speech = Int8TemplateHalf(network).eval(), Int8SpeechHalf(network).eval()
-    difference = torch.cat(
-        [
-            255 * (speech(*template(its_image), its_audio) - network(its_image, its_audio)).double()
-            for its_image, its_audio in zip(image.split(_BATCH), audio.split(_BATCH), strict=True)
-        ]
-    )
+def compare(found: Tensor, exact: Tensor) -> tuple[float, float]:
+    """PSNR in dB over all values, peak 255, and the largest difference."""
+    difference = found.double() - exact.double()
     error = float(difference.square().mean())
     return (10 * math.log10(255**2 / error) if error else math.inf), float(difference.abs().max())
+
+
+@torch.inference_mode()
+def _agreement(network: UNet328, image: Tensor, audio: Tensor) -> tuple[float, float]:
+    """PSNR and largest difference of mouths in simulated 8-bit integers against float32, in steps of 255."""
+    template, speech = Int8TemplateHalf(network).eval(), Int8SpeechHalf(network).eval()
+    batches = list(zip(image.split(_BATCH), audio.split(_BATCH), strict=True))
+    found = torch.cat([255 * speech(*template(image), audio) for image, audio in batches])
+    return compare(found, torch.cat([255 * network(image, audio) for image, audio in batches]))

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from gpupipe.errors import CheckpointError, one_line
 from gpupipe.files import input_file
+from gpupipe.models.codes import Channels
 from gpupipe.models.pickles import nests_too_deep
-from gpupipe.models.unet328 import AUDIO_SHAPES, CHANNELS, MODES, Channels, Mode, UNet328
+from gpupipe.models.unet328 import AUDIO_SHAPES, CHANNELS, MODES, Mode, UNet328
 from gpupipe.quiet import no_warnings
 
 Module = TypeVar("Module", bound=nn.Module)

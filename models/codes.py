@@ -21,12 +21,20 @@ from torch.nn.functional import conv2d
 
 from gpupipe.models.fold import folded
 from gpupipe.models.hoisted import conv1x1
-from gpupipe.models.unet328 import Channels, UNet328
+from gpupipe.models.unet328 import UNet328
 
 PULL, PULL_INNER = 0.25, 0.6
 """How far a channel's step is moved from the finest for its own range towards the largest channel's: of what blocks
 read, and of what their projections read. A 1×1 convolution's weights share a scale for each output channel, and are
 rounded the more coarsely the more the steps of its inputs differ. A few pairs were tried on the bundled network."""
+
+
+class Channels(NamedTuple):
+    """What each input channel of a convolution holds: float32 (C,)."""
+
+    least: Tensor
+    greatest: Tensor
+    mean: Tensor
 
 
 class Codes(NamedTuple):

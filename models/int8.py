@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gpupipe.models.codes import (
     PULL,
     PULL_INNER,
+    Channels,
     Codes,
     Int8Conv,
     beside,
@@ -29,7 +30,7 @@ from gpupipe.models.codes import (
 )
 from gpupipe.models.fold import folded
 from gpupipe.models.hoisted import HoistedUp, TemplateFeatures, compose, conv1x1
-from gpupipe.models.unet328 import Channels, InvertedResidual, UNet328, Up
+from gpupipe.models.unet328 import InvertedResidual, UNet328, Up
 
 Inputs = dict[nn.Module, Channels]
 """What convolutions read."""

@@ -15,10 +15,13 @@ Parameter names and shapes are those of the family's published checkpoints.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from gpupipe.models.codes import Channels
 
 Mode = Literal["ave", "hubert", "wenet"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -34,14 +37,6 @@ CHANNELS = (32, 64, 128, 256, 512)
 
 Features = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 """x1 … x6: what :meth:`UNet328.encode` makes of a template frame, from 320×320 down to 10×10."""
-
-
-class Channels(NamedTuple):
-    """What each input channel of a convolution holds: float32 (C,)."""
-
-    least: Tensor
-    greatest: Tensor
-    mean: Tensor
 
 
 class InvertedResidual(nn.Module):

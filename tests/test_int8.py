@@ -11,16 +11,16 @@ from clips import network_inputs
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
-from gpupipe.benchmarks.precision import compare, sample, steps
+from gpupipe.benchmarks.precision import sample, steps
 from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.calibration import compare
 from gpupipe.demo import BUNDLE
 from gpupipe.models import MODES, Mode, UNet328, load_unet
 from gpupipe.models import int8 as integers
-from gpupipe.models.codes import Codes, Int8Conv, coded, measure_inputs
+from gpupipe.models.codes import Channels, Codes, Int8Conv, coded, measure_inputs
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.hoisted import TEMPLATE_FEATURES, conv1x1
 from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf
-from gpupipe.models.unet328 import Channels
 from gpupipe.onnx_export import export_halves
 from gpupipe.quiet_onnxruntime import onnxruntime
 

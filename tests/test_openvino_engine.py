@@ -11,8 +11,9 @@ from clips import network_inputs
 from torch import Tensor
 
 from gpupipe import FrameGenerator, UNetModel
-from gpupipe.benchmarks.precision import compare, sample, steps
+from gpupipe.benchmarks.precision import sample, steps
 from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.calibration import compare
 from gpupipe.demo import BUNDLE
 from gpupipe.engines import Precision, make_engine, openvino_cpu
 from gpupipe.engines.declared import candidates

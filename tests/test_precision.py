@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from gpupipe.benchmarks.precision import compare, simulated, simulated_int8, steps
+from gpupipe.benchmarks.precision import simulated, simulated_int8, steps
 from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.calibration import compare
 from gpupipe.models.codes import measure_inputs
 from gpupipe.models.unet328 import UNet328, random_inputs
 

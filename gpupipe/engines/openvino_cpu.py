@@ -1,8 +1,8 @@
 """The `openvino` engine: the network's two halves on the CPU, in bfloat16 or in 8-bit integers.
 
 It is for processors with instructions for them. In bfloat16 it takes little more than half the time that float32 takes
-with AMX, and with AVX512-BF16 only, on the Xeon where that was measured, a third more than float32. OpenVINO is an
-extra: ``pip install 'gpupipe[openvino]'``.
+with AMX, and with AVX512-BF16 only, on the Xeon where that was measured, a third more than float32. In int8 it takes
+half of float32's time there. OpenVINO is an extra: ``pip install 'gpupipe[openvino]'``.
 """
 
 from __future__ import annotations
