@@ -89,16 +89,12 @@ def _check_sums(path: Path) -> None:
 
 
 def unfilled(make: Callable[[], Module]) -> Module:
-    """A module in float32 on the CPU whose weights are to be loaded: drawing them would advance the program's seed.
+    """A module in float32 on the CPU whose weights are to be loaded: that drawing them first advances no seed.
 
-    Counters are 0, since a checkpoint may lack them; all other values are uninitialised.
+    Not made on the meta device, whose tensors import SymPy, which takes longer than drawing.
     """
-    with torch.device("meta"):
-        module = make()
-    module = module.float().to_empty(device="cpu")
-    for buffer in module.buffers():
-        buffer.zero_()
-    return module
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return make().float()
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
