@@ -2,9 +2,9 @@
 
     python -m gpupipe.benchmarks.bench_farm [--template DIR --audio-features NPY --audio SOUND] [--record]
 
-* ``overhead``: a :class:`~gpupipe.FrameGenerationPipeline` renders clips one after the other, then a farm in this
-  process renders the same ones; both load the network, and they swap who begins. ``ratio`` is the farm's time over the
-  single renders', measured for one long clip and for many short ones of the same face.
+* ``overhead``: a :class:`~gpupipe.FrameGenerationPipeline` renders clips one after the other; another opens their
+  avatar once and renders the same; then a farm in this process does. All load the network, and each turn is begun by
+  another. ``ratio`` is the time over the single renders', for one long clip and for many short ones of the same face.
 * ``frames``: milliseconds a frame of one clip on a farm, by the clip's length.
 * ``workers``: frames a second of a farm with 1, 2 … Ray workers on this machine, which share its cores. Starting and
   ending the cluster is timed by a run with nothing to do; that time is the row ``start``, and is subtracted.
@@ -17,6 +17,7 @@ import json
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +67,25 @@ class _Bench:
         self.scenario, self.folder, self.options = scenario, folder, options
 
     def overhead(self) -> list[Row]:
-        """A farm beside single renders."""
+        """A farm, and an avatar that is opened once, beside single renders."""
+        ways = {
+            "single": self._single,
+            "avatar": partial(self._single, opened_once=True),
+            "overhead": lambda clips, files: self._farm([files] * clips).seconds,
+        }
         rows = []
         for shape, (clips, frames) in SHAPES.items():
             files = self.scenario.clip(frames, self.folder)
-            ratios = []
+            ratios: dict[str, list[float]] = {"avatar": [], "overhead": []}
             for turn in range(self.options.rounds + 1):  # the first does not count
-                single, farmed = 0.0, 0.0
-                for who in ("single", "farm") if turn % 2 else ("farm", "single"):
-                    if who == "single":
-                        single = self._single(clips, files)
-                    else:
-                        farmed = self._farm([files] * clips).seconds
-                print(f"{shape}: single {single:.2f} s, farm {farmed:.2f} s", flush=True)
-                ratios.append(farmed / single)
-            spread = Spread.of(ratios[1:])
+                first = turn % len(ways)
+                took = {who: ways[who](clips, files) for who in (*list(ways)[first:], *list(ways)[:first])}
+                print(f"{shape}: " + ", ".join(f"{who} {seconds:.2f} s" for who, seconds in took.items()), flush=True)
+                for who, measured in ratios.items():
+                    measured.append(took[who] / took["single"])
             config = {"clips": clips, "frames": frames}
-            rows.append(self._row(spread, "overhead", shape, metric="ratio", unit="×", config=config))
+            for who, measured in ratios.items():
+                rows.append(self._row(Spread.of(measured[1:]), who, shape, metric="ratio", unit="×", config=config))
         return rows
 
     def frames(self) -> list[Row]:
@@ -114,11 +117,12 @@ class _Bench:
             rows.append(self._row(Spread.of(starts), "workers", workers, metric="start", unit="s", config=config))
         return rows
 
-    def _single(self, clips: int, files: tuple[Path, Path]) -> float:
+    def _single(self, clips: int, files: tuple[Path, Path], *, opened_once: bool = False) -> float:
         start = time.perf_counter()
         pipeline = FrameGenerationPipeline(self.scenario.checkpoint, self.scenario.mode, self.options.device)
+        template = pipeline.open_avatar(self.scenario.template) if opened_once else self.scenario.template
         for _ in range(clips):
-            pipeline.generate_video(files[0], self.scenario.template, files[1], self.folder / "single.mp4")
+            pipeline.generate_video(files[0], template, files[1], self.folder / "single.mp4")
         return time.perf_counter() - start
 
     def _farm(

@@ -280,7 +280,12 @@ def instructions(rows: Rows) -> str:
 
 def farm(rows: Rows) -> str:
     """What a farm costs beside single renders, and its speed by clip length and by workers."""
-    axes = {"overhead": "farm's time over single renders'", "frames": "frames of one clip", "workers": "workers of Ray"}
+    axes = {
+        "overhead": "farm's time over single renders'",
+        "avatar": "open avatar's time over single renders'",
+        "frames": "frames of one clip",
+        "workers": "workers of Ray",
+    }
     newest: dict[tuple[Any, ...], Record] = {}
     for row in rows:
         if row["what"] == "farm" and row["error"] is None:

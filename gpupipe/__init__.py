@@ -1,5 +1,6 @@
 """gpupipe: lip-synced talking-head video, rendered in batches on the GPU, and as fast as it can on a CPU."""
 
+from gpupipe.avatar import Avatar
 from gpupipe.calibration import Calibration, calibrate
 from gpupipe.errors import CheckpointError, DeviceError, GpupipeError, InputError, OutputError
 from gpupipe.features import SpeechFeatures, audio_windows
@@ -11,6 +12,7 @@ from gpupipe.unet_model import UNetModel
 from gpupipe.versions import __version__ as __version__
 
 __all__ = [
+    "Avatar",
     "Calibration",
     "CheckpointError",
     "DeviceError",

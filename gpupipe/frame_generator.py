@@ -18,7 +18,7 @@ from gpupipe.errors import InputError
 from gpupipe.fallbacks import note_fallback
 from gpupipe.features import SpeechFeatures
 from gpupipe.image_processor import Image, ImageProcessor
-from gpupipe.kernels.nv12 import PixelFormat
+from gpupipe.kernels.nv12 import PixelFormat, from_nv12, to_nv12
 from gpupipe.models import AUDIO_SHAPES, Mode
 from gpupipe.schedule import WINDOW_ROWS, times_shown
 from gpupipe.seam import FEATHER, Blend, feather_width
@@ -174,7 +174,7 @@ class FrameGenerator:
 
     def stream(
         self,
-        template: Template,
+        template: Template | Avatar,
         speech: SpeechFeatures,
         *,
         start_frame: int = 0,
@@ -184,6 +184,7 @@ class FrameGenerator:
         """Render a clip batch by batch.
 
         Args:
+            template: an avatar, whose seam stays its own, keeps what it makes of template frames for its next clip.
             start_frame: first frame of the stretch of the template that is walked to its end and back; the clip begins
                 with the one after it (:func:`~gpupipe.schedule.template_indices`).
             pixel_format: of the finished frames.
@@ -195,14 +196,23 @@ class FrameGenerator:
             higher rate than the features' own at most that. Made in inference mode: outside it, write to a clone.
 
         Raises:
-            InputError: ``start_frame`` outside the template or ``fps`` out of range, before anything is rendered.
+            InputError: ``start_frame`` outside the template, ``fps`` out of range or another network's avatar, before
+                anything is rendered.
         """
-        # On a CPU a frame shown once is not worth caching; on CUDA the captured graph reads only from the cache, so
-        # everything is.
-        shown = times_shown(len(speech), template.length, start_frame)
-        cacheable = shown >= (2 if template.device.type == "cpu" else 1)
-        avatar = self.avatar(template, pixel_format, cacheable=cacheable)
-        return self._batches(self.shot(avatar, speech, start_frame=start_frame, fps=fps))
+        if isinstance(template, Avatar):
+            avatar = template
+            if avatar.engine is not self.unet_model.engine:
+                raise InputError(f"{avatar.template.name}: was opened for another network; expected this one's avatar")
+        else:
+            # On a CPU a frame shown once is not worth caching; on CUDA the captured graph reads only from the cache, so
+            # everything is.
+            shown = times_shown(len(speech), template.length, start_frame)
+            cacheable = shown >= (2 if template.device.type == "cpu" else 1)
+            avatar = self.avatar(template, pixel_format, cacheable=cacheable)
+        batches = self._batches(self.shot(avatar, speech, start_frame=start_frame, fps=fps))
+        if avatar.pixel_format == pixel_format:
+            return batches
+        return map(from_nv12 if pixel_format == "bgr" else to_nv12, batches)
 
     def avatar(
         self, template: Template, pixel_format: PixelFormat = "bgr", *, cacheable: NDArray[np.bool_] | None = None

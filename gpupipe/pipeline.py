@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -22,7 +23,7 @@ from gpupipe.features import FeatureSource, SpeechFeatures, save_features_bin
 from gpupipe.files import make_folder, replacing
 from gpupipe.frame_generator import FrameGenerator
 from gpupipe.kernels.dispatch import backend
-from gpupipe.kernels.nv12 import from_nv12
+from gpupipe.kernels.nv12 import PixelFormat, from_nv12
 from gpupipe.lanes import available_cores
 from gpupipe.models import Mode
 from gpupipe.onnx_export import OPSET_VERSION
@@ -120,10 +121,36 @@ class FrameGenerationPipeline:
         )
         self.last_render: RenderRecord | None = None
 
+    def open_avatar(
+        self, template_dir: str | Path, *, use_parsing: bool = False, pixel_format: PixelFormat | None = None
+    ) -> Avatar:
+        """Open a template for many clips: what is made of its frames alone is then made once, and not for each clip.
+
+        Give it to the methods below in place of ``template_dir``, to one at a time. It holds its memory
+        (``memory_budget``) as long as it is referred to, and sees no file that changes.
+
+        Args:
+            template_dir: as :meth:`gpupipe.Template.from_directory` takes it.
+            use_parsing: for all clips.
+            pixel_format: of the frames that it renders; where a method needs the other format, they are converted.
+                None takes ``"nv12"``, as video has it, if width and height are even.
+
+        Raises:
+            InputError: a template that cannot be used, or ``"nv12"`` for an odd size.
+        """
+        template = self.generator.open_template_directory(template_dir, use_parsing=use_parsing)
+        even = template.width % 2 == template.height % 2 == 0
+        if pixel_format == "nv12" and not even:
+            raise InputError(
+                f"{template.name}: frames are {template.width}×{template.height}; expected pixel format 'bgr', since"
+                " 'nv12' needs even sizes"
+            )
+        return self.generator.avatar(template, pixel_format or ("nv12" if even else "bgr"))
+
     def generate_video(
         self,
         audio_features_path: FeatureSource,
-        template_dir: str | Path,
+        template_dir: str | Path | Avatar,
         audio_path: str | Path | None,
         output_path: str | Path,
         start_frame: int = 0,
@@ -142,7 +169,7 @@ class FrameGenerationPipeline:
 
         Args:
             audio_features_path: ``.npy``, or the features themselves.
-            template_dir: as :meth:`gpupipe.Template.from_directory` takes it.
+            template_dir: as :meth:`gpupipe.Template.from_directory` takes it, or from :meth:`open_avatar`.
             audio_path: any file that FFmpeg reads with a sound track; None renders a silent video.
             output_path: ``.mp4``, ``.mkv`` or ``.mov``; appears only when it is whole.
             start_frame: the template is walked from this frame to its end and back; the clip begins with the frame
@@ -171,8 +198,11 @@ class FrameGenerationPipeline:
         check_suffix(output_path)
         if audio_path is not None:
             open_sound(audio_path).close()
-        with measuring(profile) as stages:
-            template, speech = self._open(audio_features_path, template_dir, start_frame, use_parsing, stages)
+        with (
+            measuring(profile) as stages,
+            self._opened(audio_features_path, template_dir, start_frame, use_parsing, stages) as (face, speech),
+        ):
+            template = face.template if isinstance(face, Avatar) else face
             with VideoWriter(
                 output_path,
                 width=template.width,
@@ -192,7 +222,7 @@ class FrameGenerationPipeline:
                     pixel_format = "nv12" if template.is_video else "bgr"  # as the template keeps its pixels
                     folder = make_folder(frames_dir or output_path.with_name(f"{output_path.stem}_frames"))
                 batches = self.generator.stream(
-                    template, speech, start_frame=start_frame, pixel_format=pixel_format, fps=fps
+                    face, speech, start_frame=start_frame, pixel_format=pixel_format, fps=fps
                 )
                 if folder is not None:
                     batches = _saving(batches, folder)
@@ -207,7 +237,7 @@ class FrameGenerationPipeline:
     def generate_frames_only(
         self,
         audio_features_path: FeatureSource,
-        template_dir: str | Path,
+        template_dir: str | Path | Avatar,
         output_dir: str | Path,
         start_frame: int = 0,
         fps: float = 25,
@@ -224,14 +254,14 @@ class FrameGenerationPipeline:
         there are those of :meth:`generate_video`'s video of ``fps`` frames a second.
         """
         phases, stages = _Phases(), Stages()
-        template, speech = self._open(audio_features_path, template_dir, start_frame, use_parsing, stages)
-        phases.end("open")
-        rate = fps if resample else None
-        batches = self.generator.stream(template, speech, start_frame=start_frame, fps=rate)
-        batches = _counting(batches, speech.timing(rate).frames, progress)
-        frames = (frame for batch in batches for frame in batch.cpu().numpy())
-        paths = write_frames(frames, output_dir, image_format=image_format)
-        phases.end("render")
+        with self._opened(audio_features_path, template_dir, start_frame, use_parsing, stages) as (face, speech):
+            phases.end("open")
+            rate = fps if resample else None
+            batches = self.generator.stream(face, speech, start_frame=start_frame, fps=rate)
+            batches = _counting(batches, speech.timing(rate).frames, progress)
+            frames = (frame for batch in batches for frame in batch.cpu().numpy())
+            paths = write_frames(frames, output_dir, image_format=image_format)
+            phases.end("render")
         self.last_render = self._record(len(paths), phases, stages)
         return paths
 
@@ -260,7 +290,8 @@ class FrameGenerationPipeline:
         """
         if num_sample_frames < 1:
             raise InputError(f"number of sample frames is {num_sample_frames}; expected 1 or more")
-        template, speech = self._open(audio_features_path, template_dir, 0, use_parsing=False)
+        speech = SpeechFeatures(audio_features_path, self.mode)
+        template = self.generator.open_template_directory(template_dir, clip=(0, len(speech)))
         folder = make_folder(output_dir)
         indices = sorted(set(np.linspace(0, len(speech) - 1, num_sample_frames).round().astype(int).tolist()))
         avatar = Avatar(template, self.unet_model.engine, feather=0)
@@ -282,20 +313,31 @@ class FrameGenerationPipeline:
             temporary.write_text(json.dumps(facts, indent=2) + "\n")
         return facts
 
-    def _open(
+    @contextlib.contextmanager
+    def _opened(
         self,
         features_path: FeatureSource,
-        template_dir: str | Path,
+        face: str | Path | Avatar,
         start_frame: int,
         use_parsing: bool,
-        stages: Stages = UNTIMED,
-    ) -> tuple[Template, SpeechFeatures]:
-        """Open and check a clip's template and features."""
+        stages: Stages,
+    ) -> Iterator[tuple[Template | Avatar, SpeechFeatures]]:
+        """Open and check what a clip is made from; inside, ``stages`` measures what it costs."""
         speech = SpeechFeatures(features_path, self.mode)
-        template = self.generator.open_template_directory(
-            template_dir, use_parsing=use_parsing, clip=(start_frame, len(speech)), stages=stages
-        )
-        return template, speech
+        if not isinstance(face, Avatar):
+            template = self.generator.open_template_directory(
+                face, use_parsing=use_parsing, clip=(start_frame, len(speech)), stages=stages
+            )
+            yield template, speech
+            return
+        if use_parsing and not face.template.uses_parsing:
+            name = face.template.name
+            raise InputError(f"{name}: was opened without parsing; expected open_avatar(…, use_parsing=True)")
+        face.template.stages = stages
+        try:
+            yield face, speech
+        finally:
+            face.template.stages = UNTIMED
 
     def _record(self, frames: int, phases: _Phases, stages: Stages, codec: str | None = None) -> RenderRecord:
         model = self.unet_model

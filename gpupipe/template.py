@@ -45,7 +45,7 @@ class Template:
         exact: decode JPEGs on the CPU even for a CUDA device.
         memory_budget: bytes for all that is kept per template frame; None lets the device decide
             (:func:`~gpupipe.memory.default_budget`).
-        stages: measures where the time of this template's clip goes.
+        stages: measures where the time of this template's clip goes; set it anew for each further clip.
 
     Attributes:
         length: number of frames L.
@@ -151,6 +151,11 @@ class Template:
     def is_video(self) -> bool:
         """Whether the frames come from a video file and are kept as NV12."""
         return self._video is not None
+
+    @property
+    def uses_parsing(self) -> bool:
+        """Whether its images of the parsing say where the template's pixels stay."""
+        return bool(self._parsing)
 
     def _decode(self, frames: NDArray[np.int64]) -> Tensors:
         """Decode frames, and their masks if there are any."""

@@ -332,6 +332,25 @@ def test_batches_are_queued_without_waiting(
 
 
 @pytest.mark.cuda
+@pytest.mark.usefixtures("triton_kernels")
+def test_next_clip_of_an_avatar_replays_the_graph(
+    tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path: Path
+) -> None:
+    generator = FrameGenerator(UNetModel(tiny_checkpoint(), device=CUDA, engine="eager", exact=True), batch_size=2)
+    template = Template.from_directory(make_template(tmp_path / "template", 2), device=CUDA)
+    rows = np.random.default_rng(0).standard_normal((8, 512)).astype(np.float32)
+    kept, graphs_met, clips = generator.avatar(template, "nv12"), [], []
+    for avatar in (kept, kept, template):
+        batches = generator.stream(avatar, SpeechFeatures(rows), pixel_format="nv12")
+        clips.append(torch.cat([batch.clone() for batch in batches]))
+        graphs_met.append(kept._graphed)
+    assert graphs_met[0] is not None
+    assert graphs_met[1] is graphs_met[0]
+    assert torch.equal(clips[1], clips[0])
+    assert torch.equal(clips[2], clips[0])
+
+
+@pytest.mark.cuda
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_check_for_waiting_sees_a_wait(no_waiting: Callable[[], None]) -> None:
     values = torch.ones(3, device=CUDA)
