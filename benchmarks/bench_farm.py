@@ -17,6 +17,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class _Bench:
 
     def overhead(self) -> list[Row]:
         """A farm, and an avatar that is opened once, beside single renders."""
-        ways = {
+        ways: dict[str, Callable[[int, tuple[Path, Path]], float]] = {
             "single": self._single,
             "avatar": partial(self._single, opened_once=True),
             "overhead": lambda clips, files: self._farm([files] * clips).seconds,

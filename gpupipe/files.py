@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import stat
 from collections.abc import Iterator
@@ -17,6 +18,10 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+_LONGEST_STEM = 150
+"""Bytes of a file's name that its temporary one repeats: file systems take 255."""
 
 
 def input_file(path: str | Path, what: str, error: type[InputError] = InputError) -> Path:
@@ -90,14 +95,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
             raise OutputError(f"{path}: is {_kind(mode)}; expected the name of a file to write")
     except OSError as error:
         raise output_error(path, error) from error
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(6)}.part{path.suffix}")
+    short = os.fsencode(path.stem)[:_LONGEST_STEM].decode(errors="ignore")
+    temporary = path.with_name(f".{short}-{secrets.token_hex(6)}.part{path.suffix}")
     try:  # before the file exists: an interrupt may come as soon as it does
         temporary.touch(exist_ok=False)  # with the user's default permissions, unlike mkstemp
         yield temporary
         temporary.replace(path)
     except OSError as error:
         other = error.filename and Path(str(error.filename)).name not in {path.name, temporary.name}
-        if other:
+        if other or isinstance(error, ConnectionError | TimeoutError):  # no file's: a caller's own
             raise
         raise output_error(path, error) from error
     finally:

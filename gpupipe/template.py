@@ -216,7 +216,8 @@ def template_files(directory: str | Path, *, use_parsing: bool = False) -> list[
 
 def _sources(directory: Path) -> list[Path]:
     """Return where the frames of a template directory may be: a folder of images, or a video."""
-    return [directory / "full_body_img", *(directory / f"template{suffix}" for suffix in VIDEO_SUFFIXES)]
+    videos = (path for path in directory.glob("template.*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    return [directory / "full_body_img", *sorted(videos)]
 
 
 class TemplateSize(NamedTuple):

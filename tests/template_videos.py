@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -34,12 +35,14 @@ def write_video(
     extent: ColorRange = ColorRange.MPEG,
     tagged: bool = True,
     rotation: int = 0,
+    pixel_aspect: str = "1",
     **options: str,
 ) -> Path:
     """Encode BGR images, converted by FFmpeg to ``space`` and ``extent``, which are also the tags, if any."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25, options={"crf": "12", "g": "12", **options})
         stream.width, stream.height, stream.pix_fmt = images[0].shape[1], images[0].shape[0], pixel_format
+        stream.codec_context.sample_aspect_ratio = Fraction(pixel_aspect)
         if rotation:
             stream.set_display_rotation(rotation)
         if tagged:

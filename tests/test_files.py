@@ -111,6 +111,23 @@ def test_another_file_s_error_is_not_blamed_on_the_one_that_is_written(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "reset"), BrokenPipeError(32, "pipe"), TimeoutError("late")]
+)
+def test_a_caller_s_connection_is_not_the_file(error: OSError, tmp_path: Path) -> None:
+    """As a progress callback may lose one."""
+    with pytest.raises(type(error)), replacing(tmp_path / "out.mp4"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("stem", ["x" * 251, "夢" * 83])
+def test_names_as_long_as_the_file_system_takes(stem: str, tmp_path: Path) -> None:
+    with replacing(tmp_path / f"{stem}.mp4") as temporary:
+        temporary.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == [f"{stem}.mp4"]
+
+
 def test_two_that_write_one_file_at_once(tmp_path: Path) -> None:
     with replacing(tmp_path / "out.txt") as first, replacing(tmp_path / "out.txt") as second:
         assert first != second

@@ -51,6 +51,11 @@ def test_template_keeps_what_fits(budget: int | None, folder: Path, video: Path)
     )
 
 
+def test_suffix_in_capitals(folder: Path) -> None:
+    (folder / "template.mp4").rename(folder / "template.MP4")
+    assert Template.from_directory(folder).length == FRAMES
+
+
 # ── which pixels ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -194,6 +199,10 @@ def turned(folder: Path) -> None:
     write_video(folder / "template.mp4", pictures(), rotation=90)
 
 
+def squeezed(folder: Path) -> None:
+    write_video(folder / "template.mp4", pictures(), pixel_aspect="4/3")
+
+
 def wide_gamut(folder: Path) -> None:
     write_video(folder / "template.mp4", pictures(2), space=9)  # BT.2020; the enum has a name for it from PyAV 18 on
 
@@ -220,6 +229,7 @@ def also_images(folder: Path) -> None:
         (few, r"template\.mp4: has 40 frames; expected 39, one for each landmark file in .*landmarks"),
         (odd, r"template\.mp4: frames are 191×127; expected even sizes"),
         (turned, r"template\.mp4: is to be turned by 90° when shown"),
+        (squeezed, r"template\.mp4: its pixels are 4/3 wide; expected square ones"),
         (wide_gamut, r"template\.mp4: its colour matrix has number 9 .*expected BT\.709 or BT\.601"),
         (sound_only, r"template\.mp4: has no picture"),
         (also_images, r"holds full_body_img and template\.mp4; expected one of them"),

@@ -135,7 +135,7 @@ def test_jpeg_quantiser_doubles_every_six_steps(crf: int, scale: int) -> None:
     assert jpeg_quantiser(crf) == scale
 
 
-@pytest.mark.parametrize("codec", ["mjpeg", "hevc", "av1"])
+@pytest.mark.parametrize("codec", ["mjpeg", "hevc", "av1", "libvpx-vp9"])
 def test_quality_follows_crf(codec: str, tmp_path: Path) -> None:
     frames = moving_picture(192, 128)
     frames = (frames + torch.randint(0, 40, frames.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
@@ -144,6 +144,33 @@ def test_quality_follows_crf(codec: str, tmp_path: Path) -> None:
         write(tmp_path / "clip.mp4", frames.to(torch.uint8), codec=codec, crf=crf)
         sizes.append((tmp_path / "clip.mp4").stat().st_size)
     assert sizes[0] >= sizes[1] > 1.3 * sizes[2] > 1.3**2 * sizes[3]
+
+
+def test_best_quality_plays_everywhere(tmp_path: Path) -> None:
+    """x264's own 0 is lossless, in a profile that few players know."""
+    profiles = []
+    for crf in (0, 20):
+        write(tmp_path / "clip.mp4", moving_picture(64, 48, count=2), codec="libx264", crf=crf)
+        with av.open(str(tmp_path / "clip.mp4")) as container:
+            profiles.append(container.streams.video[0].codec_context.profile)
+    assert profiles == ["High", "High"]
+
+
+def test_an_encoder_with_a_quality_of_its_own_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for codec, warnings in (("mpeg4", 1), ("libx264", 0), ("mjpeg", 0), ("ffv1", 0)):
+        caplog.clear()
+        write(tmp_path / "clip.mkv", moving_picture(64, 48, count=2), codec=codec, crf=30)
+        told = [record.getMessage() for record in caplog.records if "is not told crf 30" in record.getMessage()]
+        assert len(told) == warnings, codec
+
+
+@pytest.mark.parametrize(("codec", "suffix"), [("libx264rgb", "mp4"), ("png", "mov")])
+def test_encoders_of_rgb(codec: str, suffix: str, tmp_path: Path) -> None:
+    """Tagged with a matrix, RGB would be taken for YCbCr."""
+    frames = torch.tensor([200, 60, 30], dtype=torch.uint8).expand(2, 48, 64, 3).contiguous()
+    write(tmp_path / f"clip.{suffix}", frames, codec=codec)
+    shown = np.stack([frame.to_ndarray(format="bgr24") for frame in decode(tmp_path / f"clip.{suffix}")])
+    assert np.abs(shown.astype(int) - frames.numpy()).max() <= 4
 
 
 @pytest.mark.parametrize(

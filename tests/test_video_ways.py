@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from gpupipe import DeviceError, InputError
+from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.video import ways
 from gpupipe.video.codecs import PictureFormat, configure
 from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc, jpeg_quality, nvenc_engines, nvenc_sessions
@@ -368,6 +369,18 @@ def test_jpegs_become_a_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert pictures.shape == (4, 64, 96, 3)
     inside = np.abs(pictures[:, :63, :95].astype(int) - frames)
     assert np.median(inside) <= 2
+
+
+def test_jpegs_of_nv12(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames of a template that is a video, saved as images too, come as NV12."""
+    monkeypatch.setattr("gpupipe.video.encode.choose_way", lambda *_: Way("mjpeg", "nvjpeg"))
+    monkeypatch.setattr("gpupipe.video.encode._mark", lambda frames: None)
+    frames = torch.randint(0, 256, (2, 1, 1, 3), dtype=torch.uint8).expand(2, 64, 96, 3).contiguous()
+    with VideoWriter(tmp_path / "clip.mp4", width=96, height=64, codec="mjpeg", crf=5) as writer:
+        writer.write(to_nv12(frames))
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        pictures = np.stack([frame.to_ndarray(format="bgr24") for frame in container.decode(video=0)])
+    assert np.abs(pictures.astype(int) - frames.numpy()).max() <= 6
 
 
 def test_each_jpeg_stands_alone() -> None:

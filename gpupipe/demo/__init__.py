@@ -22,6 +22,7 @@ from gpupipe.files import media_url
 from gpupipe.mel import FEATURE_FPS
 from gpupipe.pipeline import FrameGenerationPipeline, Progress, RenderRecord
 from gpupipe.speech import SpeechEncoder
+from gpupipe.video.codecs import media_errors
 from gpupipe.video.encode import check_suffix
 from gpupipe.video.sound import open_sound
 
@@ -92,31 +93,30 @@ def cut_sound(source: str | Path, target: str | Path, seconds: float) -> Path:
         InputError: ``source`` is missing, unreadable or has no sound.
     """
     target = Path(target)
-    try:
-        with open_sound(source) as sound, av.open(media_url(target), "w") as out:
-            track = sound.streams.audio[0]
-            layout = "mono" if track.channels == 1 else "stereo"
-            stream = out.add_stream("pcm_s16le", rate=track.rate, layout=layout)
-            assert isinstance(stream, av.AudioStream)
-            resampler = av.AudioResampler(format="s16", layout=layout, rate=track.rate)
-            left = max(1, round(seconds * track.rate))
-            at = 0
-            for decoded in sound.decode(track):
-                for frame in resampler.resample(decoded):
-                    if frame.samples > left:
-                        values = frame.to_ndarray()[:, : left * len(stream.layout.channels)]
-                        frame = av.AudioFrame.from_ndarray(values, format="s16", layout=layout)  # noqa: PLW2901
-                        frame.rate = track.rate
-                    frame.pts, frame.time_base = at, Fraction(1, track.rate)
-                    out.mux(stream.encode(frame))
-                    at, left = at + frame.samples, left - frame.samples
-                if left <= 0:
-                    break
-            out.mux(stream.encode(None))
-    except (av.error.FFmpegError, ValueError) as error:  # ValueError: another rate or layout than before
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{source}: sound cannot be decoded ({error})") from error
+    with (
+        media_errors(source, "sound cannot be decoded"),
+        open_sound(source) as sound,
+        av.open(media_url(target), "w") as out,
+    ):
+        track = sound.streams.audio[0]
+        layout = "mono" if track.channels == 1 else "stereo"
+        stream = out.add_stream("pcm_s16le", rate=track.rate, layout=layout)
+        assert isinstance(stream, av.AudioStream)
+        resampler = av.AudioResampler(format="s16", layout=layout, rate=track.rate)
+        left = max(1, round(seconds * track.rate))
+        at = 0
+        for decoded in sound.decode(track):
+            for frame in resampler.resample(decoded):
+                if frame.samples > left:
+                    values = frame.to_ndarray()[:, : left * len(stream.layout.channels)]
+                    frame = av.AudioFrame.from_ndarray(values, format="s16", layout=layout)  # noqa: PLW2901
+                    frame.rate = track.rate
+                frame.pts, frame.time_base = at, Fraction(1, track.rate)
+                out.mux(stream.encode(frame))
+                at, left = at + frame.samples, left - frame.samples
+            if left <= 0:
+                break
+        out.mux(stream.encode(None))
     if not at:
         raise InputError(f"{source}: its sound track is empty; expected at least one sample")
     return target

@@ -7,9 +7,12 @@ to that.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -49,6 +52,7 @@ _OPTIONS: dict[str, dict[str, str]] = {
         "x265-params": "log-level=none:chromaloc=1:open-gop=0",
     },
     "libsvtav1": {"preset": "9", "crf": "{crf}"},
+    "libvpx-vp9": {"crf": "{crf}", "b": "0", "row-mt": "1", "cpu-used": "4"},
     "h264_nvenc": _NVENC,
     "hevc_nvenc": _NVENC,
     "av1_nvenc": _NVENC,
@@ -70,8 +74,12 @@ SEGMENTED = frozenset({"libx264", "libx265"})
 FULL_RANGE_601 = frozenset({"mjpeg"})
 """Encoders whose pictures are BT.601 in full range."""
 
-_ZERO_IS_UNSET = frozenset({"libsvtav1", "h264_nvenc", "hevc_nvenc", "av1_nvenc"})
-"""Encoders that take a quality of 0 as unset and choose their own (35 of 63, or a bit rate): 1 is their best."""
+_NO_MATRIX = 0
+"""The number of RGB among the colour matrices, H.273, table 4; PyAV has no name for it."""
+
+_BEST_IS_ONE = frozenset({"libx264", "libsvtav1", "h264_nvenc", "hevc_nvenc", "av1_nvenc"})
+"""Encoders that take a quality of 0 for something else: x264 for lossless, in a profile that few players know, the
+others as unset, to choose their own (35 of 63, or a bit rate)."""
 
 
 class PictureFormat(NamedTuple):
@@ -115,13 +123,13 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
     context.pix_fmt = pixel_format(encoder)
     context.framerate = picture.rate
     context.time_base = 1 / picture.rate
-    full = encoder in FULL_RANGE_601
-    context.colorspace = Colorspace.ITU601 if full else Colorspace.ITU709
-    context.color_range = ColorRange.JPEG if full else ColorRange.MPEG
+    jpeg, rgb = encoder in FULL_RANGE_601, av.VideoFormat(context.pix_fmt).is_rgb
+    context.colorspace = _NO_MATRIX if rgb else Colorspace.ITU601 if jpeg else Colorspace.ITU709
+    context.color_range = ColorRange.JPEG if jpeg or rgb else ColorRange.MPEG
     context.color_primaries = ColorPrimaries.BT709
     context.color_trc = ColorTrc.BT709
     context.thread_count, context.thread_type = 0, "AUTO"  # all cores, frames side by side
-    quality = max(picture.crf, 1) if encoder in _ZERO_IS_UNSET else picture.crf
+    quality = max(picture.crf, 1) if encoder in _BEST_IS_ONE else picture.crf
     context.options = {key: value.format(crf=quality) for key, value in _OPTIONS.get(encoder, {}).items()}
     if picture.preset is not None:
         context.options |= {"preset": picture.preset}
@@ -138,6 +146,11 @@ def configure(context: av.VideoCodecContext, picture: PictureFormat) -> None:
             context.options["x265-params"] += ":pools=none:frame-threads=1"
     if encoder == "mjpeg":
         context.qmin = context.qmax = jpeg_quantiser(picture.crf)  # no rate control
+
+
+def takes_quality(encoder: str) -> bool:
+    """Return whether an encoder is told the quality that is asked for, or needs none."""
+    return encoder in {"mjpeg", "ffv1"} or "{crf}" in _OPTIONS.get(encoder, {}).values()
 
 
 def check_preset(encoder: str, preset: str) -> None:
@@ -213,3 +226,14 @@ def encoder_obstacle(encoder: str, width: int = 1280, height: int = 720) -> str 
 def why(error: Exception) -> str:
     """Return what an error of FFmpeg's says, without the call that met it."""
     return getattr(error, "strerror", None) or str(error)
+
+
+@contextlib.contextmanager
+def media_errors(path: str | Path, what: str) -> Iterator[None]:
+    """Raise FFmpeg's errors about a file, and PyAV's, as InputError: ``<path>: <what> (<why>)``."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (av.error.FFmpegError, ValueError) as error:
+        raise InputError(f"{path}: {what} ({why(error)})") from error

@@ -32,15 +32,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""How to turn a picture of each EXIF orientation upright: Exif 2.32, section 4.6.4."""
-
-_ON_THE_SIDE = {
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSVERSE,
-    Image.Transpose.ROTATE_90,
-}
-"""Turns that exchange height and width."""
+"""How to turn a picture of each EXIF orientation upright: Exif 2.32, section 4.6.4. From 5 on it lies on its side."""
 
 _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}
 """Last bytes of a whole file, not counting zeros: ISO/IEC 10918-1, B.1.1.3 (EOI), and PNG, section 11.2.5 (IEND)."""
@@ -84,8 +76,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
         if not _ends_whole(path, image):
             height, width, _ = _turned_bgr(image).shape
             return height, width
-        turn = _TURNS.get(exif_orientation(image))
-        return (image.width, image.height) if turn in _ON_THE_SIDE else (image.height, image.width)
+        on_its_side = exif_orientation(image) in (5, 6, 7, 8)
+        return (image.width, image.height) if on_its_side else (image.height, image.width)
 
 
 def _ends_whole(path: str | Path, image: Image.Image) -> bool:

@@ -25,10 +25,10 @@ from torch import Tensor
 from gpupipe.errors import InputError, OutputError, output_error
 from gpupipe.files import media_url, replacing
 from gpupipe.graphs import own_stream
-from gpupipe.kernels.nv12 import PixelFormat, to_nv12
+from gpupipe.kernels.nv12 import PixelFormat, from_nv12, to_nv12
 from gpupipe.schedule import frame_rate
 from gpupipe.stages import ENCODE_THREAD, UNTIMED, Stages
-from gpupipe.video.codecs import PictureFormat, check_preset, configure, why
+from gpupipe.video.codecs import PictureFormat, check_preset, configure, takes_quality, why
 from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc, rgb_planes
 from gpupipe.video.segments import DecodeTimes, Encoder, HostEncoder, SegmentPool, put_unless_failed
 from gpupipe.video.sound import SoundTrack
@@ -125,6 +125,8 @@ class VideoWriter:
         self.encoder = self._way.name
         if preset is not None:
             check_preset(self.encoder, preset)
+        if not takes_quality(self._way.encoder):
+            logger.warning("%s: %s is not told crf %d; it has a quality of its own", path, self.encoder, crf)
         self._device = torch.device(device)
         whole = even == (width, height) and self._way.where != "nvjpeg"
         self.pixel_format: PixelFormat = "nv12" if whole else "bgr"
@@ -156,9 +158,10 @@ class VideoWriter:
         Raises:
             OutputError: an earlier batch could not be written.
         """
-        if frames.dim() == 4:
-            frames = pad_to_even(frames)
-            frames = rgb_planes(frames) if self._way.where == "nvjpeg" else to_nv12(frames)
+        if self._way.where == "nvjpeg":
+            frames = rgb_planes(pad_to_even(frames if frames.dim() == 4 else from_nv12(frames)))
+        elif frames.dim() == 4:
+            frames = to_nv12(pad_to_even(frames))
         batch = self._to_host(frames) if self._way.where == "host" else _Batch(frames, _mark(frames))
         put_unless_failed(self._batches, batch, lambda: self._error)
 

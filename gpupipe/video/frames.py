@@ -29,6 +29,7 @@ from gpupipe.errors import InputError, first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.files import input_file, media_url
 from gpupipe.kernels.nv12 import ycbcr_matrix
+from gpupipe.video.codecs import media_errors
 from gpupipe.video.cuda import current_context
 
 logger = logging.getLogger(__name__)
@@ -188,6 +189,9 @@ class VideoFrames:
                 f"{self.path}: is to be turned by {first.rotation}° when shown; expected upright frames, as landmarks"
                 " are found in them: encode it again"
             )
+        aspect = self._container.streams.video[0].sample_aspect_ratio
+        if aspect not in (None, 0, 1):
+            raise InputError(f"{self.path}: its pixels are {aspect} wide; expected square ones: encode it again")
         return first, first.pts
 
     def _colours_of(self, frame: av.VideoFrame) -> Colours:
@@ -263,14 +267,8 @@ class VideoFrames:
         torch.cuda.synchronize(self.device)
         return pixels
 
-    @contextlib.contextmanager
-    def _reporting(self) -> Iterator[None]:
-        try:
-            yield
-        except (av.error.FFmpegError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{self.path}: not a video that FFmpeg decodes ({error})") from error
+    def _reporting(self) -> contextlib.AbstractContextManager[None]:
+        return media_errors(self.path, "not a video that FFmpeg decodes")
 
 
 def host_nv12(frame: av.VideoFrame, colours: Colours) -> NDArray[np.uint8]:

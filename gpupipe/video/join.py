@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
-import av.error
 
 from gpupipe.errors import InputError
 from gpupipe.files import media_url, replacing
+from gpupipe.video.codecs import media_errors
 from gpupipe.video.encode import check_suffix, open_output
 from gpupipe.video.segments import DecodeTimes
 from gpupipe.video.sound import SoundTrack
@@ -91,10 +91,8 @@ def join_videos(paths: Sequence[str | Path], output: str | Path, *, sound: str |
 def _open(path: Path) -> Iterator[av.container.InputContainer]:
     if not path.is_file():
         raise InputError(f"{path}: no such video; expected a part of the clip")
-    try:
+    with media_errors(path, "cannot be read as a video"):
         container = av.open(media_url(path))
-    except (av.error.FFmpegError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as a video ({error})") from error
     with container:
         if not container.streams.video:
             raise InputError(f"{path}: has no picture; expected a part of the clip")
@@ -103,12 +101,10 @@ def _open(path: Path) -> Iterator[av.container.InputContainer]:
 
 def _packets(path: Path, part: av.container.InputContainer) -> Iterator[av.Packet]:
     """Yield a part's packets, without the empty one that ends the demuxer's."""
-    try:
+    with media_errors(path, "cannot be read to its end"):
         for packet in part.demux(part.streams.video[0]):
             if packet.size:
                 yield packet
-    except av.error.FFmpegError as error:
-        raise InputError(f"{path}: cannot be read to its end ({error})") from error
 
 
 def _fraction(value: Fraction | None) -> Fraction:

@@ -14,6 +14,7 @@ import numpy as np
 from gpupipe.errors import InputError
 from gpupipe.files import input_file, media_url
 from gpupipe.models.audio_encoder import SAMPLE_RATE
+from gpupipe.video.codecs import media_errors
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +101,8 @@ def open_sound(path: str | Path) -> av.container.InputContainer:
         InputError: the file is missing or unreadable, has no sound, or has sound of a kind that cannot be decoded.
     """
     path = input_file(path, "sound file")
-    try:
+    with media_errors(path, "not a media file that FFmpeg reads"):
         container = av.open(media_url(path))
-    except (av.error.FFmpegError, ValueError) as error:
-        raise InputError(f"{path}: not a media file that FFmpeg reads ({error})") from error
     if problem := _problem(container):
         container.close()
         raise InputError(f"{path}: {problem}")
@@ -134,7 +133,7 @@ def decode_sound(
             samples.
     """
     samples = 0
-    try:
+    with media_errors(path, "sound cannot be decoded"):  # among others: another rate or layout than before
         for frame in _then_none(_frames(path, container)):
             if frame is not None:
                 frame.pts = None  # a gap in the source's times is not a reason to stop
@@ -146,12 +145,8 @@ def decode_sound(
                     )
                 samples += piece.samples
                 yield piece
-    except (av.error.FFmpegError, ValueError) as error:  # ValueError: another rate or layout than before
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: sound cannot be decoded ({error})") from error
-    if not samples:
-        raise InputError(f"{path}: its sound track is empty; expected at least one sample")
+    if not samples:  # the resampler keeps the last of them to itself
+        raise InputError(f"{path}: its sound track is empty; expected a few milliseconds of sound")
 
 
 def _mixes(source: av.AudioStream) -> bool:
@@ -251,7 +246,7 @@ def compare_lengths(path: str | Path, picture: float, sound: float | None, fps: 
     Returns:
         the seconds by which the sound is longer, negative if it is shorter; None without a warning.
     """
-    if sound is None or abs(sound - picture) <= 1 / fps:
+    if sound is None or abs(sound - picture) <= 1 / fps + 1e-6:
         return None
     logger.warning("%s: sound lasts %.2f s and the picture %.2f s (%+.2f s)", path, sound, picture, sound - picture)
     return sound - picture
