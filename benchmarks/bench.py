@@ -16,16 +16,19 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gpupipe.benchmarks import contestants, guard, sweeps, tracing
 from gpupipe.benchmarks.bench_stages import Step, stage_rows
 from gpupipe.benchmarks.common import RESULTS, Row, append_rows, commit, device_name, read_rows, row, versions
 from gpupipe.benchmarks.contestants import Contestant, Say
+from gpupipe.benchmarks.keeping_memory import can_keep_memory
 from gpupipe.benchmarks.scenario import Scenario, chosen
 from gpupipe.device import find_device
 from gpupipe.engines import EngineName
 from gpupipe.errors import InputError
+from gpupipe.kernels.dispatch import backend
 from gpupipe.models import Mode
 from gpupipe.unet_model import UNetModel
 
@@ -71,8 +74,8 @@ class Report:
 
     @property
     def failed(self) -> bool:
-        """A row holds an error, or something became slower."""
-        return any(one.error for one in self.rows) or any(one.worse for one in self.verdicts)
+        """Something could not be measured, though all that it takes is there, or became slower."""
+        return any(one.error not in (None, NO_OPENCV) for one in self.rows) or any(one.worse for one in self.verdicts)
 
 
 def run(options: Options, say: Say) -> Report:
@@ -137,6 +140,8 @@ def _side_by_side(scenario: Scenario, options: Options, folder: Path, device: st
     rows: list[Row] = []
     if importlib.util.find_spec("cv2") is not None:
         made.append(contestants.reference_loop(scenario, **how))
+        if device == "cpu" and can_keep_memory():
+            made.append(contestants.reference_loop_keeping_memory(scenario, crf=options.crf))
         made.append(contestants.reference_loop_onnxruntime(scenario, folder, **how))
     else:
         say(NO_OPENCV)
@@ -174,7 +179,9 @@ def _sweep(scenario: Scenario, options: Options, folder: Path, device: str, say:
 
 def _look_into(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> None:
     # A kernel profiler should see the step, not the search for an engine before it.
-    engine = "eager" if options.ncu_friendly and options.engine == "auto" else options.engine
+    engine = options.engine
+    if options.ncu_friendly and engine == "auto":
+        engine = "eager" if backend(device) == "torch" else "fused"
     model = UNetModel(scenario.checkpoint, scenario.mode, device, engine=engine)
     step = Step(scenario, model, folder)
     if options.ncu_friendly:
@@ -240,6 +247,6 @@ def _cell(one: Row | None) -> str:
     if one is None:
         return ""
     if one.p50 is None:
-        return f"failed: {one.error}"
+        return escape(f"failed: {one.error}")
     spread = f" ({one.p20:.3g}–{one.p80:.3g})" if one.n > 1 else ""
     return f"{one.p50:.4g}{spread}"

@@ -28,7 +28,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -241,10 +241,14 @@ def _session(graph: bytes, threads: int) -> onnxruntime.InferenceSession:
 # ── the measurement ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+Measured = dict[int, list[float] | str]
+"""Seconds a frame of each contestant, by its place in the list; or the reason why it has none."""
+
+
 @torch.inference_mode()
-def measure(contestants: list[Contestant], device: torch.device, rounds: int) -> dict[int, list[float] | str]:
-    """Seconds a frame of each contestant, by its place in the list; or the reason why it has none."""
-    found: dict[int, list[float] | str] = {place: [] for place in range(len(contestants))}
+def measure(contestants: list[Contestant], device: torch.device, rounds: int, found: Measured) -> None:
+    """Fill ``found``, round by round: what an interrupted run has measured is in it."""
+    found |= {place: [] for place in range(len(contestants))}
     for turn in range(WARMUP + rounds):
         for place, one in enumerate(contestants):
             times = found[place]
@@ -257,24 +261,25 @@ def measure(contestants: list[Contestant], device: torch.device, rounds: int) ->
                 continue
             if turn >= WARMUP:
                 times.append(seconds / one.frames)
-    return found
 
 
 def rows_of(
-    network: UNet328, contestants: list[Contestant], device: torch.device, batch: int, rounds: int
+    network: UNet328, contestants: list[Contestant], found: Measured, device: torch.device, batch: int
 ) -> list[Row]:
-    """Rows ``latency``, ``operations`` and ``layerwise_floor`` of each contestant.
+    """Rows ``latency``, ``operations`` and ``layerwise_floor`` of each contestant that was measured, or failed.
 
     Args:
         batch: the place on the rows' axis.
     """
     image, audio = _inputs(network, 1, torch.device("cpu"))
     work = {
-        False: (operations_of(network, image, audio), layerwise_numbers(network, image, audio)),
-        True: (_operations_of_speech_half(network, image, audio), _numbers_of_speech_half(network, image, audio)),
+        False: (operations_of(network, image, audio), layerwise_traffic(network, image, audio)),
+        True: (_operations_of_speech_half(network, image, audio), _traffic_of_speech_half(network, image, audio)),
     }
     rows = []
-    for place, result in measure(contestants, device, rounds).items():
+    for place, result in found.items():
+        if not result:
+            continue
         one = contestants[place]
         config = one.facts | {"mode": network.mode, "width": network.width, "cached": one.cached}
         what: dict[str, Any] = {"what": "unet", "provider": one.name, "axis": "batch", "value": batch}
@@ -282,8 +287,9 @@ def rows_of(
         if isinstance(result, str):
             rows.append(row(None, metric="latency", unit="ms/frame", error=result, **what))
             continue
-        operations, numbers = work[one.cached]
-        moved = numbers * (4 if one.facts["precision"] == "float32" else 2)
+        operations, traffic = work[one.cached]
+        size = getattr(torch, one.facts["precision"]).itemsize
+        moved = size * (traffic.activations + traffic.weights / (batch if device.type == "cuda" else 1))
         rates = Spread.of([operations / 1e9 / seconds for seconds in result])
         floor = Spread.of([100 * moved / copy_bandwidth(device) / seconds for seconds in result])
         rows.append(row(Spread.of([1000 * s for s in result]), metric="latency", unit="ms/frame", **what))
@@ -292,15 +298,23 @@ def rows_of(
     return rows
 
 
+class Traffic(NamedTuple):
+    """How many numbers layers read and write one by one: inputs and outputs, of each frame; weights, of each batch."""
+
+    activations: int
+    weights: int
+
+
 @torch.inference_mode()
-def layerwise_numbers(network: UNet328, image: Tensor, audio: Tensor) -> int:
-    """How many numbers the layers read and write one by one, batch norms folded: each one's input, output, weights."""
+def layerwise_traffic(network: UNet328, image: Tensor, audio: Tensor) -> Traffic:
+    """Of the whole network on one frame, batch norms folded."""
     return _traffic(fold_batch_norms(network), (image, audio))
 
 
-def _numbers_of_speech_half(network: UNet328, image: Tensor, audio: Tensor) -> int:
+def _traffic_of_speech_half(network: UNet328, image: Tensor, audio: Tensor) -> Traffic:
     folded = fold_batch_norms(network)
-    return _traffic(folded, (image, audio)) - _traffic(_Encoder(folded), (image,))
+    whole, template = _traffic(folded, (image, audio)), _traffic(_Encoder(folded), (image,))
+    return Traffic(whole.activations - template.activations, whole.weights - template.weights)
 
 
 def _operations_of_speech_half(network: UNet328, image: Tensor, audio: Tensor) -> int:
@@ -319,21 +333,20 @@ class _Encoder(nn.Module):
 
 
 @torch.inference_mode()
-def _traffic(module: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """How many numbers the layers read and write in one call."""
-    total = 0
+def _traffic(module: nn.Module, inputs: tuple[Tensor, ...]) -> Traffic:
+    activations = weights = 0
 
     def count(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
+        nonlocal activations, weights
         if not isinstance(layer, nn.Identity):
-            total += sum(value.numel() for value in given) + output.numel()
-            total += sum(weight.numel() for weight in layer.parameters(recurse=False))
+            activations += sum(value.numel() for value in given) + output.numel()
+            weights += sum(weight.numel() for weight in layer.parameters(recurse=False))
 
     hooks = [leaf.register_forward_hook(count) for leaf in module.modules() if not list(leaf.children())]
     module(*inputs)
     for hook in hooks:
         hook.remove()
-    return total
+    return Traffic(activations, weights)
 
 
 def main() -> None:
@@ -353,11 +366,20 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True  # eager PyTorch at its best: cuDNN tries its algorithms once for each shape
     network = seeded_network(options.mode, width=options.width)
     print(device_name(device))
+    failed = False
     for batch, made in _comparisons(network, device, options):
-        rows = rows_of(network, made, device, batch, options.rounds)
-        _show(rows)
-        if options.record:  # at once: an interrupted run keeps what it has found
-            append_rows(rows, options.results)
+        found: Measured = {}
+        try:
+            measure(made, device, options.rounds, found)
+        finally:  # an interrupted run keeps what it has found
+            rows = rows_of(network, made, found, device, batch)
+            _show(rows)
+            if options.record:
+                append_rows(rows, options.results)
+        # That an engine does not run here is no failure of it.
+        failed |= any(one.error and not one.error.startswith(DeviceError.__name__) for one in rows)
+    if failed:
+        raise SystemExit(1)
 
 
 def _comparisons(

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from gpupipe import FrameGenerationPipeline, calibrate
 from gpupipe.benchmarks.common import Row, Spread, row
+from gpupipe.benchmarks.keeping_memory import process_keeping_memory
 from gpupipe.benchmarks.meters import PeakMemory, energy_counter
 from gpupipe.benchmarks.scenario import Scenario
 from gpupipe.engines import Engine, EngineName, Precision, openvino_cpu
-from gpupipe.models import Mode, load_unet
+from gpupipe.models import Mode, UNet328, load_unet
 from gpupipe.onnx_export import export_unet
 from gpupipe.quiet_onnxruntime import onnxruntime
 from gpupipe.video.codecs import X264_PRESET
@@ -43,9 +45,11 @@ class Contestant:
 
     Attributes:
         name: the ``provider`` of its rows.
+        warm_up_whole: it warms up with the whole clip, as batches of its size compile and tune for their shapes.
         load_seconds: loading the checkpoint and building the engine; not part of a render.
         facts: entries of a row's ``config`` that are about this contestant alone.
         joules: one value for each turn, where the GPU counts them.
+        takes_memory_here: it renders in this process, whose memory is measured.
     """
 
     name: str
@@ -56,6 +60,8 @@ class Contestant:
     stages: list[dict[str, float]] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
     joules: list[float] = field(default_factory=list)
+    warm_up_whole: bool = False
+    takes_memory_here: bool = True
 
 
 # ── who takes part ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -68,9 +74,39 @@ def reference_loop(scenario: Scenario, *, device: str, crf: int) -> Contestant:
         ImportError: OpenCV is not installed.
     """
     start = time.perf_counter()
-    torch.backends.cudnn.benchmark = True
     network = load_unet(scenario.checkpoint, scenario.mode).to(device)
-    return _loop("reference_loop", scenario, network, time.perf_counter() - start, crf)
+    made = _loop("reference_loop", scenario, network, time.perf_counter() - start, crf)
+    render = made.render
+
+    def tuned(features: Path, sound: Path, output: Path) -> dict[str, float]:
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            return render(features, sound, output)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    made.render = tuned
+    return made
+
+
+def reference_loop_keeping_memory(scenario: Scenario, *, crf: int) -> Contestant:
+    """The same on a CPU, in a process in which glibc keeps freed memory; what it takes of that is not measured."""
+    start = time.perf_counter()
+    process = process_keeping_memory()
+    made = Contestant("reference_loop_keeping_memory", 0, lambda *_: {}, takes_memory_here=False)
+    made.render = lambda *files: process.submit(_render_by_loop, scenario, crf, *files).result()
+    made.load_seconds = time.perf_counter() - start
+    return made
+
+
+@torch.inference_mode()
+def _render_by_loop(scenario: Scenario, crf: int, *files: Path) -> dict[str, float]:
+    return _loop("", scenario, _loaded(scenario.checkpoint, scenario.mode), 0, crf).render(*files)
+
+
+@cache
+def _loaded(checkpoint: Path, mode: Mode) -> UNet328:
+    return load_unet(checkpoint, mode)
 
 
 def reference_loop_onnxruntime(scenario: Scenario, folder: Path, *, device: str, crf: int) -> Contestant:
@@ -153,8 +189,11 @@ def gpupipe(
     if stub is not None:
         model = pipeline.unet_model
         model.engine = stub(model.device, model.engine.dtype)
-    facts = {"exact": pipeline.unet_model.exact} | ({"precision": precision} if precision else {})
+    facts: dict[str, Any] = {"exact": pipeline.unet_model.exact} | ({"precision": precision} if precision else {})
+    if engine != "auto":
+        facts["asked"] = engine
     made = Contestant(name, time.perf_counter() - start, lambda *_: {}, facts)
+    made.warm_up_whole = pipeline.unet_model.device.type == "cuda"
 
     def render(features: Path, sound: Path, output: Path) -> dict[str, float]:
         pipeline.generate_video(features, scenario.template, sound, output, fps=scenario.fps, crf=crf)
@@ -197,7 +236,7 @@ def rows_of_turns(
     device: str,
     say: Say,
 ) -> Iterator[list[Row]]:
-    """Let all render a short clip that does not count, then ``rounds`` turns, each begun by another; then ``rows()``.
+    """Let all render a clip that does not count, then ``rounds`` turns, each begun by another; then ``rows()``.
 
     An interrupt is raised again once the rows of the turns that everybody has finished are out.
 
@@ -209,7 +248,7 @@ def rows_of_turns(
     joules = energy_counter(device)
     try:
         for one in contestants:
-            one.render(*warm, output)
+            one.render(*(full if one.warm_up_whole else warm), output)
         for turn in range(rounds):
             first = turn % len(contestants)
             for one in contestants[first:] + contestants[:first]:
@@ -245,7 +284,7 @@ def take_turn(
     one.stages.append(stages)
     if joules:
         one.joules.append(joules() - before)
-    if memory.bytes is not None:
+    if memory.bytes is not None and one.takes_memory_here:
         one.peak_bytes.append(memory.bytes)
     check_clip(output, frames, one.name)
 

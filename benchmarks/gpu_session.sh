@@ -21,9 +21,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 deadline=$((SECONDS + ${MINUTES:-9} * 60))
 layout=$(mktemp -d)
-logs=$out/logs
+logs=$layout/logs
 mkdir -p "$logs"
-trap 'tar czf "$out/logs.tar.gz" -C "$out" logs && rm -rf "$logs"; rm -rf "$layout"' EXIT
+trap 'rm -rf "$layout"' EXIT
 failed=()
 : >"$out/summary.txt"
 
@@ -49,6 +49,8 @@ part() { # name, seconds it may take, command …
     ((status == 0)) || failed+=("$name (exit status $status, see $name.log)")
     printf '%-16s %4d s  %s\n' "$name" $((SECONDS - begin)) "$([ $status = 0 ] && echo ok || echo "FAILED: $status")" |
         tee -a "$out/summary.txt"
+    # After each part: whoever stops the whole call leaves no time for it.
+    tar czf "$layout/logs.tar.gz" -C "$layout" logs && mv "$layout/logs.tar.gz" "$out/logs.tar.gz"
 }
 
 if [ -n "$wheels" ]; then
@@ -61,7 +63,7 @@ from gpupipe.kernels.dispatch import backend
 slow = "" if can_pipeline(torch.device("cuda", 0)) else ": too old to pipeline here, so the fused engine is slower than it can be"
 print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "torch", torch.__version__, "triton", triton.__version__ + slow)
 assert backend("cuda") == "triton", backend("cuda")'
-
+nvidia-smi -q >"$logs/nvidia-smi.log" 2>&1 # clocks, power, ECC
 # A kernel NAME has tests/test_NAME_triton.py and benchmarks/bench_NAME.py: to add a kernel, add its name here.
 kernels=(crop_resize paste_blend nv12 inverted_residual)
 pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -rfE)
@@ -70,17 +72,20 @@ pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -rfE)
 tests=()
 for name in "${kernels[@]}"; do tests+=("$root/tests/test_${name}_triton.py"); done
 part tests 120 "${pytest[@]}" "${tests[@]}"
-part tests_cuda 150 "${pytest[@]}" -m cuda "$root/tests" "${tests[@]/#/--ignore=}"
+mapfile -t marked < <(grep -l 'mark\.cuda' "$root"/tests/test_*.py | grep -v -F -f <(printf '%s\n' "${tests[@]}"))
 
 # The network, end to end, and stage by stage at real shapes: 1280×720, full-width network of random weights.
 gpupipe=("$python" -c 'from gpupipe.cli import main; main()')
-scene=$layout/scene
+scene=$layout/bundled-1280x720
 part scene 60 "$python" -m gpupipe.benchmarks.scenario "$scene" --size 1280x720
-bench=("${gpupipe[@]}" bench --device cuda --template "$scene/template" --audio-features "$scene/features.npy"
+mv "$scene/template" "$scene/bundled-1280x720" 2>/dev/null # rows name a template by its folder
+bench=("${gpupipe[@]}" bench --device cuda --template "$scene/bundled-1280x720" --audio-features "$scene/features.npy"
     --audio "$scene/speech.flac" --results "$out")
 unet=("$python" -m gpupipe.benchmarks.bench_unet --device cuda --rounds 10 --record --results "$out")
-part bench_unet 75 "${unet[@]}" --batch 64 --precision float16 --engine gluon fused eager
-part bench_end_to_end 120 "${bench[@]}" --frames 300 --rounds 2 --record
+part bench_unet 90 "${unet[@]}" --batch 64 1 --precision float16 --engine gluon fused eager
+part bench_end_to_end 150 "${bench[@]}" --frames 600 --rounds 2 --record
+part tests_cuda 150 "${pytest[@]}" -m cuda "${marked[@]}"
+part precision 40 "$python" -m gpupipe.benchmarks.precision --device cuda --record --results "$out"
 for name in "${kernels[@]}"; do
     part "bench_$name" 75 "$python" -m "gpupipe.benchmarks.bench_$name" --device cuda --record --results "$out"
 done
@@ -89,10 +94,11 @@ if [ -n "$cubins" ]; then
 fi
 part bench_batches 90 "${bench[@]}" --sweep batch --values 64,16,128 --frames 1200 --rounds 2 --record
 part trace 45 "${bench[@]}" --profile "$logs/trace.json"
-part bench_peers 60 "${unet[@]}" --batch 64 --precision float16 --engine fused onnxruntime
-part bench_small 60 "${unet[@]}" --batch 1 --engine gluon fused eager
 part bench_compile 300 "${unet[@]}" --batch 64 --precision float16 --engine fused compile  # tunes itself for minutes
 part bench_tiles 270 "$python" -m gpupipe.benchmarks.bench_tiles --seconds 200 --record --results "$out"
+if command -v compute-sanitizer >/dev/null; then
+    part sanitizer 300 compute-sanitizer --error-exitcode 9 "${pytest[@]:0:8}" "$root/tests/test_render_on_gpu.py" -k own_kernels
+fi
 
 {
     echo

@@ -32,7 +32,10 @@ QUIET = 0.05
 BETTER = {"throughput": 1, "ratio": 1, "latency": -1, "time": -1}
 """Guarded metrics, with 1 where more is better and −1 where less is; floors and memory are only shown."""
 
-FOUND = ("bytes", "operations", "floor_ms", "floor_by", "rounds", "bytes_a_frame", "copy_gb_s")
+FOUND = (
+    *("bytes", "operations", "floor_ms", "floor_by", "rounds", "bytes_a_frame", "copy_gb_s"),
+    *("engine", "kernels", "codec", "onnxruntime_provider"),
+)
 """Entries of ``config`` that are results, or do not change what is measured: rows are compared whatever they say."""
 
 

@@ -5,16 +5,18 @@
 The bundled avatar's network paints frames of the bundled sample in float32, and again in each format. The painted
 mouths are compared before they are rounded, scaled to 0 … 255: PSNR over all frames, and the largest difference.
 
-On CUDA every engine runs in its own precisions. On a CPU the `openvino` engine runs in bfloat16 and int8, where it can,
-and all formats are *simulated*: weights and every layer's output are rounded to the format, and sums are float32, as on
-tensor cores with float32 accumulators when each layer writes its output to memory; int8 as :mod:`gpupipe.models.int8`
-has it. This says nothing about speed. The bundled network's ranges for int8 are from frames of the same sample.
+On CUDA every engine that is built in seconds runs in its own precisions. On a CPU the `openvino` engine runs in
+bfloat16 and int8, where it can, and all formats are *simulated*: weights and every layer's output are rounded to the
+format, and sums are float32, as on tensor cores with float32 accumulators when each layer writes its output to memory;
+int8 as :mod:`gpupipe.models.int8` has it. This says nothing about speed. The bundled network's ranges for int8 are from
+frames of the same sample.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +117,15 @@ def contestants(network: UNet328, device: torch.device) -> list[tuple[str, str, 
         (engine.name, precision, _by_engine(network, device, engine.name, precision))
         for precision in precisions
         for engine in candidates(device, find_dtype(device, exact=False, precision=precision))
+        if not engine.slow_to_build
     ]
 
 
 def _by_engine(network: UNet328, device: torch.device, name: EngineName, precision: Precision) -> Paint:
+    made = cache(lambda: make_engine(network, device=device, engine=name, exact=False, precision=precision))
+
     def paint(image: Tensor, audio: Tensor) -> Tensor:
-        engine = make_engine(network, device=device, engine=name, exact=False, precision=precision)
+        engine = made()
         return engine.decode(engine.encode(image.to(engine.dtype)), torch.arange(len(image), device=device), audio)
 
     return paint

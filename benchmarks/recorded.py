@@ -8,7 +8,8 @@ from gpupipe.benchmarks.common import Record
 
 NAMES = {
     "reference_loop": "reference loop",
-    "reference_loop_onnxruntime": "the same on ONNX Runtime",
+    "reference_loop_keeping_memory": "the same, glibc keeping its memory",
+    "reference_loop_onnxruntime": "reference loop on ONNX Runtime",
     "gpupipe_exact": "gpupipe, exact",
     "gpupipe": "gpupipe",
     "gpupipe_bfloat16": "gpupipe, bfloat16",

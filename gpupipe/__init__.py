@@ -6,7 +6,9 @@ from gpupipe.errors import CheckpointError, DeviceError, GpupipeError, InputErro
 from gpupipe.features import SpeechFeatures, audio_windows
 from gpupipe.frame_generator import FrameGenerator
 from gpupipe.image_processor import ImageProcessor
-from gpupipe.pipeline import FrameGenerationPipeline
+from gpupipe.models import Mode
+from gpupipe.pipeline import FrameGenerationPipeline, RenderRecord
+from gpupipe.speech import SpeechEncoder
 from gpupipe.template import Template
 from gpupipe.unet_model import UNetModel
 from gpupipe.versions import __version__ as __version__
@@ -21,7 +23,10 @@ __all__ = [
     "GpupipeError",
     "ImageProcessor",
     "InputError",
+    "Mode",
     "OutputError",
+    "RenderRecord",
+    "SpeechEncoder",
     "SpeechFeatures",
     "Template",
     "UNetModel",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gpupipe.errors import InputError
 from gpupipe.features import SpeechFeatures
-from gpupipe.files import replacing
+from gpupipe.files import check_writable, replacing
 from gpupipe.kernels.crop_resize import crop_and_input
 from gpupipe.models import Mode, UNet328, load_unet
 from gpupipe.models.checkpoint import with_input_channels
@@ -76,6 +76,7 @@ def calibrate(
         raise InputError(f"{path}: has the suffix {path.suffix!r}; expected '.safetensors', which holds metadata")
     if frames < 1:
         raise InputError(f"frames is {frames}; expected at least 1")
+    check_writable(path)
     network = load_unet(checkpoint_path, mode)
     speech = SpeechFeatures(audio_features, mode)
     opened = Template.from_directory(template)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from gpupipe import __version__, calibration, options
@@ -32,6 +34,7 @@ from gpupipe.doctor import examine, measure_engines
 from gpupipe.engines import openvino_cpu
 from gpupipe.errors import InputError
 from gpupipe.features import save_features, video_rate, write_features
+from gpupipe.files import check_writable, replacing
 from gpupipe.models import Mode, load_unet
 from gpupipe.onnx_export import export_unet
 from gpupipe.pipeline import FrameGenerationPipeline
@@ -83,7 +86,7 @@ def render(
 ) -> None:
     """Render a clip: checkpoint, template and speech to a video with sound."""
     with reporting(debug):
-        _check_source(audio_features, encoder, audio)
+        _check_source(audio_features, encoder, audio, mode)
         check_suffix(output)
         pipeline = FrameGenerationPipeline(
             checkpoint,
@@ -97,7 +100,7 @@ def render(
             batch_size=batch_size,
             memory_budget=_bytes(memory_budget),
         )
-        with _features(audio_features, encoder, audio, mode, device) as features, progress_bar() as progress:
+        with _features(audio_features, encoder, audio, device) as features, progress_bar() as progress:
             pipeline.generate_video(
                 features,
                 template,
@@ -147,7 +150,7 @@ def frames(
 ) -> None:
     """Render a clip to numbered images, one for each frame of the video that render would make."""
     with reporting(debug):
-        _check_source(audio_features, encoder, audio)
+        _check_source(audio_features, encoder, audio, mode)
         pipeline = FrameGenerationPipeline(
             checkpoint,
             mode,
@@ -160,7 +163,7 @@ def frames(
             batch_size=batch_size,
             memory_budget=_bytes(memory_budget),
         )
-        with _features(audio_features, encoder, audio, mode, device) as features, progress_bar() as progress:
+        with _features(audio_features, encoder, audio, device) as features, progress_bar() as progress:
             pipeline.generate_frames_only(
                 features,
                 template,
@@ -188,6 +191,7 @@ def features(
 ) -> None:
     """Make speech features from sound."""
     with reporting(debug):
+        check_writable(output)
         rows = SpeechEncoder(encoder, device).features(sound)
         for path in save_features(rows, output, bin=bin_pair):
             console.print(f"{path}: {len(rows)} rows", soft_wrap=True)
@@ -202,6 +206,7 @@ def export(
 ) -> None:
     """Write the network as ONNX, checked against PyTorch."""
     with reporting(debug):
+        check_writable(output)
         export_unet(load_unet(checkpoint, mode), output)
         console.print(f"{output}: written; agrees with PyTorch on random inputs", soft_wrap=True)
 
@@ -220,8 +225,8 @@ def calibrate(
 ) -> None:
     """Prepare a checkpoint for --precision int8 on a CPU, by measuring the network on frames of a clip."""
     with reporting(debug):
-        _check_source(audio_features, encoder, audio)
-        with _features(audio_features, encoder, audio, mode, "cpu") as features:
+        _check_source(audio_features, encoder, audio, mode)
+        with _features(audio_features, encoder, audio, "cpu") as features:
             made = calibration.calibrate(checkpoint, template, features, output, mode, frames=frames)
         console.print(
             f"{made.path}: written; {made.frames} frames were measured, and on others mouths in int8 are at"
@@ -391,7 +396,7 @@ def doctor(
             table.add_row(f"[bold]{section}")
             rows = lines if isinstance(lines, dict) else {str(i): line for i, line in enumerate(lines, 1)}
             for name, value in (rows or {"none": ""}).items():
-                table.add_row(f"  {name}", str(value))
+                table.add_row(f"  {name}", escape(str(value)))
         standard_output().print(table)
 
 
@@ -408,8 +413,16 @@ def main() -> None:
     """Run the command line: exit 0 when done, 2 for wrong input, 1 for anything else."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters of our help and tables
-    with wrong_usage():
-        sys.exit(app(standalone_mode=False))
+    try:
+        with wrong_usage():
+            status = app(standalone_mode=False)
+        sys.stdout.flush()
+    except OSError as error:  # standard output is closed or full
+        with contextlib.suppress(OSError):  # Python would write what is left at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.print(f"gpupipe: standard output cannot be written: {error.strerror}", soft_wrap=True)
+        status = 1
+    sys.exit(status)
 
 
 def _bytes(megabytes: int | None) -> int | None:
@@ -427,25 +440,24 @@ def _suggest_bfloat16(pipeline: FrameGenerationPipeline, engine: options.Engine,
         )
 
 
-def _check_source(audio_features: Path | None, encoder: Path | None, audio: Path | None) -> None:
+def _check_source(audio_features: Path | None, encoder: Path | None, audio: Path | None, mode: Mode) -> None:
     if (audio_features is None) == (encoder is None):
         raise InputError("expected either --audio-features or --encoder (with --audio), not both or neither")
     if encoder is not None and audio is None:
         raise InputError("--encoder makes features from sound; expected --audio with it")
+    if encoder is not None and mode != "ave":
+        raise InputError(f"--encoder makes ave features and mode is {mode!r}; expected --audio-features")
 
 
 @contextlib.contextmanager
-def _features(
-    path: Path | None, encoder: Path | None, sound: Path | None, mode: Mode, device: str | None
-) -> Iterator[Path]:
+def _features(path: Path | None, encoder: Path | None, sound: Path | None, device: str | None) -> Iterator[Path]:
     """Yield the file of features, or a temporary one with features made from the sound."""
     if path is not None:
         yield path
         return
     assert encoder is not None and sound is not None
-    if mode != "ave":
-        raise InputError(f"--encoder makes ave features and mode is {mode!r}; expected --audio-features")
     with tempfile.TemporaryDirectory(prefix="gpupipe-") as folder:
         made = Path(folder) / "features.npy"
-        write_features(SpeechEncoder(encoder, device).covering_features(sound), made)
+        with replacing(made) as temporary:
+            write_features(SpeechEncoder(encoder, device).covering_features(sound), temporary)
         yield made

@@ -64,6 +64,9 @@ def reporting(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("gpupipe: interrupted; all files that are left are whole", soft_wrap=True)
         raise typer.Exit(1) from None
+    except BrokenPipeError:  # what was made is whole: it is told afterwards
+        console.print("gpupipe: standard output was closed; all files that are left are whole", soft_wrap=True)
+        raise typer.Exit(1) from None
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -94,17 +97,19 @@ def wrong_usage() -> Iterator[None]:
 def _signals_interrupt() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a command as Ctrl-C does: unfinished files are deleted on the way out.
 
-    A signal that is ignored, as under ``nohup``, stays ignored. After the first signal the others are ignored:
-    ``timeout`` and closing terminals send two, and the second would interrupt the cleanup.
+    A signal that is ignored, as under ``nohup``, stays ignored. After the first signal the others are ignored until the
+    process has ended: ``timeout`` and closing terminals send two, people press Ctrl-C twice, and the second would
+    interrupt the cleanup.
     """
-    taken: list[int] = []
+    usual = {"SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL, "SIGINT": signal.default_int_handler}
+    taken: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+        here = {getattr(signal, name): handler for name, handler in usual.items() if hasattr(signal, name)}
+        taken = {number: handler for number, handler in here.items() if signal.getsignal(number) == handler}
 
     def interrupt(*_: object) -> None:
-        for number in taken:
-            signal.signal(number, signal.SIG_IGN)
+        while taken:
+            signal.signal(taken.popitem()[0], signal.SIG_IGN)
         raise KeyboardInterrupt
 
     for number in taken:
@@ -112,8 +117,8 @@ def _signals_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 class _PlainHandler(logging.Handler):

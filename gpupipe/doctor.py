@@ -144,7 +144,7 @@ def _nvjpeg_obstacle(gpu: torch.device) -> str | None:
         from torchvision.io import decode_jpeg, encode_jpeg  # noqa: PLC0415 - takes a second
 
         decode_jpeg(encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8)), device=gpu)
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, AttributeError, RuntimeError) as error:
         return first_line(error)
     return None
 

@@ -68,7 +68,8 @@ class SpeechFeatures:
             self.name = "audio features"
             if array.dtype.kind != "f":
                 raise InputError(f"{self.name}: dtype is {array.dtype}; expected float32")
-            self._array = np.ascontiguousarray(array, dtype=np.float32)
+            with np.errstate(over="ignore"):  # what becomes infinite is told below
+                self._array = np.ascontiguousarray(array, dtype=np.float32)
             self.shape = self._array.shape
         self.windowed = self.shape[1:] == self.audio_shape
         if not _fits(self.shape, mode):

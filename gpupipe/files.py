@@ -111,6 +111,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+class _NothingToWrite(Exception):
+    """Raised to leave :func:`replacing` without a file."""
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise now, before any work, what :func:`replacing` would raise about ``path``."""
+    with contextlib.suppress(_NothingToWrite), replacing(path):
+        raise _NothingToWrite
+
+
 def make_folder(path: str | Path) -> Path:
     """Make a folder and its parents if they do not exist.
 

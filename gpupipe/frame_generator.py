@@ -261,7 +261,10 @@ class FrameGenerator:
     def _window(self, audio: ArrayLike | Tensor) -> Tensor:
         """One frame's audio, as (1, *audio_shape)."""
         shape = AUDIO_SHAPES[self.mode]
-        values = np.array(as_array(audio), dtype=np.float32)
+        given = as_array(audio)
+        if given.dtype.kind != "f":
+            raise InputError(f"audio_features: dtype is {given.dtype}; expected float32")
+        values = np.array(given, dtype=np.float32)
         size = int(np.prod(shape))
         if values.size == size and (values.shape[-3:] == shape or len(values) == WINDOW_ROWS):
             return torch.from_numpy(values).reshape(1, *shape)

@@ -116,8 +116,9 @@ def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
     """End the capture on the current stream, whose memory comes from ``pool``.
 
     Raises:
-        RuntimeError: the capture failed. PyTorch 2.11's allocator would believe that it still goes on: it would never
-            free the pool, nor memory used on two streams, and nothing else could be captured into that pool.
+        RuntimeError: the capture failed. PyTorch 2.11 would believe that it still goes on: its allocator would never
+            free the pool, nor memory used on two streams, nothing else could be captured into that pool, and its
+            generator would refuse random numbers outside of a capture.
     """
     device = torch.cuda.current_device()
     try:
@@ -126,6 +127,11 @@ def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
         with contextlib.suppress(RuntimeError):  # newer versions have ended it themselves
             torch._C._cuda_endAllocateToPool(device, pool)
             torch._C._cuda_releasePool(device, pool)
+        with contextlib.suppress(RuntimeError):  # a capture that succeeds sets the generator right
+            other = torch.cuda.CUDAGraph()
+            other.capture_begin(capture_error_mode="thread_local")
+            torch.empty(1, device="cuda").zero_()
+            other.capture_end()
         _memories.pop(device, None)  # the next capture starts another
         raise
 

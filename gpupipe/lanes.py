@@ -82,3 +82,8 @@ def _run_torch_on(threads: int) -> None:
         before = torch.get_num_threads()  # read first: a thread's first query returns whatever was set last
         torch.set_num_threads(threads)
         another.submit(torch.set_num_threads, before).result()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child has none of the threads that PyTorch's OpenMP waits for, and one thread waits for none.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))

@@ -26,7 +26,9 @@ UseParsing = Annotated[
 ]
 
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")]
-Engine = Annotated[engines.EngineName, Option(help="How the network is run; auto takes the fastest here.")]
+Engine = Annotated[
+    engines.EngineName, Option(help="How the network is run; auto takes the fastest here; torch is eager.")
+]
 Precision = Annotated[
     engines.Precision | None,
     Option(

@@ -196,13 +196,14 @@ def template_parts(directory: str | Path, *, use_parsing: bool = False) -> tuple
     """Return where a template directory holds its frames (images or a video), its landmarks and, if used, its masks.
 
     Raises:
-        InputError: no such directory, or one that holds both images and a video, or several videos.
+        InputError: no such directory, or one that holds neither images nor a video, both, or several videos.
     """
     directory = input_folder(directory, "template directory")
-    places = _sources(directory)
-    found = [path for path in places if os.path.lexists(path)] or places[:1]  # reports a broken link as such
-    if len(found) > 1:
-        raise InputError(f"{directory}: holds {' and '.join(path.name for path in found)}; expected one of them")
+    found = [path for path in _sources(directory) if os.path.lexists(path)]  # reports a broken link as such
+    if len(found) != 1:
+        names = " and ".join(path.name for path in found)
+        expected = "one of them" if found else f"full_body_img or one of template{', template'.join(VIDEO_SUFFIXES)}"
+        raise InputError(f"{directory}: holds {names or 'no frames'}; expected {expected}")
     return found[0], directory / "landmarks", directory / "parsing" if use_parsing else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from gpupipe.benchmarks import bench_unet
 from gpupipe.benchmarks.common import Row
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.eager import EagerEngine
+from gpupipe.errors import DeviceError
 
 CPU = torch.device("cpu")
 
@@ -38,6 +40,52 @@ def test_a_provider_that_is_not_installed_takes_no_part(monkeypatch: pytest.Monk
     (peer,) = bench_unet.onnxruntime_peers(network, CPU, 1, "float32", {"TensorrtExecutionProvider": {}})
     with pytest.raises(Exception, match="TensorrtExecutionProvider"):
         peer.run()
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, made: list[bench_unet.Contestant]) -> list[Row]:
+    """Run the command on these contestants; the rows that it records, however it ends."""
+    recorded: list[Row] = []
+    monkeypatch.setattr(bench_unet, "_comparisons", lambda *_: [(1, made)])
+    monkeypatch.setattr(bench_unet, "append_rows", lambda rows, *_: recorded.extend(rows))
+    monkeypatch.setattr("sys.argv", ["bench_unet", "--device", "cpu", "--width", "0.125", "--rounds", "3", "--record"])
+    return recorded
+
+
+def test_an_interrupted_comparison_keeps_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def third_round() -> None:
+        calls.append(1)
+        if len(calls) > bench_unet.WARMUP + 2:
+            raise KeyboardInterrupt
+
+    told = {"precision": "float32"}
+    made = [bench_unet.Contestant(name, run, 1, told) for name, run in (("a", lambda: None), ("b", third_round))]
+    recorded = run_main(monkeypatch, made)
+    with pytest.raises(KeyboardInterrupt):
+        bench_unet.main()
+    assert {row.provider: row.n for row in recorded if row.metric == "latency"} == {"a": 3, "b": 2}
+
+
+@pytest.mark.parametrize(("error", "status"), [(DeviceError("too old"), 0), (RuntimeError("ptxas failed"), 1)])
+def test_a_failure_is_the_command_s(error: Exception, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not an engine that does not run here."""
+    recorded = run_main(monkeypatch, [bench_unet.Contestant("a", bench_unet._raising(error), 1, {"precision": "int8"})])
+    with pytest.raises(SystemExit) if status else contextlib.nullcontext():
+        bench_unet.main()
+    assert [row.error for row in recorded] == [f"{type(error).__name__}: {error}"]
+
+
+def test_the_floor_counts_bytes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An int8 value is one byte; weights are read once a batch."""
+    monkeypatch.setattr(bench_unet, "copy_bandwidth", lambda device: 1e12)
+    network = seeded_network(width=1 / 8)
+    traffic = bench_unet.layerwise_traffic(network, *bench_unet._inputs(network, 1, CPU))
+    for name, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
+        made = [bench_unet.Contestant("a", lambda: None, 1, {"precision": name})]
+        rows = bench_unet.rows_of(network, made, {0: [0.5]}, CPU, 1)
+        (share,) = (row.p50 for row in rows if row.metric == "layerwise_floor")
+        assert share == pytest.approx(100 * size * sum(traffic) / 1e12 / 0.5)
 
 
 def test_what_is_measured_is_recorded_before_the_next_comparison(
@@ -68,7 +116,9 @@ def test_an_engine_on_a_gpu_gives_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     network, gpu = seeded_network(width=1 / 8), torch.device("cuda")
     made = bench_unet.on_cuda(network, gpu, 2, "float16", ["eager", "onnxruntime"])
     launched = len(decoded)
-    rows = [row for row in bench_unet.rows_of(network, made, gpu, 2, rounds=1) if row.provider == "eager"]
+    found: bench_unet.Measured = {}
+    bench_unet.measure(made, gpu, 1, found)
+    rows = [row for row in bench_unet.rows_of(network, made, found, gpu, 2) if row.provider == "eager"]
     assert len(decoded) == launched > 0, "it is replayed"
     assert {row.metric for row in rows} == {"latency", "operations", "layerwise_floor"}
     assert {row.config["cached"] for row in rows} == {True, False}

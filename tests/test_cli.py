@@ -377,13 +377,46 @@ def test_signals_leave_nothing_half_written(number: int, clip: dict[str, Path], 
             time.sleep(0.05)
         assert list((tmp_path / "out").glob(".clip-*.part.mp4")), "it is being written"
         running.send_signal(number)
-        if number != signal.SIGINT:
-            running.send_signal(number)  # as `timeout` does, and terminals that close
+        time.sleep(0.05)
+        running.send_signal(number)  # as `timeout` does, terminals that close, and people who press Ctrl-C twice
         _, told = running.communicate(timeout=60)
     assert running.returncode == 1
     assert "gpupipe: interrupted; all files that are left are whole" in told and "Traceback" not in told
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip_frames"]
     assert all(cv2.imread(str(path)) is not None for path in kept.iterdir()), "and nothing but images"
+
+
+@pytest.mark.parametrize("words", ["--version", "doctor --json", "--help"])
+@pytest.mark.parametrize("where", ["/dev/full", "pipe"])
+def test_standard_output_that_takes_nothing_is_one_line(where: str, words: str) -> None:
+    name = Path(sys.executable).with_name("gpupipe")
+    redirect = "> /dev/full" if where == "/dev/full" else "| true"
+    for buffered in ("", "1"):
+        line = f"sleep 0.2; PYTHONUNBUFFERED={buffered} {name} {words} {redirect}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stderr
+        lines = done.stderr.splitlines()
+        assert len(lines) == 1 or (not lines and where == "pipe"), "Rich ends in silence where nobody reads"
+        assert all(line.startswith("gpupipe: ") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "features {clip[sound]} --encoder {encoder} -o {out}/f.npy",
+        "export --checkpoint {clip[checkpoint]} -o {out}/u.onnx",
+        "calibrate --checkpoint {clip[checkpoint]} --template {clip[template]} --audio-features {clip[features]}"
+        " -o {out}/u.safetensors",
+    ],
+)
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    words: str, clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cli.load_unet", "cli.SpeechEncoder", "calibration.load_unet"):
+        monkeypatch.setattr(f"gpupipe.{name}", pytest.fail)
+    result = run(*words.format(clip=clip, encoder=tmp_path / "e.pth", out=tmp_path / "gone").split())
+    assert result.exit_code == 2
+    assert f"there is no folder {tmp_path / 'gone'}" in result.stderr
 
 
 def test_signal_handlers_are_restored() -> None:

@@ -82,3 +82,9 @@ def test_doctor_reports_what_a_render_then_uses(
     assert told.exit_code == 0
     assert " 1 frame " in told.stdout
     assert told.stdout.split()[-2:] == ["fallbacks", "none"]
+
+
+def test_what_stands_in_brackets_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = "no, OpenVINO is not installed (pip install 'gpupipe[openvino]')"
+    monkeypatch.setattr("gpupipe.cli.examine", lambda device: {"can": {"int8": told}, "next": [told]})
+    assert CliRunner().invoke(app, ["doctor"]).output.count(told) == 2

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from typer.testing import CliRunner
 from gpupipe import FrameGenerationPipeline, InputError, template
 from gpupipe.cli import app
 from gpupipe.errors import DeviceError, DeviceLostError, DiskFullError, OutputError
-from gpupipe.farm import farm_status, ledger, worker
+from gpupipe.farm import farm_status, ledger, local, worker
 from gpupipe.farm.ledger import Ledger
 from gpupipe.models.audio_encoder import AudioEncoder
 from gpupipe.video.encode import VideoWriter
@@ -151,21 +153,87 @@ def test_a_bad_job_stops_no_other_and_is_parked(farmed: Path, farm_jobs: Jobs, t
 
 
 def test_a_parked_job_is_done_by_the_next_run_when_its_cause_is_gone(
-    farmed: Path, farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    farmed: Path, farm_jobs: Jobs, tmp_path: Path
 ) -> None:
-    """No input of the job changes: a file stands where the folder of its video should be."""
+    """No input of the job changes: a file stands where the folder of its video should be, which is seen at once."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "deep").write_text("in the way")
     record = farm(farm_jobs, out)
-    assert (record.done, record.parked) == (2, 1)
+    assert (record.done, record.parked, record.frames) == (2, 1, 24 + 11)
     assert "deep/er: cannot be made" in results(out)["deep/er/2.mp4"]["error"]
     (out / "deep").unlink()
-    monkeypatch.setattr(worker, "render_batch", None)  # its part is there: nothing is rendered again
     record = farm(farm_jobs, out)
     assert (record.done, record.skipped, record.parked) == (1, 2, 0)
     assert (results(out)["deep/er/2.mp4"]["attempts"], results(out)["deep/er/2.mp4"]["error"]) == (0, None)
     assert videos(out) == videos(farmed)
+
+
+@pytest.mark.parametrize("what", ["a folder of that name", "a name too long"])
+def test_an_output_that_cannot_be_is_told_before_anything_is_rendered(
+    what: str, farm_jobs: Jobs, tmp_path: Path
+) -> None:
+    output = "x" * 252 + ".mp4" if what == "a name too long" else "taken.mp4"
+    if what == "a folder of that name":
+        (tmp_path / "out" / output).mkdir(parents=True)
+    record = farm([farm_jobs[1] | {"output": output}], tmp_path / "out")
+    assert (record.parked, record.frames) == (1, 0)
+    assert {"a name too long": "File name too long"}.get(what, "is a folder; expected the name of a file") in str(
+        results(tmp_path / "out")[output]["error"]
+    )
+
+
+def test_a_folder_on_another_file_system(
+    farmed: Path, farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a link in the output folder may lead to one: there is no renaming into it."""
+    replace = Path.replace
+
+    def within_one(self: Path, target: Path) -> Path:
+        if (".gpupipe-farm" in self.parts) != (".gpupipe-farm" in Path(target).parts):
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(self), None, str(target))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", within_one)
+    assert farm(farm_jobs, tmp_path / "out").done == 3
+    assert videos(tmp_path / "out") == videos(farmed)
+    assert left_over(tmp_path / "out") == []
+
+
+def test_workers_are_given_whole_paths(farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of a cluster are in other folders."""
+    seen: list[Path] = []
+    render = worker.Worker.render
+
+    def noting(self: worker.Worker, parts: Any) -> Any:
+        return render(self, (seen.append(part.path) or part for part in parts))
+
+    monkeypatch.setattr(worker.Worker, "render", noting)
+    monkeypatch.chdir(tmp_path)
+    assert farm(farm_jobs[1:2], Path("out")).done == 1
+    assert seen and all(path.is_absolute() for path in seen)
+
+
+def test_an_error_leaves_what_would_be_joined(farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clip of hours takes minutes to be joined, and nobody would take it."""
+    began: list[str] = []
+    waiting = threading.Event()
+
+    def join(job: Any, *_: Any) -> Any:
+        began.append(job.output)
+        waiting.wait(20)
+        raise InputError("not joined")
+
+    def stop(self: Any, *, wait: bool) -> None:
+        if len(self._running) == 2:
+            threading.Timer(0.2, waiting.set).start()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(local, "join_parts", join)
+    monkeypatch.setattr(local._Joins, "settle", stop)
+    with pytest.raises(KeyboardInterrupt):
+        farm([farm_jobs[1], farm_jobs[2]], tmp_path / "out")
+    assert len(began) == 1
 
 
 def test_a_template_of_an_impossible_name_stops_no_other_job(farm_jobs: Jobs, tmp_path: Path) -> None:

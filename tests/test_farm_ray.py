@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -15,12 +16,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from farming import left_over, results, videos, write_jobs, write_speech
 
 from gpupipe import InputError
+from gpupipe.engines.remembered import remember
 from gpupipe.errors import DeviceLostError, DiskFullError, GpupipeError
 from gpupipe.farm import cluster, read_jobs, run_farm
 from gpupipe.farm.scheduler import RenderTask
+from gpupipe.models import load_unet
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -72,6 +76,32 @@ def test_a_killed_worker_costs_nothing(jobs: Path, tmp_path: Path, monkeypatch: 
     assert all(row["attempts"] == 0 for row in rows)
     again = run_farm(jobs, out, part_seconds=2, workers=2, device="cpu")
     assert (again.done, again.skipped) == (0, 4)
+
+
+def test_what_a_cluster_must_not_change(
+    jobs: Path, tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM ends the command as before, workers' fallbacks are told, and joins, each a process, are not begun all at
+    once."""
+    monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "cache"))
+    figures = {"onnxruntime": math.inf, "eager": 1.0}
+    remember(load_unet(tiny_checkpoint(), "ave"), torch.device("cpu"), torch.float32, figures)
+    lines = [json.loads(line) | {"engine": "auto"} for line in jobs.read_text().splitlines()]
+    assign, joining, handlers = cluster._RayWorkers._assign, [], []
+
+    def noting(self: cluster._RayWorkers) -> None:
+        assign(self)
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        joining.append(sum(worker is None for _, worker in self._running.values()))
+
+    monkeypatch.setattr(cluster._RayWorkers, "_assign", noting)
+    before = signal.getsignal(signal.SIGTERM)
+    out = tmp_path / "out"
+    record = run_farm(write_jobs(tmp_path / "auto.jsonl", lines), out, part_seconds=2, workers=1, device="cpu")
+    assert record.done == 4
+    assert set(handlers) == {before}
+    assert max(joining) == 1
+    assert any("engine onnxruntime failed when it was measured" in told for told in record.as_dict()["fallbacks"])
 
 
 @pytest.mark.parametrize(
@@ -209,7 +239,7 @@ def test_a_full_disk_ends_the_run(jobs: Path, tmp_path: Path, monkeypatch: pytes
             pass
 
         def do(self, task: Any) -> Any:
-            return cluster._returned(full, task)
+            return cluster._returned(full, task), []
 
     monkeypatch.setattr(cluster, "_RayActor", Full)
     with pytest.raises(GpupipeError) as error:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from farming import Jobs, farm, left_over, results, videos
+from PIL import Image
 
 from gpupipe.errors import DiskFullError
 from gpupipe.farm import ledger, worker
@@ -63,6 +64,21 @@ def test_what_changed_is_done_again(farmed: Path, farm_jobs: Jobs, tmp_path: Pat
     assert videos(out)["deep/er/2.mp4"] == videos(farmed)["deep/er/2.mp4"]
 
 
+def test_what_changed_during_a_run_is_done_again(farm_jobs: Jobs, tmp_path: Path) -> None:
+    """A face is kept from clip to clip: the second of these shows it as it was."""
+    face = Path(shutil.copytree(farm_jobs[2]["template"], tmp_path / "face"))
+    jobs = [farm_jobs[2] | {"template": str(face), "output": f"{number}.mp4", "crf": 30 + number} for number in (0, 1)]
+
+    def change(state: Any) -> None:
+        for image in face.glob("full_body_img/*.jpg"):
+            Image.fromarray(255 - np.asarray(Image.open(image))).save(image)
+
+    assert farm(jobs, tmp_path / "out", on_job_end=lambda state: state.output == "0.mp4" and change(state)).done == 2
+    assert farm(jobs, tmp_path / "out").done == 2
+    farm(jobs, tmp_path / "new")
+    assert videos(tmp_path / "out") == videos(tmp_path / "new")
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "a folder"])
 def test_a_video_that_is_not_as_recorded_is_made_again(
     farmed: Path, farm_jobs: Jobs, tmp_path: Path, damage: str
@@ -79,7 +95,7 @@ def test_a_video_that_is_not_as_recorded_is_made_again(
     record = farm(farm_jobs, out)
     if damage == "a folder":
         assert (record.skipped, record.parked) == (2, 1)
-        assert "1.mp4: cannot be written" in results(out)["1.mp4"]["error"]
+        assert "1.mp4: is a folder; expected the name of a file to write" in results(out)["1.mp4"]["error"]
     else:
         assert (record.done, record.skipped) == (1, 2)
         assert videos(out) == videos(farmed)

@@ -73,6 +73,8 @@ def test_waiting_for_the_device_cannot_be_captured() -> None:
     with pytest.raises(RuntimeError):
         graphs.capture(lambda: values * values.sum().item())
     assert torch.cuda.current_stream() == stream, "what is launched next must not go to the capture's stream"
+    drawn = torch.empty(64, device=CUDA).uniform_()
+    assert 0.1 < drawn.mean().item() < 0.9, "random numbers are drawn as before"
 
 
 @pytest.mark.cuda

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -121,3 +124,22 @@ def _threads_to_come() -> int:
     """PyTorch's number of threads in a new thread."""
     with ThreadPoolExecutor(1) as new:
         return new.submit(torch.get_num_threads).result()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no forking here")
+def test_a_forked_child_does_not_wait_for_its_parent_s_threads() -> None:
+    """In a process of its own, which has several threads of OpenMP at work before it forks."""
+    program = """
+import os, torch
+import gpupipe.lanes
+torch.set_num_threads(4)
+values = torch.ones(1 << 22)
+values.add(1).sum()
+child = os.fork()
+if not child:
+    values.add(1).sum()
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["7"]

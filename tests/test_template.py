@@ -137,8 +137,10 @@ def test_a_template_larger_than_the_budget_gives_the_same_frames(fit: int, templ
 def test_missing_directories(template: Path, tmp_path: Path) -> None:
     assert "no such template directory" in refusal(tmp_path / "absent", tmp_path / "absent")
     (template / "full_body_img").rename(template / "frames")
-    message = refusal(template, template / "full_body_img")
-    assert message.endswith("full_body_img: no such directory of template frames")
+    expected = "holds no frames; expected full_body_img or one of template.mp4, template.mov"
+    assert expected in refusal(template, template)
+    with pytest.raises(InputError, match="full_body_img: no such directory of template frames"):
+        Template(template / "full_body_img", template / "landmarks")
     (template / "full_body_img").touch()
     assert "is not a folder; expected a directory of template frames" in refusal(template, template / "full_body_img")
     with pytest.raises(InputError, match=r"0\.lms: no such landmark file"):

@@ -251,7 +251,7 @@ def test_broken_link_is_reported_as_a_missing_file(folder: Path) -> None:
 
 def test_no_template_at_all(folder: Path) -> None:
     (folder / "template.mp4").rename(folder / "template.avi")
-    with pytest.raises(InputError, match=r"full_body_img: no such directory"):
+    with pytest.raises(InputError, match=r"avatar: holds no frames; expected full_body_img or one of template\.mp4,"):
         Template.from_directory(folder)
     with pytest.raises(InputError, match=r"template\.mp4: no such video file"):
         Template(folder / "template.mp4", folder / "landmarks")

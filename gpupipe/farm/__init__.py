@@ -81,7 +81,7 @@ def run_farm(
     _check_options(batch_size, memory_budget, part_seconds, workers)
     on_ray = workers is not None or address is not None
     kind = find_device(device, here=not on_ray).type  # a cluster's devices need not be this machine's
-    ledger = Ledger(output_dir, jobs)
+    ledger = Ledger(Path(output_dir).absolute(), jobs)  # workers are started in other folders
     with ledger.locked():
         scheduler = Scheduler(jobs, ledger, device=kind, part_seconds=part_seconds, force=force, on_job_end=on_job_end)
         try:

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from gpupipe.errors import DeviceLostError, DiskFullError, GpupipeError, InputError
+from gpupipe.fallbacks import fallbacks, note_fallback
 from gpupipe.farm.attempt import attempt
 from gpupipe.farm.residents import AvatarKey, Residents
 from gpupipe.farm.scheduler import FeaturesTask, JoinTask, RenderTask, Scheduler, Task
@@ -47,10 +51,13 @@ def work_on_ray(scheduler: Scheduler, *, workers: int | None, address: str | Non
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a worker without a GPU sees what there is
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    interrupt = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"Ray at {address!r} cannot be reached ({' '.join(str(error).split())})") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)  # Ray's would end the process at once
     try:
         return _RayWorkers(ray, scheduler, workers, options).work()
     finally:
@@ -61,15 +68,16 @@ class _RayActor:
     """What runs in an actor: a worker."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        residents = Residents(options["device"], budget=options["memory_budget"], upcoming=lambda: self._upcoming)
+        residents = Residents(options["device"], budget=options["memory_budget"])
         self._worker = Worker(residents, batch_size=options["batch_size"])
-        self._upcoming: Sequence[AvatarKey] = ()
 
-    def do(self, task: RenderTask | FeaturesTask) -> Any:
-        """What a task comes to: see :func:`_returned`."""
+    def do(self, task: RenderTask | FeaturesTask) -> tuple[Any, list[str]]:
+        """What a task comes to, see :func:`_returned`, and the fallbacks of this process so far."""
+        return self._done(task), fallbacks()
+
+    def _done(self, task: RenderTask | FeaturesTask) -> Any:
         if isinstance(task, FeaturesTask):
             return _returned(self._worker.features, task.job, task.path, task.inputs)
-        self._upcoming = [AvatarKey.of(task.parts[0].job)]
         try:
             return _returned(lambda: list(self._worker.render(task.parts)))
         except DeviceLostError:
@@ -132,6 +140,7 @@ class _RayWorkers:
         self._join = ray.remote(num_cpus=0, scheduling_strategy="SPREAD")(_join)
         self.workers = [self._start_worker() for _ in range(count)]
         self._running: dict[Any, tuple[Task, _RayWorker | None]] = {}
+        self._joins: deque[JoinTask] = deque()
 
     def work(self) -> int:
         """Work until nothing is left; returns the number of workers."""
@@ -165,6 +174,10 @@ class _RayWorkers:
                     self.workers[self.workers.index(worker)] = self._start_worker()
                 self._scheduler.lost(task, blamed=blamed)
                 continue
+            if worker is not None:
+                result, told = result
+                for fallback in told:
+                    note_fallback(fallback)
             if isinstance(result, DiskFullError):
                 raise result
             self._scheduler.settle(task, result)
@@ -173,13 +186,21 @@ class _RayWorkers:
         return _RayWorker(self._actor.remote(self._options))
 
     def _assign(self) -> None:
-        """Give every worker as much as it is to have, and videos to be joined to any machine."""
+        """Give every worker as much as it is to have, and to any machine videos to be joined: as many at once as there
+        are workers, for each takes a process of its own."""
+        self._give_to_workers()
+        joining = sum(worker is None for _, worker in self._running.values())
+        for _ in range(min(len(self._joins), len(self.workers) - joining)):
+            task = self._joins.popleft()
+            self._running[self._join.remote(task)] = task, None
+
+    def _give_to_workers(self) -> None:
         while (worker := min(self.workers, key=lambda one: one.tasks)).tasks < _QUEUED:
             task = self._scheduler.next_task(frames=BUNDLE_FRAMES, last_avatar=worker.last_avatar)
             if task is None:
                 return
             if isinstance(task, JoinTask):
-                self._running[self._join.remote(task)] = task, None
+                self._joins.append(task)
                 continue
             if isinstance(task, RenderTask):
                 worker.last_avatar = AvatarKey.of(task.parts[-1].job)

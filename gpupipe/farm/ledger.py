@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
-import os
 import shutil
 import stat
 import time
@@ -189,7 +189,10 @@ class Ledger:
         try:
             video.replace(output)
         except OSError as error:
-            raise output_error(output, error) from error
+            if error.errno != errno.EXDEV:
+                raise output_error(output, error) from error
+            with replacing(output) as temporary:  # on another file system, by a link
+                shutil.copyfile(video, temporary)
         state.status, state.error = "done", None
         state.finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.save(job)
@@ -224,10 +227,14 @@ def _read_state(path: Path) -> JobState | None:
 
 
 class Fingerprints:
-    """Hashes of what clips are made of. A file that many jobs share is read once, as long as it does not change."""
+    """Hashes of what clips are made of, as one run sees it.
+
+    A file is read once, though it may change meanwhile: workers keep networks and faces too. What they made of it then
+    is made again in the next run, which sees another hash.
+    """
 
     def __init__(self) -> None:
-        self._hashes: dict[tuple[str, int, int], str] = {}
+        self._hashes: dict[Path, str] = {}
 
     def of(self, job: Job) -> str:
         """The hash of a job: its options, the content of its inputs, and gpupipe's version."""
@@ -247,10 +254,9 @@ class Fingerprints:
 
     def _file(self, path: Path) -> str:
         try:
-            facts = path.stat()
-            if not stat.S_ISREG(facts.st_mode):
+            if not stat.S_ISREG(path.stat().st_mode):
                 return "is no file"
-            key = (os.fspath(path.resolve()), facts.st_size, facts.st_mtime_ns)
+            key = path.resolve()
             if key not in self._hashes:
                 self._hashes[key] = file_hash(path)
             return self._hashes[key]

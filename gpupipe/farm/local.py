@@ -18,12 +18,15 @@ def work_here(scheduler: Scheduler, worker: Worker) -> None:
         DiskFullError: there is no room; what is whole is recorded.
     """
     worker.residents.upcoming = scheduler.upcoming
-    with ThreadPoolExecutor(1, "join") as executor:
+    executor = ThreadPoolExecutor(1, "join")
+    try:
         joins = _Joins(scheduler, executor)
         while not scheduler.finished:
             for outcome in worker.render(_parts(scheduler, worker, joins)):
                 scheduler.rendered(outcome)
             joins.settle(wait=True)
+    finally:  # after an error nobody takes what would be joined yet
+        executor.shutdown(cancel_futures=True)
 
 
 class _Joins:

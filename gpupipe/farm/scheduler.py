@@ -23,6 +23,7 @@ from gpupipe.farm.ledger import Fingerprints, JobState, Ledger, read_record, tex
 from gpupipe.farm.residents import AvatarKey
 from gpupipe.farm.worker import Joined, Outcome, Part
 from gpupipe.features import SpeechFeatures
+from gpupipe.files import check_writable, make_folder
 from gpupipe.schedule import frame_rate
 from gpupipe.versions import versions
 from gpupipe.video.codecs import segment_length
@@ -202,8 +203,9 @@ class Scheduler:
             DiskFullError: there is no room.
         """
         if isinstance(task, RenderTask):
-            failed = isinstance(result, Failed)  # outside of any one part
-            for outcome in [Outcome(part, result) for part in task.parts] if failed else result:
+            if isinstance(result, Failed):  # outside of any one part
+                result = [Outcome(part, result) for part in task.parts]
+            for outcome in result:
                 self.rendered(outcome)
             return
         if isinstance(result, Failed):
@@ -288,6 +290,9 @@ class Scheduler:
 
     def _plan(self, job: Job, fingerprint: str) -> None:
         """Cut a job into parts, or have its features made first."""
+        output = self.ledger.output(job)
+        make_folder(output.parent)
+        check_writable(output)
         if job.audio is not None:
             open_sound(job.audio).close()  # before anything is rendered for it
         features = Path(job.audio_features or self.ledger.folder(job) / "features.npy")

@@ -146,8 +146,9 @@ class Worker:
             open_parts.fail(pieces[0].shot, Failed(one_line(error)))
             return
         for some in smaller:
-            if not some[0].shot.cancelled:
-                self._write(*self._try_batch(some), open_parts)
+            wanted = [piece for piece in some if not piece.shot.cancelled]
+            if wanted:
+                self._write(*self._try_batch(wanted), open_parts)
 
 
 class _OpenParts:

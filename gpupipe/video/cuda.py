@@ -231,7 +231,7 @@ def can_encode_jpeg(device: torch.device) -> bool:
     """Return whether nvJPEG encodes on this device; a refusal is noted as a fallback."""
     try:
         _jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8, device=device), 75)
-    except (ImportError, RuntimeError) as error:  # torchvision plans to leave it to torchcodec
+    except (ImportError, AttributeError, RuntimeError) as error:  # torchvision plans to leave it to torchcodec
         note_fallback(f"nvJPEG does not encode here ({first_line(error)}): the CPU encodes JPEGs")
         return False
     return True
