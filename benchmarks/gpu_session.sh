@@ -9,6 +9,7 @@
 # CUBINS  made by "python -m gpupipe.benchmarks.gluon_cubins build CUBINS" on another machine, if Triton here is too old
 #
 # A part that fails or takes too long does not stop the others; the summary names it, and the exit status is then 1.
+# What is done when the call itself is cut off is in OUT. compute-sanitizer is used where it is installed.
 # PYTHON is the interpreter (default: python3) and MINUTES the time limit of the whole (9). PARTS="bench_compile trace"
 # runs only these parts, in a second call: the last ones may find no time left in the first. GPUPIPE_COMMIT names the
 # commit for the rows where the files came without .git. The kernels' ahead-of-time report needs no GPU and is not here.
@@ -64,9 +65,11 @@ slow = "" if can_pipeline(torch.device("cuda", 0)) else ": too old to pipeline h
 print(torch.cuda.get_device_name(), torch.cuda.get_device_capability(), "torch", torch.__version__, "triton", triton.__version__ + slow)
 assert backend("cuda") == "triton", backend("cuda")'
 nvidia-smi -q >"$logs/nvidia-smi.log" 2>&1 # clocks, power, ECC
+
 # A kernel NAME has tests/test_NAME_triton.py and benchmarks/bench_NAME.py: to add a kernel, add its name here.
 kernels=(crop_resize paste_blend nv12 inverted_residual)
-pytest=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -rfE)
+alone=("$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -q -rfE)
+pytest=("${alone[@]}")
 # A test spends most of its time compiling its kernel on one core, and there are many cores to one GPU.
 "$python" -c 'import xdist' 2>/dev/null && pytest+=(-n 8)
 tests=()
@@ -97,7 +100,7 @@ part trace 45 "${bench[@]}" --profile "$logs/trace.json"
 part bench_compile 300 "${unet[@]}" --batch 64 --precision float16 --engine fused compile  # tunes itself for minutes
 part bench_tiles 270 "$python" -m gpupipe.benchmarks.bench_tiles --seconds 200 --record --results "$out"
 if command -v compute-sanitizer >/dev/null; then
-    part sanitizer 300 compute-sanitizer --error-exitcode 9 "${pytest[@]:0:8}" "$root/tests/test_render_on_gpu.py" -k own_kernels
+    part sanitizer 300 compute-sanitizer --error-exitcode 9 "${alone[@]}" "$root/tests/test_render_on_gpu.py" -k own_kernels
 fi
 
 {
