@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from gpupipe.models.checkpoint import with_input_channels
 from gpupipe.models.codes import measure_inputs
 from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf
 from gpupipe.template import Template
+
+logger = logging.getLogger(__name__)
 
 FRAMES = 64
 """Frames whose ranges are taken, unless told otherwise."""
@@ -85,6 +88,7 @@ def calibrate(
         raise InputError(f"{speech.name}: has 1 row, and {template} 1 frame; expected more of either, to check with")
     pairs = np.stack([spread(opened.length, count), spread(len(speech), count)], axis=1)
     measured, others = pairs[::2], pairs[1::2]
+    logger.info("%s: measuring the network on %d mouths", path, len(measured))
     parts = np.array_split(measured, -(-len(measured) // _BATCH))
     network.input_channels = measure_inputs(network, (network_inputs(opened, speech, *part.T) for part in parts))
     checked = others[:: -(-len(others) // _CHECKED)]

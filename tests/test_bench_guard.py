@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_of_times_less_is_better(metric: str) -> None:
 
 
 def test_the_bound_grows_with_the_noise_of_both() -> None:
-    noisy = Spread(96, 100, 104, 5)  # 4 % each: 3·√(4² + 4²) = 17 %
+    noisy = Spread(97, 100, 105, 5)  # 4 % each, if more to one side: 3·√(4² + 4²) = 17 %
     [verdict] = verdicts(made(scaled(noisy, 0.85)), made(noisy))
     assert verdict.bound == pytest.approx(3 * 2**0.5 * 0.04)
     assert not verdict.worse
@@ -61,6 +62,12 @@ def test_on_a_noisy_machine_only_ratios_are_compared(then: Spread) -> None:
     assert verdict.worse
 
 
+@pytest.mark.parametrize("then", [Spread(100, 100, 100, 1), Spread(99, 100, 101, 2)], ids=["once", "twice"])
+def test_the_noise_of_too_few_measurements_is_taken_for_ten_percent(then: Spread) -> None:
+    [verdict] = verdicts(made(QUIET, "ratio"), made(then, "ratio"))
+    assert verdict.bound == pytest.approx(3 * math.hypot(0.1, 0.01))
+
+
 def test_only_the_same_thing_at_an_earlier_ancestor_is_compared() -> None:
     slow = made(scaled(QUIET, 0.5))
     assert verdicts(slow, made(QUIET))[0].worse
@@ -70,6 +77,7 @@ def test_only_the_same_thing_at_an_earlier_ancestor_is_compared() -> None:
         assert verdicts(slow, replace(made(QUIET), **other)) == [], other  # type: ignore[arg-type]
     assert verdicts(slow, made(QUIET), ancestor=False) == []
     assert verdicts(slow, made(QUIET), time="2999-01-01T00:00:00+00:00") == []
+    assert verdicts(slow, made(QUIET), time=slow.time) == [], "a row of the same run"
 
 
 @pytest.mark.skipif(guard.commit().startswith(("gpupipe ", "unknown")), reason="needs the repository")

@@ -13,7 +13,8 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from clips import features
+from clips import features, network_inputs
+from torch import Tensor
 from typer.testing import CliRunner
 
 from gpupipe import (
@@ -27,9 +28,11 @@ from gpupipe import (
     calibrate,
     calibration,
 )
+from gpupipe.calibration import compare, spread
 from gpupipe.cli import app
-from gpupipe.models import load_state_dict, load_unet
+from gpupipe.models import UNet328, load_state_dict, load_unet
 from gpupipe.models.checkpoint import with_input_channels
+from gpupipe.models.codes import measure_inputs
 
 KEY = "gpupipe.input_channels"
 
@@ -105,22 +108,65 @@ def test_a_single_frame_leaves_none_to_check_with(
     assert calibrate(tiny_checkpoint(), single, features(2), target).frames == 1
 
 
-def test_the_whole_template_and_all_of_the_speech_are_measured(
-    tiny_checkpoint: Callable[..., Path], clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[int, int]] = []
+Pairs = list[tuple[int, int]]
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> Pairs:
+    """The template frames that are measured or checked, each with its row of features."""
+    seen: Pairs = []
     inputs = calibration.network_inputs
 
-    def noted(template: Template, speech: SpeechFeatures, shown: Any, heard: Any) -> Any:
+    def note(template: Template, speech: SpeechFeatures, shown: Any, heard: Any) -> Any:
         seen.extend(zip(shown.tolist(), heard.tolist(), strict=True))
         return inputs(template, speech, shown, heard)
 
-    monkeypatch.setattr(calibration, "network_inputs", noted)
+    monkeypatch.setattr(calibration, "network_inputs", note)
+    return seen
+
+
+def test_the_whole_template_and_all_of_the_speech_are_measured(
+    tiny_checkpoint: Callable[..., Path], clip: dict[str, Path], tmp_path: Path, noted: Pairs
+) -> None:
     made = calibrate(tiny_checkpoint(), clip["template"], clip["features"], tmp_path / "all.safetensors")
-    assert {frame for frame, _ in seen} == set(range(4))
-    assert {row for _, row in seen} == set(range(len(np.load(clip["features"]))))
+    assert {frame for frame, _ in noted} == set(range(4))
+    assert {row for _, row in noted} == set(range(len(np.load(clip["features"]))))
     assert made.frames == 6
-    assert len(set(seen)) == len(seen), "none is checked that was measured"
+    assert len(set(noted)) == len(noted), "none is checked that was measured"
+
+
+def test_a_template_longer_than_the_speech_is_measured_whole(
+    tiny_checkpoint: Callable[..., Path], make_template: Callable[..., Path], tmp_path: Path, noted: Pairs
+) -> None:
+    template = make_template(tmp_path / "long", frames=6)
+    made = calibrate(tiny_checkpoint(), template, features(2), tmp_path / "out.safetensors")
+    assert made.frames == 3 and {frame for frame, _ in noted} == set(range(6))
+
+
+def test_a_few_frames_are_enough_to_check_with(
+    tiny_checkpoint: Callable[..., Path], clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+
+    def agreement(network: UNet328, image: Tensor, audio: Tensor) -> tuple[float, float]:
+        compared.append(len(image))
+        return 60.0, 1.0
+
+    monkeypatch.setattr(calibration, "_CHECKED", 2)
+    monkeypatch.setattr(calibration, "_agreement", agreement)
+    made = calibrate(tiny_checkpoint(), clip["template"], clip["features"], tmp_path / "few.safetensors")
+    assert (made.frames, compared) == (6, [2])
+
+
+def test_places_are_spread_from_the_first_to_the_last() -> None:
+    assert spread(11, 4).tolist() == [0, 3, 7, 10]
+    assert spread(1, 3).tolist() == [0, 0, 0]
+
+
+def test_agreement_is_in_decibels_and_in_steps() -> None:
+    psnr, largest = compare(torch.tensor([0.0, 250.0]), torch.tensor([5.0, 249.0]))
+    assert largest == 5 and psnr == pytest.approx(10 * math.log10(255**2 / 13))
+    assert compare(torch.ones(3), torch.ones(3)) == (math.inf, 0)
 
 
 def test_int8_needs_a_calibrated_checkpoint(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -180,6 +226,16 @@ def test_a_pth_becomes_safetensors_with_views_and_wrappers_resolved(
     assert channels is not None
     with_input_channels(wrapped, channels, tmp_path / "out.safetensors")
     assert load_state_dict(tmp_path / "out.safetensors").keys() == state.keys()
+
+
+def test_ranges_are_kept_to_six_digits(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    channels = measure_inputs(load_unet(tiny_checkpoint()), [network_inputs("ave")])
+    with_input_channels(tiny_checkpoint(), channels, tmp_path / "int8.safetensors")
+    found = load_unet(tmp_path / "int8.safetensors").input_channels
+    assert found is not None
+    for name, one in channels.items():
+        for expected, read in zip(one, found[name], strict=True):
+            torch.testing.assert_close(read, expected, rtol=1e-5, atol=0)
 
 
 def test_other_metadata_is_kept(made: Calibration, clip: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.errors import CheckpointError
 from gpupipe.models import MODES, Mode, UNet328, load_state_dict, load_unet
 from gpupipe.models.audio_encoder import load_audio_encoder
+from gpupipe.models.checkpoint import _check_sums
 from gpupipe.models.pickles import nests_too_deep
 
 State = dict[str, Tensor]
@@ -69,6 +71,11 @@ def as_wrapped(state: State, folder: Path) -> Path:
     return folder / "wrapped.pth"
 
 
+def as_model(state: State, folder: Path) -> Path:
+    torch.save({"epoch": 7, "model": state}, folder / "model.pth")
+    return folder / "model.pth"
+
+
 def as_data_parallel(state: State, folder: Path) -> Path:
     torch.save({f"module.{name}": value for name, value in state.items()}, folder / "parallel.pth")
     return folder / "parallel.pth"
@@ -90,7 +97,7 @@ def without_counters(state: State, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "save", [as_pth, as_safetensors, as_old_pth, as_wrapped, as_data_parallel, as_half, without_counters]
+    "save", [as_pth, as_safetensors, as_old_pth, as_wrapped, as_model, as_data_parallel, as_half, without_counters]
 )
 def test_reads_back_what_was_saved(save: Callable[[State, Path], Path], state: State, tmp_path: Path) -> None:
     network = load_unet(save(state, tmp_path))
@@ -111,6 +118,11 @@ def test_reads_the_full_width_of_each_mode(mode: Mode, golden_checkpoint: Callab
 
 def test_path_may_be_a_string(state: State, tmp_path: Path) -> None:
     assert load_state_dict(str(as_pth(state, tmp_path))).keys() == state.keys()
+
+
+def test_a_prefix_that_not_all_names_have_is_a_part_of_them(tmp_path: Path) -> None:
+    torch.save({"module.a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "some.pth")
+    assert load_state_dict(tmp_path / "some.pth").keys() == {"module.a", "b"}
 
 
 # ── what is refused ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -152,6 +164,12 @@ def test_impossible_width(state: State, tmp_path: Path) -> None:
     message = refusal(as_pth(state, tmp_path))
     assert "5 channels after inc" in message
     assert "multiple of 1/8" in message
+
+
+def test_the_largest_width_is_not_refused_for_its_width(state: State, tmp_path: Path) -> None:
+    state["inc.inconv.0.conv.6.weight"] = torch.zeros(128, 12, 1, 1)
+    message = refusal(as_pth(state, tmp_path))
+    assert "has shape" in message and "expected at most" not in message
 
 
 @pytest.mark.parametrize(
@@ -229,6 +247,18 @@ def test_damage_that_torch_does_not_see(state: State, tmp_path: Path) -> None:
             load_state_dict(path)
 
 
+def test_members_that_may_be_larger_than_their_file_are_not_summed(tmp_path: Path) -> None:
+    """A few compressed kilobytes may stand for gigabytes."""
+    for how in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "it.pth", "w", how) as archive:
+            archive.writestr("data", bytes(range(256)) * 100)
+        damaged = bytearray((tmp_path / "it.pth").read_bytes())
+        damaged[100] ^= 1
+        (tmp_path / "it.pth").write_bytes(damaged)
+        with pytest.raises(zipfile.BadZipFile) if how == zipfile.ZIP_STORED else contextlib.nullcontext():
+            _check_sums(tmp_path / "it.pth")
+
+
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     assert "no such checkpoint file" in refusal(tmp_path / "absent.pth")
     refusal(tmp_path)
@@ -278,6 +308,11 @@ def test_variance_below_0(state: State, tmp_path: Path) -> None:
     """The square root of a negative variance would be NaN, and every picture black."""
     state["audio_model.bn3.running_var"][1] = -0.5
     assert "audio_model.bn3.running_var holds a variance below 0" in refusal(as_pth(state, tmp_path))
+
+
+def test_a_variance_of_0_is_read(state: State, tmp_path: Path) -> None:
+    state["audio_model.bn3.running_var"][1] = 0
+    assert load_unet(as_pth(state, tmp_path)).state_dict()["audio_model.bn3.running_var"][1] == 0
 
 
 def test_network_that_no_memory_holds(state: State, tmp_path: Path) -> None:

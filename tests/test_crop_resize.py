@@ -14,7 +14,14 @@ from parity import EXACT_RESIZE, THIN_CROP, resize_bound
 from torch import Tensor
 
 from gpupipe.benchmarks import reference_loop as reference
-from gpupipe.kernels.crop_resize import bytes_moved, crop_resize, inner_region, mask_mouth, network_input
+from gpupipe.kernels.crop_resize import (
+    bytes_moved,
+    crop_and_input,
+    crop_resize,
+    inner_region,
+    mask_mouth,
+    network_input,
+)
 from gpupipe.kernels.cubic import cubic_resize, cubic_taps
 from gpupipe.landmarks import Box
 
@@ -235,6 +242,14 @@ def test_network_input_in_half_precision(crops: Tensor) -> None:
     half = network_input(crops, dtype=torch.float16)
     assert half.dtype == torch.float16
     assert torch.equal(half, network_input(crops).half())
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_layout_of_the_network_input_is_the_engine_s(channels_last: bool) -> None:
+    frame, box = torch.from_numpy(noise()[None, :40, :60]), torch.tensor([[3, 2, 43, 40]])
+    crop, image = crop_and_input(frame, torch.tensor([0]), box, dtype=torch.float16, channels_last=channels_last)
+    assert image.is_contiguous(memory_format=torch.channels_last) is channels_last
+    assert torch.equal(image, network_input(crop, dtype=torch.float16))
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.float16, 2)])

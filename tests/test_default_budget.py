@@ -23,6 +23,12 @@ def test_a_quarter_of_what_a_host_has_available(left: int | None, budget: int, m
     assert default_budget(CPU) == budget
 
 
+def test_a_host_that_does_not_tell_is_taken_for_a_small_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "Path", {"/proc/meminfo": tmp_path / "absent"}.__getitem__)
+    monkeypatch.setattr(memory, "memory_left", lambda: None)
+    assert default_budget(CPU) == 1 << 30
+
+
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="memory is read from /proc")
 def test_a_part_of_the_memory_there_is() -> None:
     assert 1 << 20 < default_budget(CPU) < 1 << 44

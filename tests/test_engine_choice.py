@@ -128,6 +128,32 @@ def test_auto_measures_again_what_it_cannot_read(network: UNet328, timed: dict[s
         assert remembered.recall(network, CPU, torch.float32) == {"onnxruntime": 100.0, "eager": 200.0}
 
 
+def test_auto_measures_again_where_an_engine_s_figure_is_missing(network: UNet328, timed: dict[str, float]) -> None:
+    remembered.remember(network, CPU, torch.float32, {"eager": 200.0})
+    timed.update(onnxruntime=0.1, eager=0.2)
+    assert make_engine(network, device=CPU).name == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "home/.cache/gpupipe"),
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/gpupipe"),
+        ({"GPUPIPE_CACHE": "own", "XDG_CACHE_HOME": "xdg"}, "own"),
+        ({"GPUPIPE_CACHE": "", "XDG_CACHE_HOME": ""}, "home/.cache/gpupipe"),
+    ],
+)
+def test_figures_are_kept_where_caches_are(
+    given: dict[str, str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    for name in ("GPUPIPE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, folder in given.items():
+        monkeypatch.setenv(name, folder and str(tmp_path / folder))
+    assert remembered.cache_file() == tmp_path / expected / "engines.json"
+
+
 @pytest.mark.parametrize("in_the_way", ["a file for the folder", "a folder for the file"])
 def test_auto_works_where_nothing_can_be_remembered(
     network: UNet328, in_the_way: str, timed: dict[str, float], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -148,6 +174,7 @@ def test_a_failing_engine_is_logged_and_not_taken(
     timed.update(eager=0.3)
     assert make_engine(network, device=CPU).name == "eager"
     assert "engine onnxruntime: onnxruntime is out of order: eager runs instead" in caplog.text
+    assert fallbacks() == ["engine onnxruntime: onnxruntime is out of order: eager runs instead"]
     assert make_engine(network, device=CPU).name == "eager", "and so it is remembered"
     told = f"engine onnxruntime failed when it was measured ({remembered.cache_file()} tells): eager runs instead"
     assert told in fallbacks(), "and logged again"
@@ -257,6 +284,16 @@ def test_compile_is_taken_only_where_a_measurement_found_it_fastest(network: UNe
     assert make_engine(network, device=CPU).name == "compile"
 
 
+def test_an_obstacle_of_an_engine_that_is_not_measured_is_not_told(
+    network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed.update(onnxruntime=0.1, eager=0.2)
+    without = replace(DECLARED["compile"], obstacle=lambda device, dtype: "there is no compiler")
+    monkeypatch.setitem(DECLARED, "compile", without)
+    make_engine(network, device=CPU)
+    assert fallbacks() == []
+
+
 @pytest.mark.parametrize(
     ("seconds", "best"),
     [([0.9, 0.3, 0.1, 0.2], 0.1), ([0.01, 0.3, 0.2, 0.25], 0.2)],
@@ -291,6 +328,13 @@ def test_each_run_on_a_gpu_is_waited_for(how: str, network: UNet328, monkeypatch
     )
     measure._seconds(engine, network)
     assert said == [how, "waited"] * (1 + measure._RUNS)
+
+
+@pytest.mark.usefixtures("small_batch")
+def test_seconds_are_those_of_a_frame(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_best", lambda once: (once(), 3.0)[1])
+    engine: Any = SimpleNamespace(device=CPU, encode=lambda image: {}, decode=lambda *_: torch.zeros(2))
+    assert measure._seconds(engine, network) == 1.5, "of a batch of two"
 
 
 @pytest.mark.usefixtures("small_batch")
@@ -331,6 +375,25 @@ def test_one_wrong_tile_of_a_batch_is_seen(wrong: float | str, row: int, column:
     tile = painted[2, :, row : row + 6, column : column + 30]
     tile.copy_(picture[0, :, 100:106, 60:90] if isinstance(wrong, str) else torch.full_like(tile, wrong))
     assert not measure._agree(painted, picture, dtype)
+
+
+def test_a_wrong_tile_between_two_windows_is_seen() -> None:
+    picture = torch.zeros(1, 3, 320, 320)
+    painted = picture.clone()
+    painted[..., 15:25, 15:25] = 9
+    assert not measure._agree(painted, picture, torch.float32)
+
+
+def test_engines_are_compared_with_the_plainest(
+    network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with the one before, from which each may differ a little more."""
+    paints = {"fused": 2.8, "onnxruntime": 1.4, "eager": 0.0}
+    timed.update(dict.fromkeys(paints, 0.1))
+    monkeypatch.setattr(measure, "_levels", lambda engine, network: torch.full((1, 3, 20, 20), paints[engine.name]))
+    engines = [DECLARED["fused"], DECLARED["onnxruntime"], DECLARED["eager"]]
+    figures, built = measure.measure(network, CPU, torch.float32, engines)
+    assert figures["fused"] == math.inf and built.keys() == {"onnxruntime", "eager"}
 
 
 def test_an_engine_that_does_not_paint_the_same_twice_is_not_taken(

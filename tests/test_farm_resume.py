@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from farming import Jobs, farm, left_over, results, videos
+from farming import Jobs, farm, left_over, results, videos, write_jobs
 from PIL import Image
 
 from gpupipe.errors import DiskFullError
-from gpupipe.farm import ledger, worker
+from gpupipe.farm import ledger, read_jobs, worker
 
 
 def test_what_is_done_is_skipped(farmed: Path, farm_jobs: Jobs, tmp_path: Path) -> None:
@@ -36,6 +36,25 @@ def test_what_a_killed_run_could_not_remove_is_removed(farmed: Path, farm_jobs: 
     assert len(left_over(out)) == 3
     assert farm(farm_jobs, out).skipped == 3
     assert left_over(out) == []
+
+
+def test_results_that_a_killed_run_had_not_finished_are_removed(tmp_path: Path) -> None:
+    (tmp_path / ".results-1.part.jsonl").write_text("left")
+    (tmp_path / ".results-1.part.mp4").write_text("a user's")
+    with ledger.Ledger(tmp_path, []).locked():
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".gpupipe-farm", ".results-1.part.mp4"]
+
+
+def test_a_state_that_names_another_output_is_not_taken(farm_jobs: Jobs, tmp_path: Path) -> None:
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[1:2]))
+    some = ledger.Ledger(tmp_path, jobs)
+    some.states["1.mp4"].status = "done"
+    some.save(jobs[0])
+    kept = some.folder(jobs[0]) / "state.json"
+    assert ledger.Ledger(tmp_path, jobs).states["1.mp4"].status == "done"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"output": "other.mp4"}))
+    state = ledger.Ledger(tmp_path, jobs).states["1.mp4"]
+    assert (state.output, state.status) == ("1.mp4", "waiting")
 
 
 def test_results_of_another_file_of_jobs_stay(farmed: Path, farm_jobs: Jobs, tmp_path: Path) -> None:

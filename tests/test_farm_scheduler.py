@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from farming import Jobs, write_jobs
@@ -12,9 +13,17 @@ from gpupipe.farm import farm_status, read_jobs
 from gpupipe.farm.attempt import Failed
 from gpupipe.farm.ledger import Ledger, write_record
 from gpupipe.farm.residents import AvatarKey
-from gpupipe.farm.scheduler import MAX_ATTEMPTS, MAX_WORKER_DEATHS, JoinTask, RenderTask, Scheduler
+from gpupipe.farm.scheduler import MAX_ATTEMPTS, MAX_WORKER_DEATHS, FeaturesTask, JoinTask, RenderTask, Scheduler
 from gpupipe.farm.worker import Joined, Outcome, Part
+from gpupipe.versions import versions
 from gpupipe.video.codecs import segment_length
+
+
+def scheduler_of(jobs: Jobs, folder: Path, **options: Any) -> Scheduler:
+    """For an output folder ``out``, in parts of two seconds."""
+    read = read_jobs(write_jobs(folder / "jobs.jsonl", jobs))
+    options = {"device": "cpu", "part_seconds": 2} | options
+    return Scheduler(read, Ledger(folder / "out", read), **options)
 
 
 def render(part: Part) -> Outcome:
@@ -44,8 +53,7 @@ def test_a_job_over_which_workers_die_is_parked_at_last(farm_jobs: Jobs, tmp_pat
 
 
 def test_a_task_that_fails_as_a_whole_is_one_failure_of_each_of_its_jobs(farm_jobs: Jobs, tmp_path: Path) -> None:
-    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", [farm_jobs[0], farm_jobs[2]]))
-    scheduler = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    scheduler = scheduler_of([farm_jobs[0], farm_jobs[2]], tmp_path)
     for attempts in range(1, MAX_ATTEMPTS + 1):
         task = scheduler.next_task(frames=1000)
         assert isinstance(task, RenderTask) and len(task.parts) == 4
@@ -78,20 +86,25 @@ def test_a_job_that_failed_is_tried_again_when_its_parts_are_back(farm_jobs: Job
     assert scheduler.finished and (scheduler.done, scheduler.frames, state.status) == (1, 24, "done")
 
 
-def test_a_job_whose_try_ends_with_a_lost_worker_is_tried_again(farm_jobs: Jobs, tmp_path: Path) -> None:
-    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
-    scheduler = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
-    first, second = scheduler.next_task(), scheduler.next_task(frames=1000)
-    assert isinstance(first, RenderTask) and isinstance(second, RenderTask)
+@pytest.mark.parametrize("others", [[1000], [1, 1], [1]], ids=["one other", "two others", "a part left"])
+def test_a_job_whose_try_ends_with_a_lost_worker_is_tried_again(
+    others: list[int], farm_jobs: Jobs, tmp_path: Path
+) -> None:
+    """When all of its parts that workers have are back, and from the first one on."""
+    scheduler = scheduler_of(farm_jobs[:1], tmp_path)
+    first, *rest = (scheduler.next_task(frames=frames) for frames in (1, *others))
+    assert isinstance(first, RenderTask)
     scheduler.settle(first, [Outcome(first.parts[0], Failed("once"))])
-    scheduler.lost(second)
+    for task in rest:
+        assert isinstance(task, RenderTask)
+        assert scheduler.next_task() is None and not scheduler.finished
+        scheduler.lost(task)
     again = scheduler.next_task(frames=1000)
     assert isinstance(again, RenderTask) and len(again.parts) == 3
 
 
 def test_parts_that_a_lost_worker_had_finished_count(farm_jobs: Jobs, tmp_path: Path) -> None:
-    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
-    scheduler = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    scheduler = scheduler_of(farm_jobs[:1], tmp_path)
     task = scheduler.next_task(frames=1000)
     assert isinstance(task, RenderTask) and len(task.parts) == 3
     render(task.parts[0])
@@ -102,6 +115,62 @@ def test_parts_that_a_lost_worker_had_finished_count(farm_jobs: Jobs, tmp_path: 
         render(part)
     scheduler.lost(again)
     assert isinstance(scheduler.next_task(), JoinTask) and scheduler.frames == 24
+
+
+def test_a_worker_that_died_over_another_task_is_not_held_against_a_job(farm_jobs: Jobs, tmp_path: Path) -> None:
+    scheduler = scheduler_of(farm_jobs[:1], tmp_path)
+    for blamed in (False, True):
+        scheduler.lost(scheduler.next_task(frames=1000) or pytest.fail("nothing to do"), blamed=blamed)
+        assert scheduler.ledger.states["0.mp4"].worker_deaths == blamed
+
+
+@pytest.mark.parametrize(
+    ("options", "other_versions", "parts"),
+    [({"device": "cuda"}, {}, 3), ({"part_seconds": 4}, {}, 2), ({"force": True}, {}, 3), ({}, {"torch": "0"}, 3)],
+    ids=["another device", "another length", "forced", "another version"],
+)
+def test_parts_of_another_run_are_rendered_again_where_they_would_differ(
+    options: dict[str, Any],
+    other_versions: dict[str, str],
+    parts: int,
+    farm_jobs: Jobs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = scheduler_of(farm_jobs[:1], tmp_path).next_task(frames=1000)
+    assert isinstance(first, RenderTask)
+    for part in first.parts:
+        render(part)
+    assert isinstance(scheduler_of(farm_jobs[:1], tmp_path).next_task(), JoinTask), "as they are"
+    monkeypatch.setattr("gpupipe.farm.scheduler.versions", lambda: versions() | other_versions)
+    again = scheduler_of(farm_jobs[:1], tmp_path, **options).next_task(frames=1000)
+    assert isinstance(again, RenderTask) and len(again.parts) == parts
+
+
+def with_encoder(jobs: Jobs) -> Jobs:
+    """Jobs whose features are to be made first."""
+    made = ({key: value for key, value in job.items() if key != "audio_features"} for job in jobs)
+    return [job | {"encoder": "e.pth"} for job in made]
+
+
+def test_a_job_whose_features_are_made_comes_next(farm_jobs: Jobs, tmp_path: Path) -> None:
+    """And not after all others."""
+    scheduler = scheduler_of(with_encoder(farm_jobs[:2]), tmp_path)
+    task = scheduler.next_task()
+    assert isinstance(task, FeaturesTask) and task.job.output == "0.mp4"
+    task.path.parent.mkdir(parents=True)
+    task.path.write_bytes(Path(farm_jobs[0]["audio_features"]).read_bytes())
+    write_record(task.path, task.inputs, {"seconds": 1.5})
+    scheduler.settle(task, None)
+    following = scheduler.next_task()
+    assert isinstance(following, RenderTask) and following.parts[0].job.output == "0.mp4"
+    assert scheduler.ledger.states["0.mp4"].timings == {"features": 1.5}
+
+
+def test_a_run_is_not_at_its_end_while_features_are_made(farm_jobs: Jobs, tmp_path: Path) -> None:
+    scheduler = scheduler_of(with_encoder(farm_jobs[:1]), tmp_path)
+    assert isinstance(scheduler.next_task(), FeaturesTask)
+    assert scheduler.next_task() is None and not scheduler.finished
 
 
 def test_a_job_is_parked_once(farm_jobs: Jobs, tmp_path: Path) -> None:
@@ -127,8 +196,7 @@ def test_a_long_clip_is_heard_of_before_it_ends(
     caplog.set_level(logging.INFO, logger="gpupipe")
     now = 1000.0
     monkeypatch.setattr("gpupipe.farm.scheduler.time.monotonic", lambda: now)
-    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:1]))
-    scheduler = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
+    scheduler = scheduler_of(farm_jobs[:1], tmp_path)
     task = scheduler.next_task(frames=1000)
     assert isinstance(task, RenderTask) and len(task.parts) == 3
     for part, then in zip(task.parts, (1004.0, 1011.0, 1012.0), strict=True):
@@ -160,6 +228,28 @@ def test_a_worker_is_given_more_of_what_it_has_at_hand(farm_jobs: Jobs, tmp_path
     # Both faces' jobs are not under way yet: the worker helps with the first face, of both of its jobs.
     assert isinstance(other, RenderTask)
     assert [part.job.output for part in other.parts] == ["0.mp4", "0.mp4", "deep/er/2.mp4"]
+
+
+def test_of_jobs_under_way_the_one_at_hand_goes_on(farm_jobs: Jobs, tmp_path: Path) -> None:
+    """A worker that has nothing at hand yet takes the first."""
+    other = farm_jobs[0] | {"template": farm_jobs[1]["template"], "output": "other.mp4"}
+    scheduler = scheduler_of([farm_jobs[0], other], tmp_path)
+    first, second = scheduler.next_task(frames=1000), scheduler.next_task(frames=1)
+    assert isinstance(first, RenderTask) and isinstance(second, RenderTask)
+    jobs = [first.parts[0].job, second.parts[0].job]
+    assert [job.output for job in jobs] == ["0.mp4", "other.mp4"]
+    scheduler.lost(first)
+    for at_hand, job in ((jobs[1], jobs[1]), (jobs[0], jobs[0]), (None, jobs[0])):
+        task = scheduler.next_task(last_avatar=None if at_hand is None else AvatarKey.of(at_hand))
+        assert isinstance(task, RenderTask) and [part.job for part in task.parts] == [job]
+
+
+def test_a_face_whose_parts_are_all_handed_out_is_not_to_come(farm_jobs: Jobs, tmp_path: Path) -> None:
+    scheduler = scheduler_of(farm_jobs, tmp_path)
+    before = scheduler.upcoming()
+    task = scheduler.next_task(frames=1000)
+    assert isinstance(task, RenderTask) and {part.job.output for part in task.parts} == {"0.mp4", "deep/er/2.mp4"}
+    assert scheduler.upcoming() == before[1:]
 
 
 @pytest.mark.parametrize("seconds", [1e-300, 1e308])

@@ -1,4 +1,4 @@
-"""Parts that come to their end beside the rendering."""
+"""Parts that come to their end beside the rendering, and batches that fail."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from gpupipe.farm.worker import _OpenParts
+from gpupipe.farm.worker import Worker, _OpenParts
 
 
 class Shot:
@@ -50,3 +51,30 @@ def test_frames_that_wait_for_encoders_are_bounded(
             waiting.append(sum(not future.done() for _, future in open_parts._ending))
         assert [outcome.part for outcome in open_parts.outcomes(wait=True)] == parts
     assert most // 2 < max(waiting) <= most
+
+
+@pytest.fixture
+def worker() -> Worker:
+    return Worker(SimpleNamespace(device=torch.device("cpu")), batch_size=2)  # type: ignore[arg-type]
+
+
+def test_a_batch_from_before_the_last_halving_does_not_undo_it(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another lane had begun it."""
+    written: list[Any] = []
+    monkeypatch.setattr(worker, "_try_batch", lambda some: (some, []))
+    pieces: list[Any] = [SimpleNamespace(rows=range(8), shot=SimpleNamespace(cancelled=False)) for _ in range(2)]
+    opened: Any = SimpleNamespace(write=lambda some, rendered: written.append(some))
+    worker._retry(pieces, torch.OutOfMemoryError("out of memory"), opened)
+    assert worker.batch_size == 2
+    assert written == [pieces[:1], pieces[1:]]
+
+
+def test_a_failed_batch_is_tried_again_without_what_is_cancelled(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(worker, "_try_batch", lambda some: (tried.append(some), (some, []))[1])
+    pieces: list[Any] = [SimpleNamespace(rows=range(2), shot=SimpleNamespace(cancelled=gone)) for gone in (True, False)]
+    opened: Any = SimpleNamespace(write=lambda some, rendered: None)
+    worker._retry(pieces, RuntimeError("once"), opened)
+    assert tried == [pieces[1:]]

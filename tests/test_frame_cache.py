@@ -255,3 +255,5 @@ def test_nobody_waits_while_another_keeps_a_frame(monkeypatch: pytest.MonkeyPatc
     assert_right(shared, [2, 0, 1])
     assert recorder.computed.count(1) == 2
     assert sorted(shared._slot[:3].tolist()) == [0, 1, 2]
+    shared.lookup(range(LENGTH))
+    assert sorted(shared._slot.tolist()) == list(range(LENGTH)), "no place was lost"

@@ -14,7 +14,7 @@ import torch
 from clips import landmarks
 from parity import EXACT_RESIZE
 
-from gpupipe import ImageProcessor, InputError
+from gpupipe import ImageProcessor, InputError, transfer
 from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.landmarks import Box
 
@@ -232,3 +232,9 @@ def test_tensors_and_views_are_taken_wherever_arrays_are() -> None:
     )
     assert isinstance(found, np.ndarray)
     assert np.array_equal(found, processor.paste_generated_region(frame, mouth, box, (100, 100)))
+
+
+def test_a_tensor_with_a_gradient_is_taken_without_it() -> None:
+    learnt = torch.ones(3, requires_grad=True)
+    taken = transfer.as_tensor(learnt)
+    assert not taken.requires_grad and taken.data_ptr() == learnt.data_ptr()

@@ -17,7 +17,7 @@ from gpupipe.calibration import compare
 from gpupipe.demo import BUNDLE
 from gpupipe.models import MODES, Mode, UNet328, load_unet
 from gpupipe.models import int8 as integers
-from gpupipe.models.codes import Channels, Codes, Int8Conv, coded, measure_inputs
+from gpupipe.models.codes import Channels, Codes, Int8Conv, coded, measure_inputs, signed_codes, unsigned_codes
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.hoisted import TEMPLATE_FEATURES, conv1x1
 from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf
@@ -134,6 +134,29 @@ def test_an_input_that_comes_twice_halves_the_weights_steps() -> None:
     sums = twice.weight.chunk(2, dim=1)[0] + twice.weight.chunk(2, dim=1)[1]
     exact = layer.weight
     assert (sums - exact).square().mean() < 0.35 * (once.weight - exact).square().mean()
+
+
+@torch.no_grad()
+def test_both_halves_of_an_input_that_comes_twice_have_the_same_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand for the same values; their codes do not."""
+    seen: list[Codes] = []
+
+    class Noted(Int8Conv):
+        def __init__(self, layer: nn.Conv2d, reads: Codes, writes: Codes | None, *, twice: bool = False) -> None:
+            seen.extend([reads] if twice else [])
+            super().__init__(layer, reads, writes, twice=twice)
+
+    monkeypatch.setattr(integers, "Int8Conv", Noted)
+    halves(measured())
+    [codes] = seen
+    first, second = (codes.step * codes.mean + codes.offset).chunk(2)
+    torch.testing.assert_close(first, second)
+
+
+def test_channels_that_are_always_0_have_steps_too() -> None:
+    silent = Channels(torch.zeros(3), torch.zeros(3), torch.zeros(3))
+    for codes in (signed_codes(silent), unsigned_codes(silent)):
+        assert (codes.step > 0).all() and codes.mean.tolist() == [0, 0, 0]
 
 
 @torch.no_grad()

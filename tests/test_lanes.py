@@ -23,6 +23,17 @@ def test_cores_are_shared_out(cores: int, expected: tuple[int, int]) -> None:
     assert cpu_lanes(cores) == expected
 
 
+@pytest.mark.parametrize(
+    ("wanted", "cores"), [("3", 3), ("8", 8), ("12", 8), ("0", 1), ("", 8), ("many", 8), ("-1", 8), ("2.5", 8)]
+)
+def test_a_user_s_number_of_cores(wanted: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to those there are; what is no number is left aside."""
+    monkeypatch.setattr("gpupipe.lanes.cpu_quota", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("GPUPIPE_CORES", wanted)
+    assert available_cores() == cores
+
+
 def test_lanes_of_this_machine_use_no_more_than_its_cores() -> None:
     lanes = cpu_lanes()
     assert 1 <= lanes.number * lanes.threads <= available_cores()

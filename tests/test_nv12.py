@@ -144,6 +144,11 @@ def test_frames_of_a_batch_do_not_see_each_other() -> None:
     assert torch.equal(to_nv12(batch), torch.stack([to_nv12(frame[None])[0] for frame in batch]))
 
 
+def test_a_frame_larger_than_what_is_converted_at_once() -> None:
+    wide = torch.randint(0, 256, (1, 4, 40_000, 3), dtype=torch.uint8)
+    assert torch.equal(to_nv12(wide)[:, :, :100], to_nv12(wide[:, :, :100]))
+
+
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3), (5, 5)])
 def test_odd_sizes_are_refused(shape: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=f"^frames are {shape[1]}×{shape[0]}; NV12 needs an even width and height"):

@@ -20,7 +20,7 @@ from gpupipe.kernels.crop_resize import crop_resize
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import bytes_moved, paste_blend
 from gpupipe.landmarks import Box
-from gpupipe.seam import keep_mask
+from gpupipe.seam import feather_width, keep_mask
 
 Image = np.ndarray
 
@@ -220,6 +220,11 @@ def test_feather_follows_its_formula(box: Box, feather: float) -> None:
 def test_a_seam_of_half_a_pixel_is_hard(feather: float) -> None:
     box, mouth = square(200), mouths(1)
     assert np.array_equal(pasted(noise(), box, mouth, feather=feather), pasted(noise(), box, mouth))
+
+
+def test_a_seam_may_be_left_out() -> None:
+    assert feather_width("feather", 3.5) == 3.5
+    assert feather_width("feather", 0) == feather_width("none", 5.0) == 0
 
 
 def test_bound_fails_on_another_width() -> None:

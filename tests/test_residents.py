@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,26 @@ def test_jobs_share_avatars_and_networks(jobs: list[Job]) -> None:
     assert len(residents) == 3
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "same"),
+    [
+        ("checkpoint", "other.pth", False),
+        ("mode", "hubert", False),
+        ("engine", "onnxruntime", False),
+        ("exact", True, False),
+        ("precision", "bfloat16", False),
+        ("template", "other", False),
+        ("use_parsing", True, False),
+        ("blend", "none", False),
+        ("feather", 3.0, False),
+        ("crf", 5, True),
+        ("output", "other.mp4", True),
+    ],
+)
+def test_what_two_jobs_of_an_avatar_must_share(key: str, value: Any, same: bool, jobs: list[Job]) -> None:
+    assert (AvatarKey.of(jobs[0].model_copy(update={key: value})) == AvatarKey.of(jobs[0])) is same
+
+
 def needed(job: Job) -> int:
     """Memory of an avatar of the fixture, as counted without a limit."""
     residents = Residents("cpu", budget=1 << 40)
@@ -61,10 +82,18 @@ def test_the_avatar_needed_last_makes_room(jobs: list[Job], soon: tuple[int, ...
     assert residents.used <= residents.budget
 
 
+def test_an_avatar_is_given_the_room_that_the_others_leave(jobs: list[Job]) -> None:
+    residents = Residents("cpu", budget=2 * needed(jobs[0]))
+    residents.get(jobs[0], "nv12")
+    generator, _ = residents.get(jobs[1], "nv12")
+    assert generator.memory_budget == needed(jobs[1])
+
+
 def test_an_avatar_beyond_the_budget_still_renders(jobs: list[Job]) -> None:
     residents = Residents("cpu", budget=1000)
     _, avatar = residents.get(jobs[0], "nv12")
     assert avatar.template.frames.capacity == 0
+    assert residents.used == residents.budget
     assert len(avatar.render(torch.tensor([0, 1]).numpy(), torch.zeros(2, 32, 16, 16))) == 2
 
 

@@ -123,6 +123,7 @@ def test_number_of_frames(length: int, rate: int, fps: int, frames: int) -> None
 def test_frame_rate_is_exact() -> None:
     assert frame_rate(29.97) == Fraction(2997, 100)
     assert frame_rate(30000 / 1001) == Fraction(30000, 1001)
+    assert frame_rate(1000) == 1000
     for wrong in (0, -25, 1001, float("nan"), 1e-300):
         with pytest.raises(InputError, match=f"^fps is {wrong}; expected more than 0 and at most 1000"):
             frame_rate(wrong)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpupipe import FrameGenerator, SpeechFeatures, Template, UNetModel
+from gpupipe import FrameGenerator, InputError, SpeechFeatures, Template, UNetModel
 from gpupipe.avatar import Avatar
 from gpupipe.schedule import Resampling
 from gpupipe.shots import Piece, Shot, fill_batches, render_batch
@@ -163,6 +163,25 @@ def test_pieces_show_every_frame_once(fps: float, limit: int) -> None:
         seen += list(piece.frames)
         start = piece.frames.stop
     assert seen == list(shot.frames)
+
+
+def test_a_piece_ends_with_its_shot(generator: FrameGenerator, faces: list[Template]) -> None:
+    """Though the clip goes on."""
+    avatar = generator.avatar(faces[0])
+    for fps in (10, 25, 60):
+        assert generator.shot(avatar, speech(9), fps=fps, frames=range(1, 3)).piece(1, 64).frames == range(1, 3)
+
+
+def test_no_more_frames_at_once_than_asked_for() -> None:
+    piece = Piece(Shot.__new__(Shot), range(7), np.arange(3), np.array([0, 0, 0, 1, 1, 2, 2]))
+    parts = list(piece.frames_from_rows(torch.tensor([10, 20, 30]), 3))
+    assert [part.tolist() for part in parts] == [[10, 10, 10], [20, 20, 30], [30]]
+
+
+def test_a_shot_that_starts_outside_its_template(generator: FrameGenerator, faces: list[Template]) -> None:
+    sound = speech(3)
+    with pytest.raises(InputError, match=r"^start frame is 4; expected 0 to 3"):
+        Shot(generator.avatar(faces[0]), sound, sound.timing(25), 4, range(3))
 
 
 def test_reach_is_the_most_frames_that_so_many_rows_show() -> None:

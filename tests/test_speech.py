@@ -19,7 +19,7 @@ from gpupipe.errors import CheckpointError, DeviceError, InputError
 from gpupipe.mel import mel_pieces, mel_spectrogram
 from gpupipe.models.audio_encoder import AudioEncoder
 from gpupipe.speech import SpeechEncoder
-from gpupipe.video.sound import SoundTrack, audio_chunks, load_audio
+from gpupipe.video.sound import SoundTrack, audio_chunks, load_audio, open_sound
 
 FEATURE_ERROR = 1e-3  # of the largest golden feature
 
@@ -138,10 +138,9 @@ def write_sound(path: Path, channels: np.ndarray, rate: int) -> Path:
     with av.open(str(path), "w") as out:
         stream = out.add_stream("pcm_s16le", rate=rate, layout=layout)
         values = (channels.T.reshape(1, -1) * 32767).astype(np.int16)
-        if values.size:
-            frame = av.AudioFrame.from_ndarray(values, format="s16", layout=layout)
-            frame.rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
-            out.mux(stream.encode(frame))
+        frame = av.AudioFrame.from_ndarray(values, format="s16", layout=layout)
+        frame.rate, frame.pts, frame.time_base = rate, 0, Fraction(1, rate)
+        out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     return path
 
@@ -197,6 +196,18 @@ def test_chunks_are_pieces_of_the_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.concatenate(chunks), load_audio(path))
 
 
+def test_a_gap_in_the_times_is_no_silence(tmp_path: Path) -> None:
+    """A second of sound, a gap of a second, and another second of sound."""
+    with av.open(str(tmp_path / "gap.mkv"), "w") as out:
+        stream = out.add_stream("pcm_s16le", rate=16000, layout="mono")
+        for start in (*range(0, 16000, 1600), *range(32000, 48000, 1600)):
+            frame = av.AudioFrame.from_ndarray(np.full((1, 1600), 1000, np.int16), format="s16", layout="mono")
+            frame.rate, frame.pts, frame.time_base = 16000, start, Fraction(1, 16000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    assert len(load_audio(tmp_path / "gap.mkv")) == 32000
+
+
 def write_video(path: Path, *, sound: bool) -> Path:
     """One second of grey, with or without a 440 Hz tone."""
     with av.open(str(path), "w") as out:
@@ -249,7 +260,17 @@ def empty(folder: Path) -> Path:
 
 
 def no_samples(folder: Path) -> Path:
-    return write_sound(folder / "none.wav", np.zeros((1, 0), np.float32), 16000)
+    path = folder / "none.wav"
+    path.write_bytes(wav(b""))
+    return path
+
+
+def no_frames(folder: Path) -> Path:
+    path = folder / "none.flac"
+    with av.open(str(path), "w") as out:
+        out.add_stream("flac", rate=16000, layout="mono")
+        out.start_encoding()
+    return path
 
 
 def test_unknown_devices_are_refused(tmp_path: Path) -> None:
@@ -285,13 +306,36 @@ def test_one_infinite_or_nan_feature_is_an_error(value: float, tmp_path: Path) -
         list(encoder.feature_rows([babble(0.5)]))
 
 
-@pytest.mark.parametrize("make", [missing, silent_video, text, empty, no_samples])
-def test_files_without_sound_are_named(make: Callable[[Path], Path], tmp_path: Path, encoder: SpeechEncoder) -> None:
+EMPTY_TRACK = "its sound track is empty; expected a few milliseconds of sound"
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (missing, "no such sound file"),
+        (silent_video, "has no sound track"),
+        (text, "not a media file that FFmpeg reads"),
+        (empty, "not a media file that FFmpeg reads"),
+        (no_samples, EMPTY_TRACK),
+        (no_frames, EMPTY_TRACK),
+    ],
+)
+def test_files_without_sound_are_named(
+    make: Callable[[Path], Path], told: str, tmp_path: Path, encoder: SpeechEncoder
+) -> None:
     path = make(tmp_path)
     with pytest.raises(InputError) as raised:
         encoder.features(path)
-    assert str(path) in str(raised.value)
+    assert str(raised.value).startswith(f"{path}: {told}")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at open files in /proc")
+def test_a_file_without_sound_is_closed(tmp_path: Path) -> None:
+    path = silent_video(tmp_path)
+    with pytest.raises(InputError) as raised:  # which keeps what it met alive
+        open_sound(path)
+    assert path not in [link.resolve() for link in Path("/proc/self/fd").iterdir()], raised
 
 
 @pytest.mark.parametrize(

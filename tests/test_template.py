@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -74,6 +75,28 @@ def test_frames_boxes_and_masks(make_template: MakeTemplate, tmp_path: Path) -> 
         keep = (parsing == (0, 0, 255)).all(axis=2) | (parsing == (255, 255, 255)).all(axis=2)
         assert 0 < keep.sum() < keep.size
         assert np.array_equal(found["keep"][i].numpy(), keep)
+
+
+def test_the_largest_box_is_the_widest_by_the_tallest(make_template: MakeTemplate, tmp_path: Path) -> None:
+    """As they were cut at the frame's edge."""
+    boxes = [(10, 20, 60), (-10, 5, 50), (150, 100, 61), (0, -40, 99)]
+    folder = make_template(tmp_path, frames=4, size=(WIDTH, HEIGHT), box=boxes)
+    assert Template.from_directory(folder).max_box == (99, 60)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_frames_may_be_decoded_fast_and_parsing_images_never(
+    exact: bool, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, bool] = {}
+
+    def noted(paths: list[Path], **options: Any) -> torch.Tensor:
+        asked[paths[0].suffix] = options["exact"]
+        return read_images(paths, **options)
+
+    monkeypatch.setattr("gpupipe.template.read_images", noted)
+    Template.from_directory(template, use_parsing=True, exact=exact)
+    assert asked == {".jpg": exact, ".png": True}
 
 
 def test_without_parsing_there_is_no_mask(template: Path) -> None:

@@ -7,6 +7,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,8 +23,8 @@ from clips import write_wav
 
 from gpupipe import InputError
 from gpupipe.kernels.nv12 import to_nv12
-from gpupipe.video import ways
-from gpupipe.video.codecs import PictureFormat, configure
+from gpupipe.video import join, ways
+from gpupipe.video.codecs import PictureFormat, configure, segment_length
 from gpupipe.video.encode import VideoWriter
 from gpupipe.video.join import _packets, join_videos
 from gpupipe.video.segments import MAX_WORKERS, POOL_BYTES, DecodeTimes, HostEncoder, SegmentPool, pool_size
@@ -95,20 +96,37 @@ def test_frames_come_in_order_whoever_encodes_them(
     assert distance.argmin(axis=1).tolist() == list(range(len(clip)))
 
 
+def model_of(picture: PictureFormat, codec: str = "libx264") -> av.VideoCodecContext:
+    """A stream's own encoder, not open yet."""
+    context = av.CodecContext.create(codec, "w")
+    assert isinstance(context, av.VideoCodecContext)
+    configure(context, picture)
+    return context
+
+
+PICTURE = PictureFormat(WIDTH, HEIGHT, Fraction(25), 20)
+
+
 @pytest.mark.parametrize("processor", ["AVX512", "AVX2"])
 def test_x264_keeps_off_avx_512(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
-    context = av.CodecContext.create("libx264", "w")
-    configure(context, PictureFormat(WIDTH, HEIGHT, Fraction(25), 20))
-    assert (":asm=AVX2," in context.options["x264-params"]) is (processor == "AVX512")
+    options = model_of(PICTURE).options
+    assert (":asm=AVX2," in options["x264-params"]) is (processor == "AVX512")
+
+
+@pytest.mark.parametrize("segmented", [True, False])
+def test_x265_keeps_to_one_thread_a_segment_and_to_closed_groups(segmented: bool) -> None:
+    """Its groups of pictures are open unless it is told otherwise."""
+    context = model_of(PICTURE._replace(segmented=segmented), "libx265")
+    assert (":pools=none:frame-threads=1" in context.options["x265-params"]) is segmented
+    assert context.thread_count == (1 if segmented else 0)
+    assert ":open-gop=0" in context.options["x265-params"]
 
 
 def test_the_same_frames_give_the_same_bytes_every_time(clip: torch.Tensor) -> None:
     """On a processor with AVX-512 one encode in ten differed, when x264 was allowed to use it."""
-    picture = PictureFormat(WIDTH, HEIGHT, Fraction(25), 20, segmented=True)
-    model = av.CodecContext.create("libx264", "w")
-    assert isinstance(model, av.VideoCodecContext)
-    configure(model, picture)
+    picture = PICTURE._replace(segmented=True)
+    model = model_of(picture)
     model.open()
     encoder, found = HostEncoder(picture, model, use_model=False), set()
     for _ in range(60):
@@ -117,9 +135,49 @@ def test_the_same_frames_give_the_same_bytes_every_time(clip: torch.Tensor) -> N
     assert len(found) == 1
 
 
+def test_an_encoder_with_another_header_than_the_first_s_is_an_error(clip: torch.Tensor) -> None:
+    picture = PICTURE._replace(segmented=True)
+    model = model_of(picture)
+    model.flags |= av.codec.context.Flags.global_header
+    model.open()
+    assert HostEncoder(picture, model, use_model=False).encode(0, clip[0].numpy()) == []
+    other = HostEncoder(picture._replace(crf=30), model, use_model=False)
+    with pytest.raises(RuntimeError, match="another header than the first's"):
+        other.encode(0, clip[0].numpy())
+
+
 def test_one_encoder_makes_no_segments(clip: torch.Tensor, tmp_path: Path) -> None:
     packets = packets_of(write(tmp_path / "clip.mp4", clip, segmented=False))
     assert [n for n, packet in enumerate(packets) if packet[2]] == [0]
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_a_cut_within_a_segment_begins_no_other(codec: str, clip: torch.Tensor, tmp_path: Path) -> None:
+    cut = clip[: 2 * LENGTH].clone()
+    cut[35:, :HEIGHT] = 251 - cut[35:, :HEIGHT]
+    cut[35:, HEIGHT:] = cut[35:, HEIGHT:].flip(2)
+    packets = packets_of(write(tmp_path / "cut.mp4", cut, codec=codec))
+    assert [n for n, packet in enumerate(packets) if packet[2]] == [0, LENGTH]
+
+
+@pytest.mark.parametrize("codec", ["ffv1", "mjpeg"])
+def test_each_picture_of_an_editor_s_codec_stands_alone(codec: str, clip: torch.Tensor, tmp_path: Path) -> None:
+    packets = packets_of(write(tmp_path / "clip.mkv", clip[:30], codec=codec))
+    assert all(keyframe for _, _, keyframe, _ in packets)
+
+
+@pytest.mark.parametrize(
+    ("rate", "frames"),
+    [
+        (Fraction(25), 50),
+        (Fraction(30000, 1001), 60),
+        (Fraction(1), 2),
+        (Fraction(1, 5), 2),
+        (Fraction(1, 1000), 2),
+    ],
+)
+def test_a_segment_is_of_two_seconds_and_two_frames_at_least(rate: Fraction, frames: int) -> None:
+    assert segment_length(rate) == frames
 
 
 def test_a_segment_needs_no_other(clip: torch.Tensor, tmp_path: Path) -> None:
@@ -224,6 +282,13 @@ def test_parts_that_do_not_belong_together(
 def test_no_parts(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"joined\.mp4: there are no parts to join"):
         join_videos([], tmp_path / "joined.mp4")
+
+
+def test_a_part_without_a_frame_rate(clip: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = write(tmp_path / "part.mp4", clip[:2])
+    monkeypatch.setattr(join, "_fraction", lambda value: Fraction(0))
+    with pytest.raises(InputError, match=r"part\.mp4: has no frame rate"):
+        join_videos([part], tmp_path / "joined.mp4")
 
 
 def test_a_part_that_ends_in_an_error() -> None:
@@ -352,6 +417,27 @@ def test_memory_of_the_pool_is_bounded(workers: int, length: int | None, least: 
         waiting.append(i + 1 - len(seen))
     pool.finish()
     assert max(waiting) <= most
+
+
+def test_a_render_waits_for_its_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch is encoded and two wait: memory does not grow with the clip."""
+    may_encode, encode = threading.Event(), SegmentPool.encode
+    monkeypatch.setattr(SegmentPool, "encode", lambda pool, frame: (may_encode.wait(10), encode(pool, frame))[1])
+    written: list[int] = []
+
+    def fill(writer: VideoWriter) -> None:
+        for number in range(8):
+            writer.write(torch.zeros(1, 72, 64, dtype=torch.uint8))
+            written.append(number)
+
+    some = VideoWriter(tmp_path / "clip.mp4", width=64, height=48, codec="libx264")
+    with some as writer, ThreadPoolExecutor(1) as threads:
+        filling = threads.submit(fill, writer)
+        time.sleep(0.3)
+        waiting = len(written)
+        may_encode.set()
+        filling.result()
+    assert waiting <= 3 and writer.frames == 8
 
 
 @pytest.mark.parametrize("frame", [0, 5, 11])

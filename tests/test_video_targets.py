@@ -16,6 +16,7 @@ import pytest
 import torch
 from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import ColorRange, Colorspace
+from clips import write_click
 
 from gpupipe import FrameGenerationPipeline, InputError
 from gpupipe.kernels.nv12 import to_nv12
@@ -88,6 +89,31 @@ def test_codec_in_container(codec: str, suffix: str, name: str, bound: float, tm
     assert max(cv2.PSNR(p, f.numpy()) for p, f in zip(pictures(path), wrong, strict=True)) < bound
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+def test_a_file_depends_on_nothing_but_what_is_written(suffix: str, tmp_path: Path) -> None:
+    """Neither on chance, nor on FFmpeg's version."""
+    contents = []
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}.{suffix}"
+        write(path, moving_picture(64, 48, count=3), codec="libx264")
+        contents.append(path.read_bytes())
+    assert contents[0] == contents[1]
+    assert f"Lavf{av.library_versions['libavformat'][0]}".encode() not in contents[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="looks at open files in /proc")
+def test_a_writer_closes_its_sound(tmp_path: Path) -> None:
+    sound = write_click(tmp_path / "click.wav", 0.5)
+
+    def is_open() -> bool:
+        return any(link.resolve() == sound for link in Path("/proc/self/fd").iterdir())
+
+    with VideoWriter(tmp_path / "clip.mp4", width=64, height=48, sound=sound) as writer:
+        assert is_open()
+        writer.write(torch.zeros(12, 72, 64, dtype=torch.uint8))
+    assert not is_open() and writer.frames == 12
+
+
 @pytest.mark.parametrize("codec", ["h264", "hevc"])
 def test_chroma_is_tagged_as_centred(codec: str, tmp_path: Path) -> None:
     """Only the parameter sets say so, and only FFmpeg's log shows them: a container has no such tag."""
@@ -127,7 +153,7 @@ def test_ffv1_keeps_every_bit(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "noise.mp4", width=64, height=48, codec="h264", crf=0) as writer:
         writer.write(nv12)
     lossy = np.stack([frame.reformat(format="nv12").to_ndarray() for frame in decode(tmp_path / "noise.mp4")])
-    assert lossy.shape == kept.shape
+    assert not np.array_equal(lossy, kept)
 
 
 @pytest.mark.parametrize(("crf", "scale"), [(0, 1), (14, 2), (20, 3), (26, 6), (32, 12), (51, 31)])
@@ -144,6 +170,14 @@ def test_quality_follows_crf(codec: str, tmp_path: Path) -> None:
         write(tmp_path / "clip.mp4", frames.to(torch.uint8), codec=codec, crf=crf)
         sizes.append((tmp_path / "clip.mp4").stat().st_size)
     assert sizes[0] >= sizes[1] > 1.3 * sizes[2] > 1.3**2 * sizes[3]
+
+
+def test_quality_is_from_0_to_51(tmp_path: Path) -> None:
+    for crf in (0, 51):
+        write(tmp_path / "clip.mp4", moving_picture(64, 48, count=2), crf=crf)
+    for crf in (-1, 52):
+        with pytest.raises(InputError, match=f"^crf is {crf}; expected 0"):
+            VideoWriter(tmp_path / "clip.mp4", width=64, height=48, crf=crf)
 
 
 def test_best_quality_plays_everywhere(tmp_path: Path) -> None:
@@ -187,8 +221,9 @@ def test_container_that_cannot_hold_the_codec(codec: str, suffix: str, told: str
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("suffix", "tag"), [(".mp4", "hvc1"), (".mov", "hvc1")])
+@pytest.mark.parametrize(("suffix", "tag"), [(".mp4", "hvc1"), (".mov", "hvc1"), (".mkv", "\0\0\0\0")])
 def test_hevc_is_named_as_every_player_knows_it(suffix: str, tag: str, tmp_path: Path) -> None:
+    """Matroska names codecs in its own way."""
     write(tmp_path / f"clip{suffix}", moving_picture(64, 48, count=2), codec="libx265")
     with av.open(str(tmp_path / f"clip{suffix}")) as container:
         assert container.streams.video[0].codec_context.codec_tag == tag
