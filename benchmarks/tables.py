@@ -141,7 +141,7 @@ def side_by_side(rows: Rows) -> str:
                 speed = found.get((provider, "throughput"))
                 if speed is None:
                     continue
-                ratio, memory = found.get((provider, "ratio")), found.get((provider, "memory"))
+                ratio, memory, load = (found.get((provider, metric)) for metric in ("ratio", "memory", "load"))
                 cells = [
                     str(group),
                     f"{frames:g} frames",
@@ -149,7 +149,7 @@ def side_by_side(rows: Rows) -> str:
                     f"{speed['p50']:.2f} ({speed['p20']:.2f}–{speed['p80']:.2f})",
                     _ratio(ratio) if ratio else "",
                     f"{memory['p50']:.0f}" if memory else "",
-                    f"{found[provider, 'load']['p50']:.1f}",
+                    f"{load['p50']:.1f}" if load else "",
                     f"`{speed['commit']}`",
                 ]
                 lines.append(f"| {' | '.join(cells)} |")

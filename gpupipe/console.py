@@ -117,8 +117,8 @@ def _signals_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in taken.items():
-            signal.signal(number, handler)
+        while taken:
+            signal.signal(*taken.popitem())
 
 
 class _PlainHandler(logging.Handler):

@@ -56,8 +56,9 @@ def work_on_ray(scheduler: Scheduler, *, workers: int | None, address: str | Non
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"Ray at {address!r} cannot be reached ({' '.join(str(error).split())})") from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)  # Ray's would end the process at once
+    finally:
+        if interrupt is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, interrupt)  # Ray's would end the process at once
     try:
         return _RayWorkers(ray, scheduler, workers, options).work()
     finally:
