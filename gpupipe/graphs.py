@@ -128,9 +128,9 @@ def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
             torch._C._cuda_endAllocateToPool(device, pool)
             torch._C._cuda_releasePool(device, pool)
         with contextlib.suppress(RuntimeError):  # a capture that succeeds sets the generator right
-            other = torch.cuda.CUDAGraph()
+            other, value = torch.cuda.CUDAGraph(), torch.empty(1, device="cuda")  # before it: there may be no memory
             other.capture_begin(capture_error_mode="thread_local")
-            torch.empty(1, device="cuda").zero_()
+            value.zero_()
             other.capture_end()
         _memories.pop(device, None)  # the next capture starts another
         raise
