@@ -51,20 +51,25 @@ def run_main(monkeypatch: pytest.MonkeyPatch, made: list[bench_unet.Contestant])
     return recorded
 
 
-def test_an_interrupted_comparison_keeps_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("rounds", "measured"), [(bench_unet.WARMUP + 2, {"a": 3, "b": 2}), (bench_unet.WARMUP, {"a": 1}), (0, {})]
+)
+def test_an_interrupted_comparison_keeps_its_rounds(
+    rounds: int, measured: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
-    def third_round() -> None:
+    def interrupted() -> None:
         calls.append(1)
-        if len(calls) > bench_unet.WARMUP + 2:
+        if len(calls) > rounds:
             raise KeyboardInterrupt
 
     told = {"precision": "float32"}
-    made = [bench_unet.Contestant(name, run, 1, told) for name, run in (("a", lambda: None), ("b", third_round))]
+    made = [bench_unet.Contestant(name, run, 1, told) for name, run in (("a", lambda: None), ("b", interrupted))]
     recorded = run_main(monkeypatch, made)
     with pytest.raises(KeyboardInterrupt):
         bench_unet.main()
-    assert {row.provider: row.n for row in recorded if row.metric == "latency"} == {"a": 3, "b": 2}
+    assert {row.provider: row.n for row in recorded if row.metric == "latency"} == measured
 
 
 @pytest.mark.parametrize(("error", "status"), [(DeviceError("too old"), 0), (RuntimeError("ptxas failed"), 1)])
