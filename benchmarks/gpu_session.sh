@@ -97,7 +97,8 @@ if [ -n "$cubins" ]; then
 fi
 part bench_batches 90 "${bench[@]}" --sweep batch --values 64,16,128 --frames 1200 --rounds 2 --record
 part trace 45 "${bench[@]}" --profile "$logs/trace.json"
-part bench_compile 300 "${unet[@]}" --batch 64 --precision float16 --engine fused compile  # tunes itself for minutes
+# What torch.compile tunes takes minutes; ONNX Runtime's providers for a GPU take part where they are installed.
+part bench_compile 300 "${unet[@]}" --batch 64 --precision float16 --engine fused compile onnxruntime
 part bench_tiles 270 "$python" -m gpupipe.benchmarks.bench_tiles --seconds 200 --record --results "$out"
 if command -v compute-sanitizer >/dev/null; then
     part sanitizer 300 compute-sanitizer --error-exitcode 9 "${alone[@]}" "$root/tests/test_render_on_gpu.py" -k own_kernels
