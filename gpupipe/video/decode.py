@@ -38,9 +38,9 @@ _ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xae\x42\x60\x82"}
 """Last bytes of a whole file, not counting zeros: ISO/IEC 10918-1, B.1.1.3 (EOI), and PNG, section 11.2.5 (IEND)."""
 
 _FULL_SAMPLING = 0
-"""Pillow's number for 4:4:4. Chroma of others is interpolated by nvJPEG only if it is asked to, and torchvision does not
-(``NVJPEG_FLAGS_UPSAMPLING_WITH_INTERPOLATION``). Repeated, as emulated on a CPU, it gives 42 dB in the bundled avatar's
-boxes."""
+"""Pillow's number for 4:4:4. Chroma of others is interpolated by nvJPEG only if it is asked to
+(``NVJPEG_FLAGS_UPSAMPLING_WITH_INTERPOLATION``), and torchvision does not ask. Repeated, as emulated on a CPU, it gives
+42 dB in the bundled avatar's boxes."""
 
 _LAST_BYTES = 64
 
