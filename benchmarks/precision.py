@@ -1,15 +1,19 @@
-"""What a number format costs in picture quality: the trained network in fewer bits, compared with itself in float32.
+"""What a number format costs in picture quality: a trained network in fewer bits, compared with itself in float32.
 
-    python -m gpupipe.benchmarks.precision [--frames 24] [--device cuda] [--record]
+    python -m gpupipe.benchmarks.precision [--frames 24] [--bundle DIR] [--device cuda] [--record]
 
-The bundled avatar's network paints frames of the bundled sample in float32, and again in each format. The painted
-mouths are compared before they are rounded, scaled to 0 … 255: PSNR over all frames, and the largest difference.
+The bundled avatar's network paints frames of the second half of the bundled sample in float32, and again in each
+format. The painted mouths are compared before they are rounded, scaled to 0 … 255: PSNR over all frames, and the
+largest difference. Ranges for int8 are measured on 64 frames of the first half, so that other speech is painted than
+was measured; the face is the same.
+
+The bundled network has a quarter of the published width. ``--bundle`` takes what ``python -m gpupipe.demo.train --out
+WORK --width 1`` leaves in ``WORK/bundle``: the same avatar, painted by a network of full width.
 
 On CUDA every engine that is built in seconds runs in its own precisions. On a CPU the `openvino` engine runs in
 bfloat16 and int8, where it can, and all formats are *simulated*: weights and every layer's output are rounded to the
 format, and sums are float32, as on tensor cores with float32 accumulators when each layer writes its output to memory;
-int8 as :mod:`gpupipe.models.int8` has it. This says nothing about speed. The bundled network's ranges for int8 are from
-frames of the same sample.
+int8 as :mod:`gpupipe.models.int8` has it. This says nothing about speed.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_name, row
-from gpupipe.calibration import compare, network_inputs, spread
+from gpupipe.calibration import FRAMES, compare, network_inputs, spread
 from gpupipe.demo import BUNDLE
 from gpupipe.engines import EngineName, Precision, make_engine, openvino_cpu
 from gpupipe.engines.choice import find_dtype
@@ -33,6 +37,7 @@ from gpupipe.engines.declared import candidates
 from gpupipe.errors import GpupipeError, first_line
 from gpupipe.features import SpeechFeatures
 from gpupipe.models import UNet328, load_unet
+from gpupipe.models.codes import measure_inputs
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf
 from gpupipe.schedule import template_indices
@@ -52,13 +57,14 @@ Paint = Callable[[Tensor, Tensor], Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--frames", type=int, default=24, help="spread evenly over the sample")
+    parser.add_argument("--frames", type=int, default=24, help="spread evenly over the sample's second half")
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="folder of another avatar, from gpupipe.demo.train")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--record", action="store_true", help="append the rows to the results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
-    rows = measure(options.frames, torch.device(options.device))
-    print(f"{device_name(options.device)}: {options.frames} frames of the bundled avatar against float32")
+    rows = measure(options.frames, torch.device(options.device), options.bundle)
+    print(f"{device_name(options.device)}: {options.frames} frames against float32, {options.bundle}")
     for one in rows:
         print(f"{one.provider:10} {one.value:14} {one.metric:18} {one.error or f'{one.p50:.2f} {one.unit}'}")
     if options.record:
@@ -66,10 +72,12 @@ def main() -> None:
 
 
 @torch.inference_mode()
-def measure(frames: int, device: torch.device) -> list[Row]:
+def measure(frames: int, device: torch.device, bundle: Path = BUNDLE) -> list[Row]:
     """Rows ``psnr`` and ``largest_difference`` of each format and provider."""
-    network = load_unet(BUNDLE / "unet.safetensors", "ave")
-    image, audio = sample(frames)
+    network = load_unet(bundle / "unet.safetensors", "ave")
+    image, audio = sample(FRAMES, bundle, half=0)
+    network.input_channels = measure_inputs(network, zip(image.split(4), audio.split(4), strict=True))
+    image, audio = sample(frames, bundle)
     exact = steps(network, image, audio)
     rows = []
     for provider, name, paint in contestants(network, device):
@@ -80,7 +88,7 @@ def measure(frames: int, device: torch.device) -> list[Row]:
             "value": name,
             "device": device,
         }
-        config = {"frames": frames, "network": "the bundled avatar's"}
+        config = {"frames": frames, "width": network.width, "ranges": "of other speech"}
         try:
             found = steps(paint, image.to(device), audio.to(device)).cpu()
         except (RuntimeError, GpupipeError) as error:
@@ -92,11 +100,12 @@ def measure(frames: int, device: torch.device) -> list[Row]:
     return rows
 
 
-def sample(frames: int) -> tuple[Tensor, Tensor]:
-    """Images and audio windows of ``frames`` frames, spread evenly over the bundled sample."""
-    encoder = SpeechEncoder(BUNDLE / "encoder.safetensors")
-    speech = SpeechFeatures(torch.cat(list(encoder.covering_features(BUNDLE / "sample.flac"))), "ave")
-    template, heard = Template.from_directory(BUNDLE / "template"), spread(len(speech), frames)
+def sample(frames: int, bundle: Path = BUNDLE, *, half: int = 1) -> tuple[Tensor, Tensor]:
+    """Images and audio windows of ``frames`` frames, spread evenly over the first (0) or second half of the sample."""
+    encoder = SpeechEncoder(bundle / "encoder.safetensors")
+    speech = SpeechFeatures(torch.cat(list(encoder.covering_features(bundle / "sample.flac"))), "ave")
+    template, middle = Template.from_directory(bundle / "template"), len(speech) // 2
+    heard = spread(middle, frames) + half * (len(speech) - middle)
     shown = np.concatenate([template_indices(i, i + 1, template.length) for i in heard.tolist()])
     return network_inputs(template, speech, shown, heard)
 

@@ -240,22 +240,29 @@ def unet(rows: Rows) -> str:
 
 
 def precision(rows: Rows) -> str:
-    """What a number format costs in picture quality."""
-    newest: dict[tuple[str, str], dict[str, Record]] = {}
+    """What a number format costs in picture quality, for networks of two widths."""
+    newest: dict[tuple[str, str], dict[tuple[float, str], Record]] = {}
     for row in rows:
         if row["what"] == "precision" and row["error"] is None:
-            newest.setdefault((row["provider"], row["value"]), {})[row["metric"]] = row
-    lines = ["| format | by | PSNR | largest difference | frames | commit |", "| --- | --- | --- | --- | --- | --- |"]
-    for (provider, name), found in sorted(newest.items(), key=lambda item: -item[1]["psnr"]["p50"]):
-        psnr, largest = found["psnr"], found["largest_difference"]
-        by = f"{provider} on {psnr['device']}"
+            width = row["config"].get("width", 0.25)  # of older rows: the bundled network's
+            newest.setdefault((row["provider"], row["value"]), {})[width, row["metric"]] = row
+    lines = [
+        "| format | by | PSNR, width ¼ | largest difference | PSNR, full width | largest difference | commit |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    bundled = {key: found for key, found in newest.items() if (0.25, "psnr") in found}
+    for (provider, name), found in sorted(bundled.items(), key=lambda item: -item[1][0.25, "psnr"]["p50"]):
+        by = f"{provider} on {found[0.25, 'psnr']['device']}"
         if provider == "simulated":
             rounded = "convolutions' inputs and weights" if name == "int8" else "layers' outputs"
             by = f"simulated: {rounded} rounded"
-        lines.append(
-            f"| {name} | {by} | {psnr['p50']:.1f} dB | {largest['p50']:.1f} steps of 255 |"
-            f" {psnr['config']['frames']} | `{psnr['commit']}` |"
-        )
+        cells = []
+        for width in (0.25, 1.0):
+            for metric, unit in (("psnr", " dB"), ("largest_difference", " of 255")):
+                one = found.get((width, metric))
+                cells.append(f"{one['p50']:.1f}{unit}" if one else "")
+        commits = ", ".join(f"`{commit}`" for commit in sorted({one["commit"] for one in found.values()}))
+        lines.append(f"| {name} | {by} | {' | '.join(cells)} | {commits} |")
     return "\n".join(lines)
 
 

@@ -33,13 +33,14 @@ from gpupipe.demo import render_demo
 from gpupipe.doctor import examine, measure_engines
 from gpupipe.engines import openvino_cpu
 from gpupipe.errors import InputError
-from gpupipe.features import save_features, video_rate, write_features
+from gpupipe.features import SpeechFeatures, save_features, video_rate, write_features
 from gpupipe.files import check_writable, replacing
 from gpupipe.models import Mode, load_unet
 from gpupipe.onnx_export import export_unet
 from gpupipe.pipeline import FrameGenerationPipeline
 from gpupipe.seam import FEATHER
 from gpupipe.speech import SpeechEncoder
+from gpupipe.template import template_size
 from gpupipe.video.encode import check_suffix
 from gpupipe.video.images import ImageFormat
 
@@ -86,7 +87,7 @@ def render(
 ) -> None:
     """Render a clip: checkpoint, template and speech to a video with sound."""
     with reporting(debug):
-        _check_source(audio_features, encoder, audio, mode)
+        _check_inputs(template, audio_features, encoder, audio, mode)
         check_suffix(output)
         pipeline = FrameGenerationPipeline(
             checkpoint,
@@ -150,7 +151,7 @@ def frames(
 ) -> None:
     """Render a clip to numbered images, one for each frame of the video that render would make."""
     with reporting(debug):
-        _check_source(audio_features, encoder, audio, mode)
+        _check_inputs(template, audio_features, encoder, audio, mode)
         pipeline = FrameGenerationPipeline(
             checkpoint,
             mode,
@@ -225,7 +226,7 @@ def calibrate(
 ) -> None:
     """Prepare a checkpoint for --precision int8 on a CPU, by measuring the network on frames of a clip."""
     with reporting(debug):
-        _check_source(audio_features, encoder, audio, mode)
+        _check_inputs(template, audio_features, encoder, audio, mode)
         with _features(audio_features, encoder, audio, "cpu") as features:
             made = calibration.calibrate(checkpoint, template, features, output, mode, frames=frames)
         console.print(
@@ -440,13 +441,19 @@ def _suggest_bfloat16(pipeline: FrameGenerationPipeline, engine: options.Engine,
         )
 
 
-def _check_source(audio_features: Path | None, encoder: Path | None, audio: Path | None, mode: Mode) -> None:
+def _check_inputs(
+    template: Path, audio_features: Path | None, encoder: Path | None, audio: Path | None, mode: Mode
+) -> None:
+    """Check what can be known before a network is loaded and, the first time on a machine, its engines are measured."""
     if (audio_features is None) == (encoder is None):
         raise InputError("expected either --audio-features or --encoder (with --audio), not both or neither")
     if encoder is not None and audio is None:
         raise InputError("--encoder makes features from sound; expected --audio with it")
     if encoder is not None and mode != "ave":
         raise InputError(f"--encoder makes ave features and mode is {mode!r}; expected --audio-features")
+    template_size(template)
+    if audio_features is not None:
+        SpeechFeatures(audio_features, mode)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor
 from gpupipe.kernels.common_triton import INTERPRETED
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.inverted_residual import Block
-from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, relu_to
+from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, relu_to, sigmoid
 
 
 @triton.jit
@@ -122,10 +122,10 @@ def _inverted_residual_kernel(
         to = first * (OUT_HEIGHT * OUT_WIDTH * OUT) + (pixel * OUT)[:, None] + output[None, :]
         tl.store(out + to, total.to(out.dtype.element_ty), mask=inside[:, None])
     else:
-        colour = tl.arange(0, 16)
+        colour = tl.arange(0, 8)  # of the 16 columns: three colours, and no more than the narrowest product needs
         matrix = tl.load(head + output[:, None] * 16 + colour[None, :])
         painted = tl.dot(total.to(x.dtype.element_ty), matrix) + tl.load(head_bias + colour)[None, :]
-        painted = tl.sigmoid(painted)
+        painted = sigmoid(painted)
         if out.dtype.element_ty == tl.uint8:
             painted = painted * 255.0
         area: tl.constexpr = OUT_HEIGHT * OUT_WIDTH

@@ -61,3 +61,18 @@ def relu_to(a, dtype: tl.constexpr):
         )
     else:
         return tl.maximum(a, 0.0).to(dtype)
+
+
+@triton.jit
+def sigmoid(a):
+    """1 / (1 + e⁻ᵃ) of float32, by the GPU's approximations of a power of two and of a reciprocal."""
+    if _ASSEMBLY:
+        scaled = a * -1.4426950408889634  # log2(e)
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [scaled], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.sigmoid(a)

@@ -23,7 +23,7 @@ import torch
 from clips import write_wav
 from typer.testing import CliRunner, Result
 
-from gpupipe import __version__
+from gpupipe import __version__, cli
 from gpupipe.cli import app, main
 from gpupipe.console import progress_bar, reporting
 from gpupipe.engines import openvino_cpu
@@ -90,6 +90,21 @@ def test_bfloat16_tip_only_without_explicit_choice(
     result = run(*render_words(clip, tmp_path / "out.mp4", "--device", "cpu", *words))
     assert result.exit_code == 0, result.output
     assert result.stderr.count("tip: --precision bfloat16") == told
+
+
+@pytest.mark.parametrize("wrong", ["features", "template"])
+def test_inputs_are_looked_at_before_a_network_is_loaded(
+    wrong: str, clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("a network was loaded")
+
+    monkeypatch.setattr(cli, "FrameGenerationPipeline", load)
+    np.save(tmp_path / "wrong", np.zeros((FRAMES, 7), np.float32))
+    result = run(*render_words({**clip, wrong: tmp_path / "wrong.npy"}, tmp_path / "out.mp4"))
+    assert result.exit_code == 2, result.output
+    assert str(tmp_path / "wrong.npy") in " ".join(result.stderr.split())
+    assert "a network was loaded" in run(*render_words(clip, tmp_path / "out.mp4")).stderr
 
 
 def test_paths_that_look_like_protocols_are_files(
@@ -291,7 +306,7 @@ def test_wrong_input_is_one_line_and_exit_2(
         ),
         (("--codec", "libsvtav1", "--preset", "foo"), "libsvtav1 does not open with preset 'foo' (Invalid argument)"),
         (("--fps", 0), "fps is 0"),
-        (("--mode", "wenet"), "expected mode wenet"),
+        (("--mode", "wenet"), "for mode wenet; mode ave takes it"),
         (("--mode", "deepspeech"), "deepspeech"),
         (("--encoder", "x.pth"), "either --audio-features or --encoder"),
     ],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from clips import network_inputs
 from torch import nn
 
+from gpupipe.benchmarks.floors import operations_of
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.models import MODES, Mode, UNet328
 from gpupipe.models.blocked import BLOCK, BlockedSpeechHalf, BlockedTemplateHalf, JoinedUp
@@ -159,3 +162,22 @@ def test_bound_fails_on_a_near_miss_of_the_joined_level(alter: Callable[[Blocked
     template, speech = BlockedTemplateHalf(network).eval(), BlockedSpeechHalf(network).eval()
     alter(speech)
     assert error(template, speech, network) > 10 * BOUND
+
+
+@torch.no_grad()
+def test_the_document_tells_the_multiply_adds() -> None:
+    """The columns of the table in docs/performance.md, and their sums."""
+    document = Path(__file__).parent.parent / "docs" / "performance.md"
+    rows = [line.replace(",", "").split("|")[2:] for line in document.read_text(encoding="utf-8").splitlines()]
+    begin = rows.index([" as trained ", " hoisted ", " for a CPU's kernels ", " when its template frame is known ", ""])
+    parts, sums = rows[begin + 2 : begin + 7], " ".join(rows[begin + 7])
+    columns = [sum(int(row[i]) for row in parts) for i in range(3)]
+    network = seeded_network(width=1)
+    image, audio = network_inputs("ave")
+    counted, kept = [operations_of(network, image, audio) / 2e6], []
+    for template, speech in HOISTED, BLOCKED:
+        features = template(network).eval()(image)
+        kept.append(operations_of(speech(network).eval(), *features, audio) / 2e6)
+        counted.append(operations_of(template(network).eval(), image) / 2e6 + kept[-1])
+    assert columns == pytest.approx(counted, abs=3), "rounded by line"
+    assert list(map(int, re.findall(r"\d+", sums))) == pytest.approx([*counted, *kept], abs=1)

@@ -119,6 +119,23 @@ def test_a_plot_of_another_matplotlib_is_held_to_what_it_says(drawn: dict[str, s
     assert not same_plot(svg, other.replace("LiveTalking", "DeadTalking"))
 
 
+def test_precisions_of_two_widths_share_a_line() -> None:
+    def of(width: float | None, metric: str, p50: float, name: str = "int8") -> Record:
+        config = {"frames": 24} | ({} if width is None else {"width": width})
+        row = {"what": "precision", "provider": "openvino", "value": name, "metric": metric, "p50": p50, "error": None}
+        return row | {"config": config, "device": "a CPU", "commit": f"c{p50:.0f}"}
+
+    old = [of(None, "psnr", 41), of(None, "largest_difference", 30)]  # the bundled network's, before widths were told
+    full = [of(1, "psnr", 47), of(1, "largest_difference", 9)]
+    alone = "| int8 | openvino on a CPU | 41.0 dB | 30.0 of 255 |  |  | `c30`, `c41` |"
+    assert TABLES["precision"](old).splitlines()[2:] == [alone]
+    both = "| int8 | openvino on a CPU | 44.0 dB | 30.0 of 255 | 47.0 dB | 9.0 of 255 | `c30`, `c44`, `c47`, `c9` |"
+    assert TABLES["precision"]([*old, *full, of(0.25, "psnr", 44)]).splitlines()[2:] == [both], "the newest of each"
+    assert len(TABLES["precision"]([*old, of(1, "psnr", 80, "float16")]).splitlines()) == 3, (
+        "needs the bundled network's"
+    )
+
+
 def test_every_claim_names_hardware_and_source_and_is_drawn_apart(drawn: dict[str, str]) -> None:
     said, table = "\n".join(plots.texts(drawn["end_to_end"])), TABLES["claims"]([])
     assert "not measured here" in said

@@ -142,6 +142,7 @@ def train(
     branch_steps: int,
     joined_steps: int,
     utterances: int = UTTERANCES,
+    width: float = WIDTH,
     device: torch.device,
 ) -> Path:
     """Run, or go on with, every stage; leaves ``DIR/bundle`` and returns it."""
@@ -151,11 +152,11 @@ def train(
     if not (template / "landmarks" / f"{rig.FRAMES - 1}.lms").is_file():
         write_template(template)
     pictures = Pictures(*read_template(template), device=device)
-    heard = train_encoder(out, utterance_count=utterances, steps=encoder_steps, width=WIDTH, device=device)
+    heard = train_encoder(out, utterance_count=utterances, steps=encoder_steps, width=width, device=device)
     sounds = make_sounds(out / "sounds.npz", utterances, seed=1)
     held_out = make_sounds(out / "sounds-held-out.npz", 24, seed=2)
-    network, pairs, drawn = train_painter(out, pictures, sounds.mouth, width=WIDTH, steps=painter_steps)
-    listener = Listener(WIDTH)
+    network, pairs, drawn = train_painter(out, pictures, sounds.mouth, width=width, steps=painter_steps)
+    listener = Listener(width)
     listener.load_state_dict(heard["listener"])
     listener = listener.to(device).eval()
     kept = out / "rows.pt"
@@ -178,7 +179,7 @@ def train(
     calibrate(bundle / "unet.safetensors", template, features, bundle / "unet.safetensors")
     record = {
         "network": {
-            "unet": f"mode ave, width {WIDTH}, {parameters(UNet328('ave', width=WIDTH))} parameters",
+            "unet": f"mode ave, width {width}, {parameters(UNet328('ave', width=width))} parameters",
             "encoder": f"AVE, {parameters(listener.encoder)} parameters",
             "stored_as": "float16 safetensors",
         },
@@ -211,6 +212,7 @@ def main() -> None:
     parser.add_argument("--branch-steps", type=int, default=300)
     parser.add_argument("--joined-steps", type=int, default=540)
     parser.add_argument("--utterances", type=int, default=UTTERANCES, help="sounds to train on, about 10 s each")
+    parser.add_argument("--width", type=float, default=WIDTH, help="of the network; 1 is as published")
     parser.add_argument("--threads", type=int, help="CPU threads; by default PyTorch's choice")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -223,6 +225,7 @@ def main() -> None:
         branch_steps=options.branch_steps,
         joined_steps=options.joined_steps,
         utterances=options.utterances,
+        width=options.width,
         device=torch.device(options.device),
     )
     logger.info("done: %s", bundle)
