@@ -81,7 +81,10 @@ LAUNCHERS = (
     Launcher(depthwise_triton, "depthwise_triton", "depthwise_tile", lambda hidden: {"chunk": hidden}),
     Launcher(depthwise_triton, "depthwise_project_triton", "projection_tile", lambda hidden, out: {"chunk": hidden}),
     Launcher(
-        inverted_residual_triton, "inverted_residual_triton", "block_tile", lambda channels, hidden: {"chunk": hidden}
+        inverted_residual_triton,
+        "inverted_residual_triton",
+        "block_tile",
+        lambda channels, hidden, outputs: {"chunk": hidden},
     ),
 )
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,16 +22,18 @@ from torch import Tensor
 from gpupipe.kernels.common_triton import INTERPRETED
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.inverted_residual import Projection
-from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, multiply_add_relu
+from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, multiply_add_relu, relu_to
 
 
 @triton.jit
-def _strip(samples, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """The first column's sample; each column's sample counted from that, column in the map, and whether it exists."""
+def strip_columns(samples, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """A program's first sample, and its place: each column's sample counted from that, column in the map, and whether
+    it exists; the first of its four rows."""
     strip = tl.program_id(1)
     column = strip * COLUMNS + tl.arange(0, COLUMNS)
     first = strip * COLUMNS // WIDTH
-    return first.to(tl.int64), column // WIDTH - first, column % WIDTH, column < samples * WIDTH
+    place = (column // WIDTH - first, column % WIDTH, column < samples * WIDTH, tl.program_id(0) * 4)
+    return first.to(tl.int64), place
 
 
 @triton.jit
@@ -47,54 +50,101 @@ def _three_taps(sums, left, middle, right, taps, row: tl.constexpr, HIDDEN: tl.c
 
 
 @triton.jit
-def _depthwise_rows(
+def _expanded(at, exists, on_map, expansion, STORED: tl.constexpr, EDGE: tl.constexpr):
+    """A row of the expanded map, (columns, channels), 0 beyond the map: read, or computed from the block's input.
+
+    Args:
+        at: pointers (columns, channels that are read).
+        exists, on_map: whether the column, and the row, is on the map.
+        expansion: matrix (C, channels) and bias of the expansion, or None.
+        EDGE: columns of the output may lack this one.
+    """
+    mask = (exists & on_map)[:, None]
+    if expansion is None:
+        return tl.load(at, mask=mask, other=0.0)
+    else:
+        matrix, offset = expansion
+        if matrix.shape[0] != STORED:
+            mask = mask & (tl.arange(0, matrix.shape[0]) < STORED)[None, :]
+        values = tl.load(at, mask=mask, other=0.0)
+        # Beyond the map there is 0, not ReLU of the bias: a row lacks the bias, and columns are multiplied by 0.
+        start = tl.zeros((at.shape[0], matrix.shape[1]), tl.float32) + tl.where(on_map, offset, 0.0)[None, :]
+        hidden = relu_to(tl.dot(values, matrix, start), values.dtype)
+        if EDGE:
+            nothing = tl.zeros(hidden.shape, accumulator_dtype(values.dtype))
+            hidden = multiply_add(hidden, exists.to(values.dtype)[:, None], nothing).to(values.dtype)
+        return hidden
+
+
+@triton.jit
+def _projected(row, project, total):
+    """``total`` plus the projection of ``row``; without one, the row."""
+    if project is None:
+        return row
+    else:
+        return tl.dot(row, project, total)
+
+
+@triton.jit
+def depthwise_rows(
     x,
+    expansion,
     taps,
     bias,
-    sample,
-    y0,
-    column,
-    exists,
+    place,
     channel,
+    project,
+    totals,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
+    STORED: tl.constexpr,
     HIDDEN: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
     """ReLU of the nine taps' sums, for four rows of output from y0 on, each (columns, channels), in x's type.
 
-    A row of input is read once, at its three shifts, and used for every row of output whose window it is in.
+    A row of the expanded map is read, or computed, once at its three shifts, and used for every row of output whose
+    window it is in.
+
+    Args:
+        x: the expanded map, or with ``expansion`` what it is computed from.
+        expansion: matrix (C, channels) and bias of the expansion, or None.
+        place: as :func:`strip_columns` gives it.
+        project, totals: the projection (channels, N) and four rows (columns, N), float32, to which the products are
+            added; then these are returned. None returns the rows themselves.
     """
+    sample, column, exists, y0 = place
     SUM: tl.constexpr = accumulator_dtype(x.dtype.element_ty)
-    place = (sample * HEIGHT + y0 * STRIDE - 1) * WIDTH + column * STRIDE
-    source = x + (place * HIDDEN)[:, None] + channel[None, :]
+    first_pixel = (sample * HEIGHT + y0 * STRIDE - 1) * WIDTH + column * STRIDE
+    read = channel if expansion is None else tl.arange(0, expansion[0].shape[0])
+    source = x + (first_pixel * STORED)[:, None] + read[None, :]
     left_exists = exists & (column > 0)
     right_exists = exists & (column * STRIDE + 1 < WIDTH)
     start = tl.zeros((column.shape[0], channel.shape[0]), SUM) + tl.load(bias + channel).to(SUM)[None, :]
     # Sums of a window's upper two rows, and of its upper one, as far as the input has been read.
     two_rows = start
     one_row = start
-    first = start
-    second = start
-    third = start
-    fourth = start
+    first = start if project is None else totals[0]
+    second = start if project is None else totals[1]
+    third = start if project is None else totals[2]
+    fourth = start if project is None else totals[3]
     for row in tl.static_range(3 * STRIDE + 3):
         y = y0 * STRIDE - 1 + row
         on_map = (y >= 0) & (y < HEIGHT)
-        at = source + row * WIDTH * HIDDEN
-        left = tl.load(at - HIDDEN, mask=(left_exists & on_map)[:, None], other=0.0)
-        middle = tl.load(at, mask=(exists & on_map)[:, None], other=0.0)
-        right = tl.load(at + HIDDEN, mask=(right_exists & on_map)[:, None], other=0.0)
+        at = source + row * WIDTH * STORED
+        left = _expanded(at - STORED, left_exists, on_map, expansion, STORED, True)
+        middle = _expanded(at, exists, on_map, expansion, STORED, False)
+        right = _expanded(at + STORED, right_exists, on_map, expansion, STORED, True)
         if row >= 2 and row % STRIDE == 0:
             done = _three_taps(two_rows, left, middle, right, taps + channel, 2, HIDDEN)
             if row == 2:
-                first = done
+                first = _projected(done, project, first)
             elif row == STRIDE + 2:
-                second = done
+                second = _projected(done, project, second)
             elif row == 2 * STRIDE + 2:
-                third = done
+                third = _projected(done, project, third)
             else:
-                fourth = done
+                fourth = _projected(done, project, fourth)
         if STRIDE == 1 or row % 2 == 1:
             two_rows = _three_taps(one_row, left, middle, right, taps + channel, 1, HIDDEN)
         if row % STRIDE == 0:
@@ -120,11 +170,11 @@ def _depthwise_kernel(
     CHUNK: tl.constexpr,
 ):
     """Program (four rows, strip, chunk)."""
-    y0 = tl.program_id(0) * 4
     channel = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
-    first, sample, column, exists = _strip(samples, OUT_WIDTH, COLUMNS)
+    first, place = strip_columns(samples, OUT_WIDTH, COLUMNS)
     source = x + first * (HEIGHT * WIDTH * HIDDEN)
-    rows = _depthwise_rows(source, taps, bias, sample, y0, column, exists, channel, HEIGHT, WIDTH, HIDDEN, STRIDE)
+    rows = depthwise_rows(source, None, taps, bias, place, channel, None, None, HEIGHT, WIDTH, HIDDEN, HIDDEN, STRIDE)
+    sample, column, exists, y0 = place
     pixel = (sample * OUT_HEIGHT + y0) * OUT_WIDTH + column
     to = out + first * (OUT_HEIGHT * OUT_WIDTH * HIDDEN) + (pixel * HIDDEN)[:, None] + channel[None, :]
     for row in tl.static_range(4):
@@ -153,25 +203,18 @@ def _depthwise_project_kernel(
     CHUNK: tl.constexpr,
 ):
     """Program (four rows, strip)."""
-    y0 = tl.program_id(0) * 4
-    first, sample, column, exists = _strip(samples, OUT_WIDTH, COLUMNS)
+    first, place = strip_columns(samples, OUT_WIDTH, COLUMNS)
     source = x + first * (HEIGHT * WIDTH * HIDDEN)
     output = tl.arange(0, OUT)
-    t0 = tl.zeros((COLUMNS, OUT), tl.float32) + tl.load(project_bias + output)[None, :]
-    t1 = t0
-    t2 = t0
-    t3 = t0
+    total = tl.zeros((COLUMNS, OUT), tl.float32) + tl.load(project_bias + output)[None, :]
+    totals = (total, total, total, total)
     for start in range(0, HIDDEN, CHUNK):
         channel = start + tl.arange(0, CHUNK)
-        r0, r1, r2, r3 = _depthwise_rows(
-            source, taps, bias, sample, y0, column, exists, channel, HEIGHT, WIDTH, HIDDEN, STRIDE
-        )
         matrix = tl.load(project + channel[:, None] * OUT + output[None, :])
-        t0 = tl.dot(r0, matrix, t0)
-        t1 = tl.dot(r1, matrix, t1)
-        t2 = tl.dot(r2, matrix, t2)
-        t3 = tl.dot(r3, matrix, t3)
-    totals = (t0, t1, t2, t3)
+        totals = depthwise_rows(
+            source, None, taps, bias, place, channel, matrix, totals, HEIGHT, WIDTH, HIDDEN, HIDDEN, STRIDE
+        )
+    sample, column, exists, y0 = place
     pixel = (sample * OUT_HEIGHT + y0) * OUT_WIDTH + column
     to = first * (OUT_HEIGHT * OUT_WIDTH * OUT) + (pixel * OUT)[:, None] + output[None, :]
     for row in tl.static_range(4):
@@ -186,8 +229,7 @@ def _depthwise_project_kernel(
 class Tile(NamedTuple):
     """Columns of a strip and hidden channels that a program has in its registers at a time; its warps.
 
-    Those below compile without spills for every architecture (:mod:`gpupipe.kernels.report`) by Triton 3.8, and by 3.6
-    but for 16 bytes of one block (down3.1) on sm_86 and sm_89.
+    Those below compile without spills for every architecture (:mod:`gpupipe.kernels.report`) by Triton 3.8 and by 3.6.
     """
 
     columns: int
@@ -209,6 +251,11 @@ def projection_tile(hidden: int, out: int) -> Tile:
     if out > 32:
         return Tile(16, min(hidden, 64))
     return Tile(32 if out > 16 else 64, min(hidden, 32))
+
+
+def chunk_of(tile: Tile, dtype: torch.dtype) -> int:
+    """Hidden channels at a time: half of the tile's where nine taps are added up in float32, in twice the registers."""
+    return tile.chunk if dtype == torch.float16 or INTERPRETED else max(16, tile.chunk // 2)
 
 
 @on_its_device
@@ -266,7 +313,7 @@ def depthwise_project_triton(
             OUT=outputs,
             STRIDE=stride,
             COLUMNS=tile.columns,
-            CHUNK=tile.chunk,
+            CHUNK=chunk_of(tile, hidden.dtype),
             num_warps=tile.warps,
             num_stages=1,
         )

@@ -7,7 +7,7 @@
 The expanded map has twice as many channels as x, and is the largest tensor of the network by far. It is handled in
 three ways:
 
-* where few channels come in, the block is one kernel that computes the expansion anew for every tap;
+* where few channels come in, the block is one kernel that computes each row of it, three times, where it is used;
 * elsewhere the map is written once, and read once by a kernel that also projects;
 * where many channels come out (the lowest maps, which are small), the depthwise sums are written too.
 
@@ -204,8 +204,8 @@ def depthwise_project(
 def expansion_is_recomputed(block: Block, stride: int) -> bool:
     """Whether the block is one kernel.
 
-    An expansion for each of nine taps is nine times its arithmetic, with stride 2, 2¼ times. With so few channels that
-    takes less time than writing and reading the expanded map, as far as bytes and instructions can tell.
+    The expansion then takes 4½ times its arithmetic, with stride 2, 1.7 times. With so few channels that takes less
+    time than writing and reading the expanded map, as far as bytes and instructions can tell.
     """
     channels, outputs = len(block.expand), block.projection.project.shape[1]
     return channels <= (32 if stride == 1 else 64) and outputs <= WIDEST_PROJECTION

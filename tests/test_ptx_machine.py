@@ -89,6 +89,8 @@ def bits(value: float) -> int:
         ("shr.s32 %r6, %r4, 40;", 0x80000000, 0xFFFFFFFF),
         ("shr.u32 %r6, %r4, 40;", 0x80000000, 0),
         ("shl.b32 %r6, %r4, 32;", 1, 0),
+        ("shf.l.wrap.b32 %r6, %r4, %r4, 36;", 0x12345678, 0x23456781),
+        ("mov.b32 %r7, 0xF; shf.r.wrap.b32 %r6, %r4, %r7, 8;", 0x12345678, 0x0F123456),
         ("bfe.u32 %r6, %r4, 4, 8;", 0xABCD, 0xBC),
         ("bfe.s32 %r6, %r4, 3, 1;", 8, 0xFFFFFFFF),
         ("mov.b32 %r7, 0x7; bfi.b32 %r6, %r4, %r7, 24, 8;", 0x1FF, 0xFF000007),

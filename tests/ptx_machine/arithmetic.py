@@ -136,6 +136,18 @@ def _shift(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     _put(machine, instruction, result, mask)
 
 
+@executes("shf")
+def _funnel_shift(machine: Machine, instruction: Instruction, mask: Mask) -> None:
+    """32 of the 64 bits ``b:a``: the upper ones after a shift to the left, the lower ones after one to the right."""
+    if instruction.opcode[2] != "wrap":
+        raise PtxError("a funnel shift that does not wrap its amount")
+    low, high = (np.asarray(machine.read(one, TYPES["u32"]), np.uint64) for one in instruction.operands[1:3])
+    by = np.asarray(machine.read(instruction.operands[3], TYPES["u32"]), np.uint64) % np.uint64(32)
+    both = high << np.uint64(32) | low
+    shifted = (both << by) >> np.uint64(32) if instruction.opcode[1] == "l" else both >> by
+    _put(machine, instruction, (shifted & np.uint64(0xFFFFFFFF)).astype(np.uint32), mask)
+
+
 def _product(machine: Machine, instruction: Instruction) -> Any:
     """The part that the opcode names of the second and third operand's product; all of it for ``wide``."""
     a, b = (machine.read(one, instruction.dtype) for one in instruction.operands[1:3])
