@@ -87,7 +87,7 @@ def build(folder: Path, arch: int, blocks: Sequence[str] | None = None) -> list[
                     "arguments": arguments,
                     "shared_bytes": kernel.metadata.shared,
                     "num_warps": variant.num_warps,
-                    "tile": TILE[BLOCKS[name].stride],
+                    "tile": TILE,
                     "block": dataclasses.asdict(BLOCKS[name]),
                     "registers": row.registers,
                 }
@@ -165,7 +165,7 @@ class Case:
     def empty(self) -> Tensor:
         """Room for the result."""
         batch = len(self.skip if self.index is None else self.index)
-        edge = math.ceil(self.skip.shape[1] / self.block.stride)
+        edge = self.skip.shape[1]
         if self.head is None:
             return self.skip.new_empty(batch, edge, edge, self.block.out_channels)
         return self.skip.new_empty(batch, 3, edge, edge, dtype=torch.uint8)
@@ -187,7 +187,7 @@ class Cubins:
     """
 
     def __init__(self, folder: Path, entries: Sequence[dict[str, Any]]) -> None:
-        self._kernels = {_kind(entry["block"]): (entry, Cubin(folder, entry)) for entry in entries}
+        self._kernels = {frozenset(entry["block"].items()): (entry, Cubin(folder, entry)) for entry in entries}
 
     def __call__(
         self,
@@ -200,17 +200,12 @@ class Cubins:
     ) -> Tensor:
         case = Case(block, head, skip, low, index)
         shape = {"size": skip.shape[1], "low": block.low_channels, "skip": block.skip_channels}
-        shape |= {"stored": skip.shape[3], "hidden": block.hidden_channels, "out": block.out_channels}
-        shape |= {"stride": block.stride, "residual": block.residual, "head": head is not None}
-        entry, kernel = self._kernels[_kind(shape)]
+        shape |= {"hidden": block.hidden_channels, "out": block.out_channels}
+        shape |= {"residual": block.residual, "head": head is not None}
+        entry, kernel = self._kernels[frozenset(shape.items())]
         out = case.empty()
         kernel.launch(grid_of(entry, len(out)), case.tensors(out))
         return out
-
-
-def _kind(shape: dict[str, Any]) -> frozenset[tuple[str, Any]]:
-    """A key that is the same for the same block, whichever way its shape is written."""
-    return frozenset((shape | {"stored": shape["stored"] or shape["skip"]}).items())
 
 
 def case_of(entry: dict[str, Any], batch: int, device: torch.device) -> Case:
@@ -218,7 +213,7 @@ def case_of(entry: dict[str, Any], batch: int, device: torch.device) -> Case:
     shape = entry["block"]
     low, skip, hidden, out = (shape[name] for name in ("low", "skip", "hidden", "out"))
     torch.manual_seed(0)
-    layers = [_layer(low + skip, hidden, 1), _layer(hidden, hidden, 3, shape["stride"], hidden), _layer(hidden, out, 1)]
+    layers = [_layer(low + skip, hidden, 1), _layer(hidden, hidden, 3, hidden), _layer(hidden, out, 1)]
     block = pack_whole_block(*layers, low_channels=low, residual=shape["residual"]).to(device)
     head = pack_head(_layer(out, 3, 1)).to(device) if shape["head"] else None
     size = shape["size"]
@@ -227,11 +222,11 @@ def case_of(entry: dict[str, Any], batch: int, device: torch.device) -> Case:
         return torch.randn(batch, edge, edge, channels, dtype=torch.float16, device=device)
 
     index = torch.randperm(batch, device=device) if low else None
-    return Case(block, head, noise(size, shape["stored"] or skip), noise(size // 2, low) if low else None, index)
+    return Case(block, head, noise(size, skip), noise(size // 2, low) if low else None, index)
 
 
-def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    made = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups)
+def _layer(inputs: int, outputs: int, kernel: int, groups: int = 1) -> nn.Conv2d:
+    made = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, groups=groups)
     nn.init.normal_(made.weight, std=(inputs // groups * kernel**2) ** -0.5)
     nn.init.normal_(made.bias, std=0.3)  # type: ignore[arg-type]
     return made.requires_grad_(False)
@@ -239,7 +234,7 @@ def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int 
 
 def grid_of(entry: dict[str, Any], batch: int) -> tuple[int, int]:
     """How many programs a launch has."""
-    edge = math.ceil(entry["block"]["size"] / entry["block"]["stride"])
+    edge = entry["block"]["size"]
     rows, columns = entry["tile"]
     return math.ceil(edge / rows) * math.ceil(edge / columns), batch
 
@@ -260,13 +255,13 @@ def eager(case: Case) -> Tensor:
     """The block as PyTorch would run it: convolutions in half precision, channels last."""
     block = case.block
     x = (case.skip if case.index is None else case.skip.index_select(0, case.index)).permute(0, 3, 1, 2)
-    entry = x = F.pad(x, (0, 0, 0, 0, 0, block.skip_channels - x.shape[1]))
+    entry = x
     if case.low is not None:
         up = F.interpolate(case.low.permute(0, 3, 1, 2), scale_factor=2, mode="bilinear", align_corners=True)
         entry = torch.cat([up, x], dim=1)
     y = F.conv2d(entry, block.expand[:, :, None, None], block.expand_bias[:, 0]).relu_()
     taps = block.depthwise[:9].t().reshape(block.hidden_channels, 1, 3, 3)
-    y = F.conv2d(y, taps, block.depthwise[9], block.stride, 1, groups=block.hidden_channels).relu_()
+    y = F.conv2d(y, taps, block.depthwise[9], padding=1, groups=block.hidden_channels).relu_()
     y = F.conv2d(y, block.project[:, :, None, None], block.project_bias.half())
     if block.residual:
         y = y + x
@@ -320,9 +315,7 @@ def run(folder: Path, device: torch.device, batch: int, rounds: int) -> Iterator
                 provider,
                 function,
                 frames=batch,
-                bytes_a_frame=bytes_moved(
-                    case.block, (size, size), stored=case.skip.shape[3], head=case.head is not None
-                ),
+                bytes_a_frame=bytes_moved(case.block, (size, size), head=case.head is not None),
                 config=facts | {"compiled_at": manifest["commit"]},
                 device=device,
                 rounds=rounds,

@@ -16,34 +16,26 @@ MMA_SYNC_ARCHITECTURES = {"up3.0": (80, 86, 89, 90)}
 
 @dataclass(frozen=True)
 class BlockShape:
-    """A block of the network at full width; channels padded, ``size`` the skip's height and width.
-
-    ``stored``: the skip's channels if they are not padded, else 0.
-    """
+    """A block of the network at full width; channels padded, ``size`` the maps' height and width."""
 
     size: int
     low: int
     skip: int
     hidden: int
     out: int
-    stride: int = 1
     residual: bool = False
     head: bool = False
-    stored: int = 0
 
 
 BLOCKS = {
-    "up5.0": BlockShape(320, 32, 16, 128, 16),  # the skip is the first block's hidden tensor, as down1.0's is
+    "up5.0": BlockShape(320, 32, 16, 128, 16),  # the skip is the first block's hidden tensor
     "up5.1, head": BlockShape(320, 0, 16, 32, 16, residual=True, head=True),
     "up4.0": BlockShape(160, 32, 32, 128, 32),
     "up4.1, down1.1": BlockShape(160, 0, 32, 64, 32, residual=True),
     "up3.0": BlockShape(80, 64, 64, 256, 32),
     "up3.1": BlockShape(80, 0, 32, 64, 32, residual=True),
-    "inc": BlockShape(320, 0, 16, 32, 16, stored=6),
-    "down1.0": BlockShape(320, 0, 16, 64, 32, stride=2),
-    "down2.0": BlockShape(160, 0, 32, 64, 64, stride=2),
 }
-"""The blocks on maps of 80² and more, except down2.1 (64 channels out at 80²), whose sums do not fit in registers."""
+"""The blocks that the engine leaves to Gluon."""
 
 
 def gluon_variants() -> list[Variant]:
@@ -60,14 +52,12 @@ def variant_of(name: str, *, wgmma: bool) -> Variant:
     types = dict.fromkeys(halves, "*fp16") | dict.fromkeys(("project_bias", "head_bias"), "*fp32")
     types |= {"index": "*i64", "out": "*u8" if block.head else "*fp16"}
     constants: dict[str, Any] = {"H": block.size, "W": block.size, "LOW": block.low, "SKIP": block.skip}
-    constants |= {"STORED": block.stored or block.skip}
     constants |= {"HIDDEN": block.hidden, "OUT": block.out, "RESIDUAL": block.residual, "HEAD": block.head}
     constants |= {"WGMMA": wgmma}
     given = {"index": block.low > 0, "low": block.low > 0, "head": block.head, "head_bias": block.head}
     constants |= {argument: None for argument, is_given in given.items() if not is_given}
-    kernels = {1: whole_block_gluon._whole_block_kernel, 2: whole_block_gluon._halving_block_kernel}
     return Variant(
-        kernels[block.stride],
+        whole_block_gluon._whole_block_kernel,
         "whole_block",
         f"{name}, {'wgmma' if wgmma else 'mma.sync'}",
         types,

@@ -3,7 +3,7 @@
     low (H/2, W/2, L) ── bilinear ×2 ─┐
     skip (H, W, S) ───────────────────┴ concatenate ─ expand 1×1 ─ ReLU ─ depthwise 3×3 ─ ReLU ─ project 1×1 ─(+ skip)─┐
                                                                                                                       │
-                            out (H/stride, W/stride, C) <─────────────────────────────────────────────────────────────┤
+                                          out (H, W, C) <─────────────────────────────────────────────────────────────┤
                             mouth uint8 (3, H, W) <── truncate ── ×255 ── sigmoid ── 1×1 head ────────────────────────┘
 
 Convention: maps are float16 (B, H, W, C), contiguous (channels last); the upsampling is ``align_corners=True``;
@@ -14,8 +14,9 @@ channels as its weights say, the spare ones 0 (:func:`pad_channels`); what a blo
 Here are the packing and the plain-torch reference, in float32 throughout; the kernel with the same signature is
 :func:`gpupipe.kernels.whole_block_gluon.whole_block_gluon`.
 
-There are two families of block kernels: this one, in Gluon and float16 alone, is for the large maps, whose bytes it
-saves; :mod:`gpupipe.kernels.inverted_residual`, in plain Triton, runs every block in either half precision.
+There are two families of block kernels: this one, in Gluon and float16 alone, is for blocks of stride 1 on large maps,
+whose bytes it saves; :mod:`gpupipe.kernels.inverted_residual`, in plain Triton, runs every block in either half
+precision.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ class PackedBlock:
         project: float16 (out, hidden).
         project_bias: float32 (out,).
         low_channels: of the map that is upsampled, padded; 0 without one.
-        stride: of the depthwise convolution, 1 or 2.
         residual: the skip is added to the result.
     """
 
@@ -59,7 +59,6 @@ class PackedBlock:
     project: Tensor
     project_bias: Tensor
     low_channels: int = 0
-    stride: int = 1
     residual: bool = False
 
     @property
@@ -133,16 +132,14 @@ def pack_whole_block(
     """
     hidden, inputs = expand.weight.shape[:2]
     stride, outputs = depthwise.stride[0], project.weight.shape[0]
-    if depthwise.weight.shape != (hidden, 1, 3, 3) or project.weight.shape[1] != hidden or stride not in (1, 2):
+    if depthwise.weight.shape != (hidden, 1, 3, 3) or project.weight.shape[1] != hidden or stride != 1:
         raise ValueError(
             f"weights have shapes {tuple(expand.weight.shape)}, {tuple(depthwise.weight.shape)} and "
             f"{tuple(project.weight.shape)}, stride {stride}; expected (hidden, in, 1, 1), (hidden, 1, 3, 3) and "
-            "(out, hidden, 1, 1), stride 1 or 2"
+            "(out, hidden, 1, 1), stride 1"
         )
-    if residual and (stride != 1 or inputs - low_channels != outputs):
-        raise ValueError(f"stride {stride}, {inputs - low_channels} → {outputs} channels; a residual changes neither")
-    if stride == 2 and low_channels:
-        raise ValueError(f"stride 2 with {low_channels} channels to upsample; expected none of them")
+    if residual and inputs - low_channels != outputs:
+        raise ValueError(f"{inputs - low_channels} → {outputs} channels; a residual keeps their number")
     padded_hidden, padded_outputs = max(HIDDEN_CHUNK, padded(hidden)), padded(outputs)
     halves = (expand.weight[:, :low_channels, 0, 0], expand.weight[:, low_channels:, 0, 0])
     matrix = torch.cat([pad_channels(half) for half in halves if half.shape[1]], dim=1)
@@ -155,7 +152,6 @@ def pack_whole_block(
         project=_fill(project.weight[:, :, 0, 0], padded_outputs, padded_hidden).half(),
         project_bias=_fill(_bias(project), padded_outputs),
         low_channels=padded(low_channels) if low_channels else 0,
-        stride=stride,
         residual=residual,
     )
 
@@ -179,22 +175,20 @@ def whole_block(
     """The plain reference, float32 inside.
 
     Args:
-        skip: float16 (B, H, W, S), contiguous; with ``low`` and ``index`` (L, H, W, S). With neither low nor residual
-            it may have fewer channels than the weights: the others count as 0.
+        skip: float16 (B, H, W, S), contiguous; with ``low`` and ``index`` (L, H, W, S).
         block: the weights.
         low: float16 (B, H/2, W/2, block.low_channels), contiguous: upsampled and put before the skip.
         index: integers (B,), which of ``skip`` each sample takes; given with ``low``, and not without.
         head: with it the result is the mouth: 1×1 convolution, sigmoid, × 255, truncated.
 
     Returns:
-        float16 (B, ⌈H/stride⌉, ⌈W/stride⌉, block.out_channels); with a head uint8 (B, 3, H, W).
+        float16 (B, H, W, block.out_channels); with a head uint8 (B, 3, H, W).
 
     Raises:
         ValueError: types, shapes or strides that do not fit.
     """
     check_maps(skip, block, low, index, head)
-    x = F.pad(skip, (0, block.skip_channels - skip.shape[3]))
-    x = (x if index is None else x.index_select(0, index)).permute(0, 3, 1, 2).float()
+    x = (skip if index is None else skip.index_select(0, index)).permute(0, 3, 1, 2).float()
     entry = x
     if low is not None:
         planes = low.permute(0, 3, 1, 2).float()
@@ -202,7 +196,7 @@ def whole_block(
     hidden = block.hidden_channels
     y = F.conv2d(entry, block.expand.float()[:, :, None, None], block.expand_bias.float().sum(1)).relu_()
     taps, bias = block.depthwise[:9].float().t().reshape(hidden, 1, 3, 3), block.depthwise[9].float()
-    y = F.conv2d(y, taps, bias, stride=block.stride, padding=1, groups=hidden).relu_()
+    y = F.conv2d(y, taps, bias, padding=1, groups=hidden).relu_()
     y = F.conv2d(y, block.project.float()[:, :, None, None], block.project_bias)
     if block.residual:
         y = y + x
@@ -217,10 +211,7 @@ def check_maps(
 ) -> None:
     """Raise ``ValueError`` for maps that do not fit the weights; see :func:`whole_block`."""
     _, height, width, _ = skip.shape if skip.ndim == 4 else (-1, -1, -1, -1)
-    channels = block.skip_channels
-    if low is None and not block.residual:
-        channels = min(channels, skip.shape[-1])
-    expected = {"skip": (len(skip), height, width, channels)}
+    expected = {"skip": (len(skip), height, width, block.skip_channels)}
     if (low is None) != (block.low_channels == 0):
         raise ValueError(
             f"low is {'missing' if low is None else 'given'}; the weights have {block.low_channels} for it"
@@ -239,25 +230,22 @@ def check_maps(
         if tensor.dtype != torch.float16 or not tensor.is_contiguous():
             kind = f"{tensor.dtype} with strides {tensor.stride()}"
             raise ValueError(f"{name} is {kind}; expected float16, contiguous")
-    if head is not None and (head.weight.shape[1] != block.out_channels or block.stride != 1):
+    if head is not None and head.weight.shape[1] != block.out_channels:
         raise ValueError(
-            f"a head for {head.weight.shape[1]} channels after a block of stride {block.stride} with "
-            f"{block.out_channels}; expected stride 1 and as many channels"
+            f"a head for {head.weight.shape[1]} channels after a block with {block.out_channels}; expected as many"
         )
 
 
-def bytes_moved(block: PackedBlock, size: tuple[int, int], *, stored: int | None = None, head: bool = False) -> int:
+def bytes_moved(block: PackedBlock, size: tuple[int, int], *, head: bool = False) -> int:
     """The fewest bytes that a block can move for one sample: every map read or written once; weights stay in caches.
 
     Args:
         size: height and width of the skip.
-        stored: channels of the skip, where they are fewer than the weights'.
         head: the result is the mouth.
     """
     pixels = size[0] * size[1]
-    read = pixels * (stored or block.skip_channels) * 2 + pixels // 4 * block.low_channels * 2
-    written = -(-size[0] // block.stride) * -(-size[1] // block.stride) * block.out_channels * 2
-    return read + (3 * pixels if head else written)
+    read = pixels * block.skip_channels * 2 + pixels // 4 * block.low_channels * 2
+    return read + pixels * (3 if head else 2 * block.out_channels)
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:

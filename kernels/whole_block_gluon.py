@@ -1,6 +1,6 @@
 """The Gluon kernels of :mod:`gpupipe.kernels.whole_block`: an inverted residual that keeps its expanded tensor on chip.
 
-A program of four warps makes 6×30 pixels of one sample, all channels (3×15 with stride 2), from a halo of 8×32 pixels:
+A program of four warps makes 6×30 pixels of one sample, all channels, from a halo of 8×32 pixels:
 
     halo in shared memory (256 pixels × channels; low upsampled and concatenated on the way in)
       │ for 32 hidden channels at a time:
@@ -53,8 +53,8 @@ from gpupipe.kernels.whole_block_parts import (
 )
 
 NUM_WARPS = 4
-TILE = {1: (6, 30), 2: (3, 15)}
-"""Rows and columns of output pixels a program, by stride."""
+TILE = (6, 30)
+"""Rows and columns of output pixels a program."""
 
 _MOUTH = gl.constexpr(8)  # columns of the head's product: three channels and padding
 _COLUMNS = gl.constexpr(  # 32 pixels of a row × 32 channels: a lane has a pixel and 8 channels, a warp 8 pixels
@@ -88,22 +88,15 @@ def _biased(project_bias, OUT: gl.constexpr):
 
 
 @gluon.jit
-def _pixel_of(row, y0, x0, pair, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.constexpr):
-    """The output pixel of a product's row, and whether it is to be written; H, W are the output's.
+def _pixel_of(row, y0, x0, pair, H: gl.constexpr, W: gl.constexpr):
+    """The output pixel of a product's row, and whether it is to be written.
 
-    Stride 1: each warp has 8 columns of one output row, then the same of the next; ``pair`` counts pairs of rows.
-    Stride 2: four rows of 16 pixels, of which 3×15 count.
+    Each warp has 8 columns of one output row, then the same of the next; ``pair`` counts pairs of rows.
     """
-    if STRIDE == 1:
-        column = row // 16 * 8 + row % 8
-        y = y0 + 2 * pair + row // 8 % 2
-        counts = column < 30
-    else:
-        column = row % 16
-        y = y0 + row // 16
-        counts = (column < 15) & (row < 48)
+    column = row // 16 * 8 + row % 8
+    y = y0 + 2 * pair + row // 8 % 2
     x = x0 + column
-    return y * W + x, counts & (y < H) & (x < W)
+    return y * W + x, (column < 30) & (y < H) & (x < W)
 
 
 @gluon.jit
@@ -128,13 +121,12 @@ def _finish(
     H: gl.constexpr,
     W: gl.constexpr,
     OUT: gl.constexpr,
-    STRIDE: gl.constexpr,
     RESIDUAL: gl.constexpr,
     HEAD: gl.constexpr,
 ):
-    """Add the skip, apply the head and store 64 pixels; H, W are the output's."""
+    """Add the skip, apply the head and store 64 pixels."""
     layout: gl.constexpr = deinterleaved_layout(OUT)
-    pixel, inside = _pixel_of(gl.arange(0, TILE_PIXELS, layout=gl.SliceLayout(1, layout)), y0, x0, pair, H, W, STRIDE)
+    pixel, inside = _pixel_of(gl.arange(0, TILE_PIXELS, layout=gl.SliceLayout(1, layout)), y0, x0, pair, H, W)
     places = (pixel * OUT)[:, None] + gl.arange(0, OUT, layout=gl.SliceLayout(0, layout))[None, :]
     if RESIDUAL:
         residual = interleave(gl.load(skip + places, mask=inside[:, None], other=0.0), TILE_PIXELS, OUT)
@@ -144,7 +136,7 @@ def _finish(
         weights, sums = head
         mouth = 255.0 * sigmoid(mma_v2(gl.convert_layout(half, LEFT, assert_trivial=True), weights, sums))
         channel = gl.arange(0, _MOUTH, layout=gl.SliceLayout(0, MMA))
-        pixel, inside = _pixel_of(gl.arange(0, TILE_PIXELS, layout=gl.SliceLayout(1, MMA)), y0, x0, pair, H, W, STRIDE)
+        pixel, inside = _pixel_of(gl.arange(0, TILE_PIXELS, layout=gl.SliceLayout(1, MMA)), y0, x0, pair, H, W)
         places = pixel[:, None] + channel[None, :] * (H * W)
         gl.store(out + places, mouth.to(gl.uint8), mask=inside[:, None] & (channel < 3)[None, :])
     else:
@@ -180,14 +172,13 @@ def _whole_block_kernel(
     W: gl.constexpr,
     LOW: gl.constexpr,
     SKIP: gl.constexpr,
-    STORED: gl.constexpr,
     HIDDEN: gl.constexpr,
     OUT: gl.constexpr,
     RESIDUAL: gl.constexpr,
     HEAD: gl.constexpr,
     WGMMA: gl.constexpr,
 ):
-    """Stride 1. Program (tile, sample). The skip has STORED channels and is padded with zeros to SKIP."""
+    """Program (tile, sample)."""
     TILES: gl.constexpr = (W + 29) // 30
     y0 = gl.program_id(0) // TILES * 6
     x0 = gl.program_id(0) % TILES * 30
@@ -195,18 +186,18 @@ def _whole_block_kernel(
     source = sample
     if LOW:
         source = gl.load(index + sample).to(gl.int64)
-    skip += source * (H * W * STORED)
+    skip += source * (H * W * SKIP)
     if HEAD:
         out += sample * (H * W * 3)
     else:
         out += sample * (H * W * OUT)
 
-    skip_tile = stage_skip(skip, y0, x0, H, W, SKIP, STORED, 1)
+    skip_tile = stage_skip(skip, y0, x0, H, W, SKIP)
     low_tile = None
     if LOW:
         low += sample * ((H // 2) * (W // 2) * LOW)
         low_tile = stage_upsampled(low, y0, x0, H, W, LOW)
-    mask = mask_operand(y0, x0, H, W, 1, WGMMA)
+    mask = mask_operand(y0, x0, H, W, WGMMA)
     hidden = gl.allocate_shared_memory(gl.float16, [HALO, CHUNK], _PLAIN)
 
     # Columns 30 and 31 have no right neighbour in the halo, and belong to the next tile: they repeat column 29.
@@ -260,63 +251,9 @@ def _whole_block_kernel(
     ends = None
     if HEAD:
         ends = _load_head(head, head_bias, OUT)
-    _finish(first, y0, x0, 0, skip, ends, out, H, W, OUT, 1, RESIDUAL, HEAD)
-    _finish(second, y0, x0, 1, skip, ends, out, H, W, OUT, 1, RESIDUAL, HEAD)
-    _finish(third, y0, x0, 2, skip, ends, out, H, W, OUT, 1, RESIDUAL, HEAD)
-
-
-@gluon.jit
-def _halving_block_kernel(
-    skip,
-    expand,
-    expand_bias,
-    depthwise,
-    project,
-    project_bias,
-    out,
-    H: gl.constexpr,
-    W: gl.constexpr,
-    SKIP: gl.constexpr,
-    STORED: gl.constexpr,
-    HIDDEN: gl.constexpr,
-    OUT: gl.constexpr,
-    WGMMA: gl.constexpr,
-):
-    """Stride 2. Program (tile, sample); H, W are the input's. Taps are read in the layout of project's left operand."""
-    OUT_H: gl.constexpr = (H + 1) // 2
-    OUT_W: gl.constexpr = (W + 1) // 2
-    TILES: gl.constexpr = (OUT_W + 14) // 15
-    y0 = gl.program_id(0) // TILES * 3
-    x0 = gl.program_id(0) % TILES * 15
-    sample = gl.program_id(1).to(gl.int64)
-    skip += sample * (H * W * STORED)
-    out += sample * (OUT_H * OUT_W * OUT)
-
-    skip_tile = stage_skip(skip, y0, x0, H, W, SKIP, STORED, 2)
-    mask = mask_operand(y0, x0, H, W, 2, WGMMA)
-    hidden = gl.allocate_shared_memory(gl.float16, [HALO, CHUNK], _PLAIN)
-
-    row = gl.arange(0, TILE_PIXELS, layout=gl.SliceLayout(1, LEFT_DEEP))
-    channel = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, LEFT_DEEP))
-    corner = gl.minimum(row // 16, 2) * 64 + gl.minimum(row % 16, 14)
-    place = corner[:, None] + (channel * 0)[None, :]
-    zero = gl.zeros([TILE_PIXELS, CHUNK], gl.float16, layout=LEFT_DEEP)
-    sums = _biased(project_bias, OUT)
-    for start in range(0, HIDDEN, CHUNK):
-        chunk = expand_chunk(mask, skip_tile, None, expand, expand_bias, start, 0, SKIP, WGMMA)
-        hidden.store(chunk)
-        taps = depthwise + start + channel
-        value = gl.load(taps + 9 * HIDDEN)[None, :] + zero
-        for tap in gl.static_range(9):
-            # Columns 2c, 2c + 1 and 2c + 2 of a halo row lie at c, 16 + c and c + 1: even columns come first.
-            read = hidden.gather(place + (tap // 3 * 32 + tap % 3 % 2 * 16 + tap % 3 // 2), 0)
-            weight = gl.load(taps + tap * HIDDEN)[None, :]
-            if tap < 8:
-                value = multiply_add(read, weight, value)
-            else:
-                value = multiply_add_relu(read, weight, value)
-        sums = mma_v2(value, _load_projection(project, start, HIDDEN, OUT), sums)
-    _finish(sums, y0, x0, 0, skip, None, out, OUT_H, OUT_W, OUT, 2, False, False)
+    _finish(first, y0, x0, 0, skip, ends, out, H, W, OUT, RESIDUAL, HEAD)
+    _finish(second, y0, x0, 1, skip, ends, out, H, W, OUT, RESIDUAL, HEAD)
+    _finish(third, y0, x0, 2, skip, ends, out, H, W, OUT, RESIDUAL, HEAD)
 
 
 # ── launcher ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -348,26 +285,36 @@ def whole_block_gluon(
     """
     check_maps(skip, block, low, index, head)
     samples = len(skip) if index is None else len(index)
-    _, height, width, stored = skip.shape
-    out_height, out_width = -(-height // block.stride), -(-width // block.stride)
+    _, height, width, _ = skip.shape
     if head is None:
-        out = skip.new_empty(samples, out_height, out_width, block.out_channels)
+        out = skip.new_empty(samples, height, width, block.out_channels)
     else:
         out = skip.new_empty(samples, 3, height, width, dtype=torch.uint8)
     if not out.numel():
         return out
     if wgmma is None:
         wgmma = skip.is_cuda and torch.cuda.get_device_capability(skip.device) == (9, 0)
-    rows, columns = TILE[block.stride]
-    grid = (-(-out_height // rows) * -(-out_width // columns), samples)
-    weights = (block.expand, block.expand_bias, block.depthwise, block.project, block.project_bias)
-    facts = {"H": height, "W": width, "SKIP": block.skip_channels, "STORED": stored, "HIDDEN": block.hidden_channels}
-    facts |= {"OUT": block.out_channels, "WGMMA": wgmma, "num_warps": NUM_WARPS}
-    if block.stride == 2:
-        _halving_block_kernel[grid](skip, *weights, out, **facts)
-    else:
-        facts |= {"LOW": block.low_channels, "RESIDUAL": block.residual, "HEAD": head is not None}
-        ends = (None, None) if head is None else (head.weight, head.bias)
-        index = None if index is None else index.contiguous()
-        _whole_block_kernel[grid](skip, index, low, *weights, *ends, out, **facts)
+    rows, columns = TILE
+    _whole_block_kernel[(-(-height // rows) * -(-width // columns), samples)](
+        skip,
+        None if index is None else index.contiguous(),
+        low,
+        block.expand,
+        block.expand_bias,
+        block.depthwise,
+        block.project,
+        block.project_bias,
+        *((None, None) if head is None else (head.weight, head.bias)),
+        out,
+        H=height,
+        W=width,
+        LOW=block.low_channels,
+        SKIP=block.skip_channels,
+        HIDDEN=block.hidden_channels,
+        OUT=block.out_channels,
+        RESIDUAL=block.residual,
+        HEAD=head is not None,
+        WGMMA=wgmma,
+        num_warps=NUM_WARPS,
+    )
     return out

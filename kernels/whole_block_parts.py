@@ -15,8 +15,7 @@ is made to agree by permuting the weights' columns (:func:`interleaved`), so tha
 holds are consecutive channels, stored 16 bytes at a time (8 if N is 16).
 
 Banks. A quarter-warp, 8 lanes, accesses two neighbouring pixels of the hidden tensor, 64 bytes each and 64 bytes apart:
-each of the 32 banks once, at every shift of the 3×3 window, with neither padding nor swizzling. With stride 2 a halo
-row's even columns are stored before its odd ones, so that neighbouring outputs read neighbouring pixels there too.
+each of the 32 banks once, at every shift of the 3×3 window, with neither padding nor swizzling.
 
 The compiler places the barriers between threads' accesses to shared memory, but does not see that wgmma reads it: the
 barrier in :func:`expand_chunk` is for that.
@@ -144,36 +143,20 @@ def interleave(values, M: gl.constexpr, N: gl.constexpr):
 
 
 @gluon.jit
-def _halo(pixel, y0, x0, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.constexpr):
+def _halo(pixel, y0, x0, H: gl.constexpr, W: gl.constexpr):
     """Row and column in the map of a pixel of the halo, and whether it is on the map; (y0, x0) is the first output."""
-    column = pixel % 32
-    if STRIDE == 2:
-        column = column % 16 * 2 + column // 16
-    y = y0 * STRIDE - 1 + pixel // 32
-    x = x0 * STRIDE - 1 + column
+    y = y0 - 1 + pixel // 32
+    x = x0 - 1 + pixel % 32
     return y, x, (y >= 0) & (y < H) & (x >= 0) & (x < W)
 
 
 @gluon.jit
-def _load_skip(
-    skip,
-    y0,
-    x0,
-    FIRST: gl.constexpr,
-    H: gl.constexpr,
-    W: gl.constexpr,
-    C: gl.constexpr,
-    STORED: gl.constexpr,
-    STRIDE: gl.constexpr,
-):
-    """Channels of the halo from FIRST on; 0 outside the map, and beyond the channels that are stored."""
+def _load_skip(skip, y0, x0, FIRST: gl.constexpr, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr):
+    """Channels of the halo from FIRST on; 0 outside the map."""
     layout: gl.constexpr = _vectors(_depth(C))
-    y, x, inside = _halo(gl.arange(0, HALO, layout=gl.SliceLayout(1, layout)), y0, x0, H, W, STRIDE)
+    y, x, inside = _halo(gl.arange(0, HALO, layout=gl.SliceLayout(1, layout)), y0, x0, H, W)
     channel = FIRST + gl.arange(0, _depth(C), layout=gl.SliceLayout(0, layout))
-    mask = inside[:, None]
-    if STORED != C:
-        mask = mask & (channel < STORED)[None, :]
-    return gl.load(skip + ((y * W + x) * STORED)[:, None] + channel[None, :], mask=mask, other=0.0)
+    return gl.load(skip + ((y * W + x) * C)[:, None] + channel[None, :], mask=inside[:, None], other=0.0)
 
 
 @gluon.jit
@@ -182,7 +165,7 @@ def _load_upsampled(low, y0, x0, FIRST: gl.constexpr, H: gl.constexpr, W: gl.con
     layout: gl.constexpr = _vectors(_depth(C))
     LOW_H: gl.constexpr = H // 2
     LOW_W: gl.constexpr = W // 2
-    y, x, inside = _halo(gl.arange(0, HALO, layout=gl.SliceLayout(1, layout)), y0, x0, H, W, 1)
+    y, x, inside = _halo(gl.arange(0, HALO, layout=gl.SliceLayout(1, layout)), y0, x0, H, W)
     channel = FIRST + gl.arange(0, _depth(C), layout=gl.SliceLayout(0, layout))[None, :]
     v = gl.minimum(gl.maximum(y, 0), H - 1).to(gl.float32) * ((LOW_H - 1) / (H - 1))
     u = gl.minimum(gl.maximum(x, 0), W - 1).to(gl.float32) * ((LOW_W - 1) / (W - 1))
@@ -215,13 +198,11 @@ def _spread(weight, zero):
 
 
 @gluon.jit
-def stage_skip(
-    skip, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr, STORED: gl.constexpr, STRIDE: gl.constexpr
-):
+def stage_skip(skip, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constexpr):
     """The skip's halo in shared memory: [part][pixel][≤ 32 channels]."""
     tile = gl.allocate_shared_memory(gl.float16, [C // _depth(C), HALO, _depth(C)], _swizzled(_depth(C)))
     for part in gl.static_range(C // _depth(C)):
-        tile.index(part).store(_load_skip(skip, y0, x0, part * _depth(C), H, W, C, STORED, STRIDE))
+        tile.index(part).store(_load_skip(skip, y0, x0, part * _depth(C), H, W, C))
     return tile
 
 
@@ -235,21 +216,21 @@ def stage_upsampled(low, y0, x0, H: gl.constexpr, W: gl.constexpr, C: gl.constex
 
 
 @gluon.jit
-def _load_mask(y0, x0, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.constexpr, layout: gl.constexpr):
+def _load_mask(y0, x0, H: gl.constexpr, W: gl.constexpr, layout: gl.constexpr):
     """(halo, 16): 1 in the first two columns where a pixel is on the map; times the bias' two parts, the bias there."""
-    _, _, inside = _halo(gl.arange(0, HALO, layout=gl.SliceLayout(1, layout)), y0, x0, H, W, STRIDE)
+    _, _, inside = _halo(gl.arange(0, HALO, layout=gl.SliceLayout(1, layout)), y0, x0, H, W)
     column = gl.arange(0, _STEP, layout=gl.SliceLayout(0, layout))
     return gl.where(inside[:, None] & (column < 2)[None, :], 1.0, 0.0).to(gl.float16)
 
 
 @gluon.jit
-def mask_operand(y0, x0, H: gl.constexpr, W: gl.constexpr, STRIDE: gl.constexpr, WGMMA: gl.constexpr):
+def mask_operand(y0, x0, H: gl.constexpr, W: gl.constexpr, WGMMA: gl.constexpr):
     """The mask as :func:`expand_chunk` wants it: in shared memory for wgmma, else in registers."""
     if WGMMA:
-        values = _load_mask(y0, x0, H, W, STRIDE, _vectors(_STEP))
+        values = _load_mask(y0, x0, H, W, _vectors(_STEP))
         return gl.allocate_shared_memory(gl.float16, [HALO, _STEP], _swizzled(_STEP), values)
     else:
-        return _load_mask(y0, x0, H, W, STRIDE, LEFT)
+        return _load_mask(y0, x0, H, W, LEFT)
 
 
 # ── expand ────────────────────────────────────────────────────────────────────────────────────────────────────────────

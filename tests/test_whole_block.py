@@ -48,14 +48,11 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 @torch.inference_mode()
-def test_blocks_of_both_strides_are_the_network_s(network: Any) -> None:
+def test_blocks_are_the_network_s(network: Any) -> None:
     for down, channels in ((network.down1, 4), (network.down3, 8)):
-        first, second = down.maxpool_conv[0].double_conv
-        x = noise(2, channels, 13, 10)
-        expected = first(x)
-        assert difference(whole_block(channels_last(x), packed(first)), expected) < 0.01
-        found = whole_block(channels_last(expected), packed(second))
-        assert difference(found, second(expected)) < 0.01
+        halving, block = down.maxpool_conv[0].double_conv
+        x = halving(noise(2, channels, 13, 10))
+        assert difference(whole_block(channels_last(x), packed(block)), block(x)) < 0.01
 
 
 @torch.inference_mode()
@@ -83,12 +80,6 @@ def test_a_skip_is_taken_by_index(network: Any) -> None:
     assert not torch.equal(found, whole_block(bank, block, low=low, index=torch.arange(2)))
 
 
-def test_a_map_needs_no_channel_padding(network: Any) -> None:
-    (block, _) = network.down1.maxpool_conv[0].double_conv
-    x = noise(2, 4, 8, 6).permute(0, 2, 3, 1).half().contiguous()
-    assert torch.equal(whole_block(x, packed(block)), whole_block(pad_channels(x), packed(block)))
-
-
 def test_channels_are_padded_to_powers_of_two() -> None:
     assert [padded(channels) for channels in (1, 12, 16, 17, 32, 48)] == [16, 16, 16, 32, 32, 64]
 
@@ -98,7 +89,6 @@ def test_bytes_of_the_largest_block() -> None:
     layers = nn.Conv2d(64, 128, 1), nn.Conv2d(128, 128, 3, padding=1, groups=128), nn.Conv2d(128, 16, 1)
     block = pack_whole_block(*layers, low_channels=32)
     assert bytes_moved(block, (320, 320)) == 160**2 * 64 + 320**2 * 64 + 320**2 * 32
-    assert bytes_moved(block, (320, 320), stored=6) == 160**2 * 64 + 320**2 * 12 + 320**2 * 32
     assert bytes_moved(block, (320, 320), head=True) == 160**2 * 64 + 320**2 * 64 + 320**2 * 3
 
 
@@ -122,11 +112,11 @@ def test_arguments_that_do_not_fit_are_errors() -> None:
         whole_block(torch.zeros(1, 4, 4, 16).half(), block, index=torch.tensor([0]))
     with pytest.raises(ValueError, match="low is given alone"):
         whole_block(torch.zeros(1, 4, 4, 16).half(), odd, low=torch.zeros(1, 2, 2, 16).half())
-    with pytest.raises(ValueError, match="a residual changes neither"):
+    with pytest.raises(ValueError, match="a residual keeps their number"):
         pack_whole_block(layers[0], layers[1], nn.Conv2d(16, 12, 1), residual=True)
-    with pytest.raises(ValueError, match="stride 3"):
-        pack_whole_block(layers[0], nn.Conv2d(16, 16, 3, 3, padding=1, groups=16), layers[2])
+    with pytest.raises(ValueError, match="stride 2; expected"):
+        pack_whole_block(layers[0], nn.Conv2d(16, 16, 3, 2, padding=1, groups=16), layers[2])
     with pytest.raises(ValueError, match="expected \\(3, in, 1, 1\\)"):
         pack_head(nn.Conv2d(8, 4, 1))
-    with pytest.raises(ValueError, match="as many channels"):
+    with pytest.raises(ValueError, match="expected as many"):
         whole_block(torch.zeros(1, 4, 4, 16).half(), block, head=pack_head(nn.Conv2d(32, 3, 1)))

@@ -1,7 +1,7 @@
 """The `gluon` engine: `fused`, but on large maps each inverted residual is one kernel, upsampling and head included.
 
-    maps of 80² and more, most of the bytes       gpupipe.kernels.whole_block_gluon: no wide tensor in memory
-    smaller maps, and blocks with wider results   as in gpupipe.engines.fused
+    stride 1 on maps of 80² and more: most of the bytes   gpupipe.kernels.whole_block_gluon: no wide tensor in memory
+    smaller maps, the narrowest and the widest blocks     as in gpupipe.engines.fused
 
 It runs in float16 only, and needs a Triton whose Gluon is new enough (:func:`gluon_obstacle`).
 """
@@ -17,15 +17,23 @@ from torch import Tensor, nn
 from gpupipe.engines.base import Declaration, EngineName
 from gpupipe.engines.fused import Entry, FusedEngine, Step, convolutions
 from gpupipe.kernels.dispatch import obstacle
-from gpupipe.kernels.whole_block import PackedBlock, gluon_obstacle, pack_head, pack_whole_block, whole_block
+from gpupipe.kernels.pointwise import padded
+from gpupipe.kernels.whole_block import (
+    HIDDEN_CHUNK,
+    PackedBlock,
+    gluon_obstacle,
+    pack_head,
+    pack_whole_block,
+    whole_block,
+)
 from gpupipe.models.hoisted import HoistedUp
 from gpupipe.models.unet328 import UNet328
 
 SMALLEST_MAP = 80
 """Pixels a side. On maps this large and larger, a block's time is that of moving its wide tensor."""
 
-WIDEST_RESULT = {1: 32, 2: 64}
-"""Most output channels, by stride, whose sums fit in registers along with the rest of the block."""
+WIDEST_RESULT = 32
+"""Most output channels whose sums fit in registers along with the rest of the block."""
 
 WIDEST_ENTRY_BY_WARPS = 64
 """Most input channels (upsampled + skip) with which an upsampling block compiles without spilling where there is no
@@ -54,14 +62,14 @@ class GluonEngine(FusedEngine):
         super().__init__(network, device=device, dtype=torch.float16)
 
     def _block(self, layers: Sequence[nn.Conv2d], size: int, *, stride: int = 1, residual: bool = False) -> Step:
-        if not _fits(layers, size, stride):
+        if stride != 1 or not _fits(layers, size):
             return super()._block(layers, size, stride=stride, residual=residual)
         return functools.partial(self._run, block=self._whole(layers, residual=residual))
 
     def _entry(self, up: HoistedUp, size: int) -> Entry:
         expand, layers = up.joined(), convolutions(up.rest)[:2]
         too_wide = self._widest_entry is not None and expand.in_channels > self._widest_entry
-        if not _fits((expand, *layers), size, 1) or too_wide:
+        if not _fits((expand, *layers), size) or too_wide:
             return super()._entry(up, size)
         block = self._whole((expand, *layers), low_channels=up.low.in_channels)
 
@@ -83,9 +91,12 @@ def _after_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) > (9, 0)
 
 
-def _fits(layers: Sequence[nn.Conv2d], size: int, stride: int) -> bool:
-    """Whether a block can be one kernel, and gains by it."""
-    return size >= SMALLEST_MAP and layers[-1].out_channels <= WIDEST_RESULT[stride]
+def _fits(layers: Sequence[nn.Conv2d], size: int) -> bool:
+    """Whether a block can be one kernel, and gains by it: its expanded map fills a chunk of channels."""
+    expand, *_, project = layers
+    return (
+        size >= SMALLEST_MAP and project.out_channels <= WIDEST_RESULT and padded(expand.out_channels) >= HIDDEN_CHUNK
+    )
 
 
 DECLARATION = Declaration(

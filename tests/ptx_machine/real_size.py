@@ -31,7 +31,7 @@ def execute(name: str, arch: int, *, wgmma: bool) -> None:
     """
     variant, block = variant_of(name, wgmma=wgmma), BLOCKS[name]
     kernel = compiled_kernel(variant, arch)
-    entry = {"block": dataclasses.asdict(block), "tile": TILE[block.stride]}
+    entry = {"block": dataclasses.asdict(block), "tile": TILE}
     case = case_of(entry, 1, torch.device("cpu"))
     out = case.empty().fill_(77 if case.head is not None else math.nan)
     tensors = case.tensors(out)
