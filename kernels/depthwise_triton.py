@@ -8,6 +8,8 @@ six rows of input (with stride 2, nine) once, at three shifts, and tests once fo
 has neighbours. Programs of a strip follow each other, top down, so that a row which two of them read comes from caches
 the second time. Products are accumulated in float32; the nine taps of float16 in float16, two channels an instruction
 (:mod:`gpupipe.kernels.packed_triton`).
+
+:mod:`gpupipe.kernels.inverted_residual_triton` goes over its maps in the same way.
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ def depthwise_rows(
     HIDDEN: tl.constexpr,
     STRIDE: tl.constexpr,
 ):
-    """ReLU of the nine taps' sums, for four rows of output from y0 on, each (columns, channels), in x's type.
+    """ReLU of the nine taps' sums, for four rows of output, each (columns, channels), in x's type.
 
     A row of the expanded map is read, or computed, once at its three shifts, and used for every row of output whose
     window it is in.

@@ -70,7 +70,10 @@ UPS = (
 
 
 def network_variants() -> list[Variant]:
-    """Every kernel in every configuration that the fused engine launches, at width 1, in float16, batch 64."""
+    """Every kernel in every configuration that the fused engine launches, at width 1, in float16, batch 64.
+
+    In bfloat16, whose taps are added up in float32, only the two that then need the most registers.
+    """
     with recording() as launches:
         for config, *shape, stored, channels, outputs, stride, residual in BLOCKS:
             hidden = HIDDEN.get(config, 2 * channels)
@@ -83,9 +86,14 @@ def network_variants() -> list[Variant]:
             given = (_half(BATCH, size // 2, size // 2, low), _half(BATCH, size, size, skip), index)
             wide = pointwise.upsample_expand(*given, _half(low, hidden), _half(skip, hidden), _single(hidden))
             inverted_residual.depthwise_project(wide, _projection(hidden, outputs))
-        launches.config = "up5.1 and head"
-        x, head = _half(BATCH, 320, 320, 16), _half(16, 16)
-        inverted_residual.inverted_residual_head(x, _block(16, 32, 16), head, _single(16), residual=True)
+        for dtype, suffix in ((torch.float16, ""), (torch.bfloat16, ", bfloat16")):
+            launches.config = f"up5.1 and head{suffix}"
+            x, head = _half(BATCH, 320, 320, 16, dtype=dtype), _half(16, 16, dtype=dtype)
+            block = _block(16, 32, 16, dtype=dtype)
+            inverted_residual.inverted_residual_head(x, block, head, _single(16), residual=True)
+        launches.config = "up5.0, bfloat16"
+        wide = _half(BATCH, 320, 320, 128, dtype=torch.bfloat16)
+        inverted_residual.depthwise_project(wide, _projection(128, 16, dtype=torch.bfloat16))
         launches.config = "bottleneck"
         wide = pointwise.pointwise(_half(BATCH, 10, 10, 512), _half(512, 2048), _single(2048))
         launches.config = "fuse0.0"
@@ -148,17 +156,18 @@ def _type_name(value: Tensor | int) -> str:
     return names[value.dtype] if isinstance(value, Tensor) else "i32"
 
 
-def _half(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float16, device="meta")
+def _half(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _single(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device="meta")
 
 
-def _projection(hidden: int, outputs: int) -> Projection:
-    return Projection(_half(9, hidden), _single(hidden), _half(hidden, outputs), _single(outputs))
+def _projection(hidden: int, outputs: int, dtype: torch.dtype = torch.float16) -> Projection:
+    matrices = (_half(9, hidden, dtype=dtype), _single(hidden), _half(hidden, outputs, dtype=dtype))
+    return Projection(*matrices, _single(outputs))
 
 
-def _block(channels: int, hidden: int, outputs: int) -> Block:
-    return Block(_half(channels, hidden), _single(hidden), _projection(hidden, outputs))
+def _block(channels: int, hidden: int, outputs: int, dtype: torch.dtype = torch.float16) -> Block:
+    return Block(_half(channels, hidden, dtype=dtype), _single(hidden), _projection(hidden, outputs, dtype))
