@@ -7,8 +7,10 @@ format. The painted mouths are compared before they are rounded, scaled to 0 …
 largest difference. Ranges for int8 are measured on 64 frames of the first half, so that other speech is painted than
 was measured; the face is the same.
 
-The bundled network has a quarter of the published width. ``--bundle`` takes what ``python -m gpupipe.demo.train --out
-WORK --width 1`` leaves in ``WORK/bundle``: the same avatar, painted by a network of full width.
+The bundled network has a quarter of the published width. ``--bundle WORK/bundle`` takes one of full width that paints
+the same avatar, from (an hour on two cores)
+
+    python -m gpupipe.demo.train --out WORK --width 1 --painter-steps 450 --branch-steps 150 --joined-steps 150
 
 On CUDA every engine that is built in seconds runs in its own precisions. On a CPU the `openvino` engine runs in
 bfloat16 and int8, where it can, and all formats are *simulated*: weights and every layer's output are rounded to the
