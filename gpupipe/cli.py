@@ -43,6 +43,7 @@ from gpupipe.speech import SpeechEncoder
 from gpupipe.template import template_size
 from gpupipe.video.encode import check_suffix
 from gpupipe.video.images import ImageFormat
+from gpupipe.video.sound import open_sound
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -454,6 +455,8 @@ def _check_inputs(
     template_size(template)
     if audio_features is not None:
         SpeechFeatures(audio_features, mode)
+    if audio is not None:
+        open_sound(audio).close()
 
 
 @contextlib.contextmanager

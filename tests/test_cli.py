@@ -92,7 +92,7 @@ def test_bfloat16_tip_only_without_explicit_choice(
     assert result.stderr.count("tip: --precision bfloat16") == told
 
 
-@pytest.mark.parametrize("wrong", ["features", "template"])
+@pytest.mark.parametrize("wrong", ["features", "template", "sound"])
 def test_inputs_are_looked_at_before_a_network_is_loaded(
     wrong: str, clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
