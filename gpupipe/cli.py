@@ -123,7 +123,7 @@ def render(
             print_waterfall(pipeline.last_render)
         print_record(pipeline.last_render, output, as_json)
         if not as_json:
-            _suggest_bfloat16(pipeline, engine, exact or precision)
+            _suggest_precision(pipeline, engine, exact or precision)
 
 
 @app.command()
@@ -179,7 +179,7 @@ def frames(
             )
         print_record(pipeline.last_render, output_dir, as_json)
         if not as_json:
-            _suggest_bfloat16(pipeline, engine, exact or precision)
+            _suggest_precision(pipeline, engine, exact or precision)
 
 
 @app.command()
@@ -434,12 +434,16 @@ def _bytes(megabytes: int | None) -> int | None:
     return None if megabytes is None else megabytes * 1_000_000
 
 
-def _suggest_bfloat16(pipeline: FrameGenerationPipeline, engine: options.Engine, chosen: object) -> None:
-    """Suggest bfloat16 where it pays, unless an engine or a precision was chosen: it is never used unasked."""
-    if engine == "auto" and not chosen and pipeline.unet_model.device.type == "cpu" and openvino_cpu.pays():
-        console.print(
-            "tip: --precision bfloat16 is usually faster on this processor; mouths differ slightly", soft_wrap=True
-        )
+def _suggest_precision(pipeline: FrameGenerationPipeline, engine: options.Engine, chosen: object) -> None:
+    """Suggest one that is faster on this CPU, unless an engine or a precision was chosen: none is used unasked."""
+    model = pipeline.unet_model
+    if engine != "auto" or chosen or model.device.type != "cpu" or (precision := openvino_cpu.faster()) is None:
+        return
+    first = "gpupipe calibrate, then " if precision == "int8" and model.network.input_channels is None else ""
+    console.print(
+        f"tip: {first}--precision {precision} is usually faster on this processor; mouths differ slightly",
+        soft_wrap=True,
+    )
 
 
 def _check_inputs(

@@ -119,7 +119,7 @@ def measure_engines(device: str | torch.device | None = None) -> Figures:
 
 def _lower_precisions() -> str:
     """Describe what `--precision` can take on this CPU."""
-    doubt = "" if openvino_cpu.pays() else ", slower than float32 where it was tried without AMX"
+    doubt = "" if openvino_cpu.faster() == "bfloat16" else ", slower than float32 where it was tried without AMX"
     told = {"bfloat16": f"openvino{doubt}", "int8": "openvino, for checkpoints that gpupipe calibrate wrote"}
     for name in told:
         if reason := openvino_cpu.obstacle(getattr(torch, name)):

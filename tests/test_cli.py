@@ -26,6 +26,7 @@ from typer.testing import CliRunner, Result
 from gpupipe import __version__, cli
 from gpupipe.cli import app, main
 from gpupipe.console import progress_bar, reporting
+from gpupipe.demo import BUNDLE
 from gpupipe.engines import openvino_cpu
 from gpupipe.models.audio_encoder import AudioEncoder
 
@@ -73,23 +74,40 @@ def test_render_writes_a_video_with_sound_and_a_record(clip: dict[str, Path], tm
 
 
 @pytest.mark.parametrize(
-    ("pays", "words", "told"),
+    ("faster", "words", "told"),
     [
-        (True, [], True),
-        (False, [], False),
-        (True, ["--json"], False),
-        (True, ["--exact"], False),
-        (True, ["--precision", "float32"], False),
-        (True, ["--engine", "onnxruntime"], False),
+        ("bfloat16", [], ["tip: --precision bfloat16 is usually faster"]),
+        ("int8", [], ["tip: gpupipe calibrate, then --precision int8 is usually faster"]),
+        (None, [], []),
+        ("bfloat16", ["--json"], []),
+        ("bfloat16", ["--exact"], []),
+        ("bfloat16", ["--precision", "float32"], []),
+        ("bfloat16", ["--engine", "onnxruntime"], []),
     ],
 )
-def test_bfloat16_tip_only_without_explicit_choice(
-    pays: bool, words: list[str], told: bool, clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_faster_precision_is_suggested_unless_one_was_chosen(
+    faster: str | None,
+    words: list[str],
+    told: list[str],
+    clip: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(openvino_cpu, "pays", lambda: pays)
+    monkeypatch.setattr(openvino_cpu, "faster", lambda: faster)
     result = run(*render_words(clip, tmp_path / "out.mp4", "--device", "cpu", *words))
     assert result.exit_code == 0, result.output
-    assert result.stderr.count("tip: --precision bfloat16") == told
+    assert [line for line in result.stderr.splitlines() if "tip" in line] == [
+        f"{start} on this processor; mouths differ slightly" for start in told
+    ]
+
+
+def test_a_calibrated_checkpoint_needs_no_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino_cpu, "faster", lambda: "int8")
+    np.save(tmp_path / "features.npy", np.zeros((1, 512), np.float32))
+    words = ("--checkpoint", BUNDLE / "unet.safetensors", "--template", BUNDLE / "template", "--device", "cpu")
+    result = run("frames", *words, "--audio-features", tmp_path / "features.npy", "--output-dir", tmp_path / "frames")
+    assert result.exit_code == 0, result.output
+    assert "tip: --precision int8 is usually faster" in result.stderr
 
 
 @pytest.mark.parametrize("wrong", ["features", "template", "sound"])

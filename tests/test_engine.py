@@ -154,26 +154,27 @@ def test_engines_that_cannot_run_are_refused(network: UNet328) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "installed", "pays"),
+    ("flags", "installed", "faster"),
     [
-        (["amx_bf16", "avx512_bf16"], True, True),
-        (["amx_bf16", "avx512_bf16"], False, False),
-        (["avx512_bf16"], True, False),
-        ([], False, False),
+        (["amx_bf16", "avx512_bf16", "avx512_vnni"], True, "bfloat16"),
+        (["amx_bf16", "avx512_bf16", "avx512_vnni"], False, None),
+        (["avx512_bf16", "avx512_vnni"], True, "int8"),
+        (["avx512_bf16"], True, None),
+        ([], False, None),
     ],
 )
-def test_openvino_pays_with_amx_where_it_is_installed(
-    flags: list[str], installed: bool, pays: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_faster_precision_follows_from_the_processor_and_openvino(
+    flags: list[str], installed: bool, faster: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"openvino": object() if installed else None}
     monkeypatch.setattr(openvino_cpu, "processor_flags", lambda: flags)
     monkeypatch.setattr(openvino_cpu, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=found.__getitem__)))
-    assert openvino_cpu.pays() is pays
+    assert openvino_cpu.faster() == faster
 
 
-@pytest.mark.skipif(not openvino_cpu.pays(), reason="needs OpenVINO, and a CPU with AMX")
-def test_where_openvino_pays_it_runs() -> None:
-    assert openvino_cpu.obstacle(torch.bfloat16) is None
+@pytest.mark.skipif(openvino_cpu.faster() is None, reason="needs OpenVINO, and a CPU with AMX or AVX512-VNNI")
+def test_a_faster_precision_runs() -> None:
+    assert openvino_cpu.obstacle(getattr(torch, openvino_cpu.faster() or "")) is None
 
 
 @pytest.mark.parametrize("flags", [["avx2", "avx_vnni"], ["avx512f", "avx512_vnni"], ["avx512f"], []])

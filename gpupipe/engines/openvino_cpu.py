@@ -11,7 +11,7 @@ import functools
 import importlib.util
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -158,9 +158,13 @@ def obstacle(dtype: torch.dtype) -> str | None:
     return None
 
 
-def pays() -> bool:
-    """Whether bfloat16 is likely to be faster here than float32. This does not load OpenVINO."""
-    return importlib.util.find_spec("openvino") is not None and "amx_bf16" in processor_flags()
+def faster() -> Literal["bfloat16", "int8"] | None:
+    """The precision that is likely to be faster here than float32, as it was where measured. OpenVINO is not loaded."""
+    if importlib.util.find_spec("openvino") is None:
+        return None
+    if "amx_bf16" in processor_flags():
+        return "bfloat16"
+    return "int8" if "avx512_vnni" in processor_flags() else None
 
 
 DECLARATION = Declaration(
