@@ -11,6 +11,7 @@ Nothing here runs a kernel: it says what was compiled, not how fast it is.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import multiprocessing
 import os
@@ -209,7 +210,7 @@ def _resources(ptx: str, arch: int) -> tuple[int, int, int]:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         told = subprocess.run(
-            [get_ptxas(arch).path, "-v", f"--gpu-name={target.group(1)}", str(source), "-o", f"{folder}/kernel.cubin"],
+            [_assembler(arch), "-v", f"--gpu-name={target.group(1)}", str(source), "-o", f"{folder}/kernel.cubin"],
             capture_output=True,
             text=True,
             check=True,
@@ -217,6 +218,12 @@ def _resources(ptx: str, arch: int) -> tuple[int, int, int]:
     stack, stores, loads = map(int, _numbers(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", told))
     (registers,) = map(int, _numbers(r"Used (\d+) registers", told))
     return registers, stack, stores + loads
+
+
+def _assembler(arch: int) -> str:
+    """Path of Triton's own ptxas, of which Triton 3.5 has only one."""
+    path: str = (get_ptxas(arch) if inspect.signature(get_ptxas).parameters else get_ptxas()).path
+    return path
 
 
 def _numbers(pattern: str, text: str) -> tuple[str, ...]:
