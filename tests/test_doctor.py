@@ -9,15 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from commands import run
 
-from gpupipe.cli import app
 from gpupipe.engines import openvino_cpu, remembered
 from gpupipe.models import UNet328
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words])
 
 
 def test_doctor_reports_which_engines_would_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,4 +82,4 @@ def test_doctor_reports_what_a_render_then_uses(
 def test_what_stands_in_brackets_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     told = "no, OpenVINO is not installed (pip install 'gpupipe[openvino]')"
     monkeypatch.setattr("gpupipe.cli.examine", lambda device: {"can": {"int8": told}, "next": [told]})
-    assert CliRunner().invoke(app, ["doctor"]).output.count(told) == 2
+    assert run("doctor").output.count(told) == 2
