@@ -8,9 +8,12 @@ largest difference. Ranges for int8 are measured on 64 frames of the first half,
 was measured; the face is the same.
 
 The bundled network has a quarter of the published width. ``--bundle WORK/bundle`` takes one of full width that paints
-the same avatar, from (an hour on two cores)
+the same avatar, from
 
     python -m gpupipe.demo.train --out WORK --width 1 --painter-steps 450 --branch-steps 150 --joined-steps 150
+
+That took 70 minutes on two cores that did other work too. The network whose rows are recorded was on its way to 850
+steps of painting when it was stopped after 250 and went on to 450.
 
 On CUDA every engine that is built in seconds runs in its own precisions. On a CPU the `openvino` engine runs in
 bfloat16 and int8, where it can, and all formats are *simulated*: weights and every layer's output are rounded to the

@@ -23,6 +23,12 @@ MULTIPLY_ADD_RELU = tl.constexpr("fma.rn.relu.f16x2 $0, $1, $2, $3;")
 RELU_TO_HALF = tl.constexpr("cvt.rn.relu.f16x2.f32 $0, $2, $1;")
 """Two float16 an instruction; the last converts from float32."""
 
+POWER_OF_TWO = tl.constexpr("ex2.approx.ftz.f32 $0, $1;")
+RECIPROCAL = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
+"""Of float32, the GPU's approximations."""
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.constexpr_function
 def accumulator_dtype(dtype):
@@ -67,12 +73,7 @@ def relu_to(a, dtype: tl.constexpr):
 def sigmoid(a):
     """1 / (1 + e⁻ᵃ) of float32, by the GPU's approximations of a power of two and of a reciprocal."""
     if _ASSEMBLY:
-        scaled = a * -1.4426950408889634  # log2(e)
-        power = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [scaled], dtype=tl.float32, is_pure=True, pack=1
-        )
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
-        )
+        power = tl.inline_asm_elementwise(POWER_OF_TWO, "=r,r", [a * -LOG2_E], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(RECIPROCAL, "=r,r", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return tl.sigmoid(a)

@@ -28,7 +28,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
-from gpupipe.kernels.packed_triton import MULTIPLY_ADD, MULTIPLY_ADD_RELU, RELU_TO_HALF
+from gpupipe.kernels.packed_triton import (
+    LOG2_E,
+    MULTIPLY_ADD,
+    MULTIPLY_ADD_RELU,
+    POWER_OF_TWO,
+    RECIPROCAL,
+    RELU_TO_HALF,
+)
 from gpupipe.kernels.whole_block import HIDDEN_CHUNK
 
 HALO = gl.constexpr(256)  # pixels: 8 rows of 32
@@ -110,12 +117,8 @@ def _relu_to_half(a):
 @gluon.jit
 def sigmoid(a):
     """1 / (1 + e⁻ᵃ) of float32, by the GPU's approximations of a power of two and of a reciprocal."""
-    power = gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [a * -1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
-    )
-    return gl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [1.0 + power], dtype=gl.float32, is_pure=True, pack=1
-    )
+    power = gl.inline_asm_elementwise(POWER_OF_TWO, "=r,r", [a * -LOG2_E], dtype=gl.float32, is_pure=True, pack=1)
+    return gl.inline_asm_elementwise(RECIPROCAL, "=r,r", [1.0 + power], dtype=gl.float32, is_pure=True, pack=1)
 
 
 # ── interleaved columns ───────────────────────────────────────────────────────────────────────────────────────────────

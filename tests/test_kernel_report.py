@@ -166,3 +166,12 @@ def test_the_interpreter_cannot_be_reported_on() -> None:
     done = run("--arch", "90", TRITON_INTERPRET="1")
     assert done.returncode != 0
     assert "TRITON_INTERPRET" in done.stderr
+
+
+def test_the_assembler_is_asked_for_as_this_triton_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpupipe.kernels import report
+
+    monkeypatch.setattr(report, "get_ptxas", lambda arch: SimpleNamespace(path=f"ptxas for {arch}"))
+    assert report._assembler(90) == "ptxas for 90"
+    monkeypatch.setattr(report, "get_ptxas", lambda: SimpleNamespace(path="the only ptxas"))
+    assert report._assembler(90) == "the only ptxas"

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from gpupipe.benchmarks import precision
 from gpupipe.benchmarks.precision import simulated, simulated_int8, steps
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.calibration import compare
+from gpupipe.features import SpeechFeatures
 from gpupipe.models.codes import measure_inputs
 from gpupipe.models.unet328 import UNet328, random_inputs
 
@@ -50,3 +55,23 @@ def test_int8_is_coarser_than_float16(network: UNet328) -> None:
     exact = steps(network, image, audio)
     coarse = compare(steps(simulated_int8(network), image, audio), exact)[0]
     assert 20 < coarse < compare(steps(simulated(network, torch.float16), image, audio), exact)[0]
+
+
+def test_ranges_are_of_other_speech_than_what_is_painted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sample's first half, and its second, from end to end."""
+    heard: list[list[int]] = []
+    lengths = set[int]()
+
+    def note(template: object, speech: SpeechFeatures, shown: object, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        heard.append(rows.tolist())
+        lengths.add(len(speech))
+        return random_inputs(UNet328("ave", width=1 / 8), 1)
+
+    monkeypatch.setattr(precision, "network_inputs", note)
+    monkeypatch.setattr(precision, "measure_inputs", lambda *_: {})
+    monkeypatch.setattr(precision, "contestants", lambda *_: [])
+    assert precision.measure(5, torch.device("cpu")) == []
+    (measured, painted), (length,) = heard, lengths
+    assert measured[0] == 0 and painted[-1] == length - 1
+    assert len(painted) == 5 and len(measured) == precision.FRAMES
+    assert measured[-1] < painted[0] <= length - length // 2
