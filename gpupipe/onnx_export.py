@@ -91,6 +91,41 @@ def export_halves(network: UNet328, *, int8: bool = False) -> tuple[bytes, bytes
 
 
 @torch.autocast("cpu", enabled=False)
+def export_deepest(template: TemplateHalf, speech: SpeechHalf) -> tuple[bytes, bytes]:
+    """Return what the halves do between the encoder and the decoder, for one frame: all shapes are fixed.
+
+    The first turns ``x6`` (1, 10, 10, channels) into ``bottleneck``; the second turns that and ``audio`` into ``x``
+    (1, 10, 10, channels), which up1 reads.
+    """
+    x6 = torch.zeros(1, 10, 10, template.bottleneck.in_channels)
+    bottleneck = torch.zeros(1, template.bottleneck.out_channels, 10, 10)
+    audio = torch.zeros(1, *speech.audio_shape)
+    first, second = io.BytesIO(), io.BytesIO()
+    export_onnx(_Bottleneck(template), (x6,), first, inputs=["x6"], outputs=["bottleneck"], dynamic_batch=False)
+    names = ["bottleneck", "audio"]
+    export_onnx(_Deepest(speech), (bottleneck, audio), second, inputs=names, outputs=["x"], dynamic_batch=False)
+    return first.getvalue(), second.getvalue()
+
+
+class _Bottleneck(nn.Module):
+    def __init__(self, template: TemplateHalf) -> None:
+        super().__init__()
+        self.bottleneck = template.bottleneck
+
+    def forward(self, x6: Tensor) -> Tensor:
+        return self.bottleneck(x6.permute(0, 3, 1, 2))
+
+
+class _Deepest(nn.Module):
+    def __init__(self, speech: SpeechHalf) -> None:
+        super().__init__()
+        self.speech = speech
+
+    def forward(self, bottleneck: Tensor, audio: Tensor) -> Tensor:
+        return self.speech.deepest(bottleneck, audio).permute(0, 2, 3, 1)
+
+
+@torch.autocast("cpu", enabled=False)
 def export_unet(network: UNet328, path: str | Path, *, opset_version: int = OPSET_VERSION) -> Path:
     """Write the whole network to ``path`` and check it against PyTorch with ONNX Runtime.
 

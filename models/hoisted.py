@@ -76,6 +76,7 @@ class SpeechHalf(nn.Module):
     def __init__(self, network: UNet328) -> None:
         super().__init__()
         network = folded(network)
+        self.audio_shape = network.audio_shape
         self.audio_model = network.audio_model
         first, second = _blocks(network.fuse_conv[0])
         expand, _, *rest = _layers(first)
@@ -92,13 +93,17 @@ class SpeechHalf(nn.Module):
         self, hidden: Tensor, x2: Tensor, x3: Tensor, x4: Tensor, x5: Tensor, bottleneck: Tensor, audio: Tensor
     ) -> Tensor:
         """The six tensors and audio (B, *audio_shape) → (B, 3, 320, 320)."""
-        x = self.fuse(self.audio_expand(self.audio_model(audio)) + bottleneck)
+        x = self.deepest(bottleneck, audio)
         x = self.up1(x, x5)
         x = self.up2(x, x4)
         x = self.up3(x, x3)
         x = self.up4(x, x2)
         x = self.up5(x, hidden)
         return torch.sigmoid(self.outc(x))
+
+    def deepest(self, bottleneck: Tensor, audio: Tensor) -> Tensor:
+        """What up1 reads: bottleneck (B, C, 10, 10) and audio (B, *audio_shape) → (B, c, 10, 10)."""
+        return self.fuse(self.audio_expand(self.audio_model(audio)) + bottleneck)
 
     def _largest(self, up: Up, projection: nn.Conv2d) -> HoistedUp:
         """The level of the largest maps."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpupipe.errors import DeviceError
 from gpupipe.models.unet328 import UNet328
 
-EngineName = Literal["auto", "eager", "compile", "fused", "gluon", "onnxruntime", "openvino", "torch"]
+EngineName = Literal["auto", "eager", "compile", "fused", "gluon", "llvm", "onnxruntime", "openvino", "torch"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 """What ``engine=`` accepts. ``auto`` chooses one; ``torch`` is another name for ``eager``."""
 

@@ -31,23 +31,24 @@ class OnnxRuntimeEngine:
     def __init__(self, network: UNet328, *, threads: int | None = None) -> None:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
-        self._template, self._speech = (_session(graph, threads) for graph in export_halves(network))
+        self._template, self._speech = (session(graph, threads) for graph in export_halves(network))
 
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`."""
-        return _run(self._template, [{"image": sample} for sample in _samples(image)])
+        return run_frames(self._template, [{"image": sample} for sample in samples_of(image)])
 
     def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
         """As :meth:`Engine.decode`."""
         arrays = {name: features[name].numpy() for name in TEMPLATE_FEATURES}
         inputs = [
             {"audio": window} | {name: value[i : i + 1] for name, value in arrays.items()}
-            for i, window in zip(index.tolist(), _samples(audio), strict=True)
+            for i, window in zip(index.tolist(), samples_of(audio), strict=True)
         ]
-        return _run(self._speech, inputs)["mouth"]
+        return run_frames(self._speech, inputs)["mouth"]
 
 
-def _session(graph: bytes, threads: int | None) -> onnxruntime.InferenceSession:
+def session(graph: bytes, threads: int | None) -> onnxruntime.InferenceSession:
+    """A graph of fixed shapes, ready to run on as many threads as a lane has, or so many."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or cpu_lanes().threads
     # Idle workers would spin on cores that decode and encode video at the same time.
@@ -55,7 +56,7 @@ def _session(graph: bytes, threads: int | None) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-def _run(session: onnxruntime.InferenceSession, samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
+def run_frames(session: onnxruntime.InferenceSession, samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
     """The outputs of all samples by name, written where they are to stay.
 
     ONNX Runtime would return copies in NumPy's memory, whose 2 MB pages a virtual machine may have to ask its host for.
@@ -74,7 +75,7 @@ def _run(session: onnxruntime.InferenceSession, samples: Sequence[Mapping[str, n
     return outputs
 
 
-def _samples(batch: Tensor) -> list[np.ndarray]:
+def samples_of(batch: Tensor) -> list[np.ndarray]:
     """The samples of a batch as float32 batches of one."""
     return [sample[None] for sample in batch.to("cpu", torch.float32).contiguous().numpy()]
 

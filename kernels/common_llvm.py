@@ -1,0 +1,299 @@
+"""What the LLVM kernels share: a writer of functions on vectors of float32, and their compilation for this CPU.
+
+A kernel is a Python function that writes an LLVM function, with all sizes as constants. LLVM allocates registers and
+picks instructions; loops, tiles and what lies where are the kernel's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import llvmlite.binding as llvm
+import torch
+from llvmlite import ir
+from torch import Tensor
+
+Value = Any
+"""A value of the function being written: an index, a float, a vector or a pointer."""
+
+_FLOAT, _INT32, _INDEX, _POINTER = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.PointerType()
+_BYTES = 4
+_LINE = 16
+"""Floats of a cache line, on which constants and scratch memory begin."""
+
+_PASSES = ("sroa", "instruction_combine", "new_gvn", "dead_code_elimination")
+"""What LLVM is to improve: variables become registers, addresses are computed once. The code is unrolled and vectorised
+as it is written, and the other passes only take time."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What kernels are compiled for.
+
+    Attributes:
+        name: LLVM's name of it, such as ``"sapphirerapids"`` or ``"znver4"``.
+        features: its instruction sets, in LLVM's words.
+        lanes: float32 in one of its vector registers.
+        registers: how many of these it has.
+    """
+
+    name: str
+    features: str
+    lanes: int
+    registers: int
+
+
+@functools.cache
+def this_processor() -> Processor:
+    """The one that this process runs on."""
+    features = llvm.get_host_cpu_features()
+    lanes, registers = 4, 16
+    if features.get("avx512f"):
+        lanes, registers = 16, 32
+    elif features.get("avx2") and features.get("fma"):
+        lanes = 8
+    elif features.get("neon"):
+        registers = 32
+    return Processor(llvm.get_host_cpu_name(), features.flatten(), lanes, registers)
+
+
+@functools.cache
+def obstacle() -> str | None:
+    """Why the kernels do not run here; None if they do."""
+    if this_processor().lanes is None:
+        return "this processor has none of AVX-512, AVX2 with FMA, or NEON"
+    return None
+
+
+class Writer:
+    """Writes one function, of ``maps`` pointers to float32, an index ``begin`` and an index ``end``.
+
+    Args:
+        maps: tensors that the function reads and writes, none of which overlaps another that it writes.
+    """
+
+    def __init__(self, processor: Processor, maps: int) -> None:
+        self.processor = processor
+        self.lanes = processor.lanes
+        self.vector = ir.VectorType(_FLOAT, self.lanes)
+        self.module = ir.Module()
+        parameters = [_POINTER] * (maps + 2) + [_INDEX] * 2
+        self._function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), parameters), "kernel")
+        *self.maps, self._constants, self._scratch, self.begin, self.end = self._function.args
+        for pointer in self._function.args[:-2]:
+            pointer.add_attribute("noalias")
+        self._locals = ir.IRBuilder(self._function.append_basic_block("locals"))
+        self._ir = ir.IRBuilder(self._function.append_basic_block("body"))
+        self._body = self._ir.block
+        self._fma = self._intrinsic("llvm.fma", [self.vector] * 3)
+        self._tensors: list[Tensor] = []
+        self.scratch_floats = 0
+
+    def finish(self) -> Tensor:
+        """End the function; return its constants, float32 (N,)."""
+        self._ir.ret_void()
+        self._locals.branch(self._body)
+        return torch.cat(self._tensors)
+
+    # Memory. Offsets and strides are in floats.
+
+    def constant(self, values: Tensor) -> Value:
+        """A pointer to a tensor of float32 or int32."""
+        offset = sum(len(tensor) for tensor in self._tensors)
+        flat = values.detach().contiguous().reshape(-1).view(torch.float32)
+        self._tensors.append(torch.nn.functional.pad(flat, (0, -len(flat) % _LINE)))
+        return self.at(self._constants, offset)
+
+    def scratch(self, floats: int) -> Value:
+        """A pointer to memory of the function's own, with anything in it."""
+        offset = self.scratch_floats
+        self.scratch_floats += floats + -floats % _LINE
+        return self.at(self._scratch, offset)
+
+    def at(self, pointer: Value, *offsets: Value | int) -> Value:
+        """The pointer, so much further on."""
+        for offset in offsets:
+            pointer = self._ir.gep(pointer, [_index(offset)], inbounds=True, source_etype=_FLOAT)
+        return pointer
+
+    def load(self, pointer: Value) -> Value:
+        """A vector."""
+        return self._ir.load(pointer, align=_BYTES, typ=self.vector)
+
+    def store(self, value: Value, pointer: Value, lanes: int | None = None) -> None:
+        """A vector, or its first ``lanes``."""
+        if lanes is None or lanes >= self.lanes:
+            self._ir.store(value, pointer, align=_BYTES)
+            return
+        bits = ir.VectorType(ir.IntType(1), self.lanes)
+        masked = self._intrinsic("llvm.masked.store", [self.vector, _POINTER, _INT32, bits], ".p0", ir.VoidType())
+        mask = ir.Constant(bits, [lane < lanes for lane in range(self.lanes)])
+        self._ir.call(masked, [value, pointer, _INT32(_BYTES), mask])
+
+    def broadcast(self, pointer: Value) -> Value:
+        """One float in every lane."""
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        first = self._ir.insert_element(undefined, self._ir.load(pointer, align=_BYTES, typ=_FLOAT), _INT32(0))
+        return self._ir.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT32, self.lanes), None))
+
+    def gather(self, pointer: Value, stride: int) -> Value:
+        """One float in each lane, from places so far apart."""
+        value = ir.Constant(self.vector, ir.Undefined)
+        for lane in range(self.lanes):
+            one = self._ir.load(self.at(pointer, lane * stride), align=_BYTES, typ=_FLOAT)
+            value = self._ir.insert_element(value, one, _INT32(lane))
+        return value
+
+    def load_index(self, pointer: Value) -> Value:
+        """An index, from an int32."""
+        return self._ir.sext(self._ir.load(pointer, align=_BYTES, typ=_INT32), _INDEX)
+
+    # Arithmetic
+
+    def plus(self, a: Value | int, b: Value | int) -> Value:
+        """a + b, of indices."""
+        return self._ir.add(_index(a), _index(b), flags=("nsw",))
+
+    def times(self, a: Value, b: int) -> Value:
+        """a · b, of indices."""
+        return self._ir.mul(a, _index(b), flags=("nsw",))
+
+    def modulo(self, a: Value, b: int) -> Value:
+        """a mod b, of indices not below 0."""
+        return self._ir.urem(a, _index(b))
+
+    def at_least(self, a: Value, bound: int) -> Value:
+        """max(a, bound), of indices."""
+        return self._ir.select(self._ir.icmp_signed("<", a, _index(bound)), _index(bound), a)
+
+    def splat(self, value: float) -> Value:
+        """A vector of a constant."""
+        return ir.Constant(self.vector, [value] * self.lanes)
+
+    def add(self, a: Value, b: Value) -> Value:
+        """a + b, of vectors."""
+        return self._ir.fadd(a, b)
+
+    def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
+        """a · b + c, of vectors, rounded once."""
+        return self._ir.call(self._fma, [a, b, c])
+
+    def mix(self, a: Value, b: Value, share: Value) -> Value:
+        """a + share · (b − a), of vectors."""
+        return self.multiply_add(share, self._ir.fsub(b, a), a)
+
+    def relu(self, value: Value) -> Value:
+        """max(value, 0); NaN stays NaN."""
+        zero = self.splat(0.0)
+        return self._ir.select(self._ir.fcmp_ordered(">", zero, value), zero, value)
+
+    def sigmoid(self, value: Value) -> Value:
+        """1 / (1 + e⁻ˣ), with e⁻ˣ as 2ⁿ · eʳ and a series for eʳ, as Cephes' expf has it; NaN stays NaN."""
+        minus = self._ir.fneg(value)
+        for bound, beyond in ((87.0, ">"), (-87.0, "<")):
+            limit = self.splat(bound)
+            minus = self._ir.select(self._ir.fcmp_ordered(beyond, minus, limit), limit, minus)
+        rounder = self.splat(12582912.0)  # 1.5 · 2²³: sums with it have no fractions
+        n = self._ir.fsub(self.multiply_add(minus, self.splat(1.44269504088896341), rounder), rounder)
+        rest = self.multiply_add(n, self.splat(-0.693359375), minus)  # ln 2 in two parts
+        rest = self.multiply_add(n, self.splat(2.12194440e-4), rest)
+        series = self.splat(1.9875691500e-4)
+        for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            series = self.multiply_add(series, rest, self.splat(factor))
+        one = self.splat(1.0)
+        series = self._ir.fadd(self.multiply_add(series, self._ir.fmul(rest, rest), rest), one)
+        integers = ir.VectorType(_INT32, self.lanes)
+        exponent = self._ir.add(self._ir.fptosi(n, integers), ir.Constant(integers, [127] * self.lanes))
+        power = self._ir.bitcast(self._ir.shl(exponent, ir.Constant(integers, [23] * self.lanes)), self.vector)
+        return self._ir.fdiv(one, self.multiply_add(series, power, one))
+
+    # Control
+
+    @contextlib.contextmanager
+    def loop(self, start: Value | int, stop: Value | int, step: int = 1) -> Iterator[Value]:
+        """``for index in range(start, stop, step)``, with at least one round."""
+        before, body = self._ir.block, self._function.append_basic_block("loop")
+        self._ir.branch(body)
+        self._ir.position_at_end(body)
+        index = self._ir.phi(_INDEX)
+        index.add_incoming(_index(start), before)
+        yield index
+        following = self.plus(index, step)
+        index.add_incoming(following, self._ir.block)
+        after = self._function.append_basic_block("after")
+        self._ir.cbranch(self._ir.icmp_signed("<", following, _index(stop)), body, after)
+        self._ir.position_at_end(after)
+
+    @contextlib.contextmanager
+    def if_not_above(self, a: Value, b: Value) -> Iterator[None]:
+        """``if a <= b``, of indices."""
+        with self._ir.if_then(self._ir.icmp_signed("<=", a, b)):
+            yield
+
+    @contextlib.contextmanager
+    def if_within(self, index: Value, stop: int) -> Iterator[tuple[Any, Any]]:
+        """``if 0 <= index < stop``: contexts of the branch that is taken then, and of the other."""
+        with self._ir.if_else(self._ir.icmp_unsigned("<", index, _index(stop))) as branches:
+            yield branches
+
+    def variables(self, values: Sequence[Value]) -> list[Value]:
+        """Variables with these values, for :meth:`get` and :meth:`set`."""
+        places = [self._locals.alloca(value.type) for value in values]
+        for place, value in zip(places, values, strict=True):
+            self.set(place, value)
+        return places
+
+    def get(self, variable: Value) -> Value:
+        """A variable's value."""
+        return self._ir.load(variable, typ=variable.allocated_type)
+
+    def set(self, variable: Value, value: Value) -> None:
+        """Give a variable another value."""
+        self._ir.store(value, variable)
+
+    def _intrinsic(self, name: str, parameters: Sequence[Any], suffix: str = "", result: Any = None) -> Value:
+        name = f"{name}.v{self.lanes}f32{suffix}"
+        if name in self.module.globals:
+            return self.module.globals[name]
+        return ir.Function(self.module, ir.FunctionType(result or self.vector, parameters), name)
+
+
+def _index(value: Value | int) -> Value:
+    return _INDEX(value) if isinstance(value, int) else value
+
+
+class Kernel:
+    """What a :class:`Writer` wrote, as machine code. Calls do not hold Python's lock.
+
+    Attributes:
+        scratch_floats: how much memory a call needs for itself.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self._constants = writer.finish()
+        self.scratch_floats = writer.scratch_floats
+        processor = writer.processor
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        target = llvm.Target.from_default_triple()
+        machine = target.create_target_machine(processor.name, processor.features, opt=3, jit=True)
+        module = llvm.parse_assembly(str(writer.module))
+        passes, builder = llvm.create_new_module_pass_manager(), None
+        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options())
+        for name in _PASSES:
+            getattr(passes, f"add_{name}_pass")()
+        passes.run(module, builder)
+        self._engine = llvm.create_mcjit_compiler(module, machine)
+        self._engine.finalize_object()
+        arguments = [ctypes.c_void_p] * (len(writer.maps) + 2) + [ctypes.c_int64] * 2
+        self._function = ctypes.CFUNCTYPE(None, *arguments)(self._engine.get_function_address("kernel"))
+
+    def __call__(self, maps: Sequence[Tensor], scratch: Tensor, begin: int, end: int) -> None:
+        """Run it on contiguous float32 tensors, in the writer's order, for rows ``begin`` to ``end``."""
+        pointers = [tensor.data_ptr() for tensor in (*maps, self._constants, scratch)]
+        self._function(*pointers, begin, end)
