@@ -133,3 +133,10 @@ def make_folder(path: str | Path) -> Path:
     except OSError as error:
         raise output_error(folder, error, "made") from error
     return folder
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept from one process to the next: ``$GPUPIPE_CACHE``, or ``gpupipe`` in the
+    user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpupipe"
+    return Path(os.environ.get("GPUPIPE_CACHE") or default)

@@ -12,7 +12,7 @@ import torch
 
 from gpupipe.lanes import available_cores
 
-_PACKAGES = ("gpupipe", "torch", "torchvision", "triton", "onnxruntime", "openvino", "av", "numpy")
+_PACKAGES = ("gpupipe", "torch", "torchvision", "triton", "llvmlite", "onnxruntime", "openvino", "av", "numpy")
 
 
 def _installed(package: str, otherwise: str) -> str:

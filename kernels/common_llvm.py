@@ -9,22 +9,37 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
+import llvmlite
 import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
 from torch import Tensor
+
+from gpupipe.errors import OutputError
+from gpupipe.files import cache_folder, make_folder, replacing
+
+logger = logging.getLogger(__name__)
 
 Value = Any
 """A value of the function being written: an index, a float, a vector or a pointer."""
 
 _FLOAT, _INT32, _INDEX, _POINTER = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.PointerType()
 _BYTES = 4
-_LINE = 16
+LINE = 16
 """Floats of a cache line, on which constants and scratch memory begin."""
+
+_NAME = "kernel"
+"""The function's, in each module."""
+
+_DIGEST_BYTES, _COUNT_BYTES = 32, 8
+"""A kept object file begins with the digest of the rest, and with its need of scratch memory."""
 
 _PASSES = ("sroa", "instruction_combine", "new_gvn", "dead_code_elimination")
 """What LLVM is to improve: variables become registers, addresses are computed once. The code is unrolled and vectorised
@@ -38,7 +53,7 @@ class Processor:
     Attributes:
         name: LLVM's name of it, such as ``"sapphirerapids"`` or ``"znver4"``.
         features: its instruction sets, in LLVM's words.
-        lanes: float32 in one of its vector registers.
+        lanes: float32 in one of its vector registers; 0 if it has none that the kernels are written for.
         registers: how many of these it has.
     """
 
@@ -52,38 +67,40 @@ class Processor:
 def this_processor() -> Processor:
     """The one that this process runs on."""
     features = llvm.get_host_cpu_features()
-    lanes, registers = 4, 16
+    lanes, registers = 0, 0
     if features.get("avx512f"):
         lanes, registers = 16, 32
     elif features.get("avx2") and features.get("fma"):
-        lanes = 8
+        lanes, registers = 8, 16
     elif features.get("neon"):
-        registers = 32
+        lanes, registers = 4, 32
     return Processor(llvm.get_host_cpu_name(), features.flatten(), lanes, registers)
 
 
 @functools.cache
 def obstacle() -> str | None:
     """Why the kernels do not run here; None if they do."""
-    if this_processor().lanes is None:
+    if not this_processor().lanes:
         return "this processor has none of AVX-512, AVX2 with FMA, or NEON"
     return None
 
 
 class Writer:
-    """Writes one function, of ``maps`` pointers to float32, an index ``begin`` and an index ``end``.
+    """Writes one function. It takes pointers to some maps of float32, of which those that it writes overlap no others, to
+    its constants and to scratch memory, and two indices, ``begin`` and ``end``.
 
-    Args:
-        maps: tensors that the function reads and writes, none of which overlaps another that it writes.
+    Attributes:
+        maps, begin, end: these parameters.
+        scratch_floats: how much scratch memory it needs.
     """
 
     def __init__(self, processor: Processor, maps: int) -> None:
         self.processor = processor
         self.lanes = processor.lanes
         self.vector = ir.VectorType(_FLOAT, self.lanes)
-        self.module = ir.Module()
+        self._module = ir.Module()
         parameters = [_POINTER] * (maps + 2) + [_INDEX] * 2
-        self._function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), parameters), "kernel")
+        self._function = ir.Function(self._module, ir.FunctionType(ir.VoidType(), parameters), _NAME)
         *self.maps, self._constants, self._scratch, self.begin, self.end = self._function.args
         for pointer in self._function.args[:-2]:
             pointer.add_attribute("noalias")
@@ -91,28 +108,24 @@ class Writer:
         self._ir = ir.IRBuilder(self._function.append_basic_block("body"))
         self._body = self._ir.block
         self._fma = self._intrinsic("llvm.fma", [self.vector] * 3)
-        self._tensors: list[Tensor] = []
         self.scratch_floats = 0
 
-    def finish(self) -> Tensor:
-        """End the function; return its constants, float32 (N,)."""
+    def finish(self) -> str:
+        """End the function; return it in LLVM's language."""
         self._ir.ret_void()
         self._locals.branch(self._body)
-        return torch.cat(self._tensors)
+        return str(self._module)
 
     # Memory. Offsets and strides are in floats.
 
-    def constant(self, values: Tensor) -> Value:
-        """A pointer to a tensor of float32 or int32."""
-        offset = sum(len(tensor) for tensor in self._tensors)
-        flat = values.detach().contiguous().reshape(-1).view(torch.float32)
-        self._tensors.append(torch.nn.functional.pad(flat, (0, -len(flat) % _LINE)))
+    def constant(self, offset: Value | int) -> Value:
+        """A pointer to the constants, from an offset on."""
         return self.at(self._constants, offset)
 
     def scratch(self, floats: int) -> Value:
         """A pointer to memory of the function's own, with anything in it."""
         offset = self.scratch_floats
-        self.scratch_floats += floats + -floats % _LINE
+        self.scratch_floats += floats + -floats % LINE
         return self.at(self._scratch, offset)
 
     def at(self, pointer: Value, *offsets: Value | int) -> Value:
@@ -159,9 +172,9 @@ class Writer:
         """a + b, of indices."""
         return self._ir.add(_index(a), _index(b), flags=("nsw",))
 
-    def times(self, a: Value, b: int) -> Value:
+    def times(self, a: Value | int, b: int) -> Value:
         """a · b, of indices."""
-        return self._ir.mul(a, _index(b), flags=("nsw",))
+        return self._ir.mul(_index(a), _index(b), flags=("nsw",))
 
     def modulo(self, a: Value, b: int) -> Value:
         """a mod b, of indices not below 0."""
@@ -258,42 +271,90 @@ class Writer:
 
     def _intrinsic(self, name: str, parameters: Sequence[Any], suffix: str = "", result: Any = None) -> Value:
         name = f"{name}.v{self.lanes}f32{suffix}"
-        if name in self.module.globals:
-            return self.module.globals[name]
-        return ir.Function(self.module, ir.FunctionType(result or self.vector, parameters), name)
+        if name in self._module.globals:
+            return self._module.globals[name]
+        return ir.Function(self._module, ir.FunctionType(result or self.vector, parameters), name)
 
 
 def _index(value: Value | int) -> Value:
     return _INDEX(value) if isinstance(value, int) else value
 
 
+class Plan(Protocol):
+    """All that a kernel's code depends on, but for the processor. Its ``repr`` says it."""
+
+    @property
+    def maps(self) -> int:
+        """How many maps the kernel takes."""
+        ...
+
+    def write(self, processor: Processor) -> Writer:
+        """Write the kernel."""
+        ...
+
+
 class Kernel:
-    """What a :class:`Writer` wrote, as machine code. Calls do not hold Python's lock.
+    """A plan as machine code. Calls do not hold Python's lock.
+
+    Args:
+        constants: float32 (N,).
+        processor: that runs it.
 
     Attributes:
         scratch_floats: how much memory a call needs for itself.
     """
 
-    def __init__(self, writer: Writer) -> None:
-        self._constants = writer.finish()
-        self.scratch_floats = writer.scratch_floats
-        processor = writer.processor
+    def __init__(self, plan: Plan, constants: Tensor, processor: Processor) -> None:
+        self._constants = constants
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         target = llvm.Target.from_default_triple()
-        machine = target.create_target_machine(processor.name, processor.features, opt=3, jit=True)
-        module = llvm.parse_assembly(str(writer.module))
-        passes, builder = llvm.create_new_module_pass_manager(), None
-        builder = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options())
-        for name in _PASSES:
-            getattr(passes, f"add_{name}_pass")()
-        passes.run(module, builder)
-        self._engine = llvm.create_mcjit_compiler(module, machine)
+        machine = target.create_target_machine(processor.name, processor.features, jit=True)
+        self.scratch_floats, code = _object_file(plan, processor, machine)
+        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        arguments = [ctypes.c_void_p] * (len(writer.maps) + 2) + [ctypes.c_int64] * 2
-        self._function = ctypes.CFUNCTYPE(None, *arguments)(self._engine.get_function_address("kernel"))
+        arguments = [ctypes.c_void_p] * (plan.maps + 2) + [ctypes.c_int64] * 2
+        self._function = ctypes.CFUNCTYPE(None, *arguments)(self._engine.get_function_address(_NAME))
 
     def __call__(self, maps: Sequence[Tensor], scratch: Tensor, begin: int, end: int) -> None:
-        """Run it on contiguous float32 tensors, in the writer's order, for rows ``begin`` to ``end``."""
+        """Run it on contiguous float32 tensors, in the plan's order, for rows ``begin`` to ``end``."""
         pointers = [tensor.data_ptr() for tensor in (*maps, self._constants, scratch)]
         self._function(*pointers, begin, end)
+
+
+def _object_file(plan: Plan, processor: Processor, machine: Any) -> tuple[int, bytes]:
+    """A kernel's need of scratch memory and its object file. They are kept in the user's cache folder: compiling takes a
+    third of a second."""
+    made_of = [llvmlite.__version__, _sources(), processor.name, processor.features, repr(plan)]
+    path = cache_folder() / "llvm" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()}.o"
+    with contextlib.suppress(OSError):
+        kept = path.read_bytes()
+        if hashlib.sha256(kept[_DIGEST_BYTES:]).digest() == kept[:_DIGEST_BYTES]:
+            kept = kept[_DIGEST_BYTES:]
+            return int.from_bytes(kept[:_COUNT_BYTES], "little"), kept[_COUNT_BYTES:]
+    writer = plan.write(processor)
+    code = writer.scratch_floats.to_bytes(_COUNT_BYTES, "little") + _compiled(writer.finish(), machine)
+    try:
+        make_folder(path.parent)
+        with replacing(path) as temporary:
+            temporary.write_bytes(hashlib.sha256(code).digest() + code)
+    except OutputError as error:
+        logger.warning("%s; kernels are compiled again next time", error)
+    return writer.scratch_floats, code[_COUNT_BYTES:]
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of the code that writes kernels."""
+    sources = sorted(Path(__file__).parent.glob("*_llvm.py"))
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+
+
+def _compiled(source: str, machine: Any) -> bytes:
+    module = llvm.parse_assembly(source)
+    passes = llvm.create_new_module_pass_manager()
+    for name in _PASSES:
+        getattr(passes, f"add_{name}_pass")()
+    passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
+    return machine.emit_object(module)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.engines.declared import contenders, runnable
 from gpupipe.engines.measure import Figures
 from gpupipe.errors import OutputError
-from gpupipe.files import make_folder, replacing
+from gpupipe.files import cache_folder, make_folder, replacing
 from gpupipe.lanes import cpu_lanes
 from gpupipe.models.unet328 import UNet328
 from gpupipe.versions import device_name, versions
@@ -23,9 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 def cache_file() -> Path:
-    """Where measurements are kept: ``$GPUPIPE_CACHE``, or ``gpupipe`` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpupipe"
-    return Path(os.environ.get("GPUPIPE_CACHE") or default) / "engines.json"
+    """Where measurements are kept."""
+    return cache_folder() / "engines.json"
 
 
 def recall(network: UNet328, device: torch.device, dtype: torch.dtype) -> Figures | None:
@@ -69,6 +67,6 @@ def _key(network: UNet328, device: torch.device, dtype: torch.dtype) -> str:
     """Everything that a measurement depends on."""
     packages = versions()
     lanes = f", {cpu_lanes().threads} threads" if device.type == "cpu" else f", batch {BATCH_SIZES['cuda']}"
-    names = ("gpupipe", "torch", "onnxruntime", "openvino") if device.type == "cpu" else ("gpupipe", "torch", "triton")
+    names = ("gpupipe", "torch", "llvmlite", "onnxruntime", "openvino") if device.type == "cpu" else ("gpupipe", "torch", "triton")
     parts = [device_name(device) + lanes, f"{network.mode}, width {network.width:g}", str(dtype).removeprefix("torch.")]
     return " | ".join(parts + [f"{name} {packages[name]}" for name in names])
