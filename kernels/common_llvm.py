@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import llvmlite
 import llvmlite.binding as llvm
-import torch
 from llvmlite import ir
 from torch import Tensor
 
@@ -86,8 +85,8 @@ def obstacle() -> str | None:
 
 
 class Writer:
-    """Writes one function. It takes pointers to some maps of float32, of which those that it writes overlap no others, to
-    its constants and to scratch memory, and two indices, ``begin`` and ``end``.
+    """Writes one function. It takes pointers to maps of float32, of which those that it writes overlap no others, to its
+    constants and to scratch memory, and two indices, ``begin`` and ``end``.
 
     Attributes:
         maps, begin, end: these parameters.
@@ -324,8 +323,8 @@ class Kernel:
 
 
 def _object_file(plan: Plan, processor: Processor, machine: Any) -> tuple[int, bytes]:
-    """A kernel's need of scratch memory and its object file. They are kept in the user's cache folder: compiling takes a
-    third of a second."""
+    """A kernel's need of scratch memory and its object file, which the user's cache folder keeps: compiling takes a third
+    of a second."""
     made_of = [llvmlite.__version__, _sources(), processor.name, processor.features, repr(plan)]
     path = cache_folder() / "llvm" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()}.o"
     with contextlib.suppress(OSError):
@@ -353,6 +352,7 @@ def _sources() -> str:
 
 def _compiled(source: str, machine: Any) -> bytes:
     module = llvm.parse_assembly(source)
+    module.triple, module.data_layout = machine.triple, str(machine.target_data)
     passes = llvm.create_new_module_pass_manager()
     for name in _PASSES:
         getattr(passes, f"add_{name}_pass")()

@@ -213,9 +213,7 @@ class _UpPlan:
         self.tail.write(w, expanded, first_x, self.size, out)
         return w
 
-    def _expansion(
-        self, w: RowWriter, low: Pixels, skip: Pixels, first: Value
-    ) -> Callable[[Value, Value, int], None]:
+    def _expansion(self, w: RowWriter, low: Pixels, skip: Pixels, first: Value) -> Callable[[Value, Value, int], None]:
         """Writes how a row of the expanded map is made, from ``first`` on: the skip's share and the upsampled low's."""
         half, together = self.size // 2, self.skip.together
         plane = half * w.lanes
@@ -322,8 +320,8 @@ def _map(w: RowWriter, base: Value, size: int, pixel: int) -> Pixels:
 
 
 def _upsampling(size: int) -> tuple[Tensor, Tensor]:
-    """Bilinear ×2 with aligned corners to ``size`` pixels: the first of the two between which each lies, and the share of
-    the second; int32 and float32 (size,)."""
+    """Bilinear ×2 with aligned corners to ``size`` pixels: the first of the two between which each lies, and the share
+    of the second; int32 and float32 (size,)."""
     half = size // 2
     source = np.float32((half - 1) / (size - 1)) * np.arange(size, dtype=np.float32)
     place = np.minimum(source.astype(np.int32), half - 2)

@@ -177,7 +177,10 @@ class RowWriter(Writer):
     def expanded(self, source: Pixels, weights: Pointwise, size: int, first: Value) -> Expanded:
         """A 1×1 convolution and ReLU of a map, its rows from ``first`` on."""
         return self.padded(
-            weights.vectors, size, first, lambda row, target, plane: self.expand(source, row, weights, size, target, plane)
+            weights.vectors,
+            size,
+            first,
+            lambda row, target, plane: self.expand(source, row, weights, size, target, plane),
         )
 
     def padded(self, vectors: int, size: int, first: Value, make: Callable[[Value, Value, int], None]) -> Expanded:
@@ -229,10 +232,7 @@ class RowWriter(Writer):
             bias = self.at(self.constant(weights.bias), self.times(group, together * self.lanes))
             out = self.at(target, self.times(group, together * plane))
             with self.loop(0, size, pixels) as x:
-                if begin_tile is None:
-                    sums = self.loaded(bias, together) * pixels
-                else:
-                    sums = begin_tile(x, pixels)
+                sums = begin_tile(x, pixels) if begin_tile else self.loaded(bias, together) * pixels
                 sums = self.product(sums, weights.inputs, self.reader(source, origin, x), matrix, together)
                 for i, value in enumerate(sums):
                     p, v = divmod(i, together)
@@ -306,7 +306,9 @@ class RowWriter(Writer):
         width = together * self.lanes
         with self.loop(0, weights.vectors // together) as part, self.loop(0, chunk, pixels) as x:
             matrix = self.at(
-                self.constant(weights.matrix), self.times(part, weights.inputs * width), self.times(group, depth * width)
+                self.constant(weights.matrix),
+                self.times(part, weights.inputs * width),
+                self.times(group, depth * width),
             )
             here = self.at(target, self.times(x, weights.vectors * self.lanes), self.times(part, width))
             places = [

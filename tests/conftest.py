@@ -154,7 +154,8 @@ def engine_figures(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GPUPIPE_CACHE", str(tmp_path_factory.mktemp("cache")))
         for mode in MODES:
-            remember(UNet328(mode, width=1 / 8), torch.device("cpu"), torch.float32, {"onnxruntime": 2.0, "eager": 9.0})
+            figures = {"llvm": 1.0, "onnxruntime": 2.0, "eager": 9.0}
+            remember(UNet328(mode, width=1 / 8), torch.device("cpu"), torch.float32, figures)
         yield
 
 

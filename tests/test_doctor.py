@@ -18,7 +18,7 @@ from gpupipe.models import UNet328
 def test_doctor_reports_which_engines_would_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path))
     facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
-    told = "auto: the fastest of onnxruntime, eager, measured at the first render; --engines measures compile too"
+    told = "auto: the fastest of llvm, onnxruntime, eager, measured at the first render; --engines measures compile too"
     assert facts["render"]["engine"] == told
     assert not any("Errno" in line or "{" in line for line in facts["can"].values())
     if not torch.cuda.is_available():
@@ -60,11 +60,12 @@ def test_doctor_reports_what_a_render_then_uses(
     clip: dict[str, Path], tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     network, cpu = UNet328("ave"), torch.device("cpu")
-    remembered.remember(network, cpu, torch.float32, {"onnxruntime": 100.0, "eager": 400.0, "compile": math.inf})
+    figures = {"llvm": 50.0, "onnxruntime": 100.0, "eager": 400.0, "compile": math.inf}
+    remembered.remember(network, cpu, torch.float32, figures)
     result = run("doctor", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout.splitlines()[-1])
-    assert "onnxruntime 100.0, eager 400.0, fails: compile" in facts["render"]["engine"]
+    assert "llvm 50.0, onnxruntime 100.0, eager 400.0, fails: compile" in facts["render"]["engine"]
     given = ("--template", clip["template"], "--audio-features", clip["features"], "--audio", clip["sound"])
     more = ("--output", tmp_path / "out.mp4", "--json", "--device", "cpu")
     rendered = run("render", "--checkpoint", tiny_checkpoint(), *given, *more)

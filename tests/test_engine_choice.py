@@ -43,6 +43,12 @@ def network() -> UNet328:
     return seeded_network(width=1 / 8)
 
 
+@pytest.fixture(autouse=True)
+def two_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without what `llvm` needs: two to choose from are enough."""
+    monkeypatch.delitem(DECLARED, "llvm")
+
+
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
     """Engines "take" the seconds that a test enters here; others fail. Nothing is built, no figures are remembered."""
@@ -104,10 +110,11 @@ def test_figures_of_one_precision_leave_another_s_alone(network: UNet328) -> Non
         ("device_name", lambda device: "another CPU"),
         ("versions", lambda: versions() | {"gpupipe": "0"}),
         ("versions", lambda: versions() | {"torch": "0"}),
+        ("versions", lambda: versions() | {"llvmlite": "0"}),
         ("versions", lambda: versions() | {"onnxruntime": "0"}),
         ("versions", lambda: versions() | {"openvino": "0"}),
     ],
-    ids=["threads", "device", "gpupipe", "torch", "onnxruntime", "openvino"],
+    ids=["threads", "device", "gpupipe", "torch", "llvmlite", "onnxruntime", "openvino"],
 )
 def test_auto_measures_again_on_another_machine(
     network: UNet328, name: str, other: Callable[..., object], timed: dict[str, float], monkeypatch: pytest.MonkeyPatch

@@ -93,7 +93,7 @@ def test_what_a_cluster_must_not_change(
     """SIGTERM ends the command as before, workers' fallbacks are told, and joins, each a process, are not begun all at
     once."""
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "cache"))
-    figures = {"onnxruntime": math.inf, "eager": 1.0}
+    figures = {"llvm": 2.0, "onnxruntime": math.inf, "eager": 1.0}
     remember(load_unet(tiny_checkpoint(), "ave"), torch.device("cpu"), torch.float32, figures)
     lines = [json.loads(line) | {"engine": "auto"} for line in jobs.read_text().splitlines()]
     assign, joining, handlers = cluster._RayWorkers._assign, [], []

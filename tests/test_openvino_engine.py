@@ -118,7 +118,7 @@ def test_auto_takes_openvino_for_these_alone(
     precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path))
-    assert candidates(CPU, torch.float32)[0].name == "onnxruntime"
+    assert candidates(CPU, torch.float32)[0].name == "llvm"
     assert candidates(CPU, getattr(torch, precision))[0].name == "openvino"
     model = UNetModel(BUNDLE / "unet.safetensors", device="cpu", precision=precision)
     assert (model.engine.name, model.exact) == ("openvino", False)

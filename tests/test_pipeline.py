@@ -207,7 +207,7 @@ def test_progress_and_record(render: Callable[..., Path], pipeline: FrameGenerat
     assert calls == [(4, FRAMES), (8, FRAMES), (FRAMES, FRAMES)]
     record = pipeline.last_render
     assert record is not None
-    assert (record.frames, record.device, record.engine) == (FRAMES, "cpu", "onnxruntime")
+    assert (record.frames, record.device, record.engine) == (FRAMES, "cpu", "llvm")
     assert record.codec in ("libx264", "h264_nvenc")
     assert set(record.phases) == {"open", "render", "finish"}
     assert all(seconds > 0 for seconds in record.phases.values())

@@ -67,6 +67,10 @@ def _key(network: UNet328, device: torch.device, dtype: torch.dtype) -> str:
     """Everything that a measurement depends on."""
     packages = versions()
     lanes = f", {cpu_lanes().threads} threads" if device.type == "cpu" else f", batch {BATCH_SIZES['cuda']}"
-    names = ("gpupipe", "torch", "llvmlite", "onnxruntime", "openvino") if device.type == "cpu" else ("gpupipe", "torch", "triton")
+    names = (
+        ("gpupipe", "torch", "llvmlite", "onnxruntime", "openvino")
+        if device.type == "cpu"
+        else ("gpupipe", "torch", "triton")
+    )
     parts = [device_name(device) + lanes, f"{network.mode}, width {network.width:g}", str(dtype).removeprefix("torch.")]
     return " | ".join(parts + [f"{name} {packages[name]}" for name in names])
