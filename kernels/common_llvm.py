@@ -85,11 +85,12 @@ def obstacle() -> str | None:
 
 
 class Writer:
-    """Writes one function. It takes pointers to maps of float32, of which those that it writes overlap no others, to its
-    constants and to scratch memory, and two indices, ``begin`` and ``end``.
+    """Writes one function. It takes pointers to maps, of which those that it writes overlap no others, to its constants
+    and to scratch memory, and two indices, ``begin`` and ``end``.
 
     Attributes:
         maps, begin, end: these parameters.
+        ir: what else LLVM has.
         scratch_floats: how much scratch memory it needs.
     """
 
@@ -104,14 +105,14 @@ class Writer:
         for pointer in self._function.args[:-2]:
             pointer.add_attribute("noalias")
         self._locals = ir.IRBuilder(self._function.append_basic_block("locals"))
-        self._ir = ir.IRBuilder(self._function.append_basic_block("body"))
-        self._body = self._ir.block
+        self.ir = ir.IRBuilder(self._function.append_basic_block("body"))
+        self._body = self.ir.block
         self._fma = self._intrinsic("llvm.fma", [self.vector] * 3)
         self.scratch_floats = 0
 
     def finish(self) -> str:
         """End the function; return it in LLVM's language."""
-        self._ir.ret_void()
+        self.ir.ret_void()
         self._locals.branch(self._body)
         return str(self._module)
 
@@ -130,58 +131,66 @@ class Writer:
     def at(self, pointer: Value, *offsets: Value | int) -> Value:
         """The pointer, so much further on."""
         for offset in offsets:
-            pointer = self._ir.gep(pointer, [_index(offset)], inbounds=True, source_etype=_FLOAT)
+            pointer = self.ir.gep(pointer, [_index(offset)], inbounds=True, source_etype=_FLOAT)
         return pointer
+
+    def byte_at(self, pointer: Value, offset: Value | int) -> Value:
+        """The pointer, so many bytes further on."""
+        return self.ir.gep(pointer, [_index(offset)], inbounds=True, source_etype=ir.IntType(8))
 
     def load(self, pointer: Value) -> Value:
         """A vector."""
-        return self._ir.load(pointer, align=_BYTES, typ=self.vector)
+        return self.ir.load(pointer, align=_BYTES, typ=self.vector)
 
     def store(self, value: Value, pointer: Value, lanes: int | None = None) -> None:
         """A vector, or its first ``lanes``."""
         if lanes is None or lanes >= self.lanes:
-            self._ir.store(value, pointer, align=_BYTES)
+            self.ir.store(value, pointer, align=_BYTES)
             return
         bits = ir.VectorType(ir.IntType(1), self.lanes)
         masked = self._intrinsic("llvm.masked.store", [self.vector, _POINTER, _INT32, bits], ".p0", ir.VoidType())
         mask = ir.Constant(bits, [lane < lanes for lane in range(self.lanes)])
-        self._ir.call(masked, [value, pointer, _INT32(_BYTES), mask])
+        self.ir.call(masked, [value, pointer, _INT32(_BYTES), mask])
 
     def broadcast(self, pointer: Value) -> Value:
         """One float in every lane."""
         undefined = ir.Constant(self.vector, ir.Undefined)
-        first = self._ir.insert_element(undefined, self._ir.load(pointer, align=_BYTES, typ=_FLOAT), _INT32(0))
-        return self._ir.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT32, self.lanes), None))
+        first = self.ir.insert_element(undefined, self.ir.load(pointer, align=_BYTES, typ=_FLOAT), _INT32(0))
+        return self.ir.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT32, self.lanes), None))
 
     def gather(self, pointer: Value, stride: int) -> Value:
         """One float in each lane, from places so far apart."""
         value = ir.Constant(self.vector, ir.Undefined)
         for lane in range(self.lanes):
-            one = self._ir.load(self.at(pointer, lane * stride), align=_BYTES, typ=_FLOAT)
-            value = self._ir.insert_element(value, one, _INT32(lane))
+            one = self.ir.load(self.at(pointer, lane * stride), align=_BYTES, typ=_FLOAT)
+            value = self.ir.insert_element(value, one, _INT32(lane))
         return value
 
     def load_index(self, pointer: Value) -> Value:
         """An index, from an int32."""
-        return self._ir.sext(self._ir.load(pointer, align=_BYTES, typ=_INT32), _INDEX)
+        return self.ir.sext(self.ir.load(pointer, align=_BYTES, typ=_INT32), _INDEX)
 
     # Arithmetic
 
     def plus(self, a: Value | int, b: Value | int) -> Value:
         """a + b, of indices."""
-        return self._ir.add(_index(a), _index(b), flags=("nsw",))
+        return self.ir.add(_index(a), _index(b), flags=("nsw",))
 
     def times(self, a: Value | int, b: int) -> Value:
         """a · b, of indices."""
-        return self._ir.mul(_index(a), _index(b), flags=("nsw",))
+        return self.ir.mul(_index(a), _index(b), flags=("nsw",))
 
     def modulo(self, a: Value, b: int) -> Value:
         """a mod b, of indices not below 0."""
-        return self._ir.urem(a, _index(b))
+        return self.ir.urem(a, _index(b))
 
     def at_least(self, a: Value, bound: int) -> Value:
         """max(a, bound), of indices."""
-        return self._ir.select(self._ir.icmp_signed("<", a, _index(bound)), _index(bound), a)
+        return self.ir.select(self.ir.icmp_signed("<", a, _index(bound)), _index(bound), a)
+
+    def at_most(self, a: Value, bound: int) -> Value:
+        """min(a, bound), of indices."""
+        return self.ir.select(self.ir.icmp_signed(">", a, _index(bound)), _index(bound), a)
 
     def splat(self, value: float) -> Value:
         """A vector of a constant."""
@@ -189,68 +198,68 @@ class Writer:
 
     def add(self, a: Value, b: Value) -> Value:
         """a + b, of vectors."""
-        return self._ir.fadd(a, b)
+        return self.ir.fadd(a, b)
 
     def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
         """a · b + c, of vectors, rounded once."""
-        return self._ir.call(self._fma, [a, b, c])
+        return self.ir.call(self._fma, [a, b, c])
 
     def mix(self, a: Value, b: Value, share: Value) -> Value:
         """a + share · (b − a), of vectors."""
-        return self.multiply_add(share, self._ir.fsub(b, a), a)
+        return self.multiply_add(share, self.ir.fsub(b, a), a)
 
     def relu(self, value: Value) -> Value:
         """max(value, 0); NaN stays NaN."""
         zero = self.splat(0.0)
-        return self._ir.select(self._ir.fcmp_ordered(">", zero, value), zero, value)
+        return self.ir.select(self.ir.fcmp_ordered(">", zero, value), zero, value)
 
     def sigmoid(self, value: Value) -> Value:
         """1 / (1 + e⁻ˣ), with e⁻ˣ as 2ⁿ · eʳ and a series for eʳ, as Cephes' expf has it; NaN stays NaN."""
-        minus = self._ir.fneg(value)
+        minus = self.ir.fneg(value)
         for bound, beyond in ((87.0, ">"), (-87.0, "<")):
             limit = self.splat(bound)
-            minus = self._ir.select(self._ir.fcmp_ordered(beyond, minus, limit), limit, minus)
+            minus = self.ir.select(self.ir.fcmp_ordered(beyond, minus, limit), limit, minus)
         rounder = self.splat(12582912.0)  # 1.5 · 2²³: sums with it have no fractions
-        n = self._ir.fsub(self.multiply_add(minus, self.splat(1.44269504088896341), rounder), rounder)
+        n = self.ir.fsub(self.multiply_add(minus, self.splat(1.44269504088896341), rounder), rounder)
         rest = self.multiply_add(n, self.splat(-0.693359375), minus)  # ln 2 in two parts
         rest = self.multiply_add(n, self.splat(2.12194440e-4), rest)
         series = self.splat(1.9875691500e-4)
         for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
             series = self.multiply_add(series, rest, self.splat(factor))
         one = self.splat(1.0)
-        series = self._ir.fadd(self.multiply_add(series, self._ir.fmul(rest, rest), rest), one)
+        series = self.ir.fadd(self.multiply_add(series, self.ir.fmul(rest, rest), rest), one)
         integers = ir.VectorType(_INT32, self.lanes)
-        exponent = self._ir.add(self._ir.fptosi(n, integers), ir.Constant(integers, [127] * self.lanes))
-        power = self._ir.bitcast(self._ir.shl(exponent, ir.Constant(integers, [23] * self.lanes)), self.vector)
-        return self._ir.fdiv(one, self.multiply_add(series, power, one))
+        exponent = self.ir.add(self.ir.fptosi(n, integers), ir.Constant(integers, [127] * self.lanes))
+        power = self.ir.bitcast(self.ir.shl(exponent, ir.Constant(integers, [23] * self.lanes)), self.vector)
+        return self.ir.fdiv(one, self.multiply_add(series, power, one))
 
     # Control
 
     @contextlib.contextmanager
     def loop(self, start: Value | int, stop: Value | int, step: int = 1) -> Iterator[Value]:
         """``for index in range(start, stop, step)``, with at least one round."""
-        before, body = self._ir.block, self._function.append_basic_block("loop")
-        self._ir.branch(body)
-        self._ir.position_at_end(body)
-        index = self._ir.phi(_INDEX)
+        before, body = self.ir.block, self._function.append_basic_block("loop")
+        self.ir.branch(body)
+        self.ir.position_at_end(body)
+        index = self.ir.phi(_INDEX)
         index.add_incoming(_index(start), before)
         yield index
         following = self.plus(index, step)
-        index.add_incoming(following, self._ir.block)
+        index.add_incoming(following, self.ir.block)
         after = self._function.append_basic_block("after")
-        self._ir.cbranch(self._ir.icmp_signed("<", following, _index(stop)), body, after)
-        self._ir.position_at_end(after)
+        self.ir.cbranch(self.ir.icmp_signed("<", following, _index(stop)), body, after)
+        self.ir.position_at_end(after)
 
     @contextlib.contextmanager
     def if_not_above(self, a: Value, b: Value) -> Iterator[None]:
         """``if a <= b``, of indices."""
-        with self._ir.if_then(self._ir.icmp_signed("<=", a, b)):
+        with self.ir.if_then(self.ir.icmp_signed("<=", a, b)):
             yield
 
     @contextlib.contextmanager
     def if_within(self, index: Value, stop: int) -> Iterator[tuple[Any, Any]]:
         """``if 0 <= index < stop``: contexts of the branch that is taken then, and of the other."""
-        with self._ir.if_else(self._ir.icmp_unsigned("<", index, _index(stop))) as branches:
+        with self.ir.if_else(self.ir.icmp_unsigned("<", index, _index(stop))) as branches:
             yield branches
 
     def variables(self, values: Sequence[Value]) -> list[Value]:
@@ -262,11 +271,11 @@ class Writer:
 
     def get(self, variable: Value) -> Value:
         """A variable's value."""
-        return self._ir.load(variable, typ=variable.allocated_type)
+        return self.ir.load(variable, typ=variable.allocated_type)
 
     def set(self, variable: Value, value: Value) -> None:
         """Give a variable another value."""
-        self._ir.store(value, variable)
+        self.ir.store(value, variable)
 
     def _intrinsic(self, name: str, parameters: Sequence[Any], suffix: str = "", result: Any = None) -> Value:
         name = f"{name}.v{self.lanes}f32{suffix}"
@@ -296,14 +305,14 @@ class Kernel:
     """A plan as machine code. Calls do not hold Python's lock.
 
     Args:
-        constants: float32 (N,).
+        constants: float32 (N,); None if it has none.
         processor: that runs it.
 
     Attributes:
         scratch_floats: how much memory a call needs for itself.
     """
 
-    def __init__(self, plan: Plan, constants: Tensor, processor: Processor) -> None:
+    def __init__(self, plan: Plan, constants: Tensor | None, processor: Processor) -> None:
         self._constants = constants
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
@@ -316,15 +325,15 @@ class Kernel:
         arguments = [ctypes.c_void_p] * (plan.maps + 2) + [ctypes.c_int64] * 2
         self._function = ctypes.CFUNCTYPE(None, *arguments)(self._engine.get_function_address(_NAME))
 
-    def __call__(self, maps: Sequence[Tensor], scratch: Tensor, begin: int, end: int) -> None:
-        """Run it on contiguous float32 tensors, in the plan's order, for rows ``begin`` to ``end``."""
-        pointers = [tensor.data_ptr() for tensor in (*maps, self._constants, scratch)]
+    def __call__(self, maps: Sequence[Tensor], scratch: Tensor | None, begin: int, end: int) -> None:
+        """Run it on contiguous tensors, in the plan's order, from ``begin`` to ``end``; None if it needs no scratch."""
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*maps, self._constants, scratch)]
         self._function(*pointers, begin, end)
 
 
 def _object_file(plan: Plan, processor: Processor, machine: Any) -> tuple[int, bytes]:
-    """A kernel's need of scratch memory and its object file, which the user's cache folder keeps: compiling takes a third
-    of a second."""
+    """A kernel's need of scratch memory and its object file, which the user's cache folder keeps: compiling takes a
+    third of a second."""
     made_of = [llvmlite.__version__, _sources(), processor.name, processor.features, repr(plan)]
     path = cache_folder() / "llvm" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()}.o"
     with contextlib.suppress(OSError):

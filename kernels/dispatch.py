@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs on a device: Triton on CUDA, plain torch everywhere else.
+"""Which implementation of a kernel runs on a device: Triton on CUDA, LLVM on a CPU where there is one, else plain torch.
 
 Triton is imported only for a CUDA device: a CPU build of torch comes without it.
 """
@@ -29,6 +29,15 @@ OLDEST_CAPABILITY = (8, 0)
 def backend(device: torch.device | str) -> Backend:
     """Which implementation the kernels run on ``device``."""
     return "triton" if obstacle(device) is None else "torch"
+
+
+def runs_llvm(device: torch.device | str) -> bool:
+    """Whether LLVM kernels run on ``device``: the CPU, if it has the vectors that they are written for."""
+    if torch.device(device).type != "cpu":
+        return False
+    from gpupipe.kernels import common_llvm
+
+    return common_llvm.obstacle() is None
 
 
 def obstacle(device: torch.device | str) -> str | None:
