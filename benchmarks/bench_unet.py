@@ -4,8 +4,8 @@
         [--precision float16 …] [--engine fused …] [--record]
 
 On a CPU, in float32: eager PyTorch, and ONNX Runtime on the whole network as ``gpupipe export`` writes it, each with
-all cores on one frame; ONNX Runtime again with one frame to each core; and gpupipe's `onnxruntime` and `llvm` engines as
-a render runs them, side by side in lanes. In bfloat16 and in int8: the `openvino` engine, where it runs.
+all cores on one frame; ONNX Runtime again with one frame to each core; and gpupipe's `onnxruntime` and `llvm` engines
+as a render runs them, side by side in lanes. In bfloat16 and in int8: the `openvino` engine, where it runs.
 
 On CUDA: each engine × precision × batch, in the order given, replayed as CUDA graphs; rows are written as soon as they
 are measured. ``--engine onnxruntime`` adds ONNX Runtime's CUDA and TensorRT providers on the whole network, where they
@@ -46,8 +46,8 @@ from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.engines.openvino_cpu import OpenVinoEngine
 from gpupipe.errors import DeviceError, first_line
 from gpupipe.graphs import replayed
+from gpupipe.kernels import dispatch
 from gpupipe.lanes import Lanes, available_cores, cpu_lanes, map_in_lanes
-from gpupipe.kernels import common_llvm
 from gpupipe.models import MODES, UNet328
 from gpupipe.models.codes import measure_inputs
 from gpupipe.models.fold import fold_batch_norms
@@ -128,7 +128,7 @@ def on_cpu(network: UNet328) -> list[Contestant]:
         Contestant("ONNX Runtime, whole network", lambda: whole.run(None, inputs), 1, told),
         Contestant("ONNX Runtime, whole network, a frame a core", *everything, told),
         *in_lanes(OnnxRuntimeEngine(network), told),
-        *(in_lanes(LlvmEngine(network), told) if common_llvm.obstacle() is None else []),
+        *(in_lanes(LlvmEngine(network), told) if dispatch.llvm_obstacle() is None else []),
         *lower,
     ]
 

@@ -31,7 +31,6 @@ from gpupipe.console import (
 )
 from gpupipe.demo import render_demo
 from gpupipe.doctor import examine, measure_engines
-from gpupipe.engines import openvino_cpu
 from gpupipe.errors import InputError
 from gpupipe.features import SpeechFeatures, save_features, video_rate, write_features
 from gpupipe.files import check_writable, replacing
@@ -122,8 +121,6 @@ def render(
         if profile is not None:
             print_waterfall(pipeline.last_render)
         print_record(pipeline.last_render, output, as_json)
-        if not as_json:
-            _suggest_precision(pipeline, engine, exact or precision)
 
 
 @app.command()
@@ -178,8 +175,6 @@ def frames(
                 progress=progress,
             )
         print_record(pipeline.last_render, output_dir, as_json)
-        if not as_json:
-            _suggest_precision(pipeline, engine, exact or precision)
 
 
 @app.command()
@@ -432,18 +427,6 @@ def _bytes(megabytes: int | None) -> int | None:
     if megabytes is not None and megabytes < 0:
         raise InputError(f"memory budget is {megabytes} MB; expected 0 or more")
     return None if megabytes is None else megabytes * 1_000_000
-
-
-def _suggest_precision(pipeline: FrameGenerationPipeline, engine: options.Engine, chosen: object) -> None:
-    """Suggest one that is faster on this CPU, unless an engine or a precision was chosen: none is used unasked."""
-    model = pipeline.unet_model
-    if engine != "auto" or chosen or model.device.type != "cpu" or (precision := openvino_cpu.faster()) is None:
-        return
-    first = "gpupipe calibrate, then " if precision == "int8" and model.network.input_channels is None else ""
-    console.print(
-        f"tip: {first}--precision {precision} is usually faster on this processor; mouths differ slightly",
-        soft_wrap=True,
-    )
 
 
 def _check_inputs(

@@ -25,7 +25,7 @@ from gpupipe.lanes import available_cores
 from gpupipe.memory import default_budget
 from gpupipe.models import UNet328
 from gpupipe.seam import FEATHER
-from gpupipe.versions import processor_name, versions
+from gpupipe.versions import processor_flags, processor_name, versions
 from gpupipe.video.codecs import PictureFormat, encoder_obstacle
 from gpupipe.video.cuda import nvenc_sessions
 from gpupipe.video.decode import jpeg_decoder
@@ -119,7 +119,7 @@ def measure_engines(device: str | torch.device | None = None) -> Figures:
 
 def _lower_precisions() -> str:
     """Describe what `--precision` can take on this CPU."""
-    doubt = "" if openvino_cpu.faster() == "bfloat16" else ", slower than float32 where it was tried without AMX"
+    doubt = "" if "amx_bf16" in processor_flags() else ", slower than float32 where it was tried without AMX"
     told = {"bfloat16": f"openvino{doubt}", "int8": "openvino, for checkpoints that gpupipe calibrate wrote"}
     for name in told:
         if reason := openvino_cpu.obstacle(getattr(torch, name)):

@@ -76,14 +76,6 @@ def this_processor() -> Processor:
     return Processor(llvm.get_host_cpu_name(), features.flatten(), lanes, registers)
 
 
-@functools.cache
-def obstacle() -> str | None:
-    """Why the kernels do not run here; None if they do."""
-    if not this_processor().lanes:
-        return "this processor has none of AVX-512, AVX2 with FMA, or NEON"
-    return None
-
-
 class Writer:
     """Writes one function. It takes pointers to maps, of which those that it writes overlap no others, to its constants
     and to scratch memory, and two indices, ``begin`` and ``end``.

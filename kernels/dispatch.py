@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs on a device: Triton on CUDA, LLVM on a CPU where there is one, else plain torch.
+"""Which implementation of a kernel runs on a device: Triton on CUDA; on a CPU LLVM, where there is one; plain torch.
 
 Triton is imported only for a CUDA device: a CPU build of torch comes without it.
 """
@@ -31,13 +31,14 @@ def backend(device: torch.device | str) -> Backend:
     return "triton" if obstacle(device) is None else "torch"
 
 
-def runs_llvm(device: torch.device | str) -> bool:
-    """Whether LLVM kernels run on ``device``: the CPU, if it has the vectors that they are written for."""
-    if torch.device(device).type != "cpu":
-        return False
-    from gpupipe.kernels import common_llvm
+@functools.cache
+def llvm_obstacle() -> str | None:
+    """Why the LLVM kernels do not run on this CPU; None if they do."""
+    if importlib.util.find_spec("llvmlite") is None:
+        return "llvmlite is not installed"
+    from gpupipe.kernels.common_llvm import this_processor
 
-    return common_llvm.obstacle() is None
+    return None if this_processor().lanes else "this processor has none of AVX-512, AVX2 with FMA, and NEON"
 
 
 def obstacle(device: torch.device | str) -> str | None:

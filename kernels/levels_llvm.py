@@ -13,8 +13,8 @@ depthwise convolution reads:
 They take half a megabyte at most, and stay in a core's second cache.
 
 The plain references are the modules of :mod:`gpupipe.models.hoisted` that the levels are made from. Maps are of one
-frame: float32 (size, size, channels), the channels padded with zeros to whole vectors. Three are not padded: the image
-and the mouth, which are (channels, size, size), and what the first block makes.
+frame: float32 (size, size, channels), or (channels, size, size) the image and the mouth. What levels make for each
+other has its channels padded with zeros to whole vectors.
 """
 
 from __future__ import annotations
@@ -47,14 +47,19 @@ class Level:
 
 
 def up_level(
-    level: HoistedUp, size: int, *, head: nn.Conv2d | None = None, processor: Processor | None = None
+    level: HoistedUp,
+    size: int,
+    *,
+    skip_padded: bool = False,
+    head: nn.Conv2d | None = None,
+    processor: Processor | None = None,
 ) -> Level:
     """A level of the decoder. Its maps are low (size / 2), skip, and what it makes.
 
     Args:
         level: its batch norms are folded.
-        head: a 1×1 convolution of what the last level makes; its sigmoid, the mouth, is made in place of that. The skip
-            of that level is what the first block makes.
+        skip_padded: the skip's channels are padded.
+        head: a 1×1 convolution of what the last level makes; its sigmoid, the mouth, is made in place of that.
         processor: that runs it; None means this one.
     """
     processor = processor or this_processor()
@@ -67,37 +72,35 @@ def up_level(
         constants.add(places),
         constants.add(shares),
         _tail(constants, _convolutions(level.rest), head),
-        first_block=head is not None,
+        skip_padded,
     )
     kernel = Kernel(plan, constants.joined(), processor)
     return Level(kernel, size, (_shape(size, plan.tail, head, processor),))
 
 
-def down_level(
-    layers: nn.Module, size: int, *, first: nn.Module | None = None, processor: Processor | None = None
-) -> Level:
-    """A level of the encoder. Its maps are the one that it reads (2 · size) and what it makes.
+def first_level(first_block: nn.Module, down: nn.Module, size: int, *, processor: Processor | None = None) -> Level:
+    """The first block and the encoder's first level. Its maps are the image (2 · size), what the block makes of it, and
+    what the level makes of that.
 
     Args:
-        layers: two inverted residuals, the first with stride 2, their batch norms folded.
-        first: the first block's expansion and depthwise convolution. With it, the maps are the image, what the first
-            block makes of it, and what the level makes of that.
+        first_block: its expansion and depthwise convolution; the projection is folded into ``down``.
+        down: two inverted residuals, the first with stride 2. All batch norms are folded.
         processor: that runs it; None means this one.
     """
     processor = processor or this_processor()
     constants = Constants(processor.lanes)
-    expand, *rest = _convolutions(layers)
-    plan = _DownPlan(
+    expand_image, depthwise = _convolutions(first_block)
+    expand, *rest = _convolutions(down)
+    plan = _FirstPlan(
         size,
-        None if first is None else _first_block(constants, *_convolutions(first)),
+        constants.pointwise(_matrix(expand_image), expand_image.bias),
+        constants.depthwise(depthwise),
         constants.pointwise(_matrix(expand), expand.bias),
         _tail(constants, rest, None),
     )
     kernel = Kernel(plan, constants.joined(), processor)
     shape = _shape(size, plan.tail, None, processor)
-    if plan.first is None:
-        return Level(kernel, size, (shape,))
-    return Level(kernel, size, ((2 * size, 2 * size, plan.first.depthwise.channels), shape))
+    return Level(kernel, size, ((2 * size, 2 * size, depthwise.out_channels), shape))
 
 
 @dataclass(frozen=True)
@@ -159,32 +162,6 @@ class _Tail:
 
 
 @dataclass(frozen=True)
-class _FirstBlock:
-    """The first block without its projection, which is folded into what reads it."""
-
-    expand: Pointwise
-    depthwise: Depthwise
-
-    def write(self, w: RowWriter, image: Value, out: Value, size: int, first: Value) -> Pixels:
-        """Write its rows, from ``first`` on."""
-        source = Pixels(lambda row: w.at(image, w.times(row, size)), 1, size * size)
-        expanded = w.expanded(source, self.expand, size, w.plus(first, -1))
-        channels = self.depthwise.channels
-        made = _map(w, out, size, channels)
-
-        def make(row: Value) -> None:
-            expanded.need(w.plus(row, 1))
-            pixels = w.convolved(size)
-            for vector in range(self.depthwise.vectors):
-                with w.loop(0, size, pixels) as x:
-                    for p, value in enumerate(w.convolve(expanded, row, self.depthwise, vector, x, pixels)):
-                        at = w.at(made.row(row), w.times(x, channels), p * channels + vector * w.lanes)
-                        w.store(value, at, channels - vector * w.lanes)
-
-        return replace(made, need=w.on_demand(first, make))
-
-
-@dataclass(frozen=True)
 class _UpPlan:
     """The code of :func:`up_level`.
 
@@ -198,7 +175,7 @@ class _UpPlan:
     places: int
     shares: int
     tail: _Tail
-    first_block: bool
+    skip_padded: bool
     maps: int = 3
 
     def write(self, processor: Processor) -> RowWriter:
@@ -208,7 +185,7 @@ class _UpPlan:
         first_x = w.at_least(w.plus(w.begin, -1), 0)
         first = w.plus(first_x, -1)
         low = _map(w, low_map, self.size // 2, w.whole(self.low.inputs))
-        skip = _map(w, skip_map, self.size, self.skip.inputs if self.first_block else w.whole(self.skip.inputs))
+        skip = _map(w, skip_map, self.size, w.whole(self.skip.inputs) if self.skip_padded else self.skip.inputs)
         expanded = w.padded(self.skip.vectors, self.size, first, self._expansion(w, low, skip, first))
         self.tail.write(w, expanded, first_x, self.size, out)
         return w
@@ -255,32 +232,43 @@ class _UpPlan:
 
 
 @dataclass(frozen=True)
-class _DownPlan:
-    """The code of :func:`down_level`."""
+class _FirstPlan:
+    """The code of :func:`first_level`."""
 
     size: int
-    first: _FirstBlock | None
+    expand_image: Pointwise
+    depthwise: Depthwise
     expand: Pointwise
     tail: _Tail
-
-    @property
-    def maps(self) -> int:
-        """As :func:`down_level` says."""
-        return 2 if self.first is None else 3
+    maps: int = 3
 
     def write(self, processor: Processor) -> RowWriter:
         """Write the kernel."""
         w = RowWriter(processor, self.maps)
-        *read, out = w.maps
+        image_map, hidden_map, out = w.maps
         first_x = w.at_least(w.plus(w.begin, -1), 0)
         first = w.plus(w.times(first_x, 2), -1)
-        if self.first is None:
-            source = _map(w, read[0], 2 * self.size, w.whole(self.expand.inputs))
-        else:
-            source = self.first.write(w, read[0], read[1], 2 * self.size, w.at_least(first, 0))
-        expanded = w.expanded(source, self.expand, 2 * self.size, first)
-        self.tail.write(w, expanded, first_x, self.size, out)
+        size = 2 * self.size
+        image = Pixels(lambda row: w.at(image_map, w.times(row, size)), 1, size * size)
+        hidden = self._hidden(w, image, hidden_map, size, w.at_least(first, 0))
+        self.tail.write(w, w.expanded(hidden, self.expand, size, first), first_x, self.size, out)
         return w
+
+    def _hidden(self, w: RowWriter, image: Pixels, out: Value, size: int, first: Value) -> Pixels:
+        """What the first block makes, its rows from ``first`` on."""
+        expanded = w.expanded(image, self.expand_image, size, w.plus(first, -1))
+        channels, pixels = self.depthwise.channels, w.convolved(size)
+        hidden = _map(w, out, size, channels)
+
+        def make(row: Value) -> None:
+            expanded.need(w.plus(row, 1))
+            for vector in range(self.depthwise.vectors):
+                with w.loop(0, size, pixels) as x:
+                    for p, value in enumerate(w.convolve(expanded, row, self.depthwise, vector, x, pixels)):
+                        at = w.at(hidden.row(row), w.times(x, channels), p * channels + vector * w.lanes)
+                        w.store(value, at, channels - vector * w.lanes)
+
+        return replace(hidden, need=w.on_demand(first, make))
 
 
 def _tail(constants: Constants, layers: Sequence[nn.Conv2d], head: nn.Conv2d | None) -> _Tail:
@@ -301,10 +289,6 @@ def _tail(constants: Constants, layers: Sequence[nn.Conv2d], head: nn.Conv2d | N
         of_x,
         0 if head is None else head.out_channels,
     )
-
-
-def _first_block(constants: Constants, expand: nn.Conv2d, depthwise: nn.Conv2d) -> _FirstBlock:
-    return _FirstBlock(constants.pointwise(_matrix(expand), expand.bias), constants.depthwise(depthwise))
 
 
 def _shape(size: int, tail: _Tail, head: nn.Conv2d | None, processor: Processor) -> tuple[int, int, int]:

@@ -10,8 +10,8 @@ Convention: BT.709 matrix, limited range (Y 16…235, C 16…240; ITU-R BT.709-6
 pixels (the mean of the four, computed before rounding), results rounded half up. H and W are even. For RGB, flip the
 colours, the last axis: ``to_nv12(rgb.flip(-1))``, ``from_nv12(nv12).flip(-1)``.
 
-On CUDA whole frames are converted by Triton kernels (:mod:`gpupipe.kernels.nv12_triton`), and to NV12 on a CPU by one in
-LLVM (:mod:`gpupipe.kernels.nv12_llvm`), to the same bits.
+On CUDA whole frames are converted by Triton kernels (:mod:`gpupipe.kernels.nv12_triton`), and to NV12 on a CPU by one
+in LLVM (:mod:`gpupipe.kernels.nv12_llvm`), to the same bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gpupipe.kernels.dispatch import backend, runs_llvm
+from gpupipe.kernels.dispatch import backend, llvm_obstacle
 
 PixelFormat = Literal["bgr", "nv12"]
 """What finished frames are: BGR (H, W, 3), or NV12 (H·3/2, W), which has a chroma pair for each 2×2 pixels."""
@@ -93,7 +93,7 @@ def to_nv12(frames: Tensor) -> Tensor:
 
         return to_nv12_triton(frames)
     nv12 = frames.new_empty(b, h * 3 // 2, w)
-    if runs_llvm(frames.device):
+    if frames.device.type == "cpu" and llvm_obstacle() is None:
         from gpupipe.kernels import nv12_llvm
 
         if nv12_llvm.takes(frames):

@@ -83,9 +83,10 @@ class Constants:
         return torch.cat(self._tensors)
 
     def add(self, values: Tensor) -> int:
-        """Add a tensor of float32 or int32; return its offset in floats."""
+        """Add floats, as float32, or integers, as int32; return their offset in floats."""
         offset = self._size
-        flat = values.detach().to("cpu").contiguous().reshape(-1).view(torch.float32)
+        values = values.detach().to("cpu", torch.float32 if values.is_floating_point() else torch.int32)
+        flat = values.contiguous().reshape(-1).view(torch.float32)
         self._tensors.append(pad(flat, (0, -len(flat) % LINE)))
         self._size += len(self._tensors[-1])
         return offset

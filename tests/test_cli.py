@@ -21,8 +21,6 @@ from commands import FRAMES, QUICK, render_words, run, write_clip
 
 from gpupipe import __version__, cli
 from gpupipe.cli import main
-from gpupipe.demo import BUNDLE
-from gpupipe.engines import openvino_cpu
 from gpupipe.models.audio_encoder import AudioEncoder
 
 
@@ -43,43 +41,6 @@ def test_render_writes_a_video_with_sound_and_a_record(clip: dict[str, Path], tm
     with av.open(str(tmp_path / "out.mp4")) as container:
         assert sum(1 for _ in container.decode(video=0)) == FRAMES
         assert len(container.streams.audio) == 1
-
-
-@pytest.mark.parametrize(
-    ("faster", "words", "told"),
-    [
-        ("bfloat16", [], ["tip: --precision bfloat16 is usually faster"]),
-        ("int8", [], ["tip: gpupipe calibrate, then --precision int8 is usually faster"]),
-        (None, [], []),
-        ("bfloat16", ["--json"], []),
-        ("bfloat16", ["--exact"], []),
-        ("bfloat16", ["--precision", "float32"], []),
-        ("bfloat16", ["--engine", "onnxruntime"], []),
-    ],
-)
-def test_a_faster_precision_is_suggested_unless_one_was_chosen(
-    faster: str | None,
-    words: list[str],
-    told: list[str],
-    clip: dict[str, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(openvino_cpu, "faster", lambda: faster)
-    result = run(*render_words(clip, tmp_path / "out.mp4", "--device", "cpu", *words))
-    assert result.exit_code == 0, result.output
-    assert [line for line in result.stderr.splitlines() if "tip" in line] == [
-        f"{start} on this processor; mouths differ slightly" for start in told
-    ]
-
-
-def test_a_calibrated_checkpoint_needs_no_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino_cpu, "faster", lambda: "int8")
-    np.save(tmp_path / "features.npy", np.zeros((1, 512), np.float32))
-    words = ("--checkpoint", BUNDLE / "unet.safetensors", "--template", BUNDLE / "template", "--device", "cpu")
-    result = run("frames", *words, "--audio-features", tmp_path / "features.npy", "--output-dir", tmp_path / "frames")
-    assert result.exit_code == 0, result.output
-    assert "tip: --precision int8 is usually faster" in result.stderr
 
 
 @pytest.mark.parametrize("wrong", ["features", "template", "sound"])

@@ -35,23 +35,27 @@ def test_doctor_does_not_query_a_broken_gpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("obstacle", "faster", "told"),
+    ("obstacle", "flags", "told"),
     [
-        (None, "bfloat16", "float32; bfloat16: openvino; int8: openvino, for checkpoints that gpupipe calibrate wrote"),
         (
             None,
-            "int8",
+            ["amx_bf16"],
+            "float32; bfloat16: openvino; int8: openvino, for checkpoints that gpupipe calibrate wrote",
+        ),
+        (
+            None,
+            ["avx512_bf16"],
             "float32; bfloat16: openvino, slower than float32 where it was tried without AMX; int8: openvino, for"
             " checkpoints that gpupipe calibrate wrote",
         ),
-        ("it is made of wood", None, "float32; bfloat16: no, it is made of wood; int8: no, it is made of wood"),
+        ("it is made of wood", [], "float32; bfloat16: no, it is made of wood; int8: no, it is made of wood"),
     ],
 )
 def test_doctor_reports_which_precisions_run(
-    obstacle: str | None, faster: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+    obstacle: str | None, flags: list[str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openvino_cpu, "obstacle", lambda dtype: obstacle)
-    monkeypatch.setattr(openvino_cpu, "faster", lambda: faster)
+    monkeypatch.setattr("gpupipe.doctor.processor_flags", lambda: flags)
     facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
     assert facts["render"]["precision"] == told
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -18,14 +17,17 @@ from gpupipe.engines import (
     EngineName,
     Precision,
     compiled,
+    llvm_cpu,
     make_engine,
     openvino_cpu,
 )
 from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.engines.eager import EagerEngine
+from gpupipe.engines.llvm_cpu import LlvmEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
 from gpupipe.errors import DeviceError, InputError
 from gpupipe.frame_cache import FrameCache
+from gpupipe.lanes import Lanes, map_in_lanes
 from gpupipe.models import MODES, Mode, UNet328
 
 CPU = torch.device("cpu")
@@ -117,6 +119,36 @@ def test_onnxruntime_does_not_depend_on_the_batch(network: UNet328) -> None:
         assert torch.equal(alone[0], together[i])
 
 
+def test_bands_of_rows_on_several_threads_change_nothing(network: UNet328) -> None:
+    image, audio = network_inputs("ave", 2)
+    alone, together = (LlvmEngine(network, lanes=Lanes(1, threads)) for threads in (1, 3))
+    features = alone.encode(image)
+    for name, value in together.encode(image).items():
+        torch.testing.assert_close(value, features[name], rtol=0, atol=0 if name != "bottleneck" else 1e-4)
+    found, expected = (engine.decode(features, torch.arange(2), audio) for engine in (together, alone))
+    assert (found - expected).abs().max() <= BOUND, "ONNX Runtime adds in another order"
+
+
+def test_frames_side_by_side_do_not_share_memory(network: UNet328) -> None:
+    image, audio = network_inputs("ave", 4)
+    engine = LlvmEngine(network)
+    lanes = Lanes(4, 1)
+
+    def paint(sample: int) -> torch.Tensor:
+        features = engine.encode(image[sample : sample + 1])
+        return engine.decode(features, torch.tensor([0]), audio[sample : sample + 1])[0]
+
+    one_by_one = [paint(sample) for sample in range(4)]
+    for mouths in (list(map_in_lanes(paint, range(4), lanes)) for _ in range(3)):
+        assert all(torch.equal(found, expected) for found, expected in zip(mouths, one_by_one, strict=True))
+
+
+def test_llvm_needs_vectors(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llvm_cpu, "llvm_obstacle", lambda: "this processor is made of wood")
+    with pytest.raises(DeviceError, match=r"^engine is 'llvm': this processor is made of wood"):
+        make_engine(network, device=CPU, engine="llvm")
+
+
 def test_inputs_may_be_strided_or_of_another_precision(engine: Engine) -> None:
     image, audio = network_inputs("ave", 2)
     expected = engine.decode(engine.encode(image), torch.arange(2), audio)
@@ -151,30 +183,6 @@ def test_engines_that_cannot_run_are_refused(network: UNet328) -> None:
     assert issubclass(DeviceError, InputError)
     with pytest.raises(DeviceError, match=r"^engine is 'fused' and device 'cpu'; expected device 'cuda'"):
         make_engine(network, device=CPU, engine="fused")
-
-
-@pytest.mark.parametrize(
-    ("flags", "installed", "faster"),
-    [
-        (["amx_bf16", "avx512_bf16", "avx512_vnni"], True, "bfloat16"),
-        (["amx_bf16", "avx512_bf16", "avx512_vnni"], False, None),
-        (["avx512_bf16", "avx512_vnni"], True, "int8"),
-        (["avx512_bf16"], True, None),
-        ([], False, None),
-    ],
-)
-def test_a_faster_precision_follows_from_the_processor_and_openvino(
-    flags: list[str], installed: bool, faster: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = {"openvino": object() if installed else None}
-    monkeypatch.setattr(openvino_cpu, "processor_flags", lambda: flags)
-    monkeypatch.setattr(openvino_cpu, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=found.__getitem__)))
-    assert openvino_cpu.faster() == faster
-
-
-@pytest.mark.skipif(openvino_cpu.faster() is None, reason="needs OpenVINO, and a CPU with AMX or AVX512-VNNI")
-def test_a_faster_precision_runs() -> None:
-    assert openvino_cpu.obstacle(getattr(torch, openvino_cpu.faster() or "")) is None
 
 
 @pytest.mark.parametrize("flags", [["avx2", "avx_vnni"], ["avx512f", "avx512_vnni"], ["avx512f"], []])

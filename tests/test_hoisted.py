@@ -169,7 +169,7 @@ def test_the_document_tells_the_multiply_adds() -> None:
     """The columns of the table in docs/performance.md, and their sums."""
     document = Path(__file__).parent.parent / "docs" / "performance.md"
     rows = [line.replace(",", "").split("|")[2:] for line in document.read_text(encoding="utf-8").splitlines()]
-    begin = rows.index([" as trained ", " hoisted ", " for a CPU's kernels ", " when its template frame is known ", ""])
+    begin = rows.index([" as trained ", " hoisted ", " for ONNX Runtime ", " when its template frame is known ", ""])
     parts, sums = rows[begin + 2 : begin + 7], " ".join(rows[begin + 7])
     columns = [sum(int(row[i]) for row in parts) for i in range(3)]
     network = seeded_network(width=1)

@@ -13,7 +13,8 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from parity import Bound
 
 from gpupipe.benchmarks.reference_loop import read_image
-from gpupipe.kernels.nv12 import bytes_moved, from_nv12, nv12_window, to_nv12
+from gpupipe.kernels.dispatch import llvm_obstacle
+from gpupipe.kernels.nv12 import bytes_moved, from_nv12, nv12_window, to_nv12, to_nv12_torch
 
 Image = np.ndarray
 
@@ -147,6 +148,28 @@ def test_frames_of_a_batch_do_not_see_each_other() -> None:
 def test_a_frame_larger_than_what_is_converted_at_once() -> None:
     wide = torch.randint(0, 256, (1, 4, 40_000, 3), dtype=torch.uint8)
     assert torch.equal(to_nv12(wide)[:, :, :100], to_nv12(wide[:, :, :100]))
+
+
+@pytest.mark.skipif(llvm_obstacle() is not None, reason=f"LLVM kernels do not run here: {llvm_obstacle()}")
+@pytest.mark.parametrize(("width", "height"), [(32, 2), (34, 6), (62, 4), (320, 10), (1918, 4)])
+def test_the_llvm_kernel_makes_the_same_bits(width: int, height: int) -> None:
+    from gpupipe.kernels import nv12_llvm
+
+    frames = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8)
+    frames[1] = frames[1] // 128 * 255
+    assert nv12_llvm.takes(frames) and not nv12_llvm.takes(frames.flip(2).transpose(1, 2))
+    found, expected = (
+        convert(frames, torch.zeros(2, height * 3 // 2, width, dtype=torch.uint8))
+        for convert in (nv12_llvm.to_nv12_llvm, to_nv12_torch)
+    )
+    assert torch.equal(found, expected)
+    assert not torch.equal(nv12_llvm.to_nv12_llvm(frames.flip(-1), found.clone()), expected), "colours the other way"
+
+
+def test_what_the_llvm_kernel_does_not_take_is_converted_too() -> None:
+    frames = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    assert torch.equal(to_nv12(frames)[:, :64, :30], to_nv12(frames[:, :, :30])[:, :64]), "too narrow"
+    assert torch.equal(to_nv12(frames.transpose(1, 2)), to_nv12(frames.transpose(1, 2).contiguous())), "not contiguous"
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (4, 3), (5, 5)])

@@ -140,15 +140,16 @@ def test_only_three_arguments_are_positional(tiny_checkpoint: MakeCheckpoint) ->
         UNetModel(tiny_checkpoint(), "ave", "cpu", "torch")  # type: ignore[misc]
 
 
-def test_networks_may_be_loaded_by_several_threads(tiny_checkpoint: MakeCheckpoint) -> None:
-    """PyTorch's ONNX exporter, which ONNX Runtime's engine needs, does not itself allow that."""
+@pytest.mark.parametrize("engine", ["onnxruntime", "llvm"])
+def test_networks_may_be_loaded_by_several_threads(engine: EngineName, tiny_checkpoint: MakeCheckpoint) -> None:
+    """PyTorch's ONNX exporter, which these engines need, does not itself allow that."""
     with ThreadPoolExecutor(3) as threads:
-        models = list(threads.map(lambda _: UNetModel(tiny_checkpoint(), device="cpu", engine="onnxruntime"), range(3)))
+        models = list(threads.map(lambda _: UNetModel(tiny_checkpoint(), device="cpu", engine=engine), range(3)))
     first, *others = [model.predict(*network_inputs("ave")) for model in models]
     assert all(np.array_equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "llvm"])
 def test_a_program_s_random_numbers_are_left_alone(
     engine: EngineName, tiny_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:

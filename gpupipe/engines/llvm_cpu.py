@@ -7,18 +7,21 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gpupipe.engines.base import Declaration, EngineName, Features
 from gpupipe.engines.onnxruntime_cpu import run_frames, samples_of, session
-from gpupipe.kernels.common_llvm import obstacle
-from gpupipe.kernels.levels_llvm import Level, down_level, up_level
+from gpupipe.kernels.dispatch import llvm_obstacle
 from gpupipe.lanes import Lanes, cpu_lanes
-from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
+from gpupipe.models.hoisted import SpeechHalf, TemplateHalf
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
-from gpupipe.onnx_export import export_deepest
+from gpupipe.onnx_export import export_depths
+
+if TYPE_CHECKING:
+    from gpupipe.kernels.levels_llvm import Level
 
 _SMALLEST_BAND = 10
 """Rows of a map that are worth a thread of their own: each band also makes up to four rows of its neighbours."""
@@ -38,10 +41,11 @@ class _Room:
 
 
 class LlvmEngine:
-    """:mod:`gpupipe.kernels.levels_llvm` for the encoder and the decoder; what lies between, on maps of 10×10 and
-    16×16, is ONNX Runtime's, which is as fast as the processor there.
+    """:mod:`gpupipe.kernels.levels_llvm` for the largest maps: the first block and down1, and up2 to up5. What lies
+    between is ONNX Runtime's: small maps fit the caches, and where channels are many it is the weights that fit none;
+    layer by layer, each is read once.
 
-    It runs frame by frame. Features are (L, height, width, channels); the levels' channels are padded to whole vectors.
+    It runs frame by frame.
 
     Args:
         lanes: how many frames at once, and on how many threads each; None takes a render's (:mod:`gpupipe.lanes`).
@@ -50,54 +54,48 @@ class LlvmEngine:
     name: EngineName = "llvm"
 
     def __init__(self, network: UNet328, *, lanes: Lanes | None = None) -> None:
+        from gpupipe.kernels.levels_llvm import first_level, up_level  # noqa: PLC0415 - LLVM may be missing
+
         self.device = torch.device("cpu")
         self.dtype = torch.float32
         lanes = lanes or cpu_lanes()
         self._threads = lanes.threads
         self._helpers = ThreadPoolExecutor(max(1, lanes.number * (lanes.threads - 1)), "gpupipe-band")
         template, speech = TemplateHalf(network).eval(), SpeechHalf(network).eval()
-        bottleneck, deepest = export_deepest(template, speech)
-        self._bottleneck, self._deepest = session(bottleneck, lanes.threads), session(deepest, lanes.threads)
-        downs = [template.down1, template.down2, template.down3, template.down4, template.down5]
-        self._down = [
-            down_level(down, INPUT_SIZE >> place, first=None if place > 1 else template.hidden)
-            for place, down in enumerate(downs, 1)
-        ]
-        ups = [speech.up1, speech.up2, speech.up3, speech.up4, speech.up5]
+        self._first = first_level(template.hidden, template.down1, 160)
         self._up = [
-            up_level(up, INPUT_SIZE >> 5 - place, head=None if place < 5 else speech.outc.conv)
-            for place, up in enumerate(ups, 1)
+            up_level(speech.up2, 40),
+            up_level(speech.up3, 80),
+            up_level(speech.up4, 160, skip_padded=True),
+            up_level(speech.up5, INPUT_SIZE, head=speech.outc.conv),
         ]
+        graphs = export_depths(template, speech, x2_channels=self._first.shapes[-1][-1])
+        self._template, self._speech = (session(graph, lanes.threads) for graph in graphs)
         self._rooms: deque[_Room] = deque()
 
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`."""
         image = image.to("cpu", torch.float32).contiguous()
-        shapes = [shape for level in self._down for shape in level.shapes]
-        maps = [torch.empty(len(image), *shape, dtype=torch.float32, device="cpu") for shape in shapes]
+        made = {
+            name: torch.empty(len(image), *shape, dtype=torch.float32, device="cpu")
+            for name, shape in zip(("hidden", "x2"), self._first.shapes, strict=True)
+        }
         with self._room() as room:
-            for row, sample in enumerate(image):
-                made = iter(maps)
-                read = sample
-                for level in self._down:
-                    outputs = [next(made)[row] for _ in level.shapes]
-                    self._run(level, [read, *outputs], room)
-                    read = outputs[-1]
-        *kept, x6 = maps
-        bottleneck = run_frames(self._bottleneck, [{"x6": sample} for sample in samples_of(x6)])
-        return dict(zip(TEMPLATE_FEATURES[:-1], kept, strict=True)) | bottleneck
+            for maps in zip(image, *made.values(), strict=True):
+                self._run(self._first, maps, room)
+        return made | run_frames(self._template, [{"x2": sample} for sample in samples_of(made["x2"])])
 
     def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
         """As :meth:`Engine.decode`."""
-        bottleneck = features["bottleneck"].numpy()
         frames = index.tolist()
+        given = {name: features[name].numpy() for name in ("x5", "bottleneck")}
         inputs = [
-            {"bottleneck": bottleneck[frame : frame + 1], "audio": window}
+            {"audio": window} | {name: value[frame : frame + 1] for name, value in given.items()}
             for frame, window in zip(frames, samples_of(audio), strict=True)
         ]
-        x = run_frames(self._deepest, inputs)["x"]
+        x = run_frames(self._speech, inputs)["x"]
         mouth = torch.empty(len(frames), *self._up[-1].shapes[0], dtype=torch.float32, device="cpu")
-        skips = [features[name] for name in reversed(TEMPLATE_FEATURES[:-1])]
+        skips = [features[name] for name in ("x4", "x3", "x2", "hidden")]
         with self._room() as room:
             for row, frame in enumerate(frames):
                 maps = [x[row], *room.maps, mouth[row]]
@@ -123,7 +121,7 @@ class LlvmEngine:
         try:
             room = self._rooms.pop()
         except IndexError:
-            floats = max(level.kernel.scratch_floats for level in (*self._down, *self._up))
+            floats = max(level.kernel.scratch_floats for level in (self._first, *self._up))
             maps = [torch.empty(level.shapes[0], dtype=torch.float32, device="cpu") for level in self._up[:-1]]
             room = _Room(torch.empty(self._threads, floats, dtype=torch.float32, device="cpu"), maps)
         yield room
@@ -135,5 +133,5 @@ DECLARATION = Declaration(
     lambda network, **_: LlvmEngine(network),
     devices=("cpu",),
     dtypes=(torch.float32,),
-    obstacle=lambda device, dtype: obstacle(),
+    obstacle=lambda device, dtype: llvm_obstacle(),
 )

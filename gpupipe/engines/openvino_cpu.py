@@ -8,10 +8,9 @@ half of float32's time there. OpenVINO is an extra: ``pip install 'gpupipe[openv
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -156,15 +155,6 @@ def obstacle(dtype: torch.dtype) -> str | None:
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return "this processor does not multiply bfloat16"
     return None
-
-
-def faster() -> Literal["bfloat16", "int8"] | None:
-    """The precision that is likely to be faster here than float32, as it was where measured. OpenVINO is not loaded."""
-    if importlib.util.find_spec("openvino") is None:
-        return None
-    if "amx_bf16" in processor_flags():
-        return "bfloat16"
-    return "int8" if "avx512_vnni" in processor_flags() else None
 
 
 DECLARATION = Declaration(
