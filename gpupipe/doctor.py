@@ -20,7 +20,7 @@ from gpupipe.engines.measure import Figures, fastest, measure
 from gpupipe.engines.remembered import recall, remember
 from gpupipe.errors import first_line
 from gpupipe.fallbacks import fallbacks
-from gpupipe.kernels.dispatch import backend, obstacle
+from gpupipe.kernels.dispatch import backend, llvm_obstacle, obstacle
 from gpupipe.lanes import available_cores
 from gpupipe.memory import default_budget
 from gpupipe.models import UNet328
@@ -73,6 +73,7 @@ def _obstacles(gpu: torch.device) -> dict[str, str | None]:
     found: dict[str, str | None] = {
         "Triton kernels": no_gpu or obstacle(gpu),
         "Gluon kernels": no_gpu or DECLARED["gluon"].obstacle(gpu, torch.float16),
+        "LLVM kernels, on the CPU": llvm_obstacle(),
         "nvJPEG": no_gpu or _nvjpeg_obstacle(gpu),
         "NVDEC": no_gpu or _nvdec_obstacle(),
     }

@@ -25,6 +25,15 @@ def test_doctor_reports_which_engines_would_be_measured(tmp_path: Path, monkeypa
         assert facts["can"]["h264_nvenc"] == "no: no CUDA GPU is available"
 
 
+@pytest.mark.parametrize(
+    ("missing", "told"), [(None, "yes"), ("llvmlite is not installed", "no: llvmlite is not installed")]
+)
+def test_doctor_reports_llvm(missing: str | None, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpupipe.doctor.llvm_obstacle", lambda: missing)
+    facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
+    assert facts["can"]["LLVM kernels, on the CPU"] == told
+
+
 def test_doctor_does_not_query_a_broken_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpupipe.doctor.find_device", lambda device=None: torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
