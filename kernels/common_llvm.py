@@ -352,10 +352,15 @@ def _sources() -> str:
 
 
 def _compiled(source: str, machine: Any) -> bytes:
+    return machine.emit_object(_improved(source, machine))
+
+
+def _improved(source: str, machine: Any) -> Any:
+    """A module in LLVM's language, after its passes."""
     module = llvm.parse_assembly(source)
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
     passes = llvm.create_new_module_pass_manager()
     for name in _PASSES:
         getattr(passes, f"add_{name}_pass")()
     passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
-    return machine.emit_object(module)
+    return module

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ if reason := dispatch.llvm_obstacle():
 
 import llvmlite.binding as llvm
 
-from gpupipe.kernels import common_llvm
+from gpupipe.kernels import common_llvm, levels_llvm
 from gpupipe.kernels.common_llvm import Kernel, Processor, Writer, this_processor
 from gpupipe.kernels.levels_llvm import Level, first_level, up_level
 from gpupipe.models.hoisted import SpeechHalf, TemplateHalf
@@ -159,6 +160,42 @@ def test_a_wrong_number_is_seen_as_such(halves: tuple[TemplateHalf, object]) -> 
     assert rows == [[19, 20, 21], [8, 9, 10, 11, 12]], (
         "x2's rows 9 to 11 read those of hidden, and make their neighbours"
     )
+
+
+MACHINES = {
+    "AVX-512": ("x86_64-unknown-linux-gnu", Processor("sapphirerapids", "", 16, 32), r"%zmm\d+, -?\d*\(%rsp\)", 0),
+    "AVX2": ("x86_64-unknown-linux-gnu", Processor("haswell", "", 8, 16), r"%ymm\d+, -?\d*\(%rsp\)", 6),
+    "NEON": ("aarch64-unknown-linux-gnu", Processor("neoverse-v1", "+neon", 4, 32), r"st[rp]\tq.*\[sp", 3),
+}
+"""Machines to compile for: triple, processor, how a vector is written to the stack, and how often that may be.
+
+Taps of depthwise convolutions may go there, once a row: sixteen registers do not hold them beside the sums."""
+
+
+@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize("level", ["first", "up4"])
+def test_sums_stay_in_registers(name: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full width; and nothing is called, as the C library's fma would be where the processor has none."""
+    triple, processor, spill, most = MACHINES[name]
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple(triple).create_target_machine(processor.name, processor.features, jit=True)
+    network, plans = seeded_network(width=1), []
+    monkeypatch.setattr(levels_llvm, "Kernel", lambda plan, *_: plans.append(plan))
+
+    def assembled(processor: Processor) -> str:
+        if level == "first":
+            template = TemplateHalf(network)
+            first_level(template.hidden, template.down1, 160, processor=processor)
+        else:
+            up_level(SpeechHalf(network).up4, 160, skip_padded=True, processor=processor)
+        return target.emit_assembly(common_llvm._improved(plans[-1].write(processor).finish(), target))
+
+    assembly = assembled(processor)
+    assert not re.search(r"\t(call|bl)\w*\t", assembly)
+    assert len(re.findall(spill, assembly)) <= most
+    too_many = replace(processor, registers=2 * processor.registers)
+    assert len(re.findall(spill, assembled(too_many))) > 10 + most, "of tiles for registers that there are not"
 
 
 @dataclass(frozen=True)
