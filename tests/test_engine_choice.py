@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,9 +44,13 @@ def network() -> UNet328:
 
 
 @pytest.fixture(autouse=True)
-def two_engines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU without what `llvm` needs: two to choose from are enough."""
-    monkeypatch.delitem(DECLARED, "llvm")
+def two_engines() -> Iterator[None]:
+    """As on a CPU without what `llvm` needs: two to choose from are enough. The order of all is restored."""
+    declared = DECLARED.copy()
+    del DECLARED["llvm"]
+    yield
+    DECLARED.clear()
+    DECLARED.update(declared)
 
 
 @pytest.fixture
