@@ -33,7 +33,7 @@ import torch
 from gpupipe import FrameGenerationPipeline, SpeechFeatures, Template
 from gpupipe.benchmarks.common import ROOT, Row, Spread, append_rows, device_name, row
 from gpupipe.benchmarks.scenario import Scenario, add_options, from_options
-from gpupipe.lanes import available_cores, cpu_lanes, map_in_lanes
+from gpupipe.lanes import available_cores, map_in_lanes
 from gpupipe.models import AUDIO_SHAPES
 from gpupipe.models.unet328 import INPUT_SIZE
 from gpupipe.schedule import template_indices
@@ -107,11 +107,11 @@ def _measure(
             made = engine.encode(image) if frame < shown else kept
             return engine.decode(made, torch.zeros(1, dtype=torch.int64), window)
 
-        for _ in map_in_lanes(one, range(frames), cpu_lanes()):
+        for _ in map_in_lanes(one, range(frames)):
             pass
 
     works: dict[str, Callable[[], None]] = {"compute": compute, "encode": encode, "render": render, "network": network}
-    network(2 * cpu_lanes().number)  # does not count
+    network(2 * available_cores())  # does not count
     costs: dict[str, list[Cost]] = defaultdict(list)
     for turn in range(options.rounds):
         for name in works if turn % 2 == 0 else reversed(works):

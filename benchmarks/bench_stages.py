@@ -25,7 +25,7 @@ from gpupipe.benchmarks.scenario import Scenario
 from gpupipe.engines import EngineName
 from gpupipe.features import SpeechFeatures
 from gpupipe.kernels import crop_resize, nv12, paste_blend
-from gpupipe.lanes import cpu_lanes, map_in_lanes
+from gpupipe.lanes import map_in_lanes
 from gpupipe.models.hoisted import SpeechHalf, TemplateHalf
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
 from gpupipe.seam import FEATHER
@@ -190,7 +190,7 @@ def seconds_a_frame(stage: Stage, count: int, device: torch.device, *, rounds: i
     elif device.type == "cuda":
         spread = seconds_of(lambda: stage.run(every), device, rounds=rounds)
     else:
-        spread = measure(lambda: deque(map_in_lanes(stage.run, every.split(1), cpu_lanes()), maxlen=0), rounds=rounds)
+        spread = measure(lambda: deque(map_in_lanes(stage.run, every.split(1)), maxlen=0), rounds=rounds)
     return spread.map(lambda seconds: seconds / count)
 
 

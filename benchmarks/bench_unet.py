@@ -47,7 +47,7 @@ from gpupipe.engines.openvino_cpu import OpenVinoEngine
 from gpupipe.errors import DeviceError, first_line
 from gpupipe.graphs import replayed
 from gpupipe.kernels import dispatch
-from gpupipe.lanes import Lanes, available_cores, cpu_lanes, map_in_lanes
+from gpupipe.lanes import available_cores, map_in_lanes
 from gpupipe.models import MODES, UNet328
 from gpupipe.models.codes import measure_inputs
 from gpupipe.models.fold import fold_batch_norms
@@ -102,19 +102,17 @@ def on_cpu(network: UNet328) -> list[Contestant]:
     index = torch.tensor([0])
     eager_features = eager.encode(image)
 
-    def side_by_side(function: Callable[[], object], lanes: Lanes) -> tuple[Callable[[], object], int]:
-        frames = _SIDE_BY_SIDE * lanes.number
-        return lambda: list(map_in_lanes(lambda _: function(), range(frames), lanes)), frames
-
-    lanes = cpu_lanes()
+    def side_by_side(function: Callable[[], object]) -> tuple[Callable[[], object], int]:
+        frames = _SIDE_BY_SIDE * cores
+        return lambda: list(map_in_lanes(lambda _: function(), range(frames))), frames
 
     def in_lanes(engine: Engine, told: dict[str, Any]) -> list[Contestant]:
         features = engine.encode(image)
-        uncached = side_by_side(lambda: engine.decode(engine.encode(image), index, audio), lanes)
-        cached = side_by_side(lambda: engine.decode(features, index, audio), lanes)
+        uncached = side_by_side(lambda: engine.decode(engine.encode(image), index, audio))
+        cached = side_by_side(lambda: engine.decode(features, index, audio))
         return [Contestant(engine.name, *uncached, told), Contestant(engine.name, *cached, told, cached=True)]
 
-    everything = side_by_side(lambda: narrow.run(None, inputs), Lanes(cores, 1))
+    everything = side_by_side(lambda: narrow.run(None, inputs))
     lower: list[Contestant] = []
     for dtype in (torch.bfloat16, torch.int8):
         if openvino_cpu.obstacle(dtype) is None:

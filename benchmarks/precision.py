@@ -15,10 +15,10 @@ the same avatar, from
 That took 70 minutes on two cores that did other work too. The network whose rows are recorded was on its way to 850
 steps of painting when it was stopped after 250 and went on to 450.
 
-On CUDA every engine that is built in seconds runs in its own precisions. On a CPU the `openvino` engine runs in
-bfloat16 and int8, where it can, and all formats are *simulated*: weights and every layer's output are rounded to the
-format, and sums are float32, as on tensor cores with float32 accumulators when each layer writes its output to memory;
-int8 as :mod:`gpupipe.models.int8` has it. This says nothing about speed.
+On CUDA every engine that is built in seconds runs in its own precisions. On a CPU `llvm` runs in float16 and `openvino`
+in bfloat16 and int8, where they can, and all formats are *simulated*: weights and every layer's output are rounded to
+the format, and sums are float32, as on tensor cores with float32 accumulators when each layer writes its output to
+memory; int8 as :mod:`gpupipe.models.int8` has it. This says nothing about speed.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_name, row
 from gpupipe.calibration import FRAMES, compare, network_inputs, spread
 from gpupipe.demo import BUNDLE
-from gpupipe.engines import EngineName, Precision, make_engine, openvino_cpu
-from gpupipe.engines.choice import find_dtype
-from gpupipe.engines.declared import candidates
+from gpupipe.engines import EngineName, Precision, make_engine
+from gpupipe.engines.choice import LOWER_ON_CPU, find_dtype
+from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.errors import GpupipeError, first_line
 from gpupipe.features import SpeechFeatures
 from gpupipe.models import UNet328, load_unet
@@ -116,15 +116,14 @@ def sample(frames: int, bundle: Path = BUNDLE, *, half: int = 1) -> tuple[Tensor
 
 
 def contestants(network: UNet328, device: torch.device) -> list[tuple[str, str, Paint]]:
-    """(provider, format, what paints in it): on CUDA all engines, on a CPU the simulations and `openvino`."""
+    """(provider, format, what paints in it): on CUDA all engines, on a CPU the simulations and what it can run."""
     if device.type == "cpu":
         made: list[tuple[str, str, Paint]] = []
         made += [("simulated", name, simulated(network, dtype)) for name, dtype in FORMATS.items()]
         made.append(("simulated", "int8", simulated_int8(network)))
-        lower: tuple[Precision, ...] = ("bfloat16", "int8")
-        for name in lower:
-            if openvino_cpu.obstacle(getattr(torch, name)) is None:
-                made.append(("openvino", name, _by_engine(network, device, "openvino", name)))
+        for name, engine in LOWER_ON_CPU.items():
+            if DECLARED[engine].obstacle(device, getattr(torch, name)) is None:
+                made.append((engine, name, _by_engine(network, device, engine, name)))
         return made
     precisions: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
     return [

@@ -192,8 +192,9 @@ class Avatar:
         with self.template.stages.time("template half", device):
             kept, index = self.template.frames.lookup(frames)
             boxes = self.template.boxes.index_select(0, to_device(torch.from_numpy(frames), device))
-            half = self.engine.dtype != torch.float32  # those engines run channels last
-            crop, image = crop_and_input(kept["frame"], index, boxes, dtype=self.engine.dtype, channels_last=half)
+            dtype = self.engine.dtype
+            last = device.type == "cuda" and dtype != torch.float32  # as those engines take it
+            crop, image = crop_and_input(kept["frame"], index, boxes, dtype=dtype, channels_last=last)
             derived = self.engine.encode(image)
             derived["crop"] = crop
             if self.pixel_format == "nv12" and "nv12" not in kept:

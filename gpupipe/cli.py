@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -34,6 +35,7 @@ from gpupipe.doctor import examine, measure_engines
 from gpupipe.errors import InputError
 from gpupipe.features import SpeechFeatures, save_features, video_rate, write_features
 from gpupipe.files import check_writable, replacing
+from gpupipe.kernels.dispatch import llvm_obstacle
 from gpupipe.models import Mode, load_unet
 from gpupipe.onnx_export import export_unet
 from gpupipe.pipeline import FrameGenerationPipeline
@@ -121,6 +123,8 @@ def render(
         if profile is not None:
             print_waterfall(pipeline.last_render)
         print_record(pipeline.last_render, output, as_json)
+        if not as_json:
+            _suggest_float16(pipeline, engine, exact or precision)
 
 
 @app.command()
@@ -175,6 +179,8 @@ def frames(
                 progress=progress,
             )
         print_record(pipeline.last_render, output_dir, as_json)
+        if not as_json:
+            _suggest_float16(pipeline, engine, exact or precision)
 
 
 @app.command()
@@ -427,6 +433,16 @@ def _bytes(megabytes: int | None) -> int | None:
     if megabytes is not None and megabytes < 0:
         raise InputError(f"memory budget is {megabytes} MB; expected 0 or more")
     return None if megabytes is None else megabytes * 1_000_000
+
+
+def _suggest_float16(pipeline: FrameGenerationPipeline, engine: options.Engine, chosen: object) -> None:
+    """Say that a CPU computes in it, unless an engine or a precision was chosen: it is not used unasked."""
+    on_cpu = pipeline.unet_model.device.type == "cpu"
+    if engine == "auto" and not chosen and on_cpu and llvm_obstacle(torch.float16) is None:
+        console.print(
+            "tip: --precision float16 is about twice as fast on this processor; mouths differ by a level or two of 255",
+            soft_wrap=True,
+        )
 
 
 def _check_inputs(

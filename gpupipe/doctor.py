@@ -12,9 +12,8 @@ import av.codec.hwaccel
 import torch
 
 from gpupipe.device import find_device
-from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import BATCH_SIZES
-from gpupipe.engines.choice import find_dtype
+from gpupipe.engines.choice import LOWER_ON_CPU, find_dtype
 from gpupipe.engines.declared import DECLARED, contenders, runnable
 from gpupipe.engines.measure import Figures, fastest, measure
 from gpupipe.engines.remembered import recall, remember
@@ -120,12 +119,14 @@ def measure_engines(device: str | torch.device | None = None) -> Figures:
 
 def _lower_precisions() -> str:
     """Describe what `--precision` can take on this CPU."""
-    doubt = "" if "amx_bf16" in processor_flags() else ", slower than float32 where it was tried without AMX"
-    told = {"bfloat16": f"openvino{doubt}", "int8": "openvino, for checkpoints that gpupipe calibrate wrote"}
-    for name in told:
-        if reason := openvino_cpu.obstacle(getattr(torch, name)):
-            told[name] = f"no, {reason}"
-    return "; ".join(f"{name}: {way}" for name, way in told.items())
+    notes = {"int8": ", for checkpoints that gpupipe calibrate wrote"}
+    if "amx_bf16" not in processor_flags():
+        notes["bfloat16"] = ", slower than float32 where it was tried without AMX"
+    told = []
+    for precision, engine in LOWER_ON_CPU.items():
+        reason = DECLARED[engine].obstacle(torch.device("cpu"), getattr(torch, precision))
+        told.append(f"{precision}: {f'no, {reason}' if reason else engine + notes.get(precision, '')}")
+    return "; ".join(told)
 
 
 def _device_facts(device: torch.device) -> dict[str, str]:

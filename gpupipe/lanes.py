@@ -1,7 +1,7 @@
-"""A CPU's cores, divided into lanes that render batches side by side.
+"""Lanes: a CPU's cores, each of which renders a batch of its own.
 
 Cores that work on one frame wait for each other at every layer, and for all that runs on one core. A core with a frame
-of its own waits for no other. So each lane has one core or a few, and renders a batch of its own.
+of its own waits for no other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -22,17 +22,7 @@ from gpupipe.stages import LANE_THREAD
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-MAX_LANES = 8
-"""Further cores make the lanes wider, not more: each lane takes the memory of a network at work."""
-
 _lock = threading.Lock()
-
-
-class Lanes(NamedTuple):
-    """How many batches run side by side, and on how many threads each."""
-
-    number: int
-    threads: int
 
 
 def available_cores() -> int:
@@ -48,24 +38,23 @@ def available_cores() -> int:
     return max(1, min(cores, int(wanted))) if wanted.isdecimal() else cores
 
 
-def cpu_lanes(cores: int | None = None) -> Lanes:
-    """Return the lanes for a CPU of ``cores`` cores; None means those that this process may use."""
-    cores = available_cores() if cores is None else cores
-    number = min(cores, MAX_LANES)
-    return Lanes(number, cores // number)
-
-
-def map_in_lanes(function: Callable[[Item], Result], items: Iterable[Item], lanes: Lanes) -> Iterator[Result]:
+def map_in_lanes(
+    function: Callable[[Item], Result], items: Iterable[Item], lanes: int | None = None
+) -> Iterator[Result]:
     """``map`` with one call at a time in each lane; results come in the order of the items.
 
-    Within a lane PyTorch runs on the lane's threads. Closing the iterator waits for calls that have begun.
+    Within a lane PyTorch runs on one thread. Closing the iterator waits for calls that have begun.
+
+    Args:
+        lanes: None means as many as there are :func:`available_cores`.
     """
-    workers = ThreadPoolExecutor(lanes.number, LANE_THREAD, _run_torch_on, (lanes.threads,))
+    lanes = lanes or available_cores()
+    workers = ThreadPoolExecutor(lanes, LANE_THREAD, _run_torch_alone)
     pending: deque[Future[Result]] = deque()
     try:
         for item in items:
             pending.append(workers.submit(function, item))
-            if len(pending) > lanes.number:  # one item is queued, so that no lane waits
+            if len(pending) > lanes:  # one item is queued, so that no lane waits
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -73,14 +62,14 @@ def map_in_lanes(function: Callable[[Item], Result], items: Iterable[Item], lane
         workers.shutdown(cancel_futures=True)
 
 
-def _run_torch_on(threads: int) -> None:
-    """Limit PyTorch in this new thread.
+def _run_torch_alone() -> None:
+    """Keep PyTorch to this new thread.
 
     ``set_num_threads`` also changes the default of later threads, so another thread restores it.
     """
     with _lock, ThreadPoolExecutor(1) as another:
         before = torch.get_num_threads()  # read first: a thread's first query returns whatever was set last
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
         another.submit(torch.set_num_threads, before).result()
 
 

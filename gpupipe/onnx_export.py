@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 from pathlib import Path
 
@@ -89,52 +88,6 @@ def export_halves(network: UNet328, *, int8: bool = False) -> tuple[bytes, bytes
     features = template(image)
     export_onnx(speech, (*features, audio), second, inputs=[*names, "audio"], outputs=["mouth"], dynamic_batch=False)
     return first.getvalue(), second.getvalue()
-
-
-@torch.autocast("cpu", enabled=False)
-def export_depths(template: TemplateHalf, speech: SpeechHalf, x2_channels: int) -> tuple[bytes, bytes]:
-    """Return what the halves do between down1 and up2, for one frame: all shapes are fixed.
-
-    The first graph turns ``x2`` into the later template features, by their names; the second turns ``x5``,
-    ``bottleneck`` and ``audio`` into ``x``, which up2 reads. x2, x3, x4 and x are (1, size, size, channels).
-
-    Args:
-        x2_channels: of x2 as it is given; those beyond what down2 reads do not matter.
-    """
-    zeros = functools.partial(torch.zeros, dtype=torch.float32, device="cpu")
-    first, second = io.BytesIO(), io.BytesIO()
-    depths, x2 = _TemplateDepths(template, speech), zeros(1, 160, 160, x2_channels)
-    names = list(TEMPLATE_FEATURES[2:])
-    export_onnx(depths, (x2,), first, inputs=["x2"], outputs=names, dynamic_batch=False)
-    *_, x5, bottleneck = depths(x2)
-    arguments = (x5, bottleneck, zeros(1, *speech.audio_shape))
-    names = ["x5", "bottleneck", "audio"]
-    export_onnx(_SpeechDepths(speech), arguments, second, inputs=names, outputs=["x"], dynamic_batch=False)
-    return first.getvalue(), second.getvalue()
-
-
-class _TemplateDepths(nn.Module):
-    def __init__(self, template: TemplateHalf, speech: SpeechHalf) -> None:
-        super().__init__()
-        self.channels = speech.up4.skip.in_channels
-        self.down2, self.down3 = template.down2, template.down3
-        self.down4, self.down5 = template.down4, template.down5
-        self.bottleneck = template.bottleneck
-
-    def forward(self, x2: Tensor) -> tuple[Tensor, ...]:
-        x3 = self.down2(x2[..., : self.channels].permute(0, 3, 1, 2))
-        x4 = self.down3(x3)
-        x5 = self.down4(x4)
-        return x3.permute(0, 2, 3, 1), x4.permute(0, 2, 3, 1), x5, self.bottleneck(self.down5(x5))
-
-
-class _SpeechDepths(nn.Module):
-    def __init__(self, speech: SpeechHalf) -> None:
-        super().__init__()
-        self.speech = speech
-
-    def forward(self, x5: Tensor, bottleneck: Tensor, audio: Tensor) -> Tensor:
-        return self.speech.up1(self.speech.deepest(bottleneck, audio), x5).permute(0, 2, 3, 1)
 
 
 @torch.autocast("cpu", enabled=False)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gpupipe.avatar import Avatar, render_together
 from gpupipe.features import SpeechFeatures
-from gpupipe.lanes import cpu_lanes, map_in_lanes
+from gpupipe.lanes import map_in_lanes
 from gpupipe.schedule import Resampling, template_indices
 from gpupipe.transfer import to_device
 
@@ -155,4 +155,4 @@ def map_batches(
 ) -> Iterator[Result]:
     """``map``, which renders batches side by side on a CPU. A GPU's work is queued anyway: more threads would only get
     in each other's way."""
-    return map_in_lanes(function, batches, cpu_lanes()) if device.type == "cpu" else map(function, batches)
+    return map_in_lanes(function, batches) if device.type == "cpu" else map(function, batches)

@@ -29,8 +29,8 @@ class UNetModel:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …; None takes a CUDA GPU if there is one.
         engine: how the network is run: see :mod:`gpupipe.engines`.
         exact: float32 with TF32 off, and JPEGs decoded on the CPU; None means exact on the CPU, half precision on CUDA.
-        precision: what the network computes in: ``"float32"``, and without ``exact`` ``"float16"`` or ``"bfloat16"`` on
-            CUDA, ``"bfloat16"`` or ``"int8"`` on a CPU with instructions for it; int8 needs a checkpoint that
+        precision: what the network computes in: ``"float32"``, and without ``exact`` ``"float16"``, ``"bfloat16"`` or,
+            on a CPU, ``"int8"``. A CPU needs instructions for these, and int8 a checkpoint that
             :func:`gpupipe.calibrate` wrote. None means float32 on the CPU and float16 on CUDA. Asking for less than
             float32 makes ``exact`` default to False on the CPU too.
 

@@ -8,8 +8,9 @@
     inverted_residual  inverted_residual.py  inverted_residual_triton.py: a whole block
                                              depthwise_triton.py: what follows its expansion
     whole_block        whole_block.py        whole_block_gluon.py, whole_block_parts.py
-    levels             models/hoisted.py                                                        levels_llvm.py
-                                                                                                rows_llvm.py
+    levels, depths     models/hoisted.py                                                        levels_llvm.py
+                                                                                                maps_llvm.py
+                                                                                                rows_llvm.py: parts
     cubic: taps and    cubic.py              cubic_triton.py
       weights of crop_resize and paste_blend
     what they share                          common_triton.py; packed_triton.py: half           common_llvm.py

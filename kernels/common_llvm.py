@@ -1,4 +1,4 @@
-"""What the LLVM kernels share: a writer of functions on vectors of float32, and their compilation for this CPU.
+"""What the LLVM kernels share: a writer of functions on vectors of floats, and their compilation for this CPU.
 
 A kernel is a Python function that writes an LLVM function, with all sizes as constants. LLVM allocates registers and
 picks instructions; loops, tiles and what lies where are the kernel's own.
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import llvmlite
 import llvmlite.binding as llvm
+import torch
 from llvmlite import ir
 from torch import Tensor
 
@@ -29,10 +30,10 @@ logger = logging.getLogger(__name__)
 Value = Any
 """A value of the function being written: an index, a float, a vector or a pointer."""
 
-_FLOAT, _INT32, _INDEX, _POINTER = ir.FloatType(), ir.IntType(32), ir.IntType(64), ir.PointerType()
-_BYTES = 4
-LINE = 16
-"""Floats of a cache line, on which constants and scratch memory begin."""
+_FLOAT, _HALF = ir.FloatType(), ir.HalfType()
+_INT32, _INDEX, _POINTER = ir.IntType(32), ir.IntType(64), ir.PointerType()
+LINE = 64
+"""Bytes of a cache line, on which constants and scratch memory begin."""
 
 _NAME = "kernel"
 """The function's, in each module."""
@@ -52,55 +53,60 @@ class Processor:
     Attributes:
         name: LLVM's name of it, such as ``"sapphirerapids"`` or ``"znver4"``.
         features: its instruction sets, in LLVM's words.
-        lanes: float32 in one of its vector registers; 0 if it has none that the kernels are written for.
+        lanes: floats in one of its vector registers; 0 if it has no instructions that the kernels are written for.
         registers: how many of these it has.
+        dtype: of the floats: float32 or float16.
     """
 
     name: str
     features: str
     lanes: int
     registers: int
+    dtype: torch.dtype = torch.float32
 
 
 @functools.cache
-def this_processor() -> Processor:
-    """The one that this process runs on."""
+def this_processor(dtype: torch.dtype = torch.float32) -> Processor:
+    """The one that this process runs on, computing in float32 or float16."""
     features = llvm.get_host_cpu_features()
-    lanes, registers = 0, 0
+    bits, registers, computes_float16 = 0, 0, False
     if features.get("avx512f"):
-        lanes, registers = 16, 32
+        bits, registers, computes_float16 = 512, 32, features.get("avx512fp16", False)
     elif features.get("avx2") and features.get("fma"):
-        lanes, registers = 8, 16
+        bits, registers = 256, 16
     elif features.get("neon"):
-        lanes, registers = 4, 32
-    return Processor(llvm.get_host_cpu_name(), features.flatten(), lanes, registers)
+        bits, registers, computes_float16 = 128, 32, features.get("fullfp16", False)
+    if dtype == torch.float16 and not computes_float16:
+        bits = 0
+    lanes = bits // (8 * dtype.itemsize)
+    return Processor(llvm.get_host_cpu_name(), features.flatten(), lanes, registers, dtype)
 
 
 class Writer:
     """Writes one function. It takes pointers to maps, of which those that it writes overlap no others, to its constants
-    and to scratch memory, and two indices, ``begin`` and ``end``.
+    and to scratch memory.
 
     Attributes:
-        maps, begin, end: these parameters.
+        maps: the first of these parameters.
+        lanes: floats of a vector.
         ir: what else LLVM has.
-        scratch_floats: how much scratch memory it needs.
+        scratch_bytes: how much scratch memory it needs.
     """
 
     def __init__(self, processor: Processor, maps: int) -> None:
         self.processor = processor
         self.lanes = processor.lanes
-        self.vector = ir.VectorType(_FLOAT, self.lanes)
+        self.vector = ir.VectorType(_HALF if processor.dtype == torch.float16 else _FLOAT, self.lanes)
+        self._bytes = processor.dtype.itemsize
         self._module = ir.Module()
-        parameters = [_POINTER] * (maps + 2) + [_INDEX] * 2
-        self._function = ir.Function(self._module, ir.FunctionType(ir.VoidType(), parameters), _NAME)
-        *self.maps, self._constants, self._scratch, self.begin, self.end = self._function.args
-        for pointer in self._function.args[:-2]:
+        self._function = ir.Function(self._module, ir.FunctionType(ir.VoidType(), [_POINTER] * (maps + 2)), _NAME)
+        for pointer in self._function.args:
             pointer.add_attribute("noalias")
+        *self.maps, self._constants, self._scratch = self._function.args
         self._locals = ir.IRBuilder(self._function.append_basic_block("locals"))
         self.ir = ir.IRBuilder(self._function.append_basic_block("body"))
         self._body = self.ir.block
-        self._fma = self._intrinsic("llvm.fma", [self.vector] * 3)
-        self.scratch_floats = 0
+        self.scratch_bytes = self._scratch_used = 0
 
     def finish(self) -> str:
         """End the function; return it in LLVM's language."""
@@ -116,14 +122,23 @@ class Writer:
 
     def scratch(self, floats: int) -> Value:
         """A pointer to memory of the function's own, with anything in it."""
-        offset = self.scratch_floats
-        self.scratch_floats += floats + -floats % LINE
-        return self.at(self._scratch, offset)
+        pointer = self.byte_at(self._scratch, self._scratch_used)
+        size = floats * self._bytes
+        self._scratch_used += size + -size % LINE
+        self.scratch_bytes = max(self.scratch_bytes, self._scratch_used)
+        return pointer
+
+    @contextlib.contextmanager
+    def reused_scratch(self) -> Iterator[None]:
+        """What is asked for within this context may be given away again after it."""
+        used = self._scratch_used
+        yield
+        self._scratch_used = used
 
     def at(self, pointer: Value, *offsets: Value | int) -> Value:
         """The pointer, so much further on."""
         for offset in offsets:
-            pointer = self.ir.gep(pointer, [_index(offset)], inbounds=True, source_etype=_FLOAT)
+            pointer = self.ir.gep(pointer, [_index(offset)], inbounds=True, source_etype=self.vector.element)
         return pointer
 
     def byte_at(self, pointer: Value, offset: Value | int) -> Value:
@@ -132,37 +147,53 @@ class Writer:
 
     def load(self, pointer: Value) -> Value:
         """A vector."""
-        return self.ir.load(pointer, align=_BYTES, typ=self.vector)
+        return self.ir.load(pointer, align=self._bytes, typ=self.vector)
 
     def store(self, value: Value, pointer: Value, lanes: int | None = None) -> None:
         """A vector, or its first ``lanes``."""
         if lanes is None or lanes >= self.lanes:
-            self.ir.store(value, pointer, align=_BYTES)
+            self.ir.store(value, pointer, align=self._bytes)
             return
         bits = ir.VectorType(ir.IntType(1), self.lanes)
-        masked = self._intrinsic("llvm.masked.store", [self.vector, _POINTER, _INT32, bits], ".p0", ir.VoidType())
+        masked = self._intrinsic("llvm.masked.store", self.vector, [_POINTER, _INT32, bits], ".p0", ir.VoidType())
         mask = ir.Constant(bits, [lane < lanes for lane in range(self.lanes)])
-        self.ir.call(masked, [value, pointer, _INT32(_BYTES), mask])
+        self.ir.call(masked, [value, pointer, _INT32(self._bytes), mask])
 
     def broadcast(self, pointer: Value) -> Value:
         """One float in every lane."""
-        undefined = ir.Constant(self.vector, ir.Undefined)
-        first = self.ir.insert_element(undefined, self.ir.load(pointer, align=_BYTES, typ=_FLOAT), _INT32(0))
-        return self.ir.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT32, self.lanes), None))
+        return self._repeated(self.ir.load(pointer, align=self._bytes, typ=self.vector.element), self.lanes)
+
+    def broadcast_pair(self, pointer: Value) -> Value:
+        """Two float16 in every two lanes. Processors repeat 32 bits as they load, but not 16."""
+        pair = self.ir.load(pointer, align=self._bytes, typ=_INT32)
+        return self.ir.bitcast(self._repeated(pair, self.lanes // 2), self.vector)
+
+    def sums_of_pairs(self, a: Value, b: Value) -> Value:
+        """The sums of a's pairs of lanes, and then of b's."""
+        places = ir.VectorType(_INT32, self.lanes)
+        first, second = (
+            self.ir.shuffle_vector(a, b, ir.Constant(places, [*range(one, 2 * self.lanes, 2)])) for one in range(2)
+        )
+        return self.add(first, second)
 
     def gather(self, pointer: Value, stride: int) -> Value:
         """One float in each lane, from places so far apart."""
         value = ir.Constant(self.vector, ir.Undefined)
         for lane in range(self.lanes):
-            one = self.ir.load(self.at(pointer, lane * stride), align=_BYTES, typ=_FLOAT)
+            one = self.ir.load(self.at(pointer, lane * stride), align=self._bytes, typ=self.vector.element)
             value = self.ir.insert_element(value, one, _INT32(lane))
         return value
 
-    def load_index(self, pointer: Value) -> Value:
-        """An index, from an int32."""
-        return self.ir.sext(self.ir.load(pointer, align=_BYTES, typ=_INT32), _INDEX)
+    def load_index(self, table: Value, place: Value | int) -> Value:
+        """An index, from a table of int32."""
+        pointer = self.ir.gep(table, [_index(place)], inbounds=True, source_etype=_INT32)
+        return self.ir.sext(self.ir.load(pointer, align=4, typ=_INT32), _INDEX)
 
     # Arithmetic
+
+    def index(self, value: int) -> Value:
+        """A constant index."""
+        return _INDEX(value)
 
     def plus(self, a: Value | int, b: Value | int) -> Value:
         """a + b, of indices."""
@@ -176,6 +207,10 @@ class Writer:
         """a mod b, of indices not below 0."""
         return self.ir.urem(a, _index(b))
 
+    def divided(self, a: Value | int, b: int) -> tuple[Value, Value]:
+        """a div b and a mod b, of indices not below 0."""
+        return self.ir.udiv(_index(a), _index(b)), self.ir.urem(_index(a), _index(b))
+
     def at_least(self, a: Value, bound: int) -> Value:
         """max(a, bound), of indices."""
         return self.ir.select(self.ir.icmp_signed("<", a, _index(bound)), _index(bound), a)
@@ -184,9 +219,10 @@ class Writer:
         """min(a, bound), of indices."""
         return self.ir.select(self.ir.icmp_signed(">", a, _index(bound)), _index(bound), a)
 
-    def splat(self, value: float) -> Value:
-        """A vector of a constant."""
-        return ir.Constant(self.vector, [value] * self.lanes)
+    def splat(self, value: float, kind: Any = None) -> Value:
+        """A vector of a constant, of the function's kind or another."""
+        kind = kind or self.vector
+        return ir.Constant(kind, [value] * kind.count)
 
     def add(self, a: Value, b: Value) -> Value:
         """a + b, of vectors."""
@@ -194,7 +230,7 @@ class Writer:
 
     def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
         """a · b + c, of vectors, rounded once."""
-        return self.ir.call(self._fma, [a, b, c])
+        return self.ir.call(self._intrinsic("llvm.fma", a.type, [a.type] * 2), [a, b, c])
 
     def mix(self, a: Value, b: Value, share: Value) -> Value:
         """a + share · (b − a), of vectors."""
@@ -206,24 +242,30 @@ class Writer:
         return self.ir.select(self.ir.fcmp_ordered(">", zero, value), zero, value)
 
     def sigmoid(self, value: Value) -> Value:
-        """1 / (1 + e⁻ˣ), with e⁻ˣ as 2ⁿ · eʳ and a series for eʳ, as Cephes' expf has it; NaN stays NaN."""
-        minus = self.ir.fneg(value)
+        """1 / (1 + e⁻ˣ) in float32, with e⁻ˣ as 2ⁿ · eʳ and a series for eʳ, as Cephes' expf has it; NaN stays NaN."""
+        floats, integers = ir.VectorType(_FLOAT, self.lanes), ir.VectorType(_INT32, self.lanes)
+        splat = functools.partial(self.splat, kind=floats)
+        minus = self.ir.fneg(value if value.type == floats else self.ir.fpext(value, floats))
         for bound, beyond in ((87.0, ">"), (-87.0, "<")):
-            limit = self.splat(bound)
+            limit = splat(bound)
             minus = self.ir.select(self.ir.fcmp_ordered(beyond, minus, limit), limit, minus)
-        rounder = self.splat(12582912.0)  # 1.5 · 2²³: sums with it have no fractions
-        n = self.ir.fsub(self.multiply_add(minus, self.splat(1.44269504088896341), rounder), rounder)
-        rest = self.multiply_add(n, self.splat(-0.693359375), minus)  # ln 2 in two parts
-        rest = self.multiply_add(n, self.splat(2.12194440e-4), rest)
-        series = self.splat(1.9875691500e-4)
+        rounder = splat(12582912.0)  # 1.5 · 2²³: sums with it have no fractions
+        n = self.ir.fsub(self.multiply_add(minus, splat(1.44269504088896341), rounder), rounder)
+        rest = self.multiply_add(n, splat(-0.693359375), minus)  # ln 2 in two parts
+        rest = self.multiply_add(n, splat(2.12194440e-4), rest)
+        series = splat(1.9875691500e-4)
         for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-            series = self.multiply_add(series, rest, self.splat(factor))
-        one = self.splat(1.0)
+            series = self.multiply_add(series, rest, splat(factor))
+        one = splat(1.0)
         series = self.ir.fadd(self.multiply_add(series, self.ir.fmul(rest, rest), rest), one)
-        integers = ir.VectorType(_INT32, self.lanes)
         exponent = self.ir.add(self.ir.fptosi(n, integers), ir.Constant(integers, [127] * self.lanes))
-        power = self.ir.bitcast(self.ir.shl(exponent, ir.Constant(integers, [23] * self.lanes)), self.vector)
+        power = self.ir.bitcast(self.ir.shl(exponent, ir.Constant(integers, [23] * self.lanes)), floats)
         return self.ir.fdiv(one, self.multiply_add(series, power, one))
+
+    def store_floats(self, value: Value, pointer: Value, offset: Value) -> None:
+        """A vector of float32, so many float32 further on, whatever the function's kind."""
+        pointer = self.ir.gep(pointer, [offset], inbounds=True, source_etype=_FLOAT)
+        self.ir.store(value, pointer, align=4)
 
     # Control
 
@@ -269,11 +311,18 @@ class Writer:
         """Give a variable another value."""
         self.ir.store(value, variable)
 
-    def _intrinsic(self, name: str, parameters: Sequence[Any], suffix: str = "", result: Any = None) -> Value:
-        name = f"{name}.v{self.lanes}f32{suffix}"
+    def _repeated(self, value: Value, count: int) -> Value:
+        vector = ir.VectorType(value.type, count)
+        undefined = ir.Constant(vector, ir.Undefined)
+        first = self.ir.insert_element(undefined, value, _INT32(0))
+        return self.ir.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INT32, count), None))
+
+    def _intrinsic(self, name: str, vector: Any, others: Sequence[Any], suffix: str = "", result: Any = None) -> Value:
+        """A function of a vector and others, which returns such a vector if nothing else."""
+        name = f"{name}.v{vector.count}f{16 if vector.element == _HALF else 32}{suffix}"
         if name in self._module.globals:
             return self._module.globals[name]
-        return ir.Function(self._module, ir.FunctionType(result or self.vector, parameters), name)
+        return ir.Function(self._module, ir.FunctionType(result or vector, [vector, *others]), name)
 
 
 def _index(value: Value | int) -> Value:
@@ -297,11 +346,11 @@ class Kernel:
     """A plan as machine code. Calls do not hold Python's lock.
 
     Args:
-        constants: float32 (N,); None if it has none.
+        constants: floats (N,) of the processor's type; None if it has none.
         processor: that runs it.
 
     Attributes:
-        scratch_floats: how much memory a call needs for itself.
+        scratch_bytes: how much memory a call needs for itself, from a multiple of :data:`LINE` on.
     """
 
     def __init__(self, plan: Plan, constants: Tensor | None, processor: Processor) -> None:
@@ -310,38 +359,37 @@ class Kernel:
         llvm.initialize_native_asmprinter()
         target = llvm.Target.from_default_triple()
         machine = target.create_target_machine(processor.name, processor.features, jit=True)
-        self.scratch_floats, code = _object_file(plan, processor, machine)
+        self.scratch_bytes, code = _object_file(plan, processor, machine)
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        arguments = [ctypes.c_void_p] * (plan.maps + 2) + [ctypes.c_int64] * 2
+        arguments = [ctypes.c_void_p] * (plan.maps + 2)
         self._function = ctypes.CFUNCTYPE(None, *arguments)(self._engine.get_function_address(_NAME))
 
-    def __call__(self, maps: Sequence[Tensor], scratch: Tensor | None, begin: int, end: int) -> None:
-        """Run it on contiguous tensors, in the plan's order, from ``begin`` to ``end``; None if it needs no scratch."""
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in (*maps, self._constants, scratch)]
-        self._function(*pointers, begin, end)
+    def __call__(self, maps: Sequence[Tensor], scratch: Tensor | None = None) -> None:
+        """Run it on contiguous tensors, in the plan's order; None if it needs no scratch memory."""
+        self._function(*(None if one is None else one.data_ptr() for one in (*maps, self._constants, scratch)))
 
 
 def _object_file(plan: Plan, processor: Processor, machine: Any) -> tuple[int, bytes]:
     """A kernel's need of scratch memory and its object file, which the user's cache folder keeps: compiling takes a
     third of a second."""
-    made_of = [llvmlite.__version__, _sources(), processor.name, processor.features, repr(plan)]
-    path = cache_folder() / "llvm" / f"{hashlib.sha256(repr(made_of).encode()).hexdigest()}.o"
+    made_of = repr([llvmlite.__version__, _sources(), processor, plan])
+    path = cache_folder() / "llvm" / f"{hashlib.sha256(made_of.encode()).hexdigest()}.o"
     with contextlib.suppress(OSError):
         kept = path.read_bytes()
         if hashlib.sha256(kept[_DIGEST_BYTES:]).digest() == kept[:_DIGEST_BYTES]:
             kept = kept[_DIGEST_BYTES:]
             return int.from_bytes(kept[:_COUNT_BYTES], "little"), kept[_COUNT_BYTES:]
     writer = plan.write(processor)
-    code = writer.scratch_floats.to_bytes(_COUNT_BYTES, "little") + _compiled(writer.finish(), machine)
+    code = writer.scratch_bytes.to_bytes(_COUNT_BYTES, "little") + _compiled(writer.finish(), machine)
     try:
         make_folder(path.parent)
         with replacing(path) as temporary:
             temporary.write_bytes(hashlib.sha256(code).digest() + code)
     except OutputError as error:
         logger.warning("%s; kernels are compiled again next time", error)
-    return writer.scratch_floats, code[_COUNT_BYTES:]
+    return writer.scratch_bytes, code[_COUNT_BYTES:]
 
 
 @functools.cache

@@ -28,7 +28,16 @@ import torch
 from torch import Tensor, nn
 
 from gpupipe.kernels.common_llvm import Kernel, Processor, Value, this_processor
-from gpupipe.kernels.rows_llvm import Constants, Depthwise, Expanded, Pixels, Pointwise, RowWriter
+from gpupipe.kernels.rows_llvm import (
+    Constants,
+    Depthwise,
+    Expanded,
+    Pixels,
+    Pointwise,
+    RowWriter,
+    convolutions,
+    matrix_of,
+)
 from gpupipe.models.hoisted import HoistedUp
 
 
@@ -37,12 +46,10 @@ class Level:
     """A level, compiled. Its kernel takes the maps that it reads and then those that it makes, each contiguous.
 
     Attributes:
-        size: rows of the last map that it makes; the kernel makes some or all of them.
         shapes: of the maps that it makes.
     """
 
     kernel: Kernel
-    size: int
     shapes: tuple[tuple[int, int, int], ...]
 
 
@@ -50,7 +57,7 @@ def up_level(
     level: HoistedUp,
     size: int,
     *,
-    skip_padded: bool = False,
+    skip_padded: bool = True,
     head: nn.Conv2d | None = None,
     processor: Processor | None = None,
 ) -> Level:
@@ -58,24 +65,24 @@ def up_level(
 
     Args:
         level: its batch norms are folded.
-        skip_padded: the skip's channels are padded.
+        skip_padded: the skip's channels are padded. The image's hidden ones are not.
         head: a 1×1 convolution of what the last level makes; its sigmoid, the mouth, is made in place of that.
         processor: that runs it; None means this one.
     """
     processor = processor or this_processor()
-    constants = Constants(processor.lanes)
+    constants = Constants(processor)
     places, shares = _upsampling(size)
     plan = _UpPlan(
         size,
-        constants.pointwise(_matrix(level.low), level.skip.bias),
-        constants.pointwise(_matrix(level.skip), None),
+        constants.pointwise(matrix_of(level.low), level.skip.bias),
+        constants.pointwise(matrix_of(level.skip), None),
         constants.add(places),
         constants.add(shares),
-        _tail(constants, _convolutions(level.rest), head),
+        _tail(constants, convolutions(level.rest), head),
         skip_padded,
     )
     kernel = Kernel(plan, constants.joined(), processor)
-    return Level(kernel, size, (_shape(size, plan.tail, head, processor),))
+    return Level(kernel, (_shape(size, plan.tail, head, processor),))
 
 
 def first_level(first_block: nn.Module, down: nn.Module, size: int, *, processor: Processor | None = None) -> Level:
@@ -88,19 +95,33 @@ def first_level(first_block: nn.Module, down: nn.Module, size: int, *, processor
         processor: that runs it; None means this one.
     """
     processor = processor or this_processor()
-    constants = Constants(processor.lanes)
-    expand_image, depthwise = _convolutions(first_block)
-    expand, *rest = _convolutions(down)
+    constants = Constants(processor)
+    expand_image, depthwise = convolutions(first_block)
+    expand, *rest = convolutions(down)
     plan = _FirstPlan(
         size,
-        constants.pointwise(_matrix(expand_image), expand_image.bias),
+        constants.pointwise(matrix_of(expand_image), expand_image.bias, planar=True),
         constants.depthwise(depthwise),
-        constants.pointwise(_matrix(expand), expand.bias),
+        constants.pointwise(matrix_of(expand), expand.bias),
         _tail(constants, rest, None),
     )
     kernel = Kernel(plan, constants.joined(), processor)
     shape = _shape(size, plan.tail, None, processor)
-    return Level(kernel, size, ((2 * size, 2 * size, depthwise.out_channels), shape))
+    return Level(kernel, ((2 * size, 2 * size, depthwise.out_channels), shape))
+
+
+def down_level(down: nn.Module, size: int, *, processor: Processor | None = None) -> Level:
+    """A later level of the encoder. Its maps are what the level before makes (2 · size) and what it makes.
+
+    Args:
+        down: two inverted residuals, the first with stride 2. All batch norms are folded.
+        processor: that runs it; None means this one.
+    """
+    processor = processor or this_processor()
+    constants = Constants(processor)
+    expand, *rest = convolutions(down)
+    plan = _DownPlan(size, constants.pointwise(matrix_of(expand), expand.bias), _tail(constants, rest, None))
+    return Level(Kernel(plan, constants.joined(), processor), (_shape(size, plan.tail, None, processor),))
 
 
 @dataclass(frozen=True)
@@ -122,21 +143,17 @@ class _Tail:
     head: Pointwise | None
     head_channels: int
 
-    def write(self, w: RowWriter, expanded: Expanded, first: Value, size: int, out: Value) -> None:
-        """Write the rows of a level's map.
-
-        Args:
-            first: the first row of x that is needed.
-        """
+    def write(self, w: RowWriter, expanded: Expanded, size: int, out: Value) -> None:
+        """Write the rows of a level's map."""
         pixel = self.project.vectors * w.lanes
         row_at = w.kept(2, size * pixel)
         need = w.on_demand(
-            first, lambda row: w.convolve_and_project(expanded, row, self.depthwise, self.project, size, row_at(row))
+            0, lambda row: w.convolve_and_project(expanded, row, self.depthwise, self.project, size, row_at(row))
         )
         x = Pixels(row_at, pixel, need=need)
-        again = w.expanded(x, self.expand, size, w.plus(w.begin, -1))
+        again = w.expanded(x, self.expand, size)
         sums = w.scratch(size * w.lanes) if self.head else None
-        with w.loop(w.begin, w.end) as row:
+        with w.loop(0, size) as row:
             begin = functools.partial(self._begin, w, x, row)
             target = w.at(out, w.times(row, size * pixel)) if sums is None else sums
             w.convolve_and_project(again, row, self.depthwise_again, self.project_again, size, target, begin)
@@ -146,9 +163,8 @@ class _Tail:
     def _begin(self, w: RowWriter, x: Pixels, row: Value, first: Value, pixels: int) -> list[Value]:
         """x and the bias, or the head of both."""
         if self.head is not None:
-            bias = [w.load(w.constant(self.head.bias))] * pixels
-            reader = w.reader(x, x.row(row), first)
-            return w.product(bias, self.channels, reader, w.constant(self.head.matrix), 1)
+            bias = w.load(w.constant(self.head.bias))
+            return w.product(lambda: [bias] * pixels, pixels, self.head, w.reader(x, x.row(row), first))
         here, vectors = w.at(x.row(row), w.times(first, x.pixel)), self.project_again.vectors
         bias = w.loaded(w.constant(self.project_again.bias), vectors)
         return [w.add(value, bias[i % vectors]) for i, value in enumerate(w.loaded(here, pixels * vectors))]
@@ -158,7 +174,7 @@ class _Tail:
         with w.loop(0, size, w.lanes) as x:
             for channel in range(self.head_channels):
                 values = w.gather(w.at(sums, w.times(x, w.lanes), channel), w.lanes)
-                w.store(w.sigmoid(values), w.at(out, w.times(row, size), x, channel * size * size))
+                w.store_floats(w.sigmoid(values), out, w.plus(w.plus(w.times(row, size), x), channel * size * size))
 
 
 @dataclass(frozen=True)
@@ -182,24 +198,19 @@ class _UpPlan:
         """Write the kernel."""
         w = RowWriter(processor, self.maps)
         low_map, skip_map, out = w.maps
-        first_x = w.at_least(w.plus(w.begin, -1), 0)
-        first = w.plus(first_x, -1)
         low = _map(w, low_map, self.size // 2, w.whole(self.low.inputs))
         skip = _map(w, skip_map, self.size, w.whole(self.skip.inputs) if self.skip_padded else self.skip.inputs)
-        expanded = w.padded(self.skip.vectors, self.size, first, self._expansion(w, low, skip, first))
-        self.tail.write(w, expanded, first_x, self.size, out)
+        expanded = w.padded(self.skip.vectors, self.size, self._expansion(w, low, skip))
+        self.tail.write(w, expanded, self.size, out)
         return w
 
-    def _expansion(self, w: RowWriter, low: Pixels, skip: Pixels, first: Value) -> Callable[[Value, Value, int], None]:
-        """Writes how a row of the expanded map is made, from ``first`` on: the skip's share and the upsampled low's."""
+    def _expansion(self, w: RowWriter, low: Pixels, skip: Pixels) -> Callable[[Value, Value, int], None]:
+        """Writes how a row of the expanded map is made: the skip's share and the upsampled low's."""
         half, together = self.size // 2, self.skip.together
         plane = half * w.lanes
         low_row = w.kept(2, self.low.vectors * plane)
         mixed = w.scratch(together * plane)
-        need = w.on_demand(
-            self._place(w, w.at_least(first, 0)),
-            lambda row: w.expand(low, row, self.low, half, low_row(row), plane, relu=False),
-        )
+        need = w.on_demand(0, lambda row: w.expand(low, row, self.low, half, low_row(row), plane, relu=False))
 
         def make(row: Value, target: Value, out_plane: int) -> None:
             above = self._place(w, row)
@@ -228,7 +239,7 @@ class _UpPlan:
         return make
 
     def _place(self, w: RowWriter, row_or_column: Value) -> Value:
-        return w.load_index(w.at(w.constant(self.places), row_or_column))
+        return w.load_index(w.constant(self.places), row_or_column)
 
 
 @dataclass(frozen=True)
@@ -246,17 +257,15 @@ class _FirstPlan:
         """Write the kernel."""
         w = RowWriter(processor, self.maps)
         image_map, hidden_map, out = w.maps
-        first_x = w.at_least(w.plus(w.begin, -1), 0)
-        first = w.plus(w.times(first_x, 2), -1)
         size = 2 * self.size
         image = Pixels(lambda row: w.at(image_map, w.times(row, size)), 1, size * size)
-        hidden = self._hidden(w, image, hidden_map, size, w.at_least(first, 0))
-        self.tail.write(w, w.expanded(hidden, self.expand, size, first), first_x, self.size, out)
+        hidden = self._hidden(w, image, hidden_map, size)
+        self.tail.write(w, w.expanded(hidden, self.expand, size), self.size, out)
         return w
 
-    def _hidden(self, w: RowWriter, image: Pixels, out: Value, size: int, first: Value) -> Pixels:
-        """What the first block makes, its rows from ``first`` on."""
-        expanded = w.expanded(image, self.expand_image, size, w.plus(first, -1))
+    def _hidden(self, w: RowWriter, image: Pixels, out: Value, size: int) -> Pixels:
+        """What the first block makes."""
+        expanded = w.expanded(image, self.expand_image, size)
         channels, pixels = self.depthwise.channels, w.convolved(size)
         hidden = _map(w, out, size, channels)
 
@@ -268,22 +277,41 @@ class _FirstPlan:
                         at = w.at(hidden.row(row), w.times(x, channels), p * channels + vector * w.lanes)
                         w.store(value, at, channels - vector * w.lanes)
 
-        return replace(hidden, need=w.on_demand(first, make))
+        return replace(hidden, need=w.on_demand(0, make))
+
+
+@dataclass(frozen=True)
+class _DownPlan:
+    """The code of :func:`down_level`."""
+
+    size: int
+    expand: Pointwise
+    tail: _Tail
+    maps: int = 2
+
+    def write(self, processor: Processor) -> RowWriter:
+        """Write the kernel."""
+        w = RowWriter(processor, self.maps)
+        source, out = w.maps
+        size = 2 * self.size
+        x = _map(w, source, size, w.whole(self.expand.inputs))
+        self.tail.write(w, w.expanded(x, self.expand, size), self.size, out)
+        return w
 
 
 def _tail(constants: Constants, layers: Sequence[nn.Conv2d], head: nn.Conv2d | None) -> _Tail:
     depthwise, project, expand, depthwise_again, project_again = layers
-    matrix, bias, of_x = _matrix(project_again), project_again.bias, None
+    matrix, bias, of_x = matrix_of(project_again), project_again.bias, None
     if head is not None:
         assert bias is not None and head.bias is not None
-        outer = _matrix(head)
+        outer = matrix_of(head)
         of_x = constants.pointwise(outer, outer @ bias + head.bias)
         matrix, bias = outer @ matrix, None
     return _Tail(
         constants.depthwise(depthwise),
-        constants.projection(_matrix(project), project.bias),
+        constants.projection(matrix_of(project), project.bias),
         project.out_channels,
-        constants.pointwise(_matrix(expand), expand.bias),
+        constants.pointwise(matrix_of(expand), expand.bias),
         constants.depthwise(depthwise_again),
         constants.projection(matrix, bias),
         of_x,
@@ -310,11 +338,3 @@ def _upsampling(size: int) -> tuple[Tensor, Tensor]:
     source = np.float32((half - 1) / (size - 1)) * np.arange(size, dtype=np.float32)
     place = np.minimum(source.astype(np.int32), half - 2)
     return torch.from_numpy(place), torch.from_numpy(source - place.astype(np.float32))
-
-
-def _convolutions(layers: nn.Module) -> list[nn.Conv2d]:
-    return [layer for layer in layers.modules() if isinstance(layer, nn.Conv2d)]
-
-
-def _matrix(layer: nn.Conv2d) -> Tensor:
-    return layer.weight[:, :, 0, 0]

@@ -25,7 +25,7 @@ def to_nv12_llvm(frames: Tensor, nv12: Tensor) -> Tensor:
     height, width = frames.shape[1:3]
     kernel = _kernel(width, height)
     for frame, out in zip(frames, nv12, strict=True):
-        kernel([frame, out], None, 0, height // 2)
+        kernel([frame, out])
     return nv12
 
 
@@ -36,7 +36,7 @@ def _kernel(width: int, height: int) -> Kernel:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The code: ``begin`` and ``end`` are rows of 2×2 cells."""
+    """The code."""
 
     width: int
     height: int
@@ -47,7 +47,7 @@ class _Plan:
         w = Writer(processor, self.maps)
         frame, out = w.maps
         luma_weights, *chroma_weights = yuv_weights()
-        with w.loop(w.begin, w.end) as row, w.loop(0, self.width, _PIXELS) as start:
+        with w.loop(0, self.height // 2) as row, w.loop(0, self.width, _PIXELS) as start:
             x = w.at_most(start, self.width - _PIXELS)  # the last ones once more, if the width is no multiple
             sums = None
             for below in range(2):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from gpupipe.kernels.common_llvm import LINE, Value, Writer
+from gpupipe.kernels.common_llvm import LINE, Processor, Value, Writer
 
 _TAPS = 9
 
@@ -41,15 +41,23 @@ class Pointwise:
         inputs: channels.
         vectors: of what it makes.
         together: vectors that are made at once.
-        matrix: (vectors / together, inputs, together, lanes).
+        pairs: the sums over even and over odd inputs lie side by side, and are added in the end.
+        sums: vectors that a group is summed in: its own, and in pairs twice as many, without a second one of padding.
+        matrix: (vectors / together, inputs, together, lanes), or in pairs (…, inputs / 2, sums, lanes / 2, 2).
         bias: (vectors, lanes).
     """
 
     inputs: int
     vectors: int
     together: int
+    pairs: bool
+    sums: int
     matrix: int
     bias: int
+
+    def floats(self, lanes: int) -> int:
+        """Of the matrix, for one input and one group of vectors."""
+        return self.sums * lanes // (2 if self.pairs else 1)
 
 
 @dataclass(frozen=True)
@@ -67,27 +75,24 @@ class Depthwise:
 
 
 class Constants:
-    """Packs a kernel's constants, with channels padded with zeros to whole vectors.
+    """Packs a kernel's constants, with channels padded with zeros to whole vectors."""
 
-    Args:
-        lanes: of a vector.
-    """
-
-    def __init__(self, lanes: int) -> None:
-        self.lanes = lanes
+    def __init__(self, processor: Processor) -> None:
+        self.lanes = processor.lanes
+        self._dtype = processor.dtype
         self._tensors: list[Tensor] = []
         self._size = 0
 
     def joined(self) -> Tensor:
-        """All of them: float32 (N,)."""
+        """All of them: floats (N,)."""
         return torch.cat(self._tensors)
 
     def add(self, values: Tensor) -> int:
-        """Add floats, as float32, or integers, as int32; return their offset in floats."""
+        """Add floats, or integers, as int32; return their offset in floats."""
         offset = self._size
-        values = values.detach().to("cpu", torch.float32 if values.is_floating_point() else torch.int32)
-        flat = values.contiguous().reshape(-1).view(torch.float32)
-        self._tensors.append(pad(flat, (0, -len(flat) % LINE)))
+        values = values.detach().to("cpu", self._dtype if values.is_floating_point() else torch.int32)
+        flat = values.contiguous().reshape(-1).view(self._dtype)
+        self._tensors.append(pad(flat, (0, -len(flat) % (LINE // flat.itemsize))))
         self._size += len(self._tensors[-1])
         return offset
 
@@ -95,13 +100,24 @@ class Constants:
         """How many vectors hold so many channels."""
         return -(-channels // self.lanes)
 
-    def pointwise(self, matrix: Tensor, bias: Tensor | None) -> Pointwise:
-        """Weights (out, in) and bias (out,) of a 1×1 convolution; None is a bias of 0."""
-        inputs, vectors = matrix.shape[1], self.vectors(len(matrix))
+    def pointwise(self, matrix: Tensor, bias: Tensor | None, *, planar: bool = False) -> Pointwise:
+        """Weights (out, in) and bias (out,) of a 1×1 convolution; None is a bias of 0.
+
+        Args:
+            planar: the channels that it reads are not neighbours.
+        """
+        channels, inputs = matrix.shape
+        vectors = self.vectors(channels)
         together = _together(vectors)
-        bias = matrix.new_zeros(len(matrix)) if bias is None else bias
-        grouped = self._padded(matrix).view(vectors // together, together * self.lanes, inputs).transpose(1, 2)
-        return Pointwise(inputs, vectors, together, self.add(grouped), self.add(self._padded(bias)))
+        pairs = self._dtype == torch.float16 and inputs % 2 == 0 and not planar
+        bias = matrix.new_zeros(channels) if bias is None else bias
+        grouped = self._padded(matrix).view(vectors // together, together * self.lanes, inputs)
+        sums = together
+        if pairs:
+            sums = 1 if channels <= self.lanes // 2 else 2 * together
+            grouped = grouped[:, : sums * self.lanes // 2].unflatten(2, (-1, 2))
+        grouped = grouped.transpose(1, 2)
+        return Pointwise(inputs, vectors, together, pairs, sums, self.add(grouped), self.add(self._padded(bias)))
 
     def projection(self, matrix: Tensor, bias: Tensor | None) -> Pointwise:
         """As :meth:`pointwise`, of whole vectors of inputs."""
@@ -158,9 +174,9 @@ class RowWriter(Writer):
         """So many channels, padded to whole vectors."""
         return channels + -channels % self.lanes
 
-    def on_demand(self, first: Value, make: Callable[[Value], None]) -> Need:
+    def on_demand(self, first: int, make: Callable[[Value], None]) -> Need:
         """Has ``make`` write how a row is made; the rows are made in order, from ``first`` on. For one place of use."""
-        (following,) = self.variables([first])
+        (following,) = self.variables([self.index(first)])
 
         def need(row: Value) -> None:
             with self.if_not_above(self.get(following), row):
@@ -175,17 +191,16 @@ class RowWriter(Writer):
         base = self.scratch(slots * floats)
         return lambda row: self.at(base, self.times(self.modulo(self.plus(row, slots), slots), floats))
 
-    def expanded(self, source: Pixels, weights: Pointwise, size: int, first: Value) -> Expanded:
-        """A 1×1 convolution and ReLU of a map, its rows from ``first`` on."""
+    def expanded(self, source: Pixels, weights: Pointwise, size: int) -> Expanded:
+        """A 1×1 convolution and ReLU of a map."""
         return self.padded(
             weights.vectors,
             size,
-            first,
             lambda row, target, plane: self.expand(source, row, weights, size, target, plane),
         )
 
-    def padded(self, vectors: int, size: int, first: Value, make: Callable[[Value, Value, int], None]) -> Expanded:
-        """The three newest rows of an expanded map, from ``first`` on.
+    def padded(self, vectors: int, size: int, make: Callable[[Value, Value, int], None]) -> Expanded:
+        """The three newest rows of an expanded map, and one of zeros before and after it.
 
         Args:
             make: writes how a row is made, given its number, where it lies, and the floats of a plane.
@@ -203,7 +218,7 @@ class RowWriter(Writer):
                 with outside, self.loop(0, vectors * plane, self.lanes) as i:
                     self.store(zero, self.at(row_at(row), i))
 
-        return Expanded(lambda row: self.at(row_at(row), self.lanes), plane, self.on_demand(first, fill))
+        return Expanded(lambda row: self.at(row_at(row), self.lanes), plane, self.on_demand(-1, fill))
 
     def expand(
         self,
@@ -225,16 +240,20 @@ class RowWriter(Writer):
             begin_tile: None means the bias.
         """
         source.need(row)
-        together, pixels = weights.together, self._tile(size, weights.together)
+        together, pixels = weights.together, self.tile(size, weights.sums)
         origin = source.row(row)
         with self.loop(0, weights.vectors // together) as group:
             begin_group(group)
-            matrix = self.at(self.constant(weights.matrix), self.times(group, weights.inputs * together * self.lanes))
             bias = self.at(self.constant(weights.bias), self.times(group, together * self.lanes))
             out = self.at(target, self.times(group, together * plane))
             with self.loop(0, size, pixels) as x:
-                sums = begin_tile(x, pixels) if begin_tile else self.loaded(bias, together) * pixels
-                sums = self.product(sums, weights.inputs, self.reader(source, origin, x), matrix, together)
+                sums = self.product(
+                    lambda: begin_tile(x, pixels) if begin_tile else self.loaded(bias, together) * pixels,
+                    pixels,
+                    weights,
+                    self.reader(source, origin, x),
+                    group,
+                )
                 for i, value in enumerate(sums):
                     p, v = divmod(i, together)
                     at = self.at(out, self.times(x, self.lanes), v * plane + p * self.lanes)
@@ -276,12 +295,12 @@ class RowWriter(Writer):
             begin_tile: None means the bias.
         """
         source.need(self.plus(self.times(row, depthwise.stride), 1))
-        together, chunk = _together(depthwise.vectors), _largest_divisor(size, _CHUNK)
+        together, chunk = _together(depthwise.vectors), largest_divisor(size, _CHUNK)
         depth, outputs = together * self.lanes, weights.vectors
         buffer = self.scratch(chunk * depth)
         with self.loop(0, size, chunk) as first:
             here = self.at(target, self.times(first, outputs * self.lanes))
-            pixels = self._tile(chunk, outputs)
+            pixels = self.tile(chunk, outputs)
             with self.loop(0, chunk, pixels) as x:
                 if begin_tile is None:
                     sums = self.loaded(self.constant(weights.bias), outputs) * pixels
@@ -303,46 +322,65 @@ class RowWriter(Writer):
         self, source: Pixels, buffer: Value, group: Value, weights: Pointwise, depth: int, chunk: int, target: Value
     ) -> None:
         """Add the product of a group of ``depth`` channels to a chunk of pixels."""
-        together, pixels = weights.together, self._tile(chunk, weights.together)
-        width = together * self.lanes
+        together, pixels = weights.together, self.tile(chunk, weights.sums)
         with self.loop(0, weights.vectors // together) as part, self.loop(0, chunk, pixels) as x:
-            matrix = self.at(
-                self.constant(weights.matrix),
-                self.times(part, weights.inputs * width),
-                self.times(group, depth * width),
-            )
-            here = self.at(target, self.times(x, weights.vectors * self.lanes), self.times(part, width))
+            here = self.at(target, self.times(x, weights.vectors * self.lanes), self.times(part, together * self.lanes))
             places = [
                 self.at(here, (p * weights.vectors + v) * self.lanes) for p in range(pixels) for v in range(together)
             ]
-            sums = [self.load(place) for place in places]
-            sums = self.product(sums, depth, self.reader(source, buffer, x), matrix, together)
+            sums = self.product(
+                lambda: [self.load(place) for place in places],
+                pixels,
+                weights,
+                self.reader(source, buffer, x),
+                part,
+                self.times(group, depth),
+                depth,
+            )
             for place, value in zip(places, sums, strict=True):
                 self.store(value, place)
 
     def product(
-        self, sums: list[Value], depth: int, source: Callable[[Value, int], Value], matrix: Value, vectors: int
+        self,
+        begin: Callable[[], list[Value]],
+        pixels: int,
+        weights: Pointwise,
+        source: Callable[[Value, int], Value],
+        group: Value | int = 0,
+        first: Value | int = 0,
+        depth: int | None = None,
     ) -> list[Value]:
-        """sums[p · vectors + v] + Σ_k source(k, p) · matrix[k, v], for a tile of pixels p and some vectors v.
+        """sums[p, v] + Σ_k source(k, p) · matrix[first + k, v], for a tile of pixels p and the vectors v of a group.
 
         Args:
+            begin: loads the sums that it begins with.
             source: the pointer to a pixel's channel.
-            matrix: (depth, vectors, lanes).
+            first, depth: which of the matrix's inputs are read; by default all.
         """
-        variables = self.variables(sums)
-        unrolled = _largest_divisor(depth, _UNROLLED)
-        with self.loop(0, depth, unrolled) as first:
+        depth = depth or weights.inputs
+        step, broadcast = (2, self.broadcast_pair) if weights.pairs else (1, self.broadcast)
+        floats = weights.floats(self.lanes)
+        offset = self.plus(self.times(group, weights.inputs), first)
+        matrix = self.at(self.constant(weights.matrix), self.times(offset, floats))
+        unrolled = step * largest_divisor(depth // step, _UNROLLED)
+        variables = self.variables([self.splat(0.0)] * (pixels * weights.sums) if weights.pairs else begin())
+        with self.loop(0, depth, unrolled) as start:
             sums = [self.get(variable) for variable in variables]
-            for one in range(unrolled):
-                k = self.plus(first, one)
-                factors = self.loaded(self.at(matrix, self.times(k, vectors * self.lanes)), vectors)
-                for p in range(len(sums) // vectors):
-                    value = self.broadcast(source(k, p))
-                    for v, factor in enumerate(factors):
-                        sums[p * vectors + v] = self.multiply_add(value, factor, sums[p * vectors + v])
+            for one in range(0, unrolled, step):
+                k = self.plus(start, one)
+                factors = self.loaded(self.at(matrix, self.times(k, floats)), weights.sums)
+                for p in range(pixels):
+                    value = broadcast(source(k, p))
+                    for place, factor in enumerate(factors, start=p * weights.sums):
+                        sums[place] = self.multiply_add(value, factor, sums[place])
             for variable, value in zip(variables, sums, strict=True):
                 self.set(variable, value)
-        return [self.get(variable) for variable in variables]
+        sums = [self.get(variable) for variable in variables]
+        if not weights.pairs:
+            return sums
+        others = sums[1::2] if weights.sums > 1 else [self.splat(0.0)] * pixels
+        added = map(self.sums_of_pairs, sums[:: min(2, weights.sums)], others)
+        return [self.add(before, one) for before, one in zip(begin(), added, strict=True)]
 
     def reader(self, source: Pixels, row: Value, x: Value) -> Callable[[Value, int], Value]:
         """The pointer to channel k of the pixel p columns to the right of x."""
@@ -351,11 +389,11 @@ class RowWriter(Writer):
 
     def convolved(self, size: int) -> int:
         """Pixels that are convolved at once: their sums, and the pixels that they share, lie in registers."""
-        return _largest_divisor(size, 6 if self.processor.registers > 16 else 3)
+        return largest_divisor(size, 6 if self.processor.registers > 16 else 3)
 
-    def _tile(self, size: int, vectors: int) -> int:
+    def tile(self, size: int, vectors: int) -> int:
         """Pixels whose sums, of so many vectors each, fill the registers; some are left for factors."""
-        return _largest_divisor(size, max(1, (self.processor.registers - 4) // vectors))
+        return largest_divisor(size, max(1, (self.processor.registers - 4) // vectors))
 
     def loaded(self, pointer: Value, vectors: int) -> list[Value]:
         """So many vectors, one after another."""
@@ -367,5 +405,16 @@ def _together(vectors: int) -> int:
     return 1 if vectors % 2 else 2
 
 
-def _largest_divisor(of: int, most: int) -> int:
+def largest_divisor(of: int, most: int) -> int:
+    """The largest one of a number that is not above ``most``."""
     return max(n for n in range(1, most + 1) if of % n == 0)
+
+
+def convolutions(layers: nn.Module) -> list[nn.Conv2d]:
+    """All of a module's."""
+    return [layer for layer in layers.modules() if isinstance(layer, nn.Conv2d)]
+
+
+def matrix_of(layer: nn.Conv2d) -> Tensor:
+    """Of a 1×1 convolution: (out, in)."""
+    return layer.weight[:, :, 0, 0]

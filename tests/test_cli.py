@@ -43,6 +43,31 @@ def test_render_writes_a_video_with_sound_and_a_record(clip: dict[str, Path], tm
         assert len(container.streams.audio) == 1
 
 
+@pytest.mark.parametrize(
+    ("obstacle", "words", "told"),
+    [
+        (None, [], 1),
+        ("it is made of wood", [], 0),
+        (None, ["--json"], 0),
+        (None, ["--exact"], 0),
+        (None, ["--precision", "float32"], 0),
+        (None, ["--engine", "onnxruntime"], 0),
+    ],
+)
+def test_float16_is_suggested_where_a_cpu_computes_in_it_unless_one_chose(
+    obstacle: str | None,
+    words: list[str],
+    told: int,
+    clip: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "llvm_obstacle", lambda dtype: obstacle)
+    result = run(*render_words(clip, tmp_path / "out.mp4", "--device", "cpu", *words))
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("tip: --precision float16") == told
+
+
 @pytest.mark.parametrize("wrong", ["features", "template", "sound"])
 def test_inputs_are_looked_at_before_a_network_is_loaded(
     wrong: str, clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import run
 
-from gpupipe.engines import openvino_cpu, remembered
+from gpupipe.engines import llvm_cpu, openvino_cpu, remembered
 from gpupipe.models import UNet328
 
 
@@ -49,21 +49,22 @@ def test_doctor_does_not_query_a_broken_gpu(monkeypatch: pytest.MonkeyPatch) -> 
         (
             None,
             ["amx_bf16"],
-            "float32; bfloat16: openvino; int8: openvino, for checkpoints that gpupipe calibrate wrote",
+            "float32; float16: llvm; bfloat16: openvino; int8: openvino, for checkpoints that gpupipe calibrate wrote",
         ),
         (
             None,
             ["avx512_bf16"],
-            "float32; bfloat16: openvino, slower than float32 where it was tried without AMX; int8: openvino, for"
-            " checkpoints that gpupipe calibrate wrote",
+            "float32; float16: llvm; bfloat16: openvino, slower than float32 where it was tried without AMX; int8:"
+            " openvino, for checkpoints that gpupipe calibrate wrote",
         ),
-        ("it is made of wood", [], "float32; bfloat16: no, it is made of wood; int8: no, it is made of wood"),
+        ("wood", [], "float32; float16: no, wood; bfloat16: no, wood; int8: no, wood"),
     ],
 )
 def test_doctor_reports_which_precisions_run(
     obstacle: str | None, flags: list[str], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openvino_cpu, "obstacle", lambda dtype: obstacle)
+    for module, name in ((openvino_cpu, "obstacle"), (llvm_cpu, "llvm_obstacle")):
+        monkeypatch.setattr(module, name, lambda dtype: obstacle)
     monkeypatch.setattr("gpupipe.doctor.processor_flags", lambda: flags)
     facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
     assert facts["render"]["precision"] == told

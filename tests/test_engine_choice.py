@@ -31,7 +31,6 @@ from gpupipe.engines.eager import EagerEngine
 from gpupipe.errors import DeviceError, DeviceLostError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.kernels import dispatch
-from gpupipe.lanes import Lanes
 from gpupipe.models import UNet328
 from gpupipe.versions import versions
 
@@ -110,7 +109,6 @@ def test_figures_of_one_precision_leave_another_s_alone(network: UNet328) -> Non
 @pytest.mark.parametrize(
     ("name", "other"),
     [
-        ("cpu_lanes", lambda: Lanes(number=1, threads=977)),
         ("device_name", lambda device: "another CPU"),
         ("versions", lambda: versions() | {"gpupipe": "0"}),
         ("versions", lambda: versions() | {"torch": "0"}),
@@ -118,7 +116,7 @@ def test_figures_of_one_precision_leave_another_s_alone(network: UNet328) -> Non
         ("versions", lambda: versions() | {"onnxruntime": "0"}),
         ("versions", lambda: versions() | {"openvino": "0"}),
     ],
-    ids=["threads", "device", "gpupipe", "torch", "llvmlite", "onnxruntime", "openvino"],
+    ids=["device", "gpupipe", "torch", "llvmlite", "onnxruntime", "openvino"],
 )
 def test_auto_measures_again_on_another_machine(
     network: UNet328, name: str, other: Callable[..., object], timed: dict[str, float], monkeypatch: pytest.MonkeyPatch

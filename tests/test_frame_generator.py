@@ -17,7 +17,6 @@ from gpupipe import FrameGenerator, InputError, OutputError, SpeechFeatures, Tem
 from gpupipe.avatar import Avatar
 from gpupipe.benchmarks import reference_loop as reference
 from gpupipe.fallbacks import fallbacks
-from gpupipe.lanes import Lanes
 from gpupipe.models import MODES, Mode
 from gpupipe.shots import Piece
 from gpupipe.video.decode import read_images
@@ -113,7 +112,7 @@ def test_template_s_half_runs_once_a_template_frame(
     tiny_model: MakeModel, template: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one lane: two lanes that reach a frame at the same time both compute it, which is wasteful but right."""
-    monkeypatch.setattr("gpupipe.shots.cpu_lanes", lambda: Lanes(1, 1))
+    monkeypatch.setattr("gpupipe.lanes.available_cores", lambda: 1)
     engine = tiny_model().engine
     encode, seen = engine.encode, []
 

@@ -1,4 +1,4 @@
-"""The LLVM kernels: levels against the modules that they are made from, and what kernels are made of."""
+"""The LLVM kernels: levels and depths against the modules that they are made from, and what kernels are made of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,26 +20,38 @@ if reason := dispatch.llvm_obstacle():
 
 import llvmlite.binding as llvm
 
-from gpupipe.kernels import common_llvm, levels_llvm
+from gpupipe.kernels import common_llvm, levels_llvm, maps_llvm
 from gpupipe.kernels.common_llvm import Kernel, Processor, Writer, this_processor
-from gpupipe.kernels.levels_llvm import Level, first_level, up_level
+from gpupipe.kernels.levels_llvm import Level, down_level, first_level, up_level
+from gpupipe.kernels.maps_llvm import speech_depths, template_depths
+from gpupipe.models import MODES, Mode
 from gpupipe.models.hoisted import SpeechHalf, TemplateHalf
 
-BOUND = 1e-5
-"""Allowed difference, as a share of the largest value: float32 rounding."""
+BOUND = {torch.float32: 1e-5, torch.float16: 1e-2}
+"""Allowed difference by type, as a share of the largest value: rounding."""
 
 MARGIN = 64
 """Floats around a tensor that no kernel may touch."""
 
 
 def processors() -> list[Processor]:
-    """This one, and what else it can run: with vectors half as long, and fewer of them."""
-    here = this_processor()
-    older = [Processor("haswell", "", 8, 16)] if here.lanes == 16 else []
-    return [here, *older]
+    """This one, and what else it can run: with vectors half as long, and fewer of them; in float16, too, for which an
+    older one is compiled to compute in float32 and round."""
+    found = [this_processor()]
+    if found[0].lanes == 16:
+        found.append(Processor("haswell", "", 8, 16))
+    if this_processor(torch.float16).lanes:
+        found.append(this_processor(torch.float16))
+    elif found[0].lanes > 4:
+        found.append(Processor("haswell", "", 16, 16, torch.float16))
+    return found
 
 
-@pytest.fixture(scope="module", params=processors(), ids=lambda processor: f"{processor.lanes} lanes")
+def named(processor: Processor) -> str:
+    return f"{processor.lanes} {str(processor.dtype).removeprefix('torch.')}"
+
+
+@pytest.fixture(scope="module", params=processors(), ids=named)
 def processor(request: pytest.FixtureRequest) -> Processor:
     return request.param
 
@@ -51,12 +62,12 @@ def halves(request: pytest.FixtureRequest) -> tuple[TemplateHalf, SpeechHalf]:
     return TemplateHalf(network).eval(), SpeechHalf(network).eval()
 
 
-def guarded(shape: Sequence[int], value: float = float("nan")) -> tuple[Tensor, Callable[[], None]]:
-    """A tensor of a value, and what fails if anything was written beside it."""
+def guarded(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Callable[[], None]]:
+    """A tensor of NaN, and what fails if anything was written beside it."""
     size = torch.Size(shape).numel()
-    memory = torch.full((size + 2 * MARGIN,), 7.0)
+    memory = torch.full((size + 2 * MARGIN,), 7.0, dtype=dtype)
     inside = memory[MARGIN:-MARGIN].view(shape)
-    inside.fill_(value)
+    inside.fill_(float("nan"))
 
     def check() -> None:
         assert (memory[:MARGIN] == 7).all() and (memory[-MARGIN:] == 7).all()
@@ -64,33 +75,35 @@ def guarded(shape: Sequence[int], value: float = float("nan")) -> tuple[Tensor, 
     return inside, check
 
 
-def run(level: Level, inputs: Sequence[Tensor], bands: int = 1) -> list[Tensor]:
-    """What a level makes, a band of rows at a time, the last first."""
-    outputs, checks = zip(*(guarded(shape) for shape in level.shapes), strict=True)
-    edges = [level.size * band // bands for band in range(bands + 1)]
-    for begin, end in reversed([*pairwise(edges)]):
-        scratch, check = guarded((level.kernel.scratch_floats,))
-        level.kernel([*inputs, *outputs], scratch, begin, end)
-        check()
-    for check in checks:
-        check()
+def run(level: Level, inputs: Sequence[Tensor], *, mouth: bool = False) -> list[Tensor]:
+    """What a level makes."""
+    dtype = torch.float32 if mouth else inputs[0].dtype
+    outputs, checks = zip(*(guarded(shape, dtype) for shape in level.shapes), strict=True)
+    scratch, check = guarded((level.kernel.scratch_bytes // 2,), torch.float16)
+    level.kernel([*inputs, *outputs], scratch)
+    for check_one in (check, *checks):
+        check_one()
     return list(outputs)
 
 
-def stored(planar: Tensor, lanes: int) -> Tensor:
+def stored(planar: Tensor, processor: Processor, *, padded: bool = True) -> Tensor:
     """(1, C, H, W) as kernels take it: (H, W, C padded), the padding full of what must not matter."""
-    pixels = planar[0].permute(1, 2, 0)
-    zeros = -pixels.shape[-1] % lanes
+    pixels = planar[0].permute(1, 2, 0).to(processor.dtype)
+    zeros = -pixels.shape[-1] % processor.lanes if padded else 0
     return nn.functional.pad(pixels, (0, zeros), value=float("nan")).contiguous()
+
+
+def near(found: Tensor, expected: Tensor) -> bool:
+    """Whether maps are the same up to rounding."""
+    largest = float(expected.abs().max())
+    assert largest > 0.01, "it must make something"
+    return bool((found.float() - expected).abs().max() <= BOUND[found.dtype] * max(largest, 1))
 
 
 def close(found: Tensor, planar: Tensor) -> bool:
     """Whether a padded map is what a module made, its padding 0."""
     expected, channels = planar[0].permute(1, 2, 0), planar.shape[1]
-    largest = float(expected.abs().max())
-    assert largest > 0.01, "it must make something"
-    right = (found[..., :channels] - expected).abs().max() <= BOUND * max(largest, 1)
-    return bool(right) and bool((found[..., channels:] == 0).all())
+    return near(found[..., :channels], expected) and bool((found[..., channels:] == 0).all())
 
 
 def noise(*shape: int) -> Tensor:
@@ -102,37 +115,67 @@ def noise(*shape: int) -> Tensor:
 def test_a_level_of_the_decoder(name: str, size: int, halves: tuple[object, SpeechHalf], processor: Processor) -> None:
     up = getattr(halves[1], name)
     low, skip = noise(1, up.low.in_channels, size // 2, size // 2), noise(1, up.skip.in_channels, size, size)
-    level = up_level(up, size, skip_padded=True, processor=processor)
-    inputs = [stored(low, processor.lanes), stored(skip, processor.lanes)]
-    (found,) = run(level, inputs)
+    read = stored(low, processor)
+    (found,) = run(up_level(up, size, processor=processor), [read, stored(skip, processor)])
     assert close(found, up(low, skip))
     assert not close(found, up(low, skip.flip(2)))
     assert not close(found, up(low.flip(3), skip))
-    for bands in (2, 3):
-        assert torch.equal(*run(level, inputs, bands), found)
-    assert torch.equal(*run(up_level(up, size, processor=processor), [inputs[0], stored(skip, 1)]), found), "not padded"
+    level = up_level(up, size, skip_padded=False, processor=processor)
+    assert torch.equal(*run(level, [read, stored(skip, processor, padded=False)]), found)
+
+
+@pytest.mark.parametrize(("name", "size"), [("down2", 10), ("down3", 21), ("down4", 20)])
+@torch.no_grad()
+def test_a_level_of_the_encoder(
+    name: str, size: int, halves: tuple[TemplateHalf, object], processor: Processor
+) -> None:
+    down = getattr(halves[0], name)
+    x = noise(1, next(down.parameters()).shape[1], 2 * size, 2 * size)
+    (found,) = run(down_level(down, size, processor=processor), [stored(x, processor)])
+    assert close(found, down(x))
+    assert not close(found, down(x.flip(2)))
+
+
+@torch.no_grad()
+def test_the_encoder_s_depths(halves: tuple[TemplateHalf, object], processor: Processor) -> None:
+    template = halves[0]
+    x5 = noise(1, next(template.down5.parameters()).shape[1], 20, 20)
+    (found,) = run(template_depths(template, processor=processor), [stored(x5, processor)])
+    assert close(found, template.bottleneck(template.down5(x5)))
+    assert not close(found, template.bottleneck(template.down5(x5.flip(3))))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_the_speech_s_depths(mode: Mode, processor: Processor) -> None:
+    """Channels at width 3/8 are summed in one block of inputs, in two, and in more."""
+    speech = SpeechHalf(seeded_network(mode, width=3 / 8)).eval()
+    audio, bottleneck = noise(1, *speech.audio_shape), noise(1, speech.audio_expand.out_channels, 10, 10)
+    level = speech_depths(speech, processor=processor)
+    (found,) = run(level, [stored(audio, processor), stored(bottleneck, processor)])
+    assert close(found, speech.deepest(bottleneck, audio))
+    assert not close(found, speech.deepest(bottleneck.flip(2), audio))
+    assert not close(found, speech.deepest(bottleneck, audio.flip(2)))
 
 
 @torch.no_grad()
 def test_the_upsampling_aligns_corners(halves: tuple[object, SpeechHalf]) -> None:
-    up, lanes = copy.deepcopy(halves[1].up3), this_processor().lanes
+    up, here = copy.deepcopy(halves[1].up3), this_processor()
     low, skip = noise(1, up.low.in_channels, 20, 20), noise(1, up.skip.in_channels, 40, 40)
-    (found,) = run(up_level(up, 40), [stored(low, lanes), stored(skip, 1)])
+    (found,) = run(up_level(up, 40), [stored(low, here), stored(skip, here)])
     up.up.align_corners = False
     assert not close(found, up(low, skip))
 
 
 @torch.no_grad()
 def test_the_last_level_makes_the_mouth(halves: tuple[object, SpeechHalf], processor: Processor) -> None:
-    up, head, size = halves[1].up5, halves[1].outc.conv, 48
+    up, head, size = halves[1].up5, halves[1].outc.conv, 64
     low, skip = noise(1, up.low.in_channels, size // 2, size // 2), noise(1, up.skip.in_channels, size, size)
-    level = up_level(up, size, head=head, processor=processor)
-    inputs = [stored(low, processor.lanes), skip[0].permute(1, 2, 0).contiguous()]
-    (found,) = run(level, inputs)
-    mouth = torch.sigmoid(head(up(low, skip)))[0]
-    assert (found - mouth).abs().max() <= BOUND
-    assert (found - mouth.flip(0)).abs().max() > 100 * BOUND, "its channels differ"
-    assert torch.equal(*run(level, inputs, bands=5), found)
+    level = up_level(up, size, skip_padded=False, head=head, processor=processor)
+    (found,) = run(level, [stored(low, processor), stored(skip, processor, padded=False)], mouth=True)
+    mouth, bound = torch.sigmoid(head(up(low, skip)))[0], BOUND[processor.dtype]
+    assert (found - mouth).abs().max() <= bound
+    assert (found - mouth.flip(0)).abs().max() > 10 * bound, "its channels differ"
 
 
 @torch.no_grad()
@@ -142,12 +185,11 @@ def test_the_first_level_makes_what_the_first_block_makes_too(
     template, size = halves[0], 24
     image = noise(1, 6, 2 * size, 2 * size)
     level = first_level(template.hidden, template.down1, size, processor=processor)
-    hidden, x2 = run(level, [image[0]])
+    hidden, x2 = run(level, [image[0].to(processor.dtype)])
     expected = template.hidden(image)
-    assert (hidden - expected[0].permute(1, 2, 0)).abs().max() <= BOUND
+    assert near(hidden, expected[0].permute(1, 2, 0))
     assert close(x2, template.down1(expected))
-    for again, once in zip(run(level, [image[0]], bands=4), (hidden, x2), strict=True):
-        assert torch.equal(again, once)
+    assert not close(x2, template.down1(expected.flip(2)))
 
 
 @torch.no_grad()
@@ -162,18 +204,23 @@ def test_a_wrong_number_is_seen_as_such(halves: tuple[TemplateHalf, object]) -> 
     )
 
 
+X86, ARM = ("x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu")
+ZMM, YMM, Q = (r"%zmm\d+, -?\d*\(%rsp\)", r"%ymm\d+, -?\d*\(%rsp\)", r"st[rp]\tq.*\[sp")
 MACHINES = {
-    "AVX-512": ("x86_64-unknown-linux-gnu", Processor("sapphirerapids", "", 16, 32), r"%zmm\d+, -?\d*\(%rsp\)", 0),
-    "AVX2": ("x86_64-unknown-linux-gnu", Processor("haswell", "", 8, 16), r"%ymm\d+, -?\d*\(%rsp\)", 6),
-    "NEON": ("aarch64-unknown-linux-gnu", Processor("neoverse-v1", "+neon", 4, 32), r"st[rp]\tq.*\[sp", 3),
+    "AVX-512": (X86, Processor("sapphirerapids", "", 16, 32), ZMM, 0),
+    "AVX512-FP16": (X86, Processor("sapphirerapids", "", 32, 32, torch.float16), ZMM, 3),
+    "AVX2": (X86, Processor("haswell", "", 8, 16), YMM, 6),
+    "NEON": (ARM, Processor("neoverse-v1", "+neon", 4, 32), Q, 3),
+    "NEON, float16": (ARM, Processor("neoverse-v1", "+neon,+fullfp16", 8, 32, torch.float16), Q, 4),
 }
 """Machines to compile for: triple, processor, how a vector is written to the stack, and how often that may be.
 
-Taps of depthwise convolutions may go there, once a row: sixteen registers do not hold them beside the sums."""
+Outside the loops over channels: taps of depthwise convolutions, which sixteen registers do not hold beside the sums,
+and what sums in pairs are added to."""
 
 
 @pytest.mark.parametrize("name", MACHINES)
-@pytest.mark.parametrize("level", ["first", "up4"])
+@pytest.mark.parametrize("level", ["first", "up4", "depths"])
 def test_sums_stay_in_registers(name: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At full width; and nothing is called, as the C library's fma would be where the processor has none."""
     triple, processor, spill, most = MACHINES[name]
@@ -181,14 +228,17 @@ def test_sums_stay_in_registers(name: str, level: str, monkeypatch: pytest.Monke
     llvm.initialize_all_asmprinters()
     target = llvm.Target.from_triple(triple).create_target_machine(processor.name, processor.features, jit=True)
     network, plans = seeded_network(width=1), []
-    monkeypatch.setattr(levels_llvm, "Kernel", lambda plan, *_: plans.append(plan))
+    for module in (levels_llvm, maps_llvm):
+        monkeypatch.setattr(module, "Kernel", lambda plan, *_: plans.append(plan))
 
     def assembled(processor: Processor) -> str:
+        template = TemplateHalf(network)
         if level == "first":
-            template = TemplateHalf(network)
             first_level(template.hidden, template.down1, 160, processor=processor)
+        elif level == "depths":
+            template_depths(template, processor=processor)
         else:
-            up_level(SpeechHalf(network).up4, 160, skip_padded=True, processor=processor)
+            up_level(SpeechHalf(network).up4, 160, processor=processor)
         return target.emit_assembly(common_llvm._improved(plans[-1].write(processor).finish(), target))
 
     assembly = assembled(processor)
@@ -200,15 +250,16 @@ def test_sums_stay_in_registers(name: str, level: str, monkeypatch: pytest.Monke
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """A kernel of one stage: the sigmoid of ``end`` vectors."""
+    """A kernel of one stage: the sigmoid of so many values."""
 
+    size: int
     maps: int = 2
 
     def write(self, processor: Processor) -> Writer:
         w = Writer(processor, self.maps)
         source, target = w.maps
-        with w.loop(w.begin, w.end) as i:
-            w.store(w.sigmoid(w.load(w.at(source, w.times(i, w.lanes)))), w.at(target, w.times(i, w.lanes)))
+        with w.loop(0, self.size, w.lanes) as i:
+            w.store_floats(w.sigmoid(w.load(w.at(source, i))), target, i)
         return w
 
 
@@ -227,16 +278,17 @@ class Transposed:
 
 def test_sigmoid(processor: Processor) -> None:
     values = torch.cat([torch.linspace(-120, 120, 3200 - 4), torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])])
+    values = values.to(processor.dtype)
     found, check = guarded(values.shape)
-    Kernel(Sigmoid(), torch.zeros(16), processor)([values, found], torch.zeros(16), 0, 3200 // processor.lanes)
+    Kernel(Sigmoid(len(values)), None, processor)([values, found])
     check()
-    torch.testing.assert_close(found, torch.sigmoid(values), rtol=1e-6, atol=1e-37, equal_nan=True)
+    torch.testing.assert_close(found, torch.sigmoid(values.float()), rtol=1e-6, atol=1e-37, equal_nan=True)
 
 
 def test_gathered_and_partly_stored(processor: Processor) -> None:
     lanes = processor.lanes
-    values, found = torch.arange(3 * lanes, dtype=torch.float32), torch.zeros(3, lanes)
-    Kernel(Transposed(), torch.zeros(16), processor)([values, found], torch.zeros(16), 0, 1)
+    values, found = torch.arange(3 * lanes, dtype=processor.dtype), torch.zeros(3, lanes, dtype=processor.dtype)
+    Kernel(Transposed(), None, processor)([values, found])
     expected = values.view(lanes, 3).T.clone()
     expected[:, -2:] = 0
     assert torch.equal(found, expected)
@@ -259,8 +311,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 def sigmoid_of_one() -> float:
     found = torch.zeros(16)
-    kernel = Kernel(Sigmoid(), torch.zeros(16), this_processor())
-    kernel([torch.ones(16), found], torch.zeros(16), 0, 1)
+    Kernel(Sigmoid(16), None, this_processor())([torch.ones(16), found])
     return round(float(found[0]), 4)
 
 
@@ -296,17 +347,19 @@ def test_kernels_work_where_nothing_can_be_kept(
 
 
 @pytest.mark.parametrize(
-    ("features", "lanes"),
+    ("features", "lanes", "float16_lanes"),
     [
-        ({"avx512f": True, "avx2": True, "fma": True}, 16),
-        ({"avx512f": False, "avx2": True, "fma": True}, 8),
-        ({"avx2": True, "fma": False}, 0),
-        ({"neon": True}, 4),
-        ({}, 0),
+        ({"avx512f": True, "avx2": True, "fma": True, "avx512fp16": True}, 16, 32),
+        ({"avx512f": True, "avx2": True, "fma": True, "avx512fp16": False}, 16, 0),
+        ({"avx512f": False, "avx2": True, "fma": True}, 8, 0),
+        ({"avx2": True, "fma": False}, 0, 0),
+        ({"neon": True}, 4, 0),
+        ({"neon": True, "fullfp16": True}, 4, 8),
+        ({}, 0, 0),
     ],
 )
 def test_vectors_are_as_long_as_the_processor_s(
-    features: dict[str, bool], lanes: int, monkeypatch: pytest.MonkeyPatch
+    features: dict[str, bool], lanes: int, float16_lanes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Features(dict[str, bool]):
         def flatten(self) -> str:
@@ -315,8 +368,13 @@ def test_vectors_are_as_long_as_the_processor_s(
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: Features(features))
     monkeypatch.setattr(common_llvm, "this_processor", common_llvm.this_processor.__wrapped__)
     assert common_llvm.this_processor().lanes == lanes
+    assert common_llvm.this_processor(torch.float16).lanes == float16_lanes
     told = dispatch.llvm_obstacle.__wrapped__()
     assert told == (None if lanes else "this processor has none of AVX-512, AVX2 with FMA, and NEON")
+    told = dispatch.llvm_obstacle.__wrapped__(torch.float16)
+    assert told == (
+        None if float16_lanes else "this processor does not compute in float16, as with AVX512-FP16 or NEON"
+    )
 
 
 def test_without_llvm_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ from typing import get_args
 import torch
 
 from gpupipe.device import require_alive
-from gpupipe.engines import openvino_cpu
 from gpupipe.engines.base import ENGINES, Engine, EngineName, Precision
 from gpupipe.engines.declared import DECLARED, candidates, contenders
 from gpupipe.engines.measure import fastest, measure
@@ -19,6 +18,9 @@ from gpupipe.fallbacks import note_fallback
 from gpupipe.models.unet328 import UNet328
 
 logger = logging.getLogger(__name__)
+
+LOWER_ON_CPU: dict[Precision, EngineName] = {"float16": "llvm", "bfloat16": "openvino", "int8": "openvino"}
+"""Precisions that a CPU may have instructions for, and the engine that uses them."""
 
 
 def make_engine(
@@ -35,9 +37,9 @@ def make_engine(
         engine: one of :data:`~gpupipe.engines.base.ENGINES`; ``"auto"`` measures once for each device, network shape,
             precision and set of versions, and remembers. If only one engine is eligible, it is used without measuring.
         exact: float32 arithmetic with TF32 off.
-        precision: of weights and activations; None means float32 on a CPU or with ``exact``, else float16. bfloat16
-            runs on a CPU, too, and int8 only there, if the CPU has instructions for it and OpenVINO is installed; int8
-            needs a network with ``input_channels``.
+        precision: of weights and activations; None means float32 on a CPU or with ``exact``, else float16. Less than
+            float32 needs a CPU with instructions for it, and bfloat16 and int8 OpenVINO there; int8 runs on CPUs only,
+            and needs a network with ``input_channels``.
 
     Raises:
         DeviceError: the engine does not run on ``device`` or at ``precision``, or its name is unknown.
@@ -88,8 +90,7 @@ def find_dtype(device: torch.device, *, exact: bool, precision: Precision | None
     dtype: torch.dtype = getattr(torch, precision)
     if precision == "int8" and device.type != "cpu":
         raise DeviceError(f"precision is {precision!r}; expected float32, float16 or bfloat16 on {device}")
-    if precision == "float16" and device.type == "cpu":
-        raise DeviceError(f"precision is {precision!r}; expected float32, bfloat16 or int8 on a CPU")
-    if precision in ("bfloat16", "int8") and device.type == "cpu" and (reason := openvino_cpu.obstacle(dtype)):
+    special = LOWER_ON_CPU.get(precision) if device.type == "cpu" else None
+    if special and (reason := DECLARED[special].obstacle(device, dtype)):
         raise DeviceError(f"precision is {precision!r}; expected float32 on this CPU: {reason}")
     return dtype

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from gpupipe.engines.base import Declaration, EngineName, Features
-from gpupipe.lanes import cpu_lanes
 from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import UNet328
 from gpupipe.onnx_export import export_halves
@@ -20,43 +19,41 @@ class OnnxRuntimeEngine:
     """ONNX Runtime on :mod:`gpupipe.models.blocked`.
 
     It runs frame by frame: a batch gains nothing on CPU cores, a frame's features are read where they lie, and with all
-    shapes fixed ONNX Runtime fuses the halves' additions into their convolutions.
-
-    Args:
-        threads: for one inference; None takes as many as a lane has (:mod:`gpupipe.lanes`).
+    shapes fixed ONNX Runtime fuses the halves' additions into their convolutions. Each frame is computed on one thread,
+    as many at once as there are callers.
     """
 
     name: EngineName = "onnxruntime"
 
-    def __init__(self, network: UNet328, *, threads: int | None = None) -> None:
+    def __init__(self, network: UNet328) -> None:
         self.device = torch.device("cpu")
         self.dtype = torch.float32
-        self._template, self._speech = (session(graph, threads) for graph in export_halves(network))
+        self._template, self._speech = map(_session, export_halves(network))
 
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`."""
-        return run_frames(self._template, [{"image": sample} for sample in samples_of(image)])
+        return _run_frames(self._template, [{"image": sample} for sample in _samples_of(image)])
 
     def decode(self, features: Features, index: Tensor, audio: Tensor) -> Tensor:
         """As :meth:`Engine.decode`."""
         arrays = {name: features[name].numpy() for name in TEMPLATE_FEATURES}
         inputs = [
             {"audio": window} | {name: value[i : i + 1] for name, value in arrays.items()}
-            for i, window in zip(index.tolist(), samples_of(audio), strict=True)
+            for i, window in zip(index.tolist(), _samples_of(audio), strict=True)
         ]
-        return run_frames(self._speech, inputs)["mouth"]
+        return _run_frames(self._speech, inputs)["mouth"]
 
 
-def session(graph: bytes, threads: int | None) -> onnxruntime.InferenceSession:
-    """A graph of fixed shapes, ready to run on as many threads as a lane has, or so many."""
+def _session(graph: bytes) -> onnxruntime.InferenceSession:
+    """A graph of fixed shapes, ready to run."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or cpu_lanes().threads
-    # Idle workers would spin on cores that decode and encode video at the same time.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
-def run_frames(session: onnxruntime.InferenceSession, samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
+def _run_frames(
+    session: onnxruntime.InferenceSession, samples: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, Tensor]:
     """The outputs of all samples by name, written where they are to stay.
 
     ONNX Runtime would return copies in NumPy's memory, whose 2 MB pages a virtual machine may have to ask its host for.
@@ -75,7 +72,7 @@ def run_frames(session: onnxruntime.InferenceSession, samples: Sequence[Mapping[
     return outputs
 
 
-def samples_of(batch: Tensor) -> list[np.ndarray]:
+def _samples_of(batch: Tensor) -> list[np.ndarray]:
     """The samples of a batch as float32 batches of one."""
     return [sample[None] for sample in batch.to("cpu", torch.float32).contiguous().numpy()]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpupipe.engines.base import Declaration, EngineName, Features, joined
-from gpupipe.lanes import Lanes, cpu_lanes
+from gpupipe.lanes import available_cores
 from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import UNet328
 from gpupipe.onnx_export import export_halves
@@ -28,7 +28,7 @@ _INT8_FLAGS = {"avx512_vnni", "avx_vnni"}
 
 
 class OpenVinoEngine:
-    """OpenVINO, frame by frame, with as many frames at once as there are lanes.
+    """OpenVINO, frame by frame, each on one thread, with as many frames at once as there are lanes.
 
     In bfloat16 it runs :mod:`gpupipe.models.blocked`: sums are accumulated in float32, and what follows the last layer
     is computed in it. In int8 it runs :mod:`gpupipe.models.int8`. Features are of that type, (L, H, W, channels),
@@ -36,23 +36,23 @@ class OpenVinoEngine:
 
     Args:
         dtype: bfloat16 or int8.
-        lanes: how many frames at once, and on how many threads each; None takes a render's (:mod:`gpupipe.lanes`).
+        lanes: how many frames at once; None means as many as a render computes (:mod:`gpupipe.lanes`).
     """
 
     name: EngineName = "openvino"
 
-    def __init__(self, network: UNet328, *, dtype: torch.dtype = torch.bfloat16, lanes: Lanes | None = None) -> None:
+    def __init__(self, network: UNet328, *, dtype: torch.dtype = torch.bfloat16, lanes: int | None = None) -> None:
         self.device = torch.device("cpu")
         int8 = dtype == torch.int8
         self.dtype = torch.float32 if int8 else dtype
         template, speech = export_halves(network, int8=int8)
         features = dict.fromkeys(TEMPLATE_FEATURES, dtype)
-        build = functools.partial(_Half, lanes=lanes or cpu_lanes(), floats=self.dtype)
+        build = functools.partial(_Half, lanes=lanes or available_cores(), floats=self.dtype)
         self._template = build(template, channels_last_in={"image": self.dtype}, channels_last_out=features)
         self._speech = build(speech, channels_last_in=features)
 
     def encode(self, image: Tensor) -> Features:
-        """As :meth:`Engine.encode`; fastest with a channels-last image of the engine's type."""
+        """As :meth:`Engine.encode`."""
         image = image.to("cpu", self.dtype).permute(0, 2, 3, 1).contiguous()
         rows = [self._template({"image": sample[None]}) for sample in image]
         return dict(zip(TEMPLATE_FEATURES, map(joined, zip(*rows, strict=True)), strict=True))
@@ -80,7 +80,7 @@ class _Half:
         self,
         graph: bytes,
         *,
-        lanes: Lanes,
+        lanes: int,
         floats: torch.dtype,
         channels_last_in: Mapping[str, torch.dtype],
         channels_last_out: Mapping[str, torch.dtype] | None = None,
@@ -101,8 +101,8 @@ class _Half:
             "CPU",
             {
                 "INFERENCE_PRECISION_HINT": types[floats],
-                "NUM_STREAMS": lanes.number,
-                "INFERENCE_NUM_THREADS": lanes.number * lanes.threads,
+                "NUM_STREAMS": lanes,
+                "INFERENCE_NUM_THREADS": lanes,
                 "ENABLE_CPU_PINNING": False,  # the same cores decode and encode video
             },
         )

@@ -14,7 +14,6 @@ from gpupipe.engines.declared import contenders, runnable
 from gpupipe.engines.measure import Figures
 from gpupipe.errors import OutputError
 from gpupipe.files import cache_folder, make_folder, replacing
-from gpupipe.lanes import cpu_lanes
 from gpupipe.models.unet328 import UNet328
 from gpupipe.versions import device_name, versions
 
@@ -66,11 +65,11 @@ def _read() -> dict[str, object]:
 def _key(network: UNet328, device: torch.device, dtype: torch.dtype) -> str:
     """Everything that a measurement depends on."""
     packages = versions()
-    lanes = f", {cpu_lanes().threads} threads" if device.type == "cpu" else f", batch {BATCH_SIZES['cuda']}"
+    batch = f", batch {BATCH_SIZES[device.type]}"
     names = (
         ("gpupipe", "torch", "llvmlite", "onnxruntime", "openvino")
         if device.type == "cpu"
         else ("gpupipe", "torch", "triton")
     )
-    parts = [device_name(device) + lanes, f"{network.mode}, width {network.width:g}", str(dtype).removeprefix("torch.")]
+    parts = [device_name(device) + batch, f"{network.mode}, width {network.width:g}", str(dtype).removeprefix("torch.")]
     return " | ".join(parts + [f"{name} {packages[name]}" for name in names])

@@ -1,4 +1,4 @@
-"""The engine for bfloat16 and int8 on CPUs: near the network, and unaffected by what runs beside it."""
+"""Less than float32 on CPUs: near the network, and unaffected by what runs beside it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from gpupipe.benchmarks.precision import sample, steps
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.calibration import compare
 from gpupipe.demo import BUNDLE
-from gpupipe.engines import Precision, make_engine, openvino_cpu
-from gpupipe.engines.declared import candidates
-from gpupipe.engines.openvino_cpu import OpenVinoEngine
+from gpupipe.engines import Engine, Precision, make_engine
+from gpupipe.engines.choice import LOWER_ON_CPU
+from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.errors import DeviceError
 from gpupipe.landmarks import crop_box, read_landmarks
-from gpupipe.lanes import Lanes, map_in_lanes
+from gpupipe.lanes import map_in_lanes
 from gpupipe.models import MODES, Mode, UNet328, load_unet
 from gpupipe.models.codes import measure_inputs
 from gpupipe.speech import SpeechEncoder
 
 CPU = torch.device("cpu")
-TRAINED = {"bfloat16": 48, "int8": 47}
+TRAINED = {"float16": 68, "bfloat16": 48, "int8": 47}
 """Smallest PSNR in dB against float32, on trained weights."""
+LEVELS = 58
+"""So much at most is asked of whole levels of 255: where half of them are rounded the other way, it is 51 dB."""
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "int8"], autouse=True)
+@pytest.fixture(scope="module", params=LOWER_ON_CPU, autouse=True)
 def precision(request: pytest.FixtureRequest) -> Precision:
-    if reason := openvino_cpu.obstacle(getattr(torch, request.param)):
-        pytest.skip(f"needs a CPU that multiplies {request.param}, and OpenVINO: {reason}")
+    if reason := DECLARED[LOWER_ON_CPU[request.param]].obstacle(CPU, getattr(torch, request.param)):
+        pytest.skip(f"{request.param} does not run here: {reason}")
     return request.param
 
 
@@ -44,28 +46,29 @@ def seeded(mode: Mode = "ave") -> UNet328:
 
 
 @pytest.fixture(scope="module")
-def engine(precision: Precision) -> OpenVinoEngine:
-    return OpenVinoEngine(seeded(), dtype=getattr(torch, precision), lanes=Lanes(2, 1))
+def engine(precision: Precision) -> Engine:
+    return DECLARED[LOWER_ON_CPU[precision]].build(seeded(), CPU, getattr(torch, precision))
 
 
 @torch.inference_mode()
 def test_trained_mouths_are_near_those_of_float32(precision: Precision) -> None:
     network = load_unet(BUNDLE / "unet.safetensors", "ave")
     image, audio = sample(4)
-    engine = OpenVinoEngine(network, dtype=getattr(torch, precision))
+    engine = make_engine(network, device=CPU, exact=False, precision=precision, engine=LOWER_ON_CPU[precision])
     found = engine.decode(engine.encode(image), torch.arange(4), audio) * 255
     exact = steps(network, image, audio)
     assert compare(found, exact)[0] >= TRAINED[precision]
     assert compare(found, exact.roll(1, dims=0))[0] < TRAINED[precision], "another frame's mouth"
-    assert compare(found, exact)[0] < 70, "it is rounded"
+    assert compare(found, exact)[0] < 80, "it is rounded"
 
 
 @pytest.mark.parametrize("mode", MODES)
 @torch.inference_mode()
 def test_engine_matches_the_network(mode: Mode, precision: Precision) -> None:
     network = seeded(mode)
-    engine = make_engine(network, device=CPU, exact=False, precision=precision, engine="openvino")
-    assert (engine.name, engine.dtype) == ("openvino", torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    engine = make_engine(network, device=CPU, exact=False, precision=precision, engine=LOWER_ON_CPU[precision])
+    assert engine.name == LOWER_ON_CPU[precision]
+    assert engine.dtype == (torch.float32 if precision == "int8" else getattr(torch, precision))
     image, audio = network_inputs(mode, 2)
     mouth = engine.decode(engine.encode(image), torch.arange(2), audio)
     expected = network(image, audio)
@@ -80,14 +83,14 @@ def test_engine_matches_the_network(mode: Mode, precision: Precision) -> None:
 
 
 @torch.inference_mode()
-def test_features_of_a_frame_serve_every_sound_in_every_lane(engine: OpenVinoEngine, precision: Precision) -> None:
+def test_features_of_a_frame_serve_every_sound_in_every_lane(engine: Engine, precision: Precision) -> None:
     """Bit for bit, whatever is cached, in the same batch, or running in another lane."""
     image, audio = network_inputs("ave", 3)
     features = engine.encode(image)
     assert all(len(value) == 3 and value.dtype == getattr(torch, precision) for value in features.values())
     alone = [engine.decode(engine.encode(image[i : i + 1]), torch.tensor([0]), audio[i : i + 1])[0] for i in range(3)]
     order = [2, 0, 1, 0] * 4
-    batches = map_in_lanes(lambda i: engine.decode(features, torch.tensor([i, 0]), audio[[i, 0]]), order, Lanes(2, 1))
+    batches = map_in_lanes(lambda i: engine.decode(features, torch.tensor([i, 0]), audio[[i, 0]]), order, 2)
     for i, batch in zip(order, batches, strict=True):
         assert torch.equal(batch, torch.stack([alone[i], alone[0]]))
     assert not torch.equal(alone[0], alone[1])
@@ -111,17 +114,17 @@ def test_frames_of_the_bundled_avatar(precision: Precision) -> None:
         inside[ymin:ymax, xmin:xmax] = True
         assert np.array_equal(one[~inside], other[~inside])
         psnr = compare(torch.from_numpy(one[inside]), torch.from_numpy(other[inside]))[0]
-        assert TRAINED[precision] <= psnr < float("inf")
+        assert min(TRAINED[precision], LEVELS) <= psnr < float("inf")
 
 
-def test_auto_takes_openvino_for_these_alone(
+def test_auto_takes_the_engine_that_is_made_for_it(
     precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path))
     assert candidates(CPU, torch.float32)[0].name == "llvm"
-    assert candidates(CPU, getattr(torch, precision))[0].name == "openvino"
+    assert candidates(CPU, getattr(torch, precision))[0].name == LOWER_ON_CPU[precision]
     model = UNetModel(BUNDLE / "unet.safetensors", device="cpu", precision=precision)
-    assert (model.engine.name, model.exact) == ("openvino", False)
+    assert (model.engine.name, model.exact) == (LOWER_ON_CPU[precision], False)
 
 
 def test_another_engine_does_not_take_its_precision(precision: Precision) -> None:
