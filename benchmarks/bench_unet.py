@@ -5,7 +5,7 @@
 
 On a CPU, in float32: eager PyTorch, and ONNX Runtime on the whole network as ``gpupipe export`` writes it, each with
 all cores on one frame; ONNX Runtime again with one frame to each core; and gpupipe's `onnxruntime` and `llvm` engines
-as a render runs them, side by side in lanes. In bfloat16 and in int8: the `openvino` engine, where it runs.
+as a render runs them, side by side in lanes. In float16 `llvm`, and in bfloat16 and int8 `openvino`, where they run.
 
 On CUDA: each engine × precision × batch, in the order given, replayed as CUDA graphs; rows are written as soon as they
 are measured. ``--engine onnxruntime`` adds ONNX Runtime's CUDA and TensorRT providers on the whole network, where they
@@ -38,12 +38,11 @@ from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_
 from gpupipe.benchmarks.floors import operations_of
 from gpupipe.benchmarks.kernel_bench import copy_bandwidth
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.engines import Engine, EngineName, Precision, make_engine, openvino_cpu
-from gpupipe.engines.choice import find_dtype
+from gpupipe.engines import Engine, EngineName, Precision, make_engine
+from gpupipe.engines.choice import LOWER_ON_CPU, find_dtype
 from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.engines.llvm_cpu import LlvmEngine
 from gpupipe.engines.onnxruntime_cpu import OnnxRuntimeEngine
-from gpupipe.engines.openvino_cpu import OpenVinoEngine
 from gpupipe.errors import DeviceError, first_line
 from gpupipe.graphs import replayed
 from gpupipe.kernels import dispatch
@@ -114,10 +113,10 @@ def on_cpu(network: UNet328) -> list[Contestant]:
 
     everything = side_by_side(lambda: narrow.run(None, inputs))
     lower: list[Contestant] = []
-    for dtype in (torch.bfloat16, torch.int8):
-        if openvino_cpu.obstacle(dtype) is None:
-            made = OpenVinoEngine(network, dtype=dtype)
-            lower += in_lanes(made, {"precision": str(dtype).removeprefix("torch.")})
+    for precision, name in LOWER_ON_CPU.items():
+        dtype = getattr(torch, precision)
+        if DECLARED[name].obstacle(image.device, dtype) is None:
+            lower += in_lanes(DECLARED[name].build(network, image.device, dtype), {"precision": precision})
     told = {"precision": "float32"}
     return [
         Contestant("eager, as trained", lambda: network(image, audio), 1, told),

@@ -20,7 +20,9 @@ from gpupipe.benchmarks.common import Row, Spread, row
 from gpupipe.benchmarks.keeping_memory import process_keeping_memory
 from gpupipe.benchmarks.meters import PeakMemory, energy_counter
 from gpupipe.benchmarks.scenario import Scenario
-from gpupipe.engines import Engine, EngineName, Precision, openvino_cpu
+from gpupipe.engines import Engine, EngineName, Precision
+from gpupipe.engines.choice import LOWER_ON_CPU
+from gpupipe.engines.declared import DECLARED
 from gpupipe.models import Mode, UNet328, load_unet
 from gpupipe.onnx_export import export_unet
 from gpupipe.quiet_onnxruntime import onnxruntime
@@ -214,18 +216,18 @@ def gpupipe(
 
 
 def lower_precisions_on_cpu(scenario: Scenario, folder: Path, *, device: str, crf: int) -> list[Contestant]:
-    """gpupipe in bfloat16 and in int8, where ``device`` is a CPU with instructions for it; else nobody.
+    """gpupipe in less than float32, where ``device`` is a CPU with instructions for it; else nobody.
 
     For int8 the checkpoint is calibrated on a few frames of the scenario.
     """
     made = []
-    how: dict[str, Any] = {"device": device, "crf": crf}
-    if device == "cpu" and not openvino_cpu.obstacle(torch.bfloat16):
-        made.append(gpupipe(scenario, name="gpupipe_bfloat16", precision="bfloat16", **how))
-    if device == "cpu" and not openvino_cpu.obstacle(torch.int8):
-        files = scenario.checkpoint, scenario.template, scenario.features, folder / "calibrated.safetensors"
-        scenario = replace(scenario, checkpoint=calibrate(*files, scenario.mode, frames=_CALIBRATION_FRAMES).path)
-        made.append(gpupipe(scenario, name="gpupipe_int8", precision="int8", **how))
+    for precision, engine in LOWER_ON_CPU.items():
+        if device != "cpu" or DECLARED[engine].obstacle(torch.device(device), getattr(torch, precision)):
+            continue
+        if precision == "int8":
+            files = scenario.checkpoint, scenario.template, scenario.features, folder / "calibrated.safetensors"
+            scenario = replace(scenario, checkpoint=calibrate(*files, scenario.mode, frames=_CALIBRATION_FRAMES).path)
+        made.append(gpupipe(scenario, name=f"gpupipe_{precision}", precision=precision, device=device, crf=crf))
     return made
 
 

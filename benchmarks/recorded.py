@@ -12,6 +12,7 @@ NAMES = {
     "reference_loop_onnxruntime": "reference loop on ONNX Runtime",
     "gpupipe_exact": "gpupipe, exact",
     "gpupipe": "gpupipe",
+    "gpupipe_float16": "gpupipe, float16",
     "gpupipe_bfloat16": "gpupipe, bfloat16",
     "gpupipe_int8": "gpupipe, int8",
 }

@@ -18,6 +18,7 @@ from typing import Any
 from gpupipe.benchmarks import plots, recorded
 from gpupipe.benchmarks.claims import CLAIMS
 from gpupipe.benchmarks.common import RESULTS, ROOT, Record, read_rows
+from gpupipe.engines.choice import LOWER_ON_CPU
 
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scale.md")
 
@@ -67,7 +68,7 @@ def headline(rows: Rows) -> str:
         f" {row['value']:g} frames of {width}×{height}, template {config['template']}, full-width network,"
         f" mode {config['mode']}, {precision}"
     )
-    lower = [(other["p50"], name) for name in ("bfloat16", "int8") if (other := beside(f"gpupipe_{name}"))]
+    lower = [(other["p50"], name) for name in LOWER_ON_CPU if (other := beside(f"gpupipe_{name}"))]
     if lower and max(lower)[0] > row["p50"]:
         ratio, name = max(lower)
         amx = ", which has AMX" if "with AMX" in row["device"] else ""
@@ -95,7 +96,7 @@ def end_to_end(rows: Rows) -> str:
     for group, by_length in recorded.clips(rows).items():
         for frames, found in sorted(by_length.items()):
             by_onnxruntime = found.get(("reference_loop_onnxruntime", "throughput"))
-            for provider in ("gpupipe_exact", "gpupipe", "gpupipe_bfloat16", "gpupipe_int8"):
+            for provider in ("gpupipe_exact", "gpupipe", *(f"gpupipe_{name}" for name in LOWER_ON_CPU)):
                 ratio, ours = found.get((provider, "ratio")), found.get((provider, "throughput"))
                 if group.width != 1 or by_onnxruntime is None or ratio is None or ours is None:
                     continue

@@ -159,6 +159,14 @@ class Writer:
         mask = ir.Constant(bits, [lane < lanes for lane in range(self.lanes)])
         self.ir.call(masked, [value, pointer, _INT32(self._bytes), mask])
 
+    def prefetch(self, pointer: Value, offset: Value) -> None:
+        """Have the processor fetch a cache line that will be read, so far on; it may lie outside all memory."""
+        pointer = self.ir.gep(pointer, [offset], source_etype=self.vector.element)
+        name, kind = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [_POINTER, _INT32, _INT32, _INT32])
+        function = self._module.globals.get(name) or ir.Function(self._module, kind, name)
+        reading, all_caches, data = _INT32(0), _INT32(3), _INT32(1)
+        self.ir.call(function, [pointer, reading, all_caches, data])
+
     def broadcast(self, pointer: Value) -> Value:
         """One float in every lane."""
         return self._repeated(self.ir.load(pointer, align=self._bytes, typ=self.vector.element), self.lanes)
@@ -210,10 +218,6 @@ class Writer:
     def divided(self, a: Value | int, b: int) -> tuple[Value, Value]:
         """a div b and a mod b, of indices not below 0."""
         return self.ir.udiv(_index(a), _index(b)), self.ir.urem(_index(a), _index(b))
-
-    def at_least(self, a: Value, bound: int) -> Value:
-        """max(a, bound), of indices."""
-        return self.ir.select(self.ir.icmp_signed("<", a, _index(bound)), _index(bound), a)
 
     def at_most(self, a: Value, bound: int) -> Value:
         """min(a, bound), of indices."""
@@ -320,9 +324,8 @@ class Writer:
     def _intrinsic(self, name: str, vector: Any, others: Sequence[Any], suffix: str = "", result: Any = None) -> Value:
         """A function of a vector and others, which returns such a vector if nothing else."""
         name = f"{name}.v{vector.count}f{16 if vector.element == _HALF else 32}{suffix}"
-        if name in self._module.globals:
-            return self._module.globals[name]
-        return ir.Function(self._module, ir.FunctionType(result or vector, [vector, *others]), name)
+        kind = ir.FunctionType(result or vector, [vector, *others])
+        return self._module.globals.get(name) or ir.Function(self._module, kind, name)
 
 
 def _index(value: Value | int) -> Value:

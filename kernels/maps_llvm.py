@@ -268,6 +268,7 @@ class MapWriter(RowWriter):
                     group,
                     self.times(block, depth),
                     depth,
+                    self.plus(self.times(row, width // pixels), self.divided(x, pixels)[0]),
                 )
                 for value, place in zip(sums, places, strict=True):
                     self.store(self.relu(value) if layer.relu and last else value, place)

@@ -349,6 +349,7 @@ class RowWriter(Writer):
         group: Value | int = 0,
         first: Value | int = 0,
         depth: int | None = None,
+        tile: Value | None = None,
     ) -> list[Value]:
         """sums[p, v] + Σ_k source(k, p) · matrix[first + k, v], for a tile of pixels p and the vectors v of a group.
 
@@ -356,6 +357,8 @@ class RowWriter(Writer):
             begin: loads the sums that it begins with.
             source: the pointer to a pixel's channel.
             first, depth: which of the matrix's inputs are read; by default all.
+            tile: its number among all that read this part of the matrix. While they do, the processor fetches what
+                comes after it from memory.
         """
         depth = depth or weights.inputs
         step, broadcast = (2, self.broadcast_pair) if weights.pairs else (1, self.broadcast)
@@ -366,6 +369,10 @@ class RowWriter(Writer):
         variables = self.variables([self.splat(0.0)] * (pixels * weights.sums) if weights.pairs else begin())
         with self.loop(0, depth, unrolled) as start:
             sums = [self.get(variable) for variable in variables]
+            if tile is not None:
+                lines = self.plus(self.times(tile, depth // unrolled), self.divided(start, unrolled)[0])
+                ahead = self.times(lines, LINE // self.processor.dtype.itemsize)
+                self.prefetch(matrix, self.plus(ahead, depth * floats))
             for one in range(0, unrolled, step):
                 k = self.plus(start, one)
                 factors = self.loaded(self.at(matrix, self.times(k, floats)), weights.sums)
