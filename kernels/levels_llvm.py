@@ -1,4 +1,4 @@
-"""Levels of the U-Net on a CPU, in float32, a row at a time, written with LLVM.
+"""Levels of the U-Net on a CPU, a row at a time, written with LLVM.
 
 Layer by layer, the largest maps go through memory several times: 128 channels of 320×320 are 52 MB, far more than a
 core's caches. Here a row of a map is made when a row of the next map asks for it, and only as many are kept as a
@@ -13,8 +13,8 @@ depthwise convolution reads:
 They take half a megabyte at most, and stay in a core's second cache.
 
 The plain references are the modules of :mod:`gpupipe.models.hoisted` that the levels are made from. Maps are of one
-frame: float32 (size, size, channels), or (channels, size, size) the image and the mouth. What levels make for each
-other has its channels padded with zeros to whole vectors.
+frame: (size, size, channels), or (channels, size, size) the image and the mouth, of the processor's type but for the
+mouth, which is float32. What levels make for each other has its channels padded with zeros to whole vectors.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def up_level(
         level: its batch norms are folded.
         skip_padded: the skip's channels are padded. The image's hidden ones are not.
         head: a 1×1 convolution of what the last level makes; its sigmoid, the mouth, is made in place of that.
-        processor: that runs it; None means this one.
+        processor: that runs it; None means this one, in float32.
     """
     processor = processor or this_processor()
     constants = Constants(processor)
@@ -92,7 +92,7 @@ def first_level(first_block: nn.Module, down: nn.Module, size: int, *, processor
     Args:
         first_block: its expansion and depthwise convolution; the projection is folded into ``down``.
         down: two inverted residuals, the first with stride 2. All batch norms are folded.
-        processor: that runs it; None means this one.
+        processor: that runs it; None means this one, in float32.
     """
     processor = processor or this_processor()
     constants = Constants(processor)
@@ -115,7 +115,7 @@ def down_level(down: nn.Module, size: int, *, processor: Processor | None = None
 
     Args:
         down: two inverted residuals, the first with stride 2. All batch norms are folded.
-        processor: that runs it; None means this one.
+        processor: that runs it; None means this one, in float32.
     """
     processor = processor or this_processor()
     constants = Constants(processor)
