@@ -440,7 +440,7 @@ def _suggest_float16(pipeline: FrameGenerationPipeline, engine: options.Engine, 
     on_cpu = pipeline.unet_model.device.type == "cpu"
     if engine == "auto" and not chosen and on_cpu and llvm_obstacle(torch.float16) is None:
         console.print(
-            "tip: --precision float16 takes about half the network's time here; mouths differ by a level or two of 255",
+            "tip: --precision float16 is usually faster on this processor; mouths differ slightly",
             soft_wrap=True,
         )
 

@@ -172,7 +172,7 @@ class Writer:
         return self._repeated(self.ir.load(pointer, align=self._bytes, typ=self.vector.element), self.lanes)
 
     def broadcast_pair(self, pointer: Value) -> Value:
-        """Two float16 in every two lanes. Processors repeat 32 bits as they load, but not 16."""
+        """Two float16 in every two lanes. With AVX-512 32 bits are repeated as they are loaded, but not 16."""
         pair = self.ir.load(pointer, align=self._bytes, typ=_INT32)
         return self.ir.bitcast(self._repeated(pair, self.lanes // 2), self.vector)
 

@@ -284,17 +284,17 @@ class MapWriter(RowWriter):
 
 @dataclass(frozen=True)
 class _Plan:
-    """The code: layers, one after another, the first of a map of (height, width).
-
-    Attributes:
-        maps: two, or three if a layer's expansion is added to one.
-    """
+    """The code: layers, one after another, the first of a map of (height, width)."""
 
     layers: tuple[Layer, ...]
     height: int
     width: int
     channels: int
-    maps: int
+
+    @property
+    def maps(self) -> int:
+        """Two, or three if a layer's expansion is added to one."""
+        return 2 + any(isinstance(layer, Residual) and layer.given for layer in self.layers)
 
     def write(self, processor: Processor) -> MapWriter:
         """Write the kernel."""
@@ -318,8 +318,7 @@ class _Plan:
 def _level(
     layers: Sequence[Layer], size: tuple[int, int], channels: int, constants: Constants, processor: Processor
 ) -> Level:
-    maps = 2 + any(isinstance(layer, Residual) and layer.given for layer in layers)
-    plan = _Plan(tuple(layers), *size, channels, maps)
+    plan = _Plan(tuple(layers), *size, channels)
     for layer in layers:
         size = layer.size(*size)
     return Level(Kernel(plan, constants.joined(), processor), ((*size, layers[-1].vectors * processor.lanes),))

@@ -173,9 +173,9 @@ def test_the_last_level_makes_the_mouth(halves: tuple[object, SpeechHalf], proce
     low, skip = noise(1, up.low.in_channels, size // 2, size // 2), noise(1, up.skip.in_channels, size, size)
     level = up_level(up, size, skip_padded=False, head=head, processor=processor)
     (found,) = run(level, [stored(low, processor), stored(skip, processor, padded=False)], mouth=True)
-    mouth, bound = torch.sigmoid(head(up(low, skip)))[0], BOUND[processor.dtype]
-    assert (found - mouth).abs().max() <= bound
-    assert (found - mouth.flip(0)).abs().max() > 10 * bound, "its channels differ"
+    mouth = torch.sigmoid(head(up(low, skip)))[0]
+    assert (found - mouth).abs().max() <= BOUND[processor.dtype]
+    assert (found - mouth.flip(0)).abs().max() > 0.1, "its channels differ"
 
 
 @torch.no_grad()

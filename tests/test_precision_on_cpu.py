@@ -59,7 +59,7 @@ def test_trained_mouths_are_near_those_of_float32(precision: Precision) -> None:
     exact = steps(network, image, audio)
     assert compare(found, exact)[0] >= TRAINED[precision]
     assert compare(found, exact.roll(1, dims=0))[0] < TRAINED[precision], "another frame's mouth"
-    assert compare(found, exact)[0] < 80, "it is rounded"
+    assert compare(found, exact)[0] < (80 if precision == "float16" else 70), "it is rounded"
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -36,18 +36,17 @@ class OpenVinoEngine:
 
     Args:
         dtype: bfloat16 or int8.
-        lanes: how many frames at once; None means as many as a render computes (:mod:`gpupipe.lanes`).
     """
 
     name: EngineName = "openvino"
 
-    def __init__(self, network: UNet328, *, dtype: torch.dtype = torch.bfloat16, lanes: int | None = None) -> None:
+    def __init__(self, network: UNet328, *, dtype: torch.dtype = torch.bfloat16) -> None:
         self.device = torch.device("cpu")
         int8 = dtype == torch.int8
         self.dtype = torch.float32 if int8 else dtype
         template, speech = export_halves(network, int8=int8)
         features = dict.fromkeys(TEMPLATE_FEATURES, dtype)
-        build = functools.partial(_Half, lanes=lanes or available_cores(), floats=self.dtype)
+        build = functools.partial(_Half, floats=self.dtype)
         self._template = build(template, channels_last_in={"image": self.dtype}, channels_last_out=features)
         self._speech = build(speech, channels_last_in=features)
 
@@ -80,7 +79,6 @@ class _Half:
         self,
         graph: bytes,
         *,
-        lanes: int,
         floats: torch.dtype,
         channels_last_in: Mapping[str, torch.dtype],
         channels_last_out: Mapping[str, torch.dtype] | None = None,
@@ -101,8 +99,8 @@ class _Half:
             "CPU",
             {
                 "INFERENCE_PRECISION_HINT": types[floats],
-                "NUM_STREAMS": lanes,
-                "INFERENCE_NUM_THREADS": lanes,
+                "NUM_STREAMS": available_cores(),
+                "INFERENCE_NUM_THREADS": available_cores(),
                 "ENABLE_CPU_PINNING": False,  # the same cores decode and encode video
             },
         )
