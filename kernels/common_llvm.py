@@ -12,7 +12,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,9 +28,18 @@ from gpupipe.files import cache_folder, make_folder, replacing
 logger = logging.getLogger(__name__)
 
 Value = Any
-"""A value of the function being written: an index, a float, a vector or a pointer."""
+"""A value of the function being written: an index, a float or a vector."""
 
-_FLOAT, _HALF = ir.FloatType(), ir.HalfType()
+
+class _BFloat16Type(ir.Type):
+    """LLVM's bfloat, which llvmlite lacks."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+_FLOAT, _HALF, _BFLOAT = ir.FloatType(), ir.HalfType(), _BFloat16Type()
+_TYPES = {torch.float32: _FLOAT, torch.float16: _HALF, torch.bfloat16: _BFLOAT}
 _INT32, _INDEX, _POINTER = ir.IntType(32), ir.IntType(64), ir.PointerType()
 LINE = 64
 """Bytes of a cache line, on which constants and scratch memory begin."""
@@ -53,9 +62,9 @@ class Processor:
     Attributes:
         name: LLVM's name of it, such as ``"sapphirerapids"`` or ``"znver4"``.
         features: its instruction sets, in LLVM's words.
-        lanes: floats in one of its vector registers; 0 if it has no instructions that the kernels are written for.
+        lanes: sums in one of its vector registers; 0 if it has no instructions that the kernels are written for.
         registers: how many of these it has.
-        dtype: of the floats: float32 or float16.
+        dtype: of what is multiplied, and of maps: float32, float16 or bfloat16.
     """
 
     name: str
@@ -64,22 +73,49 @@ class Processor:
     registers: int
     dtype: torch.dtype = torch.float32
 
+    @property
+    def sums(self) -> torch.dtype:
+        """The type of sums, and of all else that is computed: that of what is multiplied, but for bfloat16 float32."""
+        return torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of 16-bit floats in one of its vector registers."""
+        return self.lanes * self.sums.itemsize // 4
+
 
 @functools.cache
 def this_processor(dtype: torch.dtype = torch.float32) -> Processor:
-    """The one that this process runs on, computing in float32 or float16."""
+    """The one that this process runs on, multiplying in float32, float16 or bfloat16."""
     features = llvm.get_host_cpu_features()
-    bits, registers, computes_float16 = 0, 0, False
+    bits, registers, lower = 0, 0, {}
     if features.get("avx512f"):
-        bits, registers, computes_float16 = 512, 32, features.get("avx512fp16", False)
+        bits, registers, lower = 512, 32, {torch.float16: "avx512fp16", torch.bfloat16: "avx512bf16"}
     elif features.get("avx2") and features.get("fma"):
         bits, registers = 256, 16
     elif features.get("neon"):
-        bits, registers, computes_float16 = 128, 32, features.get("fullfp16", False)
-    if dtype == torch.float16 and not computes_float16:
+        bits, registers, lower = 128, 32, {torch.float16: "fullfp16"}
+    if dtype != torch.float32 and not features.get(lower.get(dtype, "")):
         bits = 0
-    lanes = bits // (8 * dtype.itemsize)
-    return Processor(llvm.get_host_cpu_name(), features.flatten(), lanes, registers, dtype)
+    processor = Processor(llvm.get_host_cpu_name(), features.flatten(), bits, registers, dtype)
+    return replace(processor, lanes=bits // (8 * processor.sums.itemsize))
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Where floats lie.
+
+    Attributes:
+        place: LLVM's pointer.
+        dtype: of the floats.
+    """
+
+    place: Value
+    dtype: torch.dtype
+
+    def to(self, dtype: torch.dtype) -> Pointer:
+        """The same place, where floats of another type lie."""
+        return replace(self, dtype=dtype)
 
 
 class Writer:
@@ -87,22 +123,25 @@ class Writer:
     and to scratch memory.
 
     Attributes:
-        maps: the first of these parameters.
-        lanes: floats of a vector.
+        maps: the first of these parameters, of the processor's type.
+        sums: the type that is computed in.
+        vector: of so many of these.
+        lanes: how many.
         ir: what else LLVM has.
         scratch_bytes: how much scratch memory it needs.
     """
 
     def __init__(self, processor: Processor, maps: int) -> None:
         self.processor = processor
-        self.lanes = processor.lanes
-        self.vector = ir.VectorType(_HALF if processor.dtype == torch.float16 else _FLOAT, self.lanes)
-        self._bytes = processor.dtype.itemsize
+        self.lanes, self.sums = processor.lanes, processor.sums
+        self.vector = ir.VectorType(_TYPES[self.sums], self.lanes)
+        self._paired = ir.VectorType(_TYPES[processor.dtype], 2 * processor.pairs)
         self._module = ir.Module()
         self._function = ir.Function(self._module, ir.FunctionType(ir.VoidType(), [_POINTER] * (maps + 2)), _NAME)
         for pointer in self._function.args:
             pointer.add_attribute("noalias")
-        *self.maps, self._constants, self._scratch = self._function.args
+        *maps_, self._constants, self._scratch = self._function.args
+        self.maps = [Pointer(place, processor.dtype) for place in maps_]
         self._locals = ir.IRBuilder(self._function.append_basic_block("locals"))
         self.ir = ir.IRBuilder(self._function.append_basic_block("body"))
         self._body = self.ir.block
@@ -114,19 +153,20 @@ class Writer:
         self._locals.branch(self._body)
         return str(self._module)
 
-    # Memory. Offsets and strides are in floats.
+    # Memory. Offsets and strides are in floats where nothing else is said.
 
-    def constant(self, offset: Value | int) -> Value:
-        """A pointer to the constants, from an offset on."""
-        return self.at(self._constants, offset)
+    def constant(self, offset: int, dtype: torch.dtype | None = None) -> Pointer:
+        """A pointer to the constants, from a byte on; None means the type that is computed in."""
+        return Pointer(self.byte_at(self._constants, offset), dtype or self.sums)
 
-    def scratch(self, floats: int) -> Value:
-        """A pointer to memory of the function's own, with anything in it."""
-        pointer = self.byte_at(self._scratch, self._scratch_used)
-        size = floats * self._bytes
+    def scratch(self, floats: int, dtype: torch.dtype | None = None) -> Pointer:
+        """A pointer to memory of the function's own, with anything in it; None means the type that is computed in."""
+        dtype = dtype or self.sums
+        place = self.byte_at(self._scratch, self._scratch_used)
+        size = floats * dtype.itemsize
         self._scratch_used += size + -size % LINE
         self.scratch_bytes = max(self.scratch_bytes, self._scratch_used)
-        return pointer
+        return Pointer(place, dtype)
 
     @contextlib.contextmanager
     def reused_scratch(self) -> Iterator[None]:
@@ -135,46 +175,59 @@ class Writer:
         yield
         self._scratch_used = used
 
-    def at(self, pointer: Value, *offsets: Value | int) -> Value:
+    def at(self, pointer: Pointer, *offsets: Value | int) -> Pointer:
         """The pointer, so much further on."""
+        place = pointer.place
         for offset in offsets:
-            pointer = self.ir.gep(pointer, [_index(offset)], inbounds=True, source_etype=self.vector.element)
-        return pointer
+            place = self.ir.gep(place, [_index(offset)], inbounds=True, source_etype=_TYPES[pointer.dtype])
+        return Pointer(place, pointer.dtype)
 
-    def byte_at(self, pointer: Value, offset: Value | int) -> Value:
-        """The pointer, so many bytes further on."""
-        return self.ir.gep(pointer, [_index(offset)], inbounds=True, source_etype=ir.IntType(8))
+    def byte_at(self, place: Value, offset: Value | int) -> Value:
+        """LLVM's pointer, so many bytes further on."""
+        return self.ir.gep(place, [_index(offset)], inbounds=True, source_etype=ir.IntType(8))
 
-    def load(self, pointer: Value) -> Value:
-        """A vector."""
-        return self.ir.load(pointer, align=self._bytes, typ=self.vector)
+    def load(self, pointer: Pointer) -> Value:
+        """A vector, in the type that is computed in."""
+        kind = ir.VectorType(_TYPES[pointer.dtype], self.lanes)
+        loaded = self.ir.load(pointer.place, align=pointer.dtype.itemsize, typ=kind)
+        return loaded if kind == self.vector else self.ir.fpext(loaded, self.vector)
 
-    def store(self, value: Value, pointer: Value, lanes: int | None = None) -> None:
-        """A vector, or its first ``lanes``."""
+    def store(self, value: Value, pointer: Pointer, lanes: int | None = None) -> None:
+        """A vector, or its first ``lanes``, rounded to the type that lies there."""
+        kind = ir.VectorType(_TYPES[pointer.dtype], self.lanes)
+        value = value if value.type == kind else self.ir.fptrunc(value, kind)
         if lanes is None or lanes >= self.lanes:
-            self.ir.store(value, pointer, align=self._bytes)
+            self.ir.store(value, pointer.place, align=pointer.dtype.itemsize)
             return
         bits = ir.VectorType(ir.IntType(1), self.lanes)
-        masked = self._intrinsic("llvm.masked.store", self.vector, [_POINTER, _INT32, bits], ".p0", ir.VoidType())
+        masked = self._intrinsic("llvm.masked.store", kind, [_POINTER, _INT32, bits], ".p0", ir.VoidType())
         mask = ir.Constant(bits, [lane < lanes for lane in range(self.lanes)])
-        self.ir.call(masked, [value, pointer, _INT32(self._bytes), mask])
+        self.ir.call(masked, [value, pointer.place, _INT32(pointer.dtype.itemsize), mask])
 
-    def prefetch(self, pointer: Value, offset: Value) -> None:
+    def prefetch(self, pointer: Pointer, offset: Value) -> None:
         """Have the processor fetch a cache line that will be read, so far on; it may lie outside all memory."""
-        pointer = self.ir.gep(pointer, [offset], source_etype=self.vector.element)
+        place = self.ir.gep(pointer.place, [offset], source_etype=_TYPES[pointer.dtype])
         name, kind = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [_POINTER, _INT32, _INT32, _INT32])
         function = self._module.globals.get(name) or ir.Function(self._module, kind, name)
         reading, all_caches, data = _INT32(0), _INT32(3), _INT32(1)
-        self.ir.call(function, [pointer, reading, all_caches, data])
+        self.ir.call(function, [place, reading, all_caches, data])
 
-    def broadcast(self, pointer: Value) -> Value:
+    def broadcast(self, pointer: Pointer) -> Value:
         """One float in every lane."""
-        return self._repeated(self.ir.load(pointer, align=self._bytes, typ=self.vector.element), self.lanes)
+        kind = _TYPES[pointer.dtype]
+        loaded = self.ir.load(pointer.place, align=pointer.dtype.itemsize, typ=kind)
+        if kind != self.vector.element:
+            loaded = self.ir.fpext(loaded, self.vector.element)
+        return self._repeated(loaded, self.lanes)
 
-    def broadcast_pair(self, pointer: Value) -> Value:
-        """Two float16 in every two lanes. With AVX-512 32 bits are repeated as they are loaded, but not 16."""
-        pair = self.ir.load(pointer, align=self._bytes, typ=_INT32)
-        return self.ir.bitcast(self._repeated(pair, self.lanes // 2), self.vector)
+    def broadcast_pair(self, pointer: Pointer) -> Value:
+        """Two 16-bit floats, repeated. With AVX-512 32 bits are repeated as they are loaded, but not 16."""
+        pair = self.ir.load(pointer.place, align=pointer.dtype.itemsize, typ=_INT32)
+        return self.ir.bitcast(self._repeated(pair, self.processor.pairs), self._paired)
+
+    def load_pairs(self, pointer: Pointer) -> Value:
+        """As many 16-bit floats as a register holds."""
+        return self.ir.load(pointer.place, align=pointer.dtype.itemsize, typ=self._paired)
 
     def sums_of_pairs(self, a: Value, b: Value) -> Value:
         """The sums of a's pairs of lanes, and then of b's."""
@@ -184,17 +237,18 @@ class Writer:
         )
         return self.add(first, second)
 
-    def gather(self, pointer: Value, stride: int) -> Value:
-        """One float in each lane, from places so far apart."""
+    def gather(self, pointer: Pointer, stride: int) -> Value:
+        """One float in each lane, of the type that is computed in, from places so far apart."""
         value = ir.Constant(self.vector, ir.Undefined)
         for lane in range(self.lanes):
-            one = self.ir.load(self.at(pointer, lane * stride), align=self._bytes, typ=self.vector.element)
+            place = self.at(pointer, lane * stride).place
+            one = self.ir.load(place, align=pointer.dtype.itemsize, typ=self.vector.element)
             value = self.ir.insert_element(value, one, _INT32(lane))
         return value
 
-    def load_index(self, table: Value, place: Value | int) -> Value:
+    def load_index(self, table: Pointer, place: Value | int) -> Value:
         """An index, from a table of int32."""
-        pointer = self.ir.gep(table, [_index(place)], inbounds=True, source_etype=_INT32)
+        pointer = self.ir.gep(table.place, [_index(place)], inbounds=True, source_etype=_INT32)
         return self.ir.sext(self.ir.load(pointer, align=4, typ=_INT32), _INDEX)
 
     # Arithmetic
@@ -236,6 +290,19 @@ class Writer:
         """a · b + c, of vectors, rounded once."""
         return self.ir.call(self._intrinsic("llvm.fma", a.type, [a.type] * 2), [a, b, c])
 
+    def multiply_add_pairs(self, a: Value, b: Value, c: Value) -> Value:
+        """a · b + c, of 16-bit floats. In bfloat16 each lane of c gets the products of a pair."""
+        if not self.adds_pairs:
+            return self.multiply_add(a, b, c)
+        name, kind = "llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(c.type, [c.type, b.type, a.type])
+        function = self._module.globals.get(name) or ir.Function(self._module, kind, name)
+        return self.ir.call(function, [c, b, a])
+
+    @property
+    def adds_pairs(self) -> bool:
+        """Whether :meth:`multiply_add_pairs` adds a pair's products to each other."""
+        return self.processor.dtype == torch.bfloat16
+
     def mix(self, a: Value, b: Value, share: Value) -> Value:
         """a + share · (b − a), of vectors."""
         return self.multiply_add(share, self.ir.fsub(b, a), a)
@@ -265,11 +332,6 @@ class Writer:
         exponent = self.ir.add(self.ir.fptosi(n, integers), ir.Constant(integers, [127] * self.lanes))
         power = self.ir.bitcast(self.ir.shl(exponent, ir.Constant(integers, [23] * self.lanes)), floats)
         return self.ir.fdiv(one, self.multiply_add(series, power, one))
-
-    def store_floats(self, value: Value, pointer: Value, offset: Value) -> None:
-        """A vector of float32, so many float32 further on, whatever the function's kind."""
-        pointer = self.ir.gep(pointer, [offset], inbounds=True, source_etype=_FLOAT)
-        self.ir.store(value, pointer, align=4)
 
     # Control
 
@@ -323,7 +385,8 @@ class Writer:
 
     def _intrinsic(self, name: str, vector: Any, others: Sequence[Any], suffix: str = "", result: Any = None) -> Value:
         """A function of a vector and others, which returns such a vector if nothing else."""
-        name = f"{name}.v{vector.count}f{16 if vector.element == _HALF else 32}{suffix}"
+        element = {_FLOAT: "f32", _HALF: "f16", _BFLOAT: "bf16"}[vector.element]
+        name = f"{name}.v{vector.count}{element}{suffix}"
         kind = ir.FunctionType(result or vector, [vector, *others])
         return self._module.globals.get(name) or ir.Function(self._module, kind, name)
 
@@ -349,7 +412,7 @@ class Kernel:
     """A plan as machine code. Calls do not hold Python's lock.
 
     Args:
-        constants: floats (N,) of the processor's type; None if it has none.
+        constants: uint8 (N,); None if it has none.
         processor: that runs it.
 
     Attributes:

@@ -33,7 +33,7 @@ def backend(device: torch.device | str) -> Backend:
 
 @functools.cache
 def llvm_obstacle(dtype: torch.dtype = torch.float32) -> str | None:
-    """Why the LLVM kernels do not run on this CPU in float32 or float16; None if they do."""
+    """Why the LLVM kernels do not run on this CPU in float32, float16 or bfloat16; None if they do."""
     if importlib.util.find_spec("llvmlite") is None:
         return "llvmlite is not installed"
     from gpupipe.kernels.common_llvm import this_processor
@@ -41,7 +41,9 @@ def llvm_obstacle(dtype: torch.dtype = torch.float32) -> str | None:
     if this_processor(dtype).lanes:
         return None
     if dtype == torch.float16:
-        return "this processor does not compute in float16, as with AVX512-FP16 or NEON"
+        return "this processor does not multiply in float16, as with AVX512-FP16 or NEON"
+    if dtype == torch.bfloat16:
+        return "this processor does not multiply in bfloat16, as with AVX512-BF16"
     return "this processor has none of AVX-512, AVX2 with FMA, and NEON"
 
 

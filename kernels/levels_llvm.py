@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpupipe.kernels.common_llvm import Kernel, Processor, Value, this_processor
+from gpupipe.kernels.common_llvm import Kernel, Pointer, Processor, Value, this_processor
 from gpupipe.kernels.rows_llvm import (
     Constants,
     Depthwise,
@@ -143,10 +143,10 @@ class _Tail:
     head: Pointwise | None
     head_channels: int
 
-    def write(self, w: RowWriter, expanded: Expanded, size: int, out: Value) -> None:
+    def write(self, w: RowWriter, expanded: Expanded, size: int, out: Pointer) -> None:
         """Write the rows of a level's map."""
         pixel = self.project.vectors * w.lanes
-        row_at = w.kept(2, size * pixel)
+        row_at = w.kept(2, size * pixel, w.processor.dtype)
         need = w.on_demand(
             0, lambda row: w.convolve_and_project(expanded, row, self.depthwise, self.project, size, row_at(row))
         )
@@ -169,12 +169,12 @@ class _Tail:
         bias = w.loaded(w.constant(self.project_again.bias), vectors)
         return [w.add(value, bias[i % vectors]) for i, value in enumerate(w.loaded(here, pixels * vectors))]
 
-    def _write_mouth(self, w: RowWriter, sums: Value, row: Value, size: int, out: Value) -> None:
+    def _write_mouth(self, w: RowWriter, sums: Pointer, row: Value, size: int, out: Pointer) -> None:
         """The sigmoid of (size, lanes), of which the first few are channels, to (channels, size, size)."""
         with w.loop(0, size, w.lanes) as x:
             for channel in range(self.head_channels):
                 values = w.gather(w.at(sums, w.times(x, w.lanes), channel), w.lanes)
-                w.store_floats(w.sigmoid(values), out, w.plus(w.plus(w.times(row, size), x), channel * size * size))
+                w.store(w.sigmoid(values), w.at(out.to(torch.float32), w.times(row, size), x, channel * size * size))
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class _UpPlan:
         self.tail.write(w, expanded, self.size, out)
         return w
 
-    def _expansion(self, w: RowWriter, low: Pixels, skip: Pixels) -> Callable[[Value, Value, int], None]:
+    def _expansion(self, w: RowWriter, low: Pixels, skip: Pixels) -> Callable[[Value, Pointer, int], None]:
         """Writes how a row of the expanded map is made: the skip's share and the upsampled low's."""
         half, together = self.size // 2, self.skip.together
         plane = half * w.lanes
@@ -212,7 +212,7 @@ class _UpPlan:
         mixed = w.scratch(together * plane)
         need = w.on_demand(0, lambda row: w.expand(low, row, self.low, half, low_row(row), plane, relu=False))
 
-        def make(row: Value, target: Value, out_plane: int) -> None:
+        def make(row: Value, target: Pointer, out_plane: int) -> None:
             above = self._place(w, row)
             below = w.plus(above, 1)
             need(below)
@@ -258,12 +258,12 @@ class _FirstPlan:
         w = RowWriter(processor, self.maps)
         image_map, hidden_map, out = w.maps
         size = 2 * self.size
-        image = Pixels(lambda row: w.at(image_map, w.times(row, size)), 1, size * size)
+        image = Pixels(lambda row: w.at(image_map.to(w.sums), w.times(row, size)), 1, size * size)
         hidden = self._hidden(w, image, hidden_map, size)
         self.tail.write(w, w.expanded(hidden, self.expand, size), self.size, out)
         return w
 
-    def _hidden(self, w: RowWriter, image: Pixels, out: Value, size: int) -> Pixels:
+    def _hidden(self, w: RowWriter, image: Pixels, out: Pointer, size: int) -> Pixels:
         """What the first block makes."""
         expanded = w.expanded(image, self.expand_image, size)
         channels, pixels = self.depthwise.channels, w.convolved(size)
@@ -326,7 +326,7 @@ def _shape(size: int, tail: _Tail, head: nn.Conv2d | None, processor: Processor)
     return size, size, tail.project.vectors * processor.lanes
 
 
-def _map(w: RowWriter, base: Value, size: int, pixel: int) -> Pixels:
+def _map(w: RowWriter, base: Pointer, size: int, pixel: int) -> Pixels:
     """A map in memory, (size, size, pixel)."""
     return Pixels(lambda row: w.at(base, w.times(row, size * pixel)), pixel)
 

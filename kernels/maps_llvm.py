@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from gpupipe.kernels.common_llvm import Kernel, Processor, Value, this_processor
+from gpupipe.kernels.common_llvm import Kernel, Pointer, Processor, Value, this_processor
 from gpupipe.kernels.levels_llvm import Level
 from gpupipe.kernels.rows_llvm import (
     Constants,
@@ -135,7 +136,7 @@ class Grid:
         border: how many pixels of zeros there are on each side.
     """
 
-    base: Value
+    base: Pointer
     height: int
     width: int
     pixel: int
@@ -149,11 +150,13 @@ class Places:
     Attributes:
         at: the pointer to a group of vectors of a pixel, given the group, the row and the column.
         pixel, vector: how far apart neighbours are, in floats.
+        dtype: of these.
     """
 
-    at: Callable[[Value, Value, Value], Value]
+    at: Callable[[Value, Value, Value], Pointer]
     pixel: int
     vector: int
+    dtype: torch.dtype
 
 
 class MapWriter(RowWriter):
@@ -163,13 +166,13 @@ class MapWriter(RowWriter):
         """A map in scratch memory, with nothing in it yet but its border."""
         pixel = vectors * self.lanes
         floats = (height + 2 * border) * (width + 2 * border) * pixel
-        base, zero = self.scratch(floats), self.splat(0.0)
+        base, zero = self.scratch(floats, self.processor.dtype), self.splat(0.0)
         if border:
             with self.loop(0, floats, self.lanes) as i:
                 self.store(zero, self.at(base, i))
         return Grid(base, height, width, pixel, border)
 
-    def pixel_at(self, grid: Grid, row: Value | int, x: Value | int) -> Value:
+    def pixel_at(self, grid: Grid, row: Value | int, x: Value | int) -> Pointer:
         """The pointer to a pixel. Those of the border have numbers below 0, or not below the size."""
         line = (grid.width + 2 * grid.border) * grid.pixel
         return self.at(grid.base, grid.border * (line + grid.pixel), self.times(row, line), self.times(x, grid.pixel))
@@ -180,6 +183,7 @@ class MapWriter(RowWriter):
             lambda group, row, x: self.at(self.pixel_at(grid, row, x), self.times(group, together * self.lanes)),
             grid.pixel,
             self.lanes,
+            grid.base.dtype,
         )
 
     def convolution(self, source: Grid, layer: Convolution, target: Grid) -> None:
@@ -187,7 +191,7 @@ class MapWriter(RowWriter):
         places = self.places(target, layer.weights.together)
         self._convolve(source, layer, target.height, target.width, places)
 
-    def residual(self, source: Grid, layer: Residual, target: Grid, given: Value | None) -> None:
+    def residual(self, source: Grid, layer: Residual, target: Grid, given: Pointer | None) -> None:
         """An inverted residual."""
         height, width, added = source.height, source.width, None
         if layer.given:
@@ -223,13 +227,23 @@ class MapWriter(RowWriter):
                 for border in (0, line - self.lanes):
                     self.store(zero, self.at(base, vector, y, border))
 
-        def row_at(row: Value) -> Value:
+        def row_at(row: Value) -> Pointer:
             return self.at(base, line + self.lanes, self.times(row, line))
 
-        def place(group: Value, row: Value, x: Value) -> Value:
+        def place(group: Value, row: Value, x: Value) -> Pointer:
             return self.at(row_at(row), self.times(group, weights.together * plane), self.times(x, self.lanes))
 
-        return Expanded(row_at, plane, need=lambda row: None), Places(place, self.lanes, plane)
+        return Expanded(row_at, plane, need=lambda row: None), Places(place, self.lanes, plane, base.dtype)
+
+    def _unrounded(self, height: int, width: int, together: int) -> Places:
+        """Scratch memory for sums of one group of vectors at a time."""
+        pixel = together * self.lanes
+        base = self.scratch(height * width * pixel)
+
+        def place(group: Value, row: Value, x: Value) -> Pointer:
+            return self.at(base, self.times(self.plus(self.times(row, width), x), pixel))
+
+        return Places(place, pixel, self.lanes, base.dtype)
 
     def _convolve(
         self, source: Grid, layer: Convolution, height: int, width: int, target: Places, added: Grid | None = None
@@ -239,8 +253,11 @@ class MapWriter(RowWriter):
         together, channels = weights.together, weights.inputs // layer.taps**2
         depth = channels if channels <= _BLOCK else 2 * largest_divisor(channels // 2, _BLOCK // 2)
         blocks, pixels = weights.inputs // depth, self.tile(width, weights.sums)
+        unfinished = target
+        if blocks > 1 and target.dtype != self.sums:
+            unfinished = self._unrounded(height, width, together)
 
-        def tile(places: Places, group: Value, row: Value, x: Value) -> list[Value]:
+        def tile(places: Places, group: Value, row: Value, x: Value) -> list[Pointer]:
             here = places.at(group, row, x)
             return [self.at(here, p * places.pixel + v * places.vector) for p in range(pixels) for v in range(together)]
 
@@ -259,9 +276,9 @@ class MapWriter(RowWriter):
                 y_read = self.plus(self.times(row, layer.stride[0]), dy)
                 x_read = self.plus(self.times(x, layer.stride[1]), dx)
                 here = self.at(self.pixel_at(source, y_read, x_read), self.times(part, depth))
-                places = tile(target, group, row, x)
+                before, after = tile(unfinished, group, row, x), tile(target if last else unfinished, group, row, x)
                 sums = self.product(
-                    lambda: begin(group, row, x) if first else [self.load(place) for place in places],
+                    lambda: begin(group, row, x) if first else [self.load(place) for place in before],
                     pixels,
                     weights,
                     lambda k, p: self.at(here, k, p * layer.stride[1] * source.pixel),
@@ -270,7 +287,7 @@ class MapWriter(RowWriter):
                     depth,
                     self.plus(self.times(row, width // pixels), self.divided(x, pixels)[0]),
                 )
-                for value, place in zip(sums, places, strict=True):
+                for value, place in zip(sums, after, strict=True):
                     self.store(self.relu(value) if layer.relu and last else value, place)
 
         with self.loop(0, weights.vectors // together) as group:

@@ -52,15 +52,15 @@ class _Plan:
             sums = None
             for below in range(2):
                 first = w.plus(w.times(w.plus(w.times(row, 2), below), self.width), x)
-                planes = _planes(w, w.byte_at(frame, w.times(first, 3)))
-                _store(w, _weighted(w, planes, luma_weights, 16), w.byte_at(out, first))
+                planes = _planes(w, w.byte_at(frame.place, w.times(first, 3)))
+                _store(w, _weighted(w, planes, luma_weights, 16), w.byte_at(out.place, first))
                 sums = planes if sums is None else [w.ir.add(a, b) for a, b in zip(sums, planes, strict=True)]
             assert sums is not None
             even, odd = (_every(w, sums, 2, first) for first in range(2))
             cells = [w.ir.add(a, b) for a, b in zip(even, odd, strict=True)]
             cb, cr = (_weighted(w, cells, weights, 128) for weights in chroma_weights)
             chroma = _shuffled(w, cb, cr, [i // 2 + i % 2 * (_PIXELS // 2) for i in range(_PIXELS)])
-            _store(w, chroma, w.byte_at(out, w.plus(w.times(w.plus(row, self.height), self.width), x)))
+            _store(w, chroma, w.byte_at(out.place, w.plus(w.times(w.plus(row, self.height), self.width), x)))
         return w
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from gpupipe.kernels.common_llvm import LINE, Processor, Value, Writer
+from gpupipe.kernels.common_llvm import LINE, Pointer, Processor, Value, Writer
 
 _TAPS = 9
 
@@ -26,7 +26,7 @@ _UNROLLED = 4
 Need = Callable[[Value], None]
 """Sees to it that a row, given by its number, and all before it are made."""
 
-RowAt = Callable[[Value], Value]
+RowAt = Callable[[Value], Pointer]
 """The pointer to a row, given by its number."""
 
 BeginTile = Callable[[Value, int], list[Value]]
@@ -41,9 +41,12 @@ class Pointwise:
         inputs: channels.
         vectors: of what it makes.
         together: vectors that are made at once.
-        pairs: the sums over even and over odd inputs lie side by side, and are added in the end.
-        sums: vectors that a group is summed in: its own, and in pairs twice as many, without a second one of padding.
-        matrix: (vectors / together, inputs, together, lanes), or in pairs (…, inputs / 2, sums, lanes / 2, 2).
+        pairs: two inputs are multiplied at once. In float16 the sums over even and over odd ones lie side by side, and
+            are added in the end.
+        sums: vectors that a group is summed in: its own, and in pairs of float16 twice as many, without a second one of
+            padding.
+        floats: of the matrix, for one input and one group.
+        matrix: (vectors / together, inputs, together, lanes), or in pairs (…, inputs / 2, sums, a register's pairs, 2).
         bias: (vectors, lanes).
     """
 
@@ -52,12 +55,9 @@ class Pointwise:
     together: int
     pairs: bool
     sums: int
+    floats: int
     matrix: int
     bias: int
-
-    def floats(self, lanes: int) -> int:
-        """Of the matrix, for one input and one group of vectors."""
-        return self.sums * lanes // (2 if self.pairs else 1)
 
 
 @dataclass(frozen=True)
@@ -79,20 +79,21 @@ class Constants:
 
     def __init__(self, processor: Processor) -> None:
         self.lanes = processor.lanes
-        self._dtype = processor.dtype
+        self._processor = processor
         self._tensors: list[Tensor] = []
         self._size = 0
 
     def joined(self) -> Tensor:
-        """All of them: floats (N,)."""
+        """All of them: uint8 (N,)."""
         return torch.cat(self._tensors)
 
-    def add(self, values: Tensor) -> int:
-        """Add floats, or integers, as int32; return their offset in floats."""
+    def add(self, values: Tensor, dtype: torch.dtype | None = None) -> int:
+        """Add floats, of the type that is computed in if nothing else is said, or integers, as int32; return their
+        offset in bytes."""
         offset = self._size
-        values = values.detach().to("cpu", self._dtype if values.is_floating_point() else torch.int32)
-        flat = values.contiguous().reshape(-1).view(self._dtype)
-        self._tensors.append(pad(flat, (0, -len(flat) % (LINE // flat.itemsize))))
+        dtype = dtype or (self._processor.sums if values.is_floating_point() else torch.int32)
+        flat = values.detach().to("cpu", dtype).contiguous().reshape(-1).view(torch.uint8)
+        self._tensors.append(pad(flat, (0, -len(flat) % LINE)))
         self._size += len(self._tensors[-1])
         return offset
 
@@ -107,17 +108,19 @@ class Constants:
             planar: the channels that it reads are not neighbours.
         """
         channels, inputs = matrix.shape
-        vectors = self.vectors(channels)
+        vectors, here = self.vectors(channels), self._processor
         together = _together(vectors)
-        pairs = self._dtype == torch.float16 and inputs % 2 == 0 and not planar
+        pairs = here.dtype.itemsize == 2 and inputs % 2 == 0 and not planar
         bias = matrix.new_zeros(channels) if bias is None else bias
         grouped = self._padded(matrix).view(vectors // together, together * self.lanes, inputs)
-        sums = together
+        sums, floats = together, together * self.lanes
         if pairs:
-            sums = 1 if channels <= self.lanes // 2 else 2 * together
-            grouped = grouped[:, : sums * self.lanes // 2].unflatten(2, (-1, 2))
-        grouped = grouped.transpose(1, 2)
-        return Pointwise(inputs, vectors, together, pairs, sums, self.add(grouped), self.add(self._padded(bias)))
+            if here.dtype == torch.float16:
+                sums = 1 if channels <= here.pairs else 2 * together
+            floats = sums * here.pairs
+            grouped = grouped[:, :floats].unflatten(2, (-1, 2))
+        at = self.add(grouped.transpose(1, 2), here.dtype if pairs else None)
+        return Pointwise(inputs, vectors, together, pairs, sums, floats, at, self.add(self._padded(bias)))
 
     def projection(self, matrix: Tensor, bias: Tensor | None) -> Pointwise:
         """As :meth:`pointwise`, of whole vectors of inputs."""
@@ -186,9 +189,9 @@ class RowWriter(Writer):
 
         return need
 
-    def kept(self, slots: int, floats: int) -> RowAt:
+    def kept(self, slots: int, floats: int, dtype: torch.dtype | None = None) -> RowAt:
         """Scratch memory for the newest rows, numbered from −1 on."""
-        base = self.scratch(slots * floats)
+        base = self.scratch(slots * floats, dtype)
         return lambda row: self.at(base, self.times(self.modulo(self.plus(row, slots), slots), floats))
 
     def expanded(self, source: Pixels, weights: Pointwise, size: int) -> Expanded:
@@ -199,7 +202,7 @@ class RowWriter(Writer):
             lambda row, target, plane: self.expand(source, row, weights, size, target, plane),
         )
 
-    def padded(self, vectors: int, size: int, make: Callable[[Value, Value, int], None]) -> Expanded:
+    def padded(self, vectors: int, size: int, make: Callable[[Value, Pointer, int], None]) -> Expanded:
         """The three newest rows of an expanded map, and one of zeros before and after it.
 
         Args:
@@ -226,7 +229,7 @@ class RowWriter(Writer):
         row: Value,
         weights: Pointwise,
         size: int,
-        target: Value,
+        target: Pointer,
         plane: int,
         *,
         relu: bool = True,
@@ -286,7 +289,7 @@ class RowWriter(Writer):
         depthwise: Depthwise,
         weights: Pointwise,
         size: int,
-        target: Value,
+        target: Pointer,
         begin_tile: BeginTile | None = None,
     ) -> None:
         """A row of a depthwise convolution, ReLU and a projection, to (size, vectors, lanes).
@@ -297,9 +300,12 @@ class RowWriter(Writer):
         source.need(self.plus(self.times(row, depthwise.stride), 1))
         together, chunk = _together(depthwise.vectors), largest_divisor(size, _CHUNK)
         depth, outputs = together * self.lanes, weights.vectors
-        buffer = self.scratch(chunk * depth)
+        buffer = self.scratch(chunk * depth, self.processor.dtype)
+        rounded = target.dtype != self.sums
+        unrounded = self.scratch(chunk * outputs * self.lanes) if rounded else target
         with self.loop(0, size, chunk) as first:
-            here = self.at(target, self.times(first, outputs * self.lanes))
+            finished = self.at(target, self.times(first, outputs * self.lanes))
+            here = unrounded if rounded else finished
             pixels = self.tile(chunk, outputs)
             with self.loop(0, chunk, pixels) as x:
                 if begin_tile is None:
@@ -317,9 +323,12 @@ class RowWriter(Writer):
                         for p, value in enumerate(values):
                             self.store(value, self.at(buffer, self.times(x, depth), p * depth + v * self.lanes))
                 self._project(Pixels(lambda row: buffer, depth), buffer, group, weights, depth, chunk, here)
+            if rounded:
+                with self.loop(0, chunk * outputs * self.lanes, self.lanes) as i:
+                    self.store(self.load(self.at(here, i)), self.at(finished, i))
 
     def _project(
-        self, source: Pixels, buffer: Value, group: Value, weights: Pointwise, depth: int, chunk: int, target: Value
+        self, source: Pixels, buffer: Pointer, group: Value, weights: Pointwise, depth: int, chunk: int, target: Pointer
     ) -> None:
         """Add the product of a group of ``depth`` channels to a chunk of pixels."""
         together, pixels = weights.together, self.tile(chunk, weights.sums)
@@ -345,7 +354,7 @@ class RowWriter(Writer):
         begin: Callable[[], list[Value]],
         pixels: int,
         weights: Pointwise,
-        source: Callable[[Value, int], Value],
+        source: Callable[[Value, int], Pointer],
         group: Value | int = 0,
         first: Value | int = 0,
         depth: int | None = None,
@@ -361,35 +370,41 @@ class RowWriter(Writer):
                 comes after it from memory.
         """
         depth = depth or weights.inputs
-        step, broadcast = (2, self.broadcast_pair) if weights.pairs else (1, self.broadcast)
-        floats = weights.floats(self.lanes)
+        if weights.pairs:
+            step, dtype, width = 2, self.processor.dtype, 2 * self.processor.pairs
+            broadcast, load, multiply_add = self.broadcast_pair, self.load_pairs, self.multiply_add_pairs
+        else:
+            step, dtype, width = 1, self.sums, self.lanes
+            broadcast, load, multiply_add = self.broadcast, self.load, self.multiply_add
+        side_by_side = weights.pairs and not self.adds_pairs
         offset = self.plus(self.times(group, weights.inputs), first)
-        matrix = self.at(self.constant(weights.matrix), self.times(offset, floats))
+        matrix = self.at(self.constant(weights.matrix, dtype), self.times(offset, weights.floats))
         unrolled = step * largest_divisor(depth // step, _UNROLLED)
-        variables = self.variables([self.splat(0.0)] * (pixels * weights.sums) if weights.pairs else begin())
+        variables = self.variables([self.splat(0.0)] * (pixels * weights.sums) if side_by_side else begin())
         with self.loop(0, depth, unrolled) as start:
             sums = [self.get(variable) for variable in variables]
             if tile is not None:
                 lines = self.plus(self.times(tile, depth // unrolled), self.divided(start, unrolled)[0])
-                ahead = self.times(lines, LINE // self.processor.dtype.itemsize)
-                self.prefetch(matrix, self.plus(ahead, depth * floats))
+                ahead = self.times(lines, LINE // dtype.itemsize)
+                self.prefetch(matrix, self.plus(ahead, depth * weights.floats))
             for one in range(0, unrolled, step):
                 k = self.plus(start, one)
-                factors = self.loaded(self.at(matrix, self.times(k, floats)), weights.sums)
+                here = self.at(matrix, self.times(k, weights.floats))
+                factors = [load(self.at(here, v * width)) for v in range(weights.sums)]
                 for p in range(pixels):
                     value = broadcast(source(k, p))
                     for place, factor in enumerate(factors, start=p * weights.sums):
-                        sums[place] = self.multiply_add(value, factor, sums[place])
+                        sums[place] = multiply_add(value, factor, sums[place])
             for variable, value in zip(variables, sums, strict=True):
                 self.set(variable, value)
         sums = [self.get(variable) for variable in variables]
-        if not weights.pairs:
+        if not side_by_side:
             return sums
         others = sums[1::2] if weights.sums > 1 else [self.splat(0.0)] * pixels
         added = map(self.sums_of_pairs, sums[:: min(2, weights.sums)], others)
         return [self.add(before, one) for before, one in zip(begin(), added, strict=True)]
 
-    def reader(self, source: Pixels, row: Value, x: Value) -> Callable[[Value, int], Value]:
+    def reader(self, source: Pixels, row: Pointer, x: Value) -> Callable[[Value, int], Pointer]:
         """The pointer to channel k of the pixel p columns to the right of x."""
         here = self.at(row, self.times(x, source.pixel))
         return lambda k, p: self.at(here, self.times(k, source.channel), p * source.pixel)
@@ -402,7 +417,7 @@ class RowWriter(Writer):
         """Pixels whose sums, of so many vectors each, fill the registers; some are left for factors."""
         return largest_divisor(size, max(1, (self.processor.registers - 4) // vectors))
 
-    def loaded(self, pointer: Value, vectors: int) -> list[Value]:
+    def loaded(self, pointer: Pointer, vectors: int) -> list[Value]:
         """So many vectors, one after another."""
         return [self.load(self.at(pointer, v * self.lanes)) for v in range(vectors)]
 

@@ -27,7 +27,7 @@ from gpupipe.kernels.maps_llvm import speech_depths, template_depths
 from gpupipe.models import MODES, Mode
 from gpupipe.models.hoisted import SpeechHalf, TemplateHalf
 
-BOUND = {torch.float32: 1e-5, torch.float16: 1e-2}
+BOUND = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Allowed difference by type, as a share of the largest value: rounding."""
 
 MARGIN = 64
@@ -36,7 +36,7 @@ MARGIN = 64
 
 def processors() -> list[Processor]:
     """This one, and what else it can run: with vectors half as long, and fewer of them; in float16, too, for which an
-    older one is compiled to compute in float32 and round."""
+    older one is compiled to compute in float32 and round; and in bfloat16, if it can."""
     found = [this_processor()]
     if found[0].lanes == 16:
         found.append(Processor("haswell", "", 8, 16))
@@ -44,6 +44,8 @@ def processors() -> list[Processor]:
         found.append(this_processor(torch.float16))
     elif found[0].lanes > 4:
         found.append(Processor("haswell", "", 16, 16, torch.float16))
+    if this_processor(torch.bfloat16).lanes:
+        found.append(this_processor(torch.bfloat16))
     return found
 
 
@@ -75,9 +77,9 @@ def guarded(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> tuple[T
     return inside, check
 
 
-def run(level: Level, inputs: Sequence[Tensor], *, mouth: bool = False) -> list[Tensor]:
-    """What a level makes."""
-    dtype = torch.float32 if mouth else inputs[0].dtype
+def run(level: Level, inputs: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> list[Tensor]:
+    """What a level makes, of the type of what it reads if nothing else is said."""
+    dtype = dtype or inputs[0].dtype
     outputs, checks = zip(*(guarded(shape, dtype) for shape in level.shapes), strict=True)
     scratch, check = guarded((level.kernel.scratch_bytes // 2,), torch.float16)
     level.kernel([*inputs, *outputs], scratch)
@@ -172,7 +174,7 @@ def test_the_last_level_makes_the_mouth(halves: tuple[object, SpeechHalf], proce
     up, head, size = halves[1].up5, halves[1].outc.conv, 64
     low, skip = noise(1, up.low.in_channels, size // 2, size // 2), noise(1, up.skip.in_channels, size, size)
     level = up_level(up, size, skip_padded=False, head=head, processor=processor)
-    (found,) = run(level, [stored(low, processor), stored(skip, processor, padded=False)], mouth=True)
+    (found,) = run(level, [stored(low, processor), stored(skip, processor, padded=False)], dtype=torch.float32)
     mouth = torch.sigmoid(head(up(low, skip)))[0]
     assert (found - mouth).abs().max() <= BOUND[processor.dtype]
     assert (found - mouth.flip(0)).abs().max() > 0.1, "its channels differ"
@@ -185,7 +187,7 @@ def test_the_first_level_makes_what_the_first_block_makes_too(
     template, size = halves[0], 24
     image = noise(1, 6, 2 * size, 2 * size)
     level = first_level(template.hidden, template.down1, size, processor=processor)
-    hidden, x2 = run(level, [image[0].to(processor.dtype)])
+    hidden, x2 = run(level, [image[0].to(processor.sums)], dtype=processor.dtype)
     expected = template.hidden(image)
     assert near(hidden, expected[0].permute(1, 2, 0))
     assert close(x2, template.down1(expected))
@@ -209,6 +211,7 @@ ZMM, YMM, Q = (r"%zmm\d+, -?\d*\(%rsp\)", r"%ymm\d+, -?\d*\(%rsp\)", r"st[rp]\tq
 MACHINES = {
     "AVX-512": (X86, Processor("sapphirerapids", "", 16, 32), ZMM, 0),
     "AVX512-FP16": (X86, Processor("sapphirerapids", "", 32, 32, torch.float16), ZMM, 3),
+    "AVX512-BF16": (X86, Processor("znver4", "", 16, 32, torch.bfloat16), ZMM, 0),
     "AVX2": (X86, Processor("haswell", "", 8, 16), YMM, 6),
     "NEON": (ARM, Processor("neoverse-v1", "+neon", 4, 32), Q, 3),
     "NEON, float16": (ARM, Processor("neoverse-v1", "+neon,+fullfp16", 8, 32, torch.float16), Q, 4),
@@ -259,7 +262,7 @@ class Sigmoid:
         w = Writer(processor, self.maps)
         source, target = w.maps
         with w.loop(0, self.size, w.lanes) as i:
-            w.store_floats(w.sigmoid(w.load(w.at(source, i))), target, i)
+            w.store(w.sigmoid(w.load(w.at(source, i))), w.at(target.to(torch.float32), i))
         return w
 
 
@@ -271,8 +274,9 @@ class Transposed:
 
     def write(self, processor: Processor) -> Writer:
         w = Writer(processor, self.maps)
+        source, target = w.maps[0].to(w.sums), w.maps[1]
         for channel in range(3):
-            w.store(w.gather(w.at(w.maps[0], channel), 3), w.at(w.maps[1], channel * w.lanes), w.lanes - 2)
+            w.store(w.gather(w.at(source, channel), 3), w.at(target, channel * w.lanes), w.lanes - 2)
         return w
 
 
@@ -287,11 +291,11 @@ def test_sigmoid(processor: Processor) -> None:
 
 def test_gathered_and_partly_stored(processor: Processor) -> None:
     lanes = processor.lanes
-    values, found = torch.arange(3 * lanes, dtype=processor.dtype), torch.zeros(3, lanes, dtype=processor.dtype)
+    values, found = torch.arange(3 * lanes, dtype=processor.sums), torch.zeros(3, lanes, dtype=processor.dtype)
     Kernel(Transposed(), None, processor)([values, found])
     expected = values.view(lanes, 3).T.clone()
     expected[:, -2:] = 0
-    assert torch.equal(found, expected)
+    assert torch.equal(found.to(processor.sums), expected)
 
 
 @pytest.fixture
@@ -347,19 +351,23 @@ def test_kernels_work_where_nothing_can_be_kept(
 
 
 @pytest.mark.parametrize(
-    ("features", "lanes", "float16_lanes"),
+    ("features", "lanes", "float16_lanes", "bfloat16_lanes"),
     [
-        ({"avx512f": True, "avx2": True, "fma": True, "avx512fp16": True}, 16, 32),
-        ({"avx512f": True, "avx2": True, "fma": True, "avx512fp16": False}, 16, 0),
-        ({"avx512f": False, "avx2": True, "fma": True}, 8, 0),
-        ({"avx2": True, "fma": False}, 0, 0),
-        ({"neon": True}, 4, 0),
-        ({"neon": True, "fullfp16": True}, 4, 8),
-        ({}, 0, 0),
+        ({"avx512f": True, "avx2": True, "fma": True, "avx512fp16": True, "avx512bf16": False}, 16, 32, 0),
+        ({"avx512f": True, "avx2": True, "fma": True, "avx512fp16": False, "avx512bf16": True}, 16, 0, 16),
+        ({"avx512f": False, "avx2": True, "fma": True, "avx512fp16": True, "avx512bf16": True}, 8, 0, 0),
+        ({"avx2": True, "fma": False}, 0, 0, 0),
+        ({"neon": True}, 4, 0, 0),
+        ({"neon": True, "fullfp16": True, "bf16": True}, 4, 8, 0),
+        ({}, 0, 0, 0),
     ],
 )
 def test_vectors_are_as_long_as_the_processor_s(
-    features: dict[str, bool], lanes: int, float16_lanes: int, monkeypatch: pytest.MonkeyPatch
+    features: dict[str, bool],
+    lanes: int,
+    float16_lanes: int,
+    bfloat16_lanes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Features(dict[str, bool]):
         def flatten(self) -> str:
@@ -367,14 +375,14 @@ def test_vectors_are_as_long_as_the_processor_s(
 
     monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: Features(features))
     monkeypatch.setattr(common_llvm, "this_processor", common_llvm.this_processor.__wrapped__)
-    assert common_llvm.this_processor().lanes == lanes
-    assert common_llvm.this_processor(torch.float16).lanes == float16_lanes
-    told = dispatch.llvm_obstacle.__wrapped__()
-    assert told == (None if lanes else "this processor has none of AVX-512, AVX2 with FMA, and NEON")
-    told = dispatch.llvm_obstacle.__wrapped__(torch.float16)
-    assert told == (
-        None if float16_lanes else "this processor does not compute in float16, as with AVX512-FP16 or NEON"
-    )
+    wanted = {
+        torch.float32: (lanes, "this processor has none of AVX-512, AVX2 with FMA, and NEON"),
+        torch.float16: (float16_lanes, "this processor does not multiply in float16, as with AVX512-FP16 or NEON"),
+        torch.bfloat16: (bfloat16_lanes, "this processor does not multiply in bfloat16, as with AVX512-BF16"),
+    }
+    for dtype, (number, reason) in wanted.items():
+        assert common_llvm.this_processor(dtype).lanes == number
+        assert dispatch.llvm_obstacle.__wrapped__(dtype) == (None if number else reason)
 
 
 def test_without_llvm_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

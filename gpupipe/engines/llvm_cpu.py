@@ -40,7 +40,7 @@ class LlvmEngine:
     It runs frame by frame, each on the thread that asks for it. Features are (L, H, W, channels).
 
     Args:
-        dtype: float32, or float16, in which sums are accumulated, too.
+        dtype: float32, float16, in which sums are accumulated, too, or bfloat16.
     """
 
     name: EngineName = "llvm"
@@ -52,8 +52,8 @@ class LlvmEngine:
         from gpupipe.kernels.maps_llvm import speech_depths, template_depths  # noqa: PLC0415
 
         self.device = torch.device("cpu")
-        self.dtype = dtype
         self._processor = processor = this_processor(dtype)
+        self.dtype = processor.sums
         template, speech = TemplateHalf(network).eval(), SpeechHalf(network).eval()
         self._encoder = [
             first_level(template.hidden, template.down1, INPUT_SIZE // 2, processor=processor),
@@ -76,7 +76,7 @@ class LlvmEngine:
         """As :meth:`Engine.encode`."""
         image = image.to("cpu", self.dtype).contiguous()
         shapes = [shape for level in self._encoder for shape in level.shapes]
-        made = [torch.empty(len(image), *shape, dtype=self.dtype, device="cpu") for shape in shapes]
+        made = [torch.empty(len(image), *shape, dtype=self._processor.dtype, device="cpu") for shape in shapes]
         with self._room() as room:
             for x, hidden, *later in zip(image, *made, strict=True):
                 first, *others = self._encoder
@@ -102,7 +102,7 @@ class LlvmEngine:
         """(B, C, H, W) as kernels take it, (B, H, W, channels): those beyond C are not read."""
         batch, channels, height, width = audio.shape
         shape = batch, height, width, channels + -channels % self._processor.lanes
-        windows = torch.empty(shape, dtype=self.dtype, device="cpu")
+        windows = torch.empty(shape, dtype=self._processor.dtype, device="cpu")
         windows[..., :channels] = audio.permute(0, 2, 3, 1)
         return windows
 
@@ -115,7 +115,7 @@ class LlvmEngine:
             levels: Sequence[Level] = (*self._encoder, self._depths, *self._decoder)
             scratch = torch.empty(max(level.kernel.scratch_bytes for level in levels), dtype=torch.uint8, device="cpu")
             made = [self._depths.shapes[0], *(level.shapes[0] for level in self._decoder[:-1])]
-            room = _Room(scratch, [torch.empty(shape, dtype=self.dtype, device="cpu") for shape in made])
+            room = _Room(scratch, [torch.empty(shape, dtype=self._processor.dtype, device="cpu") for shape in made])
         yield room
         self._rooms.append(room)
 
@@ -124,6 +124,6 @@ DECLARATION = Declaration(
     "llvm",
     lambda network, dtype, **_: LlvmEngine(network, dtype=dtype),
     devices=("cpu",),
-    dtypes=(torch.float32, torch.float16),
+    dtypes=(torch.float32, torch.float16, torch.bfloat16),
     obstacle=lambda device, dtype: llvm_obstacle(dtype),
 )
