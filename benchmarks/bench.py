@@ -152,7 +152,7 @@ def _side_by_side(scenario: Scenario, options: Options, folder: Path, device: st
         made.append(contestants.gpupipe(scenario, name="gpupipe_exact", exact=True, engine="eager", **how))
     made.append(contestants.gpupipe(scenario, engine=options.engine, **how))
     if options.engine == "auto":
-        made += contestants.lower_precisions_on_cpu(scenario, folder, **how)
+        made += contestants.lower_precisions_on_cpu(scenario, **how)
     size: dict[str, Any] = {"frames": options.frames, "rounds": options.rounds, "device": device}
     told: dict[str, Any] = {"frames": options.frames, "config": config, "device": device}
 

@@ -5,7 +5,7 @@
 
 On a CPU, in float32: eager PyTorch, and ONNX Runtime on the whole network as ``gpupipe export`` writes it, each with
 all cores on one frame; ONNX Runtime again with one frame to each core; and gpupipe's `onnxruntime` and `llvm` engines
-as a render runs them, side by side in lanes. In float16 `llvm`, and in bfloat16 and int8 `openvino`, where they run.
+as a render runs them, side by side in lanes; `llvm` in float16 and bfloat16, too, where the processor has them.
 
 On CUDA: each engine × precision × batch, in the order given, replayed as CUDA graphs; rows are written as soon as they
 are measured. ``--engine onnxruntime`` adds ONNX Runtime's CUDA and TensorRT providers on the whole network, where they
@@ -48,7 +48,6 @@ from gpupipe.graphs import replayed
 from gpupipe.kernels import dispatch
 from gpupipe.lanes import available_cores, map_in_lanes
 from gpupipe.models import MODES, UNet328
-from gpupipe.models.codes import measure_inputs
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.unet328 import INPUT_SIZE, random_inputs
 from gpupipe.onnx_export import export_onnx, export_unet
@@ -91,7 +90,6 @@ class Contestant:
 def on_cpu(network: UNet328) -> list[Contestant]:
     """Everybody at batch 1, which loses nothing on CPU cores."""
     image, audio = _inputs(network, 1, torch.device("cpu"))
-    network.input_channels = measure_inputs(network, [(image, audio)])
     inputs = {"image": image.numpy(), "audio": audio.numpy()}
     with tempfile.TemporaryDirectory() as folder:
         graph = export_unet(network, Path(folder) / "unet.onnx").read_bytes()
@@ -113,10 +111,10 @@ def on_cpu(network: UNet328) -> list[Contestant]:
 
     everything = side_by_side(lambda: narrow.run(None, inputs))
     lower: list[Contestant] = []
-    for precision, name in LOWER_ON_CPU.items():
+    for precision in LOWER_ON_CPU:
         dtype = getattr(torch, precision)
-        if DECLARED[name].obstacle(image.device, dtype) is None:
-            lower += in_lanes(DECLARED[name].build(network, image.device, dtype), {"precision": precision})
+        if dispatch.llvm_obstacle(dtype) is None:
+            lower += in_lanes(LlvmEngine(network, dtype=dtype), {"precision": precision})
     told = {"precision": "float32"}
     return [
         Contestant("eager, as trained", lambda: network(image, audio), 1, told),

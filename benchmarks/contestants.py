@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpupipe import FrameGenerationPipeline, calibrate
+from gpupipe import FrameGenerationPipeline
 from gpupipe.benchmarks.common import Row, Spread, row
 from gpupipe.benchmarks.keeping_memory import process_keeping_memory
 from gpupipe.benchmarks.meters import PeakMemory, energy_counter
 from gpupipe.benchmarks.scenario import Scenario
 from gpupipe.engines import Engine, EngineName, Precision
 from gpupipe.engines.choice import LOWER_ON_CPU
-from gpupipe.engines.declared import DECLARED
+from gpupipe.kernels.dispatch import llvm_obstacle
 from gpupipe.models import Mode, UNet328, load_unet
 from gpupipe.onnx_export import export_unet
 from gpupipe.quiet_onnxruntime import onnxruntime
@@ -33,7 +33,6 @@ if TYPE_CHECKING:  # it needs OpenCV, which is an extra
 
 WARMUP_FRAMES = 4
 
-_CALIBRATION_FRAMES = 8
 
 Render = Callable[[Path, Path, Path], dict[str, float]]
 """(features, sound, output) → seconds by stage."""
@@ -215,18 +214,12 @@ def gpupipe(
     return made
 
 
-def lower_precisions_on_cpu(scenario: Scenario, folder: Path, *, device: str, crf: int) -> list[Contestant]:
-    """gpupipe in less than float32, where ``device`` is a CPU with instructions for it; else nobody.
-
-    For int8 the checkpoint is calibrated on a few frames of the scenario.
-    """
+def lower_precisions_on_cpu(scenario: Scenario, *, device: str, crf: int) -> list[Contestant]:
+    """gpupipe in less than float32, where ``device`` is a CPU with instructions for it; else nobody."""
     made = []
-    for precision, engine in LOWER_ON_CPU.items():
-        if device != "cpu" or DECLARED[engine].obstacle(torch.device(device), getattr(torch, precision)):
+    for precision in LOWER_ON_CPU:
+        if device != "cpu" or llvm_obstacle(getattr(torch, precision)):
             continue
-        if precision == "int8":
-            files = scenario.checkpoint, scenario.template, scenario.features, folder / "calibrated.safetensors"
-            scenario = replace(scenario, checkpoint=calibrate(*files, scenario.mode, frames=_CALIBRATION_FRAMES).path)
         made.append(gpupipe(scenario, name=f"gpupipe_{precision}", precision=precision, device=device, crf=crf))
     return made
 

@@ -4,8 +4,7 @@
 
 The bundled avatar's network paints frames of the second half of the bundled sample in float32, and again in each
 format. The painted mouths are compared before they are rounded, scaled to 0 … 255: PSNR over all frames, and the
-largest difference. Ranges for int8 are measured on 64 frames of the first half, so that other speech is painted than
-was measured; the face is the same.
+largest difference.
 
 The bundled network has a quarter of the published width. ``--bundle WORK/bundle`` takes one of full width that paints
 the same avatar, from
@@ -15,15 +14,16 @@ the same avatar, from
 That took 70 minutes on two cores that did other work too. The network whose rows are recorded was on its way to 850
 steps of painting when it was stopped after 250 and went on to 450.
 
-On CUDA every engine that is built in seconds runs in its own precisions. On a CPU `llvm` runs in float16 and `openvino`
-in bfloat16 and int8, where they can, and all formats are *simulated*: weights and every layer's output are rounded to
-the format, and sums are float32, as on tensor cores with float32 accumulators when each layer writes its output to
-memory; int8 as :mod:`gpupipe.models.int8` has it. This says nothing about speed.
+On CUDA every engine that is built in seconds runs in its own precisions. On a CPU `llvm` runs in float16 and bfloat16
+where it can, and all formats are *simulated*: weights and every layer's output are rounded to the format, and sums are
+float32, as on tensor cores with float32 accumulators when each layer writes its output to memory. This says nothing
+about speed.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -34,17 +34,16 @@ import torch
 from torch import Tensor, nn
 
 from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_name, row
-from gpupipe.calibration import FRAMES, compare, network_inputs, spread
 from gpupipe.demo import BUNDLE
 from gpupipe.engines import EngineName, Precision, make_engine
 from gpupipe.engines.choice import LOWER_ON_CPU, find_dtype
-from gpupipe.engines.declared import DECLARED, candidates
+from gpupipe.engines.declared import candidates
 from gpupipe.errors import GpupipeError, first_line
 from gpupipe.features import SpeechFeatures
+from gpupipe.kernels.crop_resize import crop_and_input
+from gpupipe.kernels.dispatch import llvm_obstacle
 from gpupipe.models import UNet328, load_unet
-from gpupipe.models.codes import measure_inputs
 from gpupipe.models.fold import fold_batch_norms
-from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf
 from gpupipe.schedule import template_indices
 from gpupipe.speech import SpeechEncoder
 from gpupipe.template import Template
@@ -80,8 +79,6 @@ def main() -> None:
 def measure(frames: int, device: torch.device, bundle: Path = BUNDLE) -> list[Row]:
     """Rows ``psnr`` and ``largest_difference`` of each format and provider."""
     network = load_unet(bundle / "unet.safetensors", "ave")
-    image, audio = sample(FRAMES, bundle, half=0)
-    network.input_channels = measure_inputs(network, zip(image.split(4), audio.split(4), strict=True))
     image, audio = sample(frames, bundle)
     exact = steps(network, image, audio)
     rows = []
@@ -93,7 +90,7 @@ def measure(frames: int, device: torch.device, bundle: Path = BUNDLE) -> list[Ro
             "value": name,
             "device": device,
         }
-        config = {"frames": frames, "width": network.width, "ranges": "of other speech"}
+        config = {"frames": frames, "width": network.width}
         try:
             found = steps(paint, image.to(device), audio.to(device)).cpu()
         except (RuntimeError, GpupipeError) as error:
@@ -105,14 +102,24 @@ def measure(frames: int, device: torch.device, bundle: Path = BUNDLE) -> list[Ro
     return rows
 
 
-def sample(frames: int, bundle: Path = BUNDLE, *, half: int = 1) -> tuple[Tensor, Tensor]:
-    """Images and audio windows of ``frames`` frames, spread evenly over the first (0) or second half of the sample."""
+def sample(frames: int, bundle: Path = BUNDLE) -> tuple[Tensor, Tensor]:
+    """Images (B, 6, 320, 320) and audio windows (B, *audio_shape) of ``frames`` frames, spread evenly over the second
+    half of the sample."""
     encoder = SpeechEncoder(bundle / "encoder.safetensors")
     speech = SpeechFeatures(torch.cat(list(encoder.covering_features(bundle / "sample.flac"))), "ave")
     template, middle = Template.from_directory(bundle / "template"), len(speech) // 2
-    heard = spread(middle, frames) + half * (len(speech) - middle)
+    heard = np.linspace(0, middle - 1, frames).round().astype(np.int64) + len(speech) - middle
     shown = np.concatenate([template_indices(i, i + 1, template.length) for i in heard.tolist()])
-    return network_inputs(template, speech, shown, heard)
+    kept, index = template.frames.lookup(shown)
+    _, image = crop_and_input(kept["frame"], index, template.boxes[torch.from_numpy(shown)])
+    return image, torch.cat([speech.windows(i, i + 1) for i in heard.tolist()])
+
+
+def compare(found: Tensor, exact: Tensor) -> tuple[float, float]:
+    """PSNR in dB over all values, peak 255, and the largest difference."""
+    difference = found.double() - exact.double()
+    error = float(difference.square().mean())
+    return (10 * math.log10(255**2 / error) if error else math.inf), float(difference.abs().max())
 
 
 def contestants(network: UNet328, device: torch.device) -> list[tuple[str, str, Paint]]:
@@ -120,10 +127,9 @@ def contestants(network: UNet328, device: torch.device) -> list[tuple[str, str, 
     if device.type == "cpu":
         made: list[tuple[str, str, Paint]] = []
         made += [("simulated", name, simulated(network, dtype)) for name, dtype in FORMATS.items()]
-        made.append(("simulated", "int8", simulated_int8(network)))
-        for name, engine in LOWER_ON_CPU.items():
-            if DECLARED[engine].obstacle(device, getattr(torch, name)) is None:
-                made.append((engine, name, _by_engine(network, device, engine, name)))
+        for name in LOWER_ON_CPU:
+            if llvm_obstacle(getattr(torch, name)) is None:
+                made.append(("llvm", name, _by_engine(network, device, "llvm", name)))
         return made
     precisions: tuple[Precision, ...] = ("float32", "bfloat16", "float16")
     return [
@@ -158,12 +164,6 @@ def simulated(network: UNet328, dtype: torch.dtype) -> UNet328:
         if not list(module.children()) and not isinstance(module, nn.Identity):
             module.register_forward_hook(lambda module, inputs, output: round_to(output))
     return rounded
-
-
-def simulated_int8(network: UNet328) -> Paint:
-    """The network as :mod:`gpupipe.models.int8` has it; ``network`` has ``input_channels``."""
-    template, speech = Int8TemplateHalf(network).eval(), Int8SpeechHalf(network).eval()
-    return lambda image, audio: speech(*template(image), audio)
 
 
 def steps(paint: Paint, image: Tensor, audio: Tensor) -> Tensor:

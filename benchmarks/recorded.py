@@ -14,7 +14,6 @@ NAMES = {
     "gpupipe": "gpupipe",
     "gpupipe_float16": "gpupipe, float16",
     "gpupipe_bfloat16": "gpupipe, bfloat16",
-    "gpupipe_int8": "gpupipe, int8",
 }
 """Contestants as readers see them, in this order."""
 

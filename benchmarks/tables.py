@@ -71,8 +71,7 @@ def headline(rows: Rows) -> str:
     lower = [(other["p50"], name) for name in LOWER_ON_CPU if (other := beside(f"gpupipe_{name}"))]
     if lower and max(lower)[0] > row["p50"]:
         ratio, name = max(lower)
-        amx = ", which has AMX" if "with AMX" in row["device"] else ""
-        said += f"; **{ratio:.1f}×** with `--precision {name}` on this processor{amx}"
+        said += f"; **{ratio:.1f}×** with `--precision {name}` on this processor"
     return said + " ([how it was measured](#results))."
 
 
@@ -255,8 +254,7 @@ def precision(rows: Rows) -> str:
     for (provider, name), found in sorted(bundled.items(), key=lambda item: -item[1][0.25, "psnr"]["p50"]):
         by = f"{provider} on {found[0.25, 'psnr']['device']}"
         if provider == "simulated":
-            rounded = "convolutions' inputs and weights" if name == "int8" else "layers' outputs"
-            by = f"simulated: {rounded} rounded"
+            by = "simulated: layers' outputs rounded"
         cells = []
         for width in (0.25, 1.0):
             for metric, unit in (("psnr", " dB"), ("largest_difference", " of 255")):

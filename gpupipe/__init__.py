@@ -1,7 +1,6 @@
 """gpupipe: lip-synced talking-head video, rendered in batches on the GPU, and as fast as it can on a CPU."""
 
 from gpupipe.avatar import Avatar
-from gpupipe.calibration import Calibration, calibrate
 from gpupipe.errors import CheckpointError, DeviceError, GpupipeError, InputError, OutputError
 from gpupipe.features import SpeechFeatures, audio_windows
 from gpupipe.frame_generator import FrameGenerator
@@ -15,7 +14,6 @@ from gpupipe.versions import __version__ as __version__
 
 __all__ = [
     "Avatar",
-    "Calibration",
     "CheckpointError",
     "DeviceError",
     "FrameGenerationPipeline",
@@ -31,5 +29,4 @@ __all__ = [
     "Template",
     "UNetModel",
     "audio_windows",
-    "calibrate",
 ]

@@ -17,8 +17,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from gpupipe import __version__, calibration, options
-from gpupipe.calibration import FRAMES
+from gpupipe import __version__, options
 from gpupipe.console import (
     console,
     print_record,
@@ -32,6 +31,7 @@ from gpupipe.console import (
 )
 from gpupipe.demo import render_demo
 from gpupipe.doctor import examine, measure_engines
+from gpupipe.engines.choice import LOWER_ON_CPU
 from gpupipe.errors import InputError
 from gpupipe.features import SpeechFeatures, save_features, video_rate, write_features
 from gpupipe.files import check_writable, replacing
@@ -124,7 +124,7 @@ def render(
             print_waterfall(pipeline.last_render)
         print_record(pipeline.last_render, output, as_json)
         if not as_json:
-            _suggest_float16(pipeline, engine, exact or precision)
+            _suggest_precision(pipeline, engine, exact or precision)
 
 
 @app.command()
@@ -180,7 +180,7 @@ def frames(
             )
         print_record(pipeline.last_render, output_dir, as_json)
         if not as_json:
-            _suggest_float16(pipeline, engine, exact or precision)
+            _suggest_precision(pipeline, engine, exact or precision)
 
 
 @app.command()
@@ -212,30 +212,6 @@ def export(
         check_writable(output)
         export_unet(load_unet(checkpoint, mode), output)
         console.print(f"{output}: written; agrees with PyTorch on random inputs", soft_wrap=True)
-
-
-@app.command()
-def calibrate(
-    checkpoint: options.Checkpoint,
-    template: options.TemplateFolder,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The new checkpoint, .safetensors.")],
-    audio_features: options.OptionalFeatures = None,
-    encoder: options.Encoder = None,
-    audio: Annotated[Path | None, typer.Option(help="Sound for --encoder.")] = None,
-    mode: options.Mode = "ave",
-    frames: Annotated[int, typer.Option(help="How many frames to measure, spread over the clip.")] = FRAMES,
-    debug: options.Debug = False,
-) -> None:
-    """Prepare a checkpoint for --precision int8 on a CPU, by measuring the network on frames of a clip."""
-    with reporting(debug):
-        _check_inputs(template, audio_features, encoder, audio, mode)
-        with _features(audio_features, encoder, audio, "cpu") as features:
-            made = calibration.calibrate(checkpoint, template, features, output, mode, frames=frames)
-        console.print(
-            f"{made.path}: written; {made.frames} frames were measured, and on others mouths in int8 are at"
-            f" {made.psnr:.1f} dB against float32 (largest difference {made.largest:.0f} of 255)",
-            soft_wrap=True,
-        )
 
 
 @app.command()
@@ -435,14 +411,15 @@ def _bytes(megabytes: int | None) -> int | None:
     return None if megabytes is None else megabytes * 1_000_000
 
 
-def _suggest_float16(pipeline: FrameGenerationPipeline, engine: options.Engine, chosen: object) -> None:
-    """Say that a CPU computes in it, unless an engine or a precision was chosen: it is not used unasked."""
-    on_cpu = pipeline.unet_model.device.type == "cpu"
-    if engine == "auto" and not chosen and on_cpu and llvm_obstacle(torch.float16) is None:
-        console.print(
-            "tip: --precision float16 is usually faster on this processor; mouths differ slightly",
-            soft_wrap=True,
-        )
+def _suggest_precision(pipeline: FrameGenerationPipeline, engine: options.Engine, chosen: object) -> None:
+    """Say what a CPU has instructions for, unless an engine or a precision was chosen: it is not used unasked."""
+    if engine != "auto" or chosen or pipeline.unet_model.device.type != "cpu":
+        return
+    for precision in LOWER_ON_CPU:
+        if llvm_obstacle(getattr(torch, precision)) is None:
+            told = f"tip: --precision {precision} is usually faster on this processor; mouths differ slightly"
+            console.print(told, soft_wrap=True)
+            return
 
 
 def _check_inputs(

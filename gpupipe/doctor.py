@@ -24,7 +24,7 @@ from gpupipe.lanes import available_cores
 from gpupipe.memory import default_budget
 from gpupipe.models import UNet328
 from gpupipe.seam import FEATHER
-from gpupipe.versions import processor_flags, processor_name, versions
+from gpupipe.versions import processor_name, versions
 from gpupipe.video.codecs import PictureFormat, encoder_obstacle
 from gpupipe.video.cuda import nvenc_sessions
 from gpupipe.video.decode import jpeg_decoder
@@ -119,14 +119,8 @@ def measure_engines(device: str | torch.device | None = None) -> Figures:
 
 def _lower_precisions() -> str:
     """Describe what `--precision` can take on this CPU."""
-    notes = {"int8": ", for checkpoints that gpupipe calibrate wrote"}
-    if "amx_bf16" not in processor_flags():
-        notes["bfloat16"] = ", slower than float32 where it was tried without AMX"
-    told = []
-    for precision, engine in LOWER_ON_CPU.items():
-        reason = DECLARED[engine].obstacle(torch.device("cpu"), getattr(torch, precision))
-        told.append(f"{precision}: {f'no, {reason}' if reason else engine + notes.get(precision, '')}")
-    return "; ".join(told)
+    reasons = ((precision, llvm_obstacle(getattr(torch, precision))) for precision in LOWER_ON_CPU)
+    return "; ".join(f"{precision}: no, {reason}" if reason else precision for precision, reason in reasons)
 
 
 def _device_facts(device: torch.device) -> dict[str, str]:

@@ -14,8 +14,7 @@ from gpupipe.errors import GpupipeError, InputError
 from gpupipe.files import replacing
 from gpupipe.models.blocked import BlockedSpeechHalf, BlockedTemplateHalf
 from gpupipe.models.fold import fold_batch_norms
-from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
-from gpupipe.models.int8 import Int8SpeechHalf, Int8TemplateHalf
+from gpupipe.models.hoisted import TEMPLATE_FEATURES
 from gpupipe.models.unet328 import UNet328, random_inputs
 from gpupipe.quiet import no_warnings
 from gpupipe.quiet_onnxruntime import onnxruntime
@@ -64,23 +63,14 @@ def export_onnx(
 
 
 @torch.autocast("cpu", enabled=False)
-def export_halves(network: UNet328, *, int8: bool = False) -> tuple[bytes, bytes]:
+def export_halves(network: UNet328) -> tuple[bytes, bytes]:
     """Return the network's halves, template's and speech's, for one frame: all shapes are fixed.
 
     The template half turns ``image`` into :data:`~gpupipe.models.hoisted.TEMPLATE_FEATURES`, by their names; the speech
     half turns those and ``audio`` into ``mouth``. All are float32.
-
-    Args:
-        int8: take the halves of :mod:`gpupipe.models.int8`, not of :mod:`gpupipe.models.blocked`: the features are
-            whole numbers from −128 to 127, and the network needs ``input_channels``.
     """
     network = fold_batch_norms(network)
-    template: TemplateHalf | Int8TemplateHalf
-    speech: SpeechHalf | Int8SpeechHalf
-    if int8:
-        template, speech = Int8TemplateHalf(network).eval(), Int8SpeechHalf(network).eval()
-    else:
-        template, speech = BlockedTemplateHalf(network).eval(), BlockedSpeechHalf(network).eval()
+    template, speech = BlockedTemplateHalf(network).eval(), BlockedSpeechHalf(network).eval()
     image, audio = random_inputs(network, 1)
     names = list(TEMPLATE_FEATURES)
     first, second = io.BytesIO(), io.BytesIO()

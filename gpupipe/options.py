@@ -32,8 +32,7 @@ Engine = Annotated[
 Precision = Annotated[
     engines.Precision | None,
     Option(
-        help="Network precision: by default float32 on a CPU and float16 on CUDA; some CPUs take float16 or bfloat16,"
-        " and int8 with a checkpoint that calibrate wrote."
+        help="Network precision: by default float32 on a CPU and float16 on CUDA; some CPUs take float16 or bfloat16."
     ),
 ]
 Exact = Annotated[

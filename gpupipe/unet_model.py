@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpupipe.device import find_device
 from gpupipe.engines import EngineName, Precision, make_engine
-from gpupipe.errors import CheckpointError, InputError
+from gpupipe.errors import InputError
 from gpupipe.models import AUDIO_SHAPES, MODES, Mode, load_unet
 from gpupipe.models.unet328 import INPUT_SIZE
 from gpupipe.onnx_export import OPSET_VERSION, export_unet
@@ -29,9 +29,8 @@ class UNetModel:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"`` …; None takes a CUDA GPU if there is one.
         engine: how the network is run: see :mod:`gpupipe.engines`.
         exact: float32 with TF32 off, and JPEGs decoded on the CPU; None means exact on the CPU, half precision on CUDA.
-        precision: what the network computes in: ``"float32"``, and without ``exact`` ``"float16"``, ``"bfloat16"`` or,
-            on a CPU, ``"int8"``. A CPU needs instructions for these, and int8 a checkpoint that
-            :func:`gpupipe.calibrate` wrote. None means float32 on the CPU and float16 on CUDA. Asking for less than
+        precision: what the network computes in: ``"float32"``, and without ``exact`` ``"float16"`` or ``"bfloat16"``,
+            for which a CPU needs instructions. None means float32 on the CPU and float16 on CUDA. Asking for less than
             float32 makes ``exact`` default to False on the CPU too.
 
     Attributes:
@@ -59,11 +58,6 @@ class UNetModel:
         on_cpu = self.device.type == "cpu"
         self.exact = (on_cpu and precision in (None, "float32")) if exact is None else exact
         self.network = load_unet(checkpoint_path, mode)
-        if precision == "int8" and self.network.input_channels is None:
-            raise CheckpointError(
-                f"{checkpoint_path}: lacks the ranges that precision 'int8' needs; expected a checkpoint that gpupipe"
-                " calibrate wrote"
-            )
         self.engine = make_engine(
             self.network, device=self.device, engine=engine, exact=self.exact, precision=precision
         )

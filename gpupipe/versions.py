@@ -12,7 +12,7 @@ import torch
 
 from gpupipe.lanes import available_cores
 
-_PACKAGES = ("gpupipe", "torch", "torchvision", "triton", "llvmlite", "onnxruntime", "openvino", "av", "numpy")
+_PACKAGES = ("gpupipe", "torch", "torchvision", "triton", "llvmlite", "onnxruntime", "av", "numpy")
 
 
 def _installed(package: str, otherwise: str) -> str:
@@ -46,14 +46,12 @@ def device_name(device: torch.device | str = "cpu") -> str:
 
 
 def processor_name() -> str:
-    """Return the CPU's model name, and whether it has AMX: a virtual machine may hide it from the same model."""
+    """Return the CPU's model name, and what sets it apart from others to which a virtual machine gives the same name:
+    AMX, and of AMD's the family, a number."""
     name = _processor_fact("model name") or platform.processor() or platform.machine()
-    return f"{name} with AMX" if "amx_bf16" in processor_flags() else name
-
-
-def processor_flags() -> list[str]:
-    """Return the CPU's features by Linux's names, or none on other systems."""
-    return _processor_fact("flags").split()
+    if name.startswith("AMD") and not re.search(r"\d", name) and (family := _processor_fact("cpu family")):
+        name += f" family {family}"
+    return f"{name} with AMX" if "amx_bf16" in _processor_fact("flags").split() else name
 
 
 def _processor_fact(name: str) -> str:

@@ -3,7 +3,6 @@
     unet328, audio_encoder   the networks as they are trained
     checkpoint, pickles      how their checkpoints are read
     fold, hoisted, blocked   the U-Net with batch norms folded; in two halves; those with channels in blocks
-    codes, int8              tensors in 8-bit codes; the halves in them
 
 Nothing here knows of clips or commands.
 """

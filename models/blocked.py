@@ -1,6 +1,6 @@
 """The hoisted halves for libraries that run them layer by layer on a CPU, with channels in blocks.
 
-Blocks are of 8 channels with AVX2 and of 16 with AVX-512. ONNX Runtime has them, and OpenVINO in bfloat16.
+Blocks are of 8 channels with AVX2 and of 16 with AVX-512. ONNX Runtime has them.
 
 The same function, up to float32 rounding, with more multiply-adds that take less time:
 

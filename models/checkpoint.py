@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
@@ -15,15 +14,11 @@ from torch import Tensor, nn
 
 from gpupipe.errors import CheckpointError, one_line
 from gpupipe.files import input_file
-from gpupipe.models.codes import Channels
 from gpupipe.models.pickles import nests_too_deep
 from gpupipe.models.unet328 import AUDIO_SHAPES, CHANNELS, MODES, Mode, UNet328
 from gpupipe.quiet import no_warnings
 
 Module = TypeVar("Module", bound=nn.Module)
-
-_INPUT_CHANNELS = "gpupipe.input_channels"
-"""Entry of a ``.safetensors`` file's metadata: JSON, convolution → least, greatest and mean of each input channel."""
 
 MAX_WIDTH = 4
 """The widest U-Net that is read: a few bytes may promise a network that no memory holds."""
@@ -130,7 +125,7 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], path: str | Path) 
 
 
 def load_unet(path: str | Path, mode: Mode = "ave") -> UNet328:
-    """Read a U-Net checkpoint of any width into float32, in ``eval`` mode, on the CPU, with its ``input_channels``.
+    """Read a U-Net checkpoint of any width into float32, in ``eval`` mode, on the CPU.
 
     Raises:
         CheckpointError: as :func:`load_state_dict` and :func:`load_into`; also for a checkpoint of another mode.
@@ -153,57 +148,7 @@ def load_unet(path: str | Path, mode: Mode = "ave") -> UNet328:
     except ValueError as error:
         raise CheckpointError(f"{path}: {head.shape[0]} channels after inc; {error}") from error
     load_into(network, state, path)
-    network.input_channels = _read_input_channels(path, network)
     return network.eval().requires_grad_(False)
-
-
-def with_input_channels(source: str | Path, channels: Mapping[str, Channels], target: str | Path) -> None:
-    """Write the checkpoint ``source`` as ``.safetensors`` that hold, beside its tensors, what its convolutions read.
-
-    Programs that know nothing of that read the file like any other.
-    """
-    told = {name: [[float(f"{value:.6g}") for value in row.tolist()] for row in one] for name, one in channels.items()}
-    state = {name: value.contiguous().clone() for name, value in load_state_dict(source).items()}
-    metadata = _metadata(Path(source)) | {"format": "pt", _INPUT_CHANNELS: json.dumps(told)}
-    Path(target).write_bytes(safetensors.torch.save(state, metadata))
-
-
-def _read_input_channels(path: str | Path, network: UNet328) -> dict[str, Channels] | None:
-    """What :func:`with_input_channels` wrote; None if it did not write this file."""
-    told = _metadata(Path(path)).get(_INPUT_CHANNELS)
-    if told is None:
-        return None
-    wanted = {name: layer.weight.shape[1] * layer.groups for name, layer in _convolutions(network)}
-    try:
-        made = {
-            name: Channels(*(torch.tensor(row, dtype=torch.float32) for row in rows))
-            for name, rows in json.loads(told).items()
-        }
-        sizes = {name: {tuple(row.shape) for row in one} for name, one in made.items()}
-        if sizes != {name: {(channels,)} for name, channels in wanted.items()}:
-            raise ValueError("other convolutions than the network's")
-        if not all(torch.isfinite(row).all() for one in made.values() for row in one):
-            raise ValueError("not numbers")
-        if not all((one.least <= one.greatest).all() for one in made.values()):
-            raise ValueError("an empty range")
-    except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: its metadata {_INPUT_CHANNELS} is damaged ({one_line(error)[:200]}); expected what gpupipe"
-            " calibrate wrote"
-        ) from error
-    return made
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    """What a ``.safetensors`` file says beside its tensors; other files say nothing."""
-    if path.suffix != ".safetensors":
-        return {}
-    with safetensors.safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
-
-
-def _convolutions(network: UNet328) -> list[tuple[str, nn.Conv2d]]:
-    return [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d)]
 
 
 def _modes_of(state: Mapping[str, Tensor]) -> tuple[Mode, ...]:

@@ -15,13 +15,10 @@ Parameter names and shapes are those of the family's published checkpoints.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from gpupipe.models.codes import Channels
 
 Mode = Literal["ave", "hubert", "wenet"]
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -175,13 +172,7 @@ class UNet328(nn.Module):
     Args:
         mode: the kind of speech features: ``"ave"``, ``"hubert"`` or ``"wenet"``.
         width: scales every channel count; 1 is the published network, ½ the family's mobile variant. A multiple of ⅛.
-
-    Attributes:
-        input_channels: what each convolution, by name, reads once batch norms are folded, where that was measured:
-            8-bit integers need it (:mod:`gpupipe.models.int8`).
     """
-
-    input_channels: dict[str, Channels] | None = None
 
     def __init__(self, mode: Mode = "ave", *, width: float = 1.0) -> None:
         super().__init__()

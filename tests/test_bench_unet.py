@@ -75,18 +75,19 @@ def test_an_interrupted_comparison_keeps_its_rounds(
 @pytest.mark.parametrize(("error", "status"), [(DeviceError("too old"), 0), (RuntimeError("ptxas failed"), 1)])
 def test_a_failure_is_the_command_s(error: Exception, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """But not an engine that does not run here."""
-    recorded = run_main(monkeypatch, [bench_unet.Contestant("a", bench_unet._raising(error), 1, {"precision": "int8"})])
+    failing = bench_unet.Contestant("a", bench_unet._raising(error), 1, {"precision": "float16"})
+    recorded = run_main(monkeypatch, [failing])
     with pytest.raises(SystemExit) if status else contextlib.nullcontext():
         bench_unet.main()
     assert [row.error for row in recorded] == [f"{type(error).__name__}: {error}"]
 
 
 def test_the_floor_counts_bytes_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An int8 value is one byte; weights are read once a batch."""
+    """A bfloat16 value is two bytes; weights are read once a batch."""
     monkeypatch.setattr(bench_unet, "copy_bandwidth", lambda device: 1e12)
     network = seeded_network(width=1 / 8)
     traffic = bench_unet.layerwise_traffic(network, *bench_unet._inputs(network, 1, CPU))
-    for name, size in (("float32", 4), ("bfloat16", 2), ("int8", 1)):
+    for name, size in (("float32", 4), ("bfloat16", 2)):
         made = [bench_unet.Contestant("a", lambda: None, 1, {"precision": name})]
         rows = bench_unet.rows_of(network, made, {0: [0.5]}, CPU, 1)
         (share,) = (row.p50 for row in rows if row.metric == "layerwise_floor")

@@ -341,14 +341,12 @@ def test_wrong_device_of_features_exits_2(device: str, clip: dict[str, Path], tm
     [
         "features {clip[sound]} --encoder {encoder} -o {out}/f.npy",
         "export --checkpoint {clip[checkpoint]} -o {out}/u.onnx",
-        "calibrate --checkpoint {clip[checkpoint]} --template {clip[template]} --audio-features {clip[features]}"
-        " -o {out}/u.safetensors",
     ],
 )
 def test_an_output_that_cannot_be_written_is_told_before_the_work(
     words: str, clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("cli.load_unet", "cli.SpeechEncoder", "calibration.load_unet"):
+    for name in ("cli.load_unet", "cli.SpeechEncoder"):
         monkeypatch.setattr(f"gpupipe.{name}", pytest.fail)
     result = run(*words.format(clip=clip, encoder=tmp_path / "e.pth", out=tmp_path / "gone").split())
     assert result.exit_code == 2
@@ -359,7 +357,7 @@ def test_a_render_on_a_cpu_loads_no_more_than_it_uses(clip: dict[str, Path], tmp
     """A command that starts in one second is more usable than in three; torchvision is needed on CUDA alone."""
     words = [str(word) for word in render_words(clip, tmp_path / "out.mp4", "--engine", "onnxruntime")]
     home = tmp_path / "home"
-    heavy = ["cv2", "matplotlib", "openvino", "ray", "torchvision", "torch._dynamo", "triton"]
+    heavy = ["cv2", "matplotlib", "ray", "torchvision", "torch._dynamo", "triton"]
     code = f"import sys; from gpupipe.cli import app; app({words}, standalone_mode=False)"
     code += f"; print([name for name in {heavy} if name in sys.modules])"
     environment = os.environ | {"HOME": str(home)}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from commands import run
 
-from gpupipe.engines import llvm_cpu, openvino_cpu, remembered
+from gpupipe.engines import remembered
 from gpupipe.models import UNet328
 
 
@@ -29,7 +29,7 @@ def test_doctor_reports_which_engines_would_be_measured(tmp_path: Path, monkeypa
     ("missing", "told"), [(None, "yes"), ("llvmlite is not installed", "no: llvmlite is not installed")]
 )
 def test_doctor_reports_llvm(missing: str | None, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpupipe.doctor.llvm_obstacle", lambda: missing)
+    monkeypatch.setattr("gpupipe.doctor.llvm_obstacle", lambda dtype=torch.float32: missing)
     facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
     assert facts["can"]["LLVM kernels, on the CPU"] == told
 
@@ -44,28 +44,19 @@ def test_doctor_does_not_query_a_broken_gpu(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("obstacle", "flags", "told"),
+    ("without", "told"),
     [
-        (
-            None,
-            ["amx_bf16"],
-            "float32; float16: llvm; bfloat16: openvino; int8: openvino, for checkpoints that gpupipe calibrate wrote",
-        ),
-        (
-            None,
-            ["avx512_bf16"],
-            "float32; float16: llvm; bfloat16: openvino, slower than float32 where it was tried without AMX; int8:"
-            " openvino, for checkpoints that gpupipe calibrate wrote",
-        ),
-        ("wood", [], "float32; float16: no, wood; bfloat16: no, wood; int8: no, wood"),
+        ([], "float32; float16; bfloat16"),
+        ([torch.float16], "float32; float16: no, wood; bfloat16"),
+        ([torch.float16, torch.bfloat16], "float32; float16: no, wood; bfloat16: no, wood"),
     ],
 )
 def test_doctor_reports_which_precisions_run(
-    obstacle: str | None, flags: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+    without: list[torch.dtype], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module, name in ((openvino_cpu, "obstacle"), (llvm_cpu, "llvm_obstacle")):
-        monkeypatch.setattr(module, name, lambda dtype: obstacle)
-    monkeypatch.setattr("gpupipe.doctor.processor_flags", lambda: flags)
+    monkeypatch.setattr(
+        "gpupipe.doctor.llvm_obstacle", lambda dtype=torch.float32: "wood" if dtype in without else None
+    )
     facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
     assert facts["render"]["precision"] == told
 
@@ -95,6 +86,6 @@ def test_doctor_reports_what_a_render_then_uses(
 
 
 def test_what_stands_in_brackets_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = "no, OpenVINO is not installed (pip install 'gpupipe[openvino]')"
-    monkeypatch.setattr("gpupipe.cli.examine", lambda device: {"can": {"int8": told}, "next": [told]})
+    told = "no, Ray is not installed (pip install 'gpupipe[farm]')"
+    monkeypatch.setattr("gpupipe.cli.examine", lambda device: {"can": {"farm": told}, "next": [told]})
     assert run("doctor").output.count(told) == 2

@@ -16,11 +16,12 @@ from gpupipe.engines import (
     Engine,
     EngineName,
     Precision,
+    choice,
     compiled,
     llvm_cpu,
     make_engine,
-    openvino_cpu,
 )
+from gpupipe.engines.choice import LOWER_ON_CPU
 from gpupipe.engines.declared import DECLARED, candidates
 from gpupipe.engines.eager import EagerEngine
 from gpupipe.engines.llvm_cpu import LlvmEngine
@@ -174,25 +175,17 @@ def test_engines_that_cannot_run_are_refused(network: UNet328) -> None:
         make_engine(network, device=CPU, engine="fused")
 
 
-@pytest.mark.parametrize("flags", [["avx2", "avx_vnni"], ["avx512f", "avx512_vnni"], ["avx512f"], []])
-def test_int8_needs_vnni(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino")
-    monkeypatch.setattr(openvino_cpu, "processor_flags", lambda: flags)
-    told = openvino_cpu.obstacle.__wrapped__(torch.int8)
-    assert (told is None) == any("vnni" in flag for flag in flags)
-
-
-@pytest.mark.parametrize("precision", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("precision", LOWER_ON_CPU)
 def test_lower_precisions_on_a_cpu_without_them_are_refused(
     precision: Precision, network: UNet328, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DeviceError, match=r"^engine is 'openvino' and precision 'float32'; expected bfloat16 or int8"):
-        make_engine(network, device=CPU, engine="openvino")
-    for module, name in ((openvino_cpu, "obstacle"), (llvm_cpu, "llvm_obstacle")):
-        monkeypatch.setattr(module, name, lambda dtype: "it is made of wood")
+    monkeypatch.setattr(choice, "llvm_obstacle", lambda dtype: "it is made of wood")
     told = rf"^precision is '{precision}'; expected float32 on this CPU: it is made of"
     with pytest.raises(DeviceError, match=told):
         make_engine(network, device=CPU, exact=False, precision=precision)
+    monkeypatch.setattr(llvm_cpu, "llvm_obstacle", lambda dtype: "it is made of wood")
+    with pytest.raises(DeviceError, match=r"^engine is 'llvm': it is made of wood"):
+        make_engine(network, device=CPU, engine="llvm")
 
 
 def test_unsupported_precisions_are_refused(network: UNet328) -> None:
@@ -200,7 +193,7 @@ def test_unsupported_precisions_are_refused(network: UNet328) -> None:
         make_engine(network, device=CPU, precision="float16", exact=True)
     with pytest.raises(DeviceError, match=r"^precision is 'bfloat16'; expected float32 with exact"):
         make_engine(network, device=torch.device("cuda"), precision="bfloat16", exact=True)
-    with pytest.raises(DeviceError, match=r"^precision is 'int4'; expected float32, float16, bfloat16 or int8"):
+    with pytest.raises(DeviceError, match=r"^precision is 'int4'; expected float32, float16 or bfloat16"):
         make_engine(network, device=CPU, precision="int4")  # type: ignore[arg-type]
 
 

@@ -102,7 +102,7 @@ def test_auto_remembers_for_the_same_kind_of_network(network: UNet328, timed: di
 def test_figures_of_one_precision_leave_another_s_alone(network: UNet328) -> None:
     figures = {"onnxruntime": 50.0, "eager": 100.0}
     remembered.remember(network, CPU, torch.float32, figures)
-    remembered.remember(network, CPU, torch.bfloat16, {"eager": 50.0, "openvino": 10.0})
+    remembered.remember(network, CPU, torch.bfloat16, {"eager": 50.0, "llvm": 10.0})
     assert remembered.recall(network, CPU, torch.float32) == figures
 
 
@@ -114,9 +114,8 @@ def test_figures_of_one_precision_leave_another_s_alone(network: UNet328) -> Non
         ("versions", lambda: versions() | {"torch": "0"}),
         ("versions", lambda: versions() | {"llvmlite": "0"}),
         ("versions", lambda: versions() | {"onnxruntime": "0"}),
-        ("versions", lambda: versions() | {"openvino": "0"}),
     ],
-    ids=["device", "gpupipe", "torch", "llvmlite", "onnxruntime", "openvino"],
+    ids=["device", "gpupipe", "torch", "llvmlite", "onnxruntime"],
 )
 def test_auto_measures_again_on_another_machine(
     network: UNet328, name: str, other: Callable[..., object], timed: dict[str, float], monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,7 @@ ROOMS: tuple[tuple[str, ...], ...] = (
     ("cli", "console", "options", "doctor", "__main__"),
     ("benchmarks",),
     ("farm", "demo"),
-    ("pipeline", "calibration"),
+    ("pipeline",),
     ("frame_generator", "shots"),
     ("avatar",),
     ("template", "speech", "features", "mel", "landmarks", "seam", "unet_model", "image_processor"),

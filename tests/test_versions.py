@@ -8,13 +8,21 @@ from gpupipe import versions
 
 
 @pytest.mark.parametrize(
-    ("flags", "name"),
-    [("avx512_bf16 amx_tile amx_bf16", "Xeon with AMX"), ("avx512_bf16 avx512_fp16", "Xeon"), ("", "Xeon")],
+    ("model", "family", "flags", "name"),
+    [
+        ("Xeon", "6", "avx512_bf16 amx_tile amx_bf16", "Xeon with AMX"),
+        ("Xeon", "6", "avx512_bf16 avx512_fp16", "Xeon"),
+        ("Xeon", "", "", "Xeon"),
+        ("AMD EPYC", "26", "avx512_bf16", "AMD EPYC family 26"),
+        ("AMD EPYC", "", "", "AMD EPYC"),
+        ("AMD EPYC 9B45", "26", "avx512_bf16", "AMD EPYC 9B45"),
+    ],
 )
-def test_processors_with_and_without_amx_have_different_names(
-    flags: str, name: str, monkeypatch: pytest.MonkeyPatch
+def test_processors_of_one_name_are_told_apart(
+    model: str, family: str, flags: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(versions, "_processor_fact", {"model name": "Xeon", "flags": flags}.__getitem__)
+    facts = {"model name": model, "cpu family": family, "flags": flags}
+    monkeypatch.setattr(versions, "_processor_fact", facts.__getitem__)
     monkeypatch.setattr(versions, "available_cores", lambda: 2)
     assert versions.device_name("cpu") == f"{name}, 2 cores"
 

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from torchvision.io import encode_jpeg
 
-from gpupipe.calibration import calibrate
 from gpupipe.demo import corpus, drawing, rig
 from gpupipe.demo.evaluate import agreement
 from gpupipe.demo.fitting import save
@@ -175,8 +174,6 @@ def train(
     save_half(listener.encoder.state_dict(), bundle / "encoder.safetensors")
     if not (bundle / "sample.flac").is_file():
         write_sample(bundle / "sample.flac")
-    features = SpeechEncoder(bundle / "encoder.safetensors", "cpu").features(bundle / "sample.flac")
-    calibrate(bundle / "unet.safetensors", template, features, bundle / "unet.safetensors")
     record = {
         "network": {
             "unet": f"mode ave, width {width}, {parameters(UNet328('ave', width=width))} parameters",

@@ -6,9 +6,8 @@
 | `compile`     | the same through torch.compile, max-autotune           | both  |
 | `fused`       | Triton kernels (:mod:`gpupipe.kernels.inverted_residual`) | CUDA |
 | `gluon`       | the same, and on large maps Gluon kernels (:mod:`gpupipe.kernels.whole_block`) | CUDA |
-| `llvm`        | kernels of our own (:mod:`gpupipe.kernels.levels_llvm`), float32 or float16 | CPU |
+| `llvm`        | kernels of our own (:mod:`gpupipe.kernels.levels_llvm`), float32, float16 or bfloat16 | CPU |
 | `onnxruntime` | ONNX Runtime on :mod:`gpupipe.models.blocked`, float32 | CPU   |
-| `openvino`    | OpenVINO on the same in bfloat16, or on :mod:`gpupipe.models.int8` | CPU |
 
 Every engine runs the network in two halves, so that the half that sees only the template can be cached.
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -12,11 +12,11 @@ from torch import Tensor
 from gpupipe.errors import DeviceError
 from gpupipe.models.unet328 import UNet328
 
-EngineName = Literal["auto", "eager", "compile", "fused", "gluon", "llvm", "onnxruntime", "openvino", "torch"]
+EngineName = Literal["auto", "eager", "compile", "fused", "gluon", "llvm", "onnxruntime", "torch"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 """What ``engine=`` accepts. ``auto`` chooses one; ``torch`` is another name for ``eager``."""
 
-Precision = Literal["float32", "float16", "bfloat16", "int8"]
+Precision = Literal["float32", "float16", "bfloat16"]
 
 BATCH_SIZES = {"cuda": 64, "cpu": 1}
 """Default number of frames in a batch, by kind of device. A CPU renders several batches side by side."""
@@ -90,8 +90,3 @@ class Declaration:
         if reason := self.obstacle(device, dtype):
             raise DeviceError(f"{told}: {reason}")
         return self.make(network, device=device, dtype=dtype)
-
-
-def joined(samples: Sequence[Tensor]) -> Tensor:
-    """Batches of one, joined to one batch; a single one is not copied."""
-    return samples[0] if len(samples) == 1 else torch.cat(list(samples))

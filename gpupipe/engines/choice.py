@@ -15,12 +15,13 @@ from gpupipe.engines.measure import fastest, measure
 from gpupipe.engines.remembered import cache_file, recall, remember
 from gpupipe.errors import DeviceError
 from gpupipe.fallbacks import note_fallback
+from gpupipe.kernels.dispatch import llvm_obstacle
 from gpupipe.models.unet328 import UNet328
 
 logger = logging.getLogger(__name__)
 
-LOWER_ON_CPU: dict[Precision, EngineName] = {"float16": "llvm", "bfloat16": "openvino", "int8": "openvino"}
-"""Precisions that a CPU may have instructions for, and the engine that uses them."""
+LOWER_ON_CPU: tuple[Precision, ...] = ("float16", "bfloat16")
+"""Precisions for which a CPU may have instructions, which `llvm` uses; the better first."""
 
 
 def make_engine(
@@ -38,8 +39,7 @@ def make_engine(
             precision and set of versions, and remembers. If only one engine is eligible, it is used without measuring.
         exact: float32 arithmetic with TF32 off.
         precision: of weights and activations; None means float32 on a CPU or with ``exact``, else float16. Less than
-            float32 needs a CPU with instructions for it, and bfloat16 and int8 OpenVINO there; int8 runs on CPUs only,
-            and needs a network with ``input_channels``.
+            float32 needs a CPU with instructions for it.
 
     Raises:
         DeviceError: the engine does not run on ``device`` or at ``precision``, or its name is unknown.
@@ -84,13 +84,10 @@ def find_dtype(device: torch.device, *, exact: bool, precision: Precision | None
     if precision is None:
         precision = "float32" if exact or device.type == "cpu" else "float16"
     if precision not in get_args(Precision):
-        raise DeviceError(f"precision is {precision!r}; expected float32, float16, bfloat16 or int8")
+        raise DeviceError(f"precision is {precision!r}; expected float32, float16 or bfloat16")
     if precision != "float32" and exact:
         raise DeviceError(f"precision is {precision!r}; expected float32 with exact")
     dtype: torch.dtype = getattr(torch, precision)
-    if precision == "int8" and device.type != "cpu":
-        raise DeviceError(f"precision is {precision!r}; expected float32, float16 or bfloat16 on {device}")
-    special = LOWER_ON_CPU.get(precision) if device.type == "cpu" else None
-    if special and (reason := DECLARED[special].obstacle(device, dtype)):
+    if device.type == "cpu" and precision in LOWER_ON_CPU and (reason := llvm_obstacle(dtype)):
         raise DeviceError(f"precision is {precision!r}; expected float32 on this CPU: {reason}")
     return dtype

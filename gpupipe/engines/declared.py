@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from gpupipe.engines import compiled, eager, fused, gluon, llvm_cpu, onnxruntime_cpu, openvino_cpu
+from gpupipe.engines import compiled, eager, fused, gluon, llvm_cpu, onnxruntime_cpu
 from gpupipe.engines.base import Declaration
 
 DECLARED: dict[str, Declaration] = {
-    module.DECLARATION.name: module.DECLARATION
-    for module in (gluon, fused, openvino_cpu, llvm_cpu, onnxruntime_cpu, compiled, eager)
+    module.DECLARATION.name: module.DECLARATION for module in (gluon, fused, llvm_cpu, onnxruntime_cpu, compiled, eager)
 }
 """By name, in the expected order of speed; the last is the plainest, with which the others are compared."""
 

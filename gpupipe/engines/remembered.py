@@ -66,10 +66,6 @@ def _key(network: UNet328, device: torch.device, dtype: torch.dtype) -> str:
     """Everything that a measurement depends on."""
     packages = versions()
     batch = f", batch {BATCH_SIZES[device.type]}"
-    names = (
-        ("gpupipe", "torch", "llvmlite", "onnxruntime", "openvino")
-        if device.type == "cpu"
-        else ("gpupipe", "torch", "triton")
-    )
+    names = ("gpupipe", "torch", *(("llvmlite", "onnxruntime") if device.type == "cpu" else ("triton",)))
     parts = [device_name(device) + batch, f"{network.mode}, width {network.width:g}", str(dtype).removeprefix("torch.")]
     return " | ".join(parts + [f"{name} {packages[name]}" for name in names])
