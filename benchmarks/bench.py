@@ -181,7 +181,7 @@ def _look_into(scenario: Scenario, options: Options, folder: Path, device: str, 
     # A kernel profiler should see the step, not the search for an engine before it.
     engine = options.engine
     if options.ncu_friendly and engine == "auto":
-        engine = "eager" if backend(device) == "torch" else "fused"
+        engine = "fused" if backend(device) == "triton" else "eager"
     model = UNetModel(scenario.checkpoint, scenario.mode, device, engine=engine)
     step = Step(scenario, model, folder)
     if options.ncu_friendly:

@@ -56,7 +56,7 @@ def examine(device: str | None = None) -> dict[str, Any]:
             "engine": _engine(chosen, exact=exact),
             "precision": f"float32; {_lower_precisions()}" if exact else "float16; --exact for float32",
             "jpeg": jpeg_decoder(chosen, exact=exact),
-            "kernels": f"{backend(chosen)}: {obstacle(chosen) or 'fused kernels around the network'}",
+            "kernels": _kernels(chosen),
             "codec": _codec(way),
             "batch": f"{BATCH_SIZES[chosen.type]} frame{'s' * (BATCH_SIZES[chosen.type] > 1)}",
             "seam": f"feathered over {FEATHER:g} pixels",
@@ -115,6 +115,14 @@ def measure_engines(device: str | torch.device | None = None) -> Figures:
     figures, _ = measure(network, chosen, dtype, runnable(chosen, dtype))
     remember(network, chosen, dtype, figures)
     return figures
+
+
+def _kernels(device: torch.device) -> str:
+    """Describe which kernels run around the network."""
+    by = backend(device)
+    if by == "torch":
+        return f"{by}: {llvm_obstacle() if device.type == 'cpu' else obstacle(device)}"
+    return f"{by}: fused kernels around the network"
 
 
 def _lower_precisions() -> str:

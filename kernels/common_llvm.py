@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +40,8 @@ class _BFloat16Type(ir.Type):
 
 
 _FLOAT, _HALF, _BFLOAT = ir.FloatType(), ir.HalfType(), _BFloat16Type()
-_TYPES = {torch.float32: _FLOAT, torch.float16: _HALF, torch.bfloat16: _BFLOAT}
+_BYTE = ir.IntType(8)
+_TYPES = {torch.float32: _FLOAT, torch.float16: _HALF, torch.bfloat16: _BFLOAT, torch.uint8: _BYTE}
 _INT32, _INDEX, _POINTER = ir.IntType(32), ir.IntType(64), ir.PointerType()
 LINE = 64
 """Bytes of a cache line, on which constants and scratch memory begin."""
@@ -103,7 +105,7 @@ def this_processor(dtype: torch.dtype = torch.float32) -> Processor:
 
 @dataclass(frozen=True)
 class Pointer:
-    """Where floats lie.
+    """Where floats lie, or bytes.
 
     Attributes:
         place: LLVM's pointer.
@@ -184,7 +186,7 @@ class Writer:
 
     def byte_at(self, place: Value, offset: Value | int) -> Value:
         """LLVM's pointer, so many bytes further on."""
-        return self.ir.gep(place, [_index(offset)], inbounds=True, source_etype=ir.IntType(8))
+        return self.ir.gep(place, [_index(offset)], inbounds=True, source_etype=_BYTE)
 
     def load(self, pointer: Pointer) -> Value:
         """A vector, in the type that is computed in."""
@@ -212,18 +214,23 @@ class Writer:
         reading, all_caches, data = _INT32(0), _INT32(3), _INT32(1)
         self.ir.call(function, [place, reading, all_caches, data])
 
-    def broadcast(self, pointer: Pointer) -> Value:
-        """One float in every lane."""
+    def broadcast(self, pointer: Pointer, lanes: int | None = None) -> Value:
+        """One float in every lane of a vector; None means as many as are computed at once."""
         kind = _TYPES[pointer.dtype]
         loaded = self.ir.load(pointer.place, align=pointer.dtype.itemsize, typ=kind)
         if kind != self.vector.element:
             loaded = self.ir.fpext(loaded, self.vector.element)
-        return self._repeated(loaded, self.lanes)
+        return self._repeated(loaded, lanes or self.lanes)
 
     def broadcast_pair(self, pointer: Pointer) -> Value:
         """Two 16-bit floats, repeated. With AVX-512 32 bits are repeated as they are loaded, but not 16."""
         pair = self.ir.load(pointer.place, align=pointer.dtype.itemsize, typ=_INT32)
         return self.ir.bitcast(self._repeated(pair, self.processor.pairs), self._paired)
+
+    def load_bytes(self, pointer: Pointer) -> Value:
+        """A vector of bytes, as floats of the type that is computed in."""
+        loaded = self.ir.load(pointer.place, align=1, typ=ir.VectorType(_BYTE, self.lanes))
+        return self.ir.uitofp(self.ir.zext(loaded, ir.VectorType(_INT32, self.lanes)), self.vector)
 
     def load_pairs(self, pointer: Pointer) -> Value:
         """As many 16-bit floats as a register holds."""
@@ -261,7 +268,11 @@ class Writer:
         """a + b, of indices."""
         return self.ir.add(_index(a), _index(b), flags=("nsw",))
 
-    def times(self, a: Value | int, b: int) -> Value:
+    def minus(self, a: Value | int, b: Value | int) -> Value:
+        """a − b, of indices."""
+        return self.ir.sub(_index(a), _index(b), flags=("nsw",))
+
+    def times(self, a: Value | int, b: Value | int) -> Value:
         """a · b, of indices."""
         return self.ir.mul(_index(a), _index(b), flags=("nsw",))
 
@@ -273,7 +284,7 @@ class Writer:
         """a div b and a mod b, of indices not below 0."""
         return self.ir.udiv(_index(a), _index(b)), self.ir.urem(_index(a), _index(b))
 
-    def at_most(self, a: Value, bound: int) -> Value:
+    def at_most(self, a: Value, bound: Value | int) -> Value:
         """min(a, bound), of indices."""
         return self.ir.select(self.ir.icmp_signed(">", a, _index(bound)), _index(bound), a)
 
@@ -307,6 +318,17 @@ class Writer:
         """a + share · (b − a), of vectors."""
         return self.multiply_add(share, self.ir.fsub(b, a), a)
 
+    def rounded(self, value: Value) -> Value:
+        """A vector in whole numbers, halves to even ones."""
+        return self.ir.call(self._intrinsic("llvm.rint", value.type, []), [value])
+
+    def clamped(self, value: Value, least: float, greatest: float) -> Value:
+        """A vector between two constants."""
+        for bound, beyond in ((least, "<"), (greatest, ">")):
+            limit = self.splat(bound, value.type)
+            value = self.ir.select(self.ir.fcmp_ordered(beyond, value, limit), limit, value)
+        return value
+
     def relu(self, value: Value) -> Value:
         """max(value, 0); NaN stays NaN."""
         zero = self.splat(0.0)
@@ -316,10 +338,7 @@ class Writer:
         """1 / (1 + e⁻ˣ) in float32, with e⁻ˣ as 2ⁿ · eʳ and a series for eʳ, as Cephes' expf has it; NaN stays NaN."""
         floats, integers = ir.VectorType(_FLOAT, self.lanes), ir.VectorType(_INT32, self.lanes)
         splat = functools.partial(self.splat, kind=floats)
-        minus = self.ir.fneg(value if value.type == floats else self.ir.fpext(value, floats))
-        for bound, beyond in ((87.0, ">"), (-87.0, "<")):
-            limit = splat(bound)
-            minus = self.ir.select(self.ir.fcmp_ordered(beyond, minus, limit), limit, minus)
+        minus = self.clamped(self.ir.fneg(value if value.type == floats else self.ir.fpext(value, floats)), -87, 87)
         rounder = splat(12582912.0)  # 1.5 · 2²³: sums with it have no fractions
         n = self.ir.fsub(self.multiply_add(minus, splat(1.44269504088896341), rounder), rounder)
         rest = self.multiply_add(n, splat(-0.693359375), minus)  # ln 2 in two parts
@@ -357,8 +376,14 @@ class Writer:
             yield
 
     @contextlib.contextmanager
-    def if_within(self, index: Value, stop: int) -> Iterator[tuple[Any, Any]]:
-        """``if 0 <= index < stop``: contexts of the branch that is taken then, and of the other."""
+    def if_within(self, index: Value, stop: Value | int) -> Iterator[None]:
+        """``if 0 <= index < stop``."""
+        with self.ir.if_then(self.ir.icmp_unsigned("<", index, _index(stop))):
+            yield
+
+    @contextlib.contextmanager
+    def if_within_else(self, index: Value, stop: Value | int) -> Iterator[tuple[Any, Any]]:
+        """As :meth:`if_within`: contexts of the branch that is taken then, and of the other; both are to be used."""
         with self.ir.if_else(self.ir.icmp_unsigned("<", index, _index(stop))) as branches:
             yield branches
 
@@ -431,10 +456,20 @@ class Kernel:
         self._engine.finalize_object()
         arguments = [ctypes.c_void_p] * (plan.maps + 2)
         self._function = ctypes.CFUNCTYPE(None, *arguments)(self._engine.get_function_address(_NAME))
+        self._spare: deque[Tensor] = deque()
 
-    def __call__(self, maps: Sequence[Tensor], scratch: Tensor | None = None) -> None:
-        """Run it on contiguous tensors, in the plan's order; None if it needs no scratch memory."""
-        self._function(*(None if one is None else one.data_ptr() for one in (*maps, self._constants, scratch)))
+    def __call__(self, maps: Sequence[Tensor | None], scratch: Tensor | None = None) -> None:
+        """Run it on tensors, in the plan's order, of which it takes where they begin; without scratch memory from the
+        caller it keeps its own."""
+        room = scratch
+        if room is None:
+            try:
+                room = self._spare.pop()
+            except IndexError:
+                room = torch.empty(self.scratch_bytes, dtype=torch.uint8)
+        self._function(*(None if one is None else one.data_ptr() for one in (*maps, self._constants, room)))
+        if scratch is None:
+            self._spare.append(room)
 
 
 def _object_file(plan: Plan, processor: Processor, machine: Any) -> tuple[int, bytes]:

@@ -8,7 +8,7 @@ Convention: frames are uint8 HWC BGR; boxes are half-open ``(xmin, ymin, xmax, y
 clamped to the crop's edge, not the frame's; no antialiasing; results are rounded half to even to uint8, then scaled.
 
 :func:`crop_resize` and :func:`network_input` are plain torch; :func:`crop_and_input` is both, and on CUDA one Triton
-kernel (:mod:`gpupipe.kernels.crop_resize_triton`).
+kernel (:mod:`gpupipe.kernels.crop_resize_triton`), on a CPU one in LLVM (:mod:`gpupipe.kernels.crop_resize_llvm`).
 """
 
 from __future__ import annotations
@@ -68,10 +68,16 @@ def crop_and_input(
     Returns:
         uint8 (B, 3, 328, 328) and ``dtype`` (B, 6, 320, 320).
     """
-    if backend(frames.device) == "triton":
+    by = backend(frames.device)
+    if by == "triton":
         from gpupipe.kernels.crop_resize_triton import crop_resize_triton
 
         return crop_resize_triton(frames, index, boxes, dtype=dtype, channels_last=channels_last)
+    if by == "llvm" and not channels_last:
+        from gpupipe.kernels import crop_resize_llvm
+
+        if crop_resize_llvm.takes(frames, boxes, dtype):
+            return crop_resize_llvm.crop_resize_llvm(frames, index, boxes, dtype=dtype)
     crops = crop_resize(frames, index, boxes)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return crops, network_input(crops, dtype=dtype).contiguous(memory_format=layout)

@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs on a device: Triton on CUDA; on a CPU LLVM, where there is one; plain torch.
+"""Which implementation of a kernel runs on a device: Triton on CUDA, LLVM on a CPU, or plain torch.
 
 Triton is imported only for a CUDA device: a CPU build of torch comes without it.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from gpupipe.errors import first_line
 from gpupipe.fallbacks import note_fallback
 
-Backend = Literal["triton", "torch"]
+Backend = Literal["triton", "llvm", "torch"]
 
 _Rest = ParamSpec("_Rest")
 _Result = TypeVar("_Result")
@@ -27,7 +27,10 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def backend(device: torch.device | str) -> Backend:
-    """Which implementation the kernels run on ``device``."""
+    """Which implementation the kernels run on ``device``; plain torch if they have no such one, or it does not take
+    what it is given."""
+    if torch.device(device).type == "cpu":
+        return "llvm" if llvm_obstacle() is None else "torch"
     return "triton" if obstacle(device) is None else "torch"
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gpupipe.kernels.dispatch import backend, llvm_obstacle
+from gpupipe.kernels.dispatch import backend
 
 PixelFormat = Literal["bgr", "nv12"]
 """What finished frames are: BGR (H, W, 3), or NV12 (H·3/2, W), which has a chroma pair for each 2×2 pixels."""
@@ -88,12 +88,13 @@ def to_nv12(frames: Tensor) -> Tensor:
     b, h, w, _ = frames.shape
     if h % 2 or w % 2:
         raise ValueError(f"frames are {w}×{h}; NV12 needs an even width and height")
-    if backend(frames.device) == "triton":
+    by = backend(frames.device)
+    if by == "triton":
         from gpupipe.kernels.nv12_triton import to_nv12_triton
 
         return to_nv12_triton(frames)
     nv12 = frames.new_empty(b, h * 3 // 2, w)
-    if frames.device.type == "cpu" and llvm_obstacle() is None:
+    if by == "llvm":
         from gpupipe.kernels import nv12_llvm
 
         if nv12_llvm.takes(frames):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from llvmlite import ir
 from torch import Tensor
 
-from gpupipe.kernels.common_llvm import Kernel, Processor, Value, Writer, this_processor
+from gpupipe.kernels.common_llvm import Kernel, Pointer, Processor, Value, Writer, this_processor
 from gpupipe.kernels.nv12 import FRACTION_BITS, yuv_weights
 
 _PIXELS = 32
@@ -46,32 +48,58 @@ class _Plan:
         """Write the kernel."""
         w = Writer(processor, self.maps)
         frame, out = w.maps
-        luma_weights, *chroma_weights = yuv_weights()
-        with w.loop(0, self.height // 2) as row, w.loop(0, self.width, _PIXELS) as start:
-            x = w.at_most(start, self.width - _PIXELS)  # the last ones once more, if the width is no multiple
-            sums = None
-            for below in range(2):
-                first = w.plus(w.times(w.plus(w.times(row, 2), below), self.width), x)
-                planes = _planes(w, w.byte_at(frame.place, w.times(first, 3)))
-                _store(w, _weighted(w, planes, luma_weights, 16), w.byte_at(out.place, first))
-                sums = planes if sums is None else [w.ir.add(a, b) for a, b in zip(sums, planes, strict=True)]
-            assert sums is not None
-            even, odd = (_every(w, sums, 2, first) for first in range(2))
-            cells = [w.ir.add(a, b) for a, b in zip(even, odd, strict=True)]
-            cb, cr = (_weighted(w, cells, weights, 128) for weights in chroma_weights)
-            chroma = _shuffled(w, cb, cr, [i // 2 + i % 2 * (_PIXELS // 2) for i in range(_PIXELS)])
-            _store(w, chroma, w.byte_at(out.place, w.plus(w.times(w.plus(row, self.height), self.width), x)))
+        frame, out = frame.to(torch.uint8), out.to(torch.uint8)
+        with w.loop(0, self.height // 2) as row:
+            rows = [w.at(frame, w.times(row, 6 * self.width), below * 3 * self.width) for below in range(2)]
+            write_cells(w, rows, 3, (self.width, self.height), row, w.index(0), w.index(self.width), out)
         return w
+
+
+def write_cells(
+    w: Writer,
+    rows: Sequence[Pointer],
+    channels: int,
+    size: tuple[int, int],
+    row: Value,
+    left: Value,
+    right: Value,
+    out: Pointer,
+) -> None:
+    """A row of 2×2 cells, from column ``left`` to ``right``, both even and at least 32 apart.
+
+    Args:
+        rows: where two rows of pixels begin, of so many bytes each, blue, green and red first.
+        size: width and height of the frame.
+        row: the number of the row of cells.
+        out: the frame in NV12.
+    """
+    width, height = size
+    luma_weights, *chroma_weights = yuv_weights()
+    with w.loop(left, right, _PIXELS) as start:
+        x = w.at_most(start, w.plus(right, -_PIXELS))  # the last ones once more, if it is no multiple
+        sums = None
+        for below, source in enumerate(rows):
+            planes = _planes(w, w.at(source, w.times(x, channels)), channels)
+            luma = w.at(out, w.times(w.plus(w.times(row, 2), below), width), x)
+            _store(w, _weighted(w, planes, luma_weights, 16), luma)
+            sums = planes if sums is None else [w.ir.add(a, b) for a, b in zip(sums, planes, strict=True)]
+        assert sums is not None
+        even, odd = (_every(w, sums, 2, first) for first in range(2))
+        cells = [w.ir.add(a, b) for a, b in zip(even, odd, strict=True)]
+        cb, cr = (_weighted(w, cells, weights, 128) for weights in chroma_weights)
+        chroma = _shuffled(w, cb, cr, [i // 2 + i % 2 * (_PIXELS // 2) for i in range(_PIXELS)])
+        _store(w, chroma, w.at(out, w.times(w.plus(row, height), width), x))
 
 
 def _integers(bits: int, number: int) -> ir.VectorType:
     return ir.VectorType(ir.IntType(bits), number)
 
 
-def _planes(w: Writer, pointer: Value) -> list[Value]:
+def _planes(w: Writer, pointer: Pointer, channels: int) -> list[Value]:
     """Blue, green and red of a row's pixels, as 32-bit integers."""
-    pixels = w.ir.load(pointer, align=1, typ=_integers(8, 3 * _PIXELS))
-    return [w.ir.zext(plane, _integers(32, _PIXELS)) for (plane,) in (_every(w, [pixels], 3, c) for c in range(3))]
+    pixels = w.ir.load(pointer.place, align=1, typ=_integers(8, channels * _PIXELS))
+    planes = (_every(w, [pixels], channels, channel) for channel in range(3))
+    return [w.ir.zext(plane, _integers(32, _PIXELS)) for (plane,) in planes]
 
 
 def _every(w: Writer, values: list[Value], step: int, first: int) -> list[Value]:
@@ -93,6 +121,6 @@ def _weighted(w: Writer, planes: list[Value], weights: tuple[int, int, int], off
     return w.ir.ashr(total, ir.Constant(kind, [FRACTION_BITS] * kind.count))
 
 
-def _store(w: Writer, values: Value, pointer: Value) -> None:
+def _store(w: Writer, values: Value, pointer: Pointer) -> None:
     """As bytes."""
-    w.ir.store(w.ir.trunc(values, _integers(8, values.type.count)), pointer, align=1)
+    w.ir.store(w.ir.trunc(values, _integers(8, values.type.count)), pointer.place, align=1)

@@ -12,7 +12,7 @@ NV12: the background is converted once, when the template is loaded; here only t
 computed, from the finished RGB pixels, so that the result equals converting the finished frame.
 
 Here are the public function and its plain-torch reference; on CUDA one Triton kernel finishes the boxes
-(:mod:`gpupipe.kernels.paste_blend_triton`).
+(:mod:`gpupipe.kernels.paste_blend_triton`), on a CPU one in LLVM (:mod:`gpupipe.kernels.paste_blend_llvm`).
 """
 
 from __future__ import annotations
@@ -64,23 +64,23 @@ def paste_blend(
     Returns:
         ``out``, finished.
     """
-    if backend(frames.device) == "triton":
+    by = backend(frames.device)
+    if by == "triton":
         from gpupipe.kernels.paste_blend_triton import paste_blend_triton
 
         places = (crop_index, frames, index, boxes, out)
         return paste_blend_triton(mouth, crops, *places, nv12=nv12, max_box=max_box, feather=feather, keep=keep)
+    finish = _finish
+    if by == "llvm":
+        from gpupipe.kernels import paste_blend_llvm
+
+        if paste_blend_llvm.takes(mouth, crops, frames, boxes, out, keep):
+            finish = paste_blend_llvm.finish
     samples = zip(crop_index.tolist(), index.tolist(), boxes.tolist(), strict=True)
     for sample, (ring, frame, box) in enumerate(samples):
         kept = None if keep is None else keep[frame]
-        planes, window = _finish_region(
-            mouth[sample], crops[ring], frames[frame], box, feather, kept, align=2 if nv12 else 1
-        )
-        if nv12:
-            luma, chroma = nv12_window(out[sample : sample + 1], window)
-            write_luma_chroma(planes, luma[0], chroma[0].unflatten(1, (-1, 2)))
-        else:
-            xmin, ymin, xmax, ymax = window
-            out[sample, ymin:ymax, xmin:xmax] = planes.permute(1, 2, 0)
+        alpha = _seam(box[2] - box[0], box[3] - box[1], feather, frames.device) if feather > 0 else None
+        finish(mouth[sample], crops[ring], frames[frame], box, out[sample], nv12=nv12, alpha=alpha, keep=kept)
     return out
 
 
@@ -103,8 +103,33 @@ def bytes_moved(
     return 2 * frame + 3 * INNER_SIZE**2 * dtype.itemsize + 3 * (CROP_SIZE**2 - INNER_SIZE**2) + box_pixels
 
 
+def _finish(
+    mouth: Tensor,
+    crop: Tensor,
+    frame: Tensor,
+    box: Box,
+    out: Tensor,
+    *,
+    nv12: bool,
+    alpha: Tensor | None,
+    keep: Tensor | None,
+) -> None:
+    """:func:`paste_blend` of one sample, in plain torch.
+
+    Args:
+        alpha: how much of the painted pixel shows, float32 (height, width) of the box; None is 1.
+    """
+    planes, window = _finish_region(mouth, crop, frame, box, alpha, keep, align=2 if nv12 else 1)
+    if nv12:
+        luma, chroma = nv12_window(out[None], window)
+        write_luma_chroma(planes, luma[0], chroma[0].unflatten(1, (-1, 2)))
+    else:
+        xmin, ymin, xmax, ymax = window
+        out[ymin:ymax, xmin:xmax] = planes.permute(1, 2, 0)
+
+
 def _finish_region(
-    mouth: Tensor, crop: Tensor, frame: Tensor, box: Box, feather: float, keep: Tensor | None, align: int
+    mouth: Tensor, crop: Tensor, frame: Tensor, box: Box, alpha: Tensor | None, keep: Tensor | None, align: int
 ) -> tuple[Tensor, Box]:
     """The finished pixels of one box, grown to multiples of ``align``: int32 (3, h, w), and where they belong."""
     xmin, ymin, xmax, ymax = box
@@ -114,8 +139,7 @@ def _finish_region(
     region = frame[top:bottom, left:right].permute(2, 0, 1).to(torch.int32, memory_format=torch.contiguous_format)
     template = region[:, ymin - top : ymax - top, xmin - left : xmax - left]
     painted = cubic_values(_canvas(mouth, crop), xmax - xmin, ymax - ymin)
-    if feather > 0:
-        alpha = _seam(xmax - xmin, ymax - ymin, feather, frame.device)
+    if alpha is not None:
         below = template.float()
         painted.sub_(below).mul_(alpha).add_(below).round_()
     if keep is not None:

@@ -212,7 +212,7 @@ class RowWriter(Writer):
         row_at, zero = self.kept(3, vectors * plane), self.splat(0.0)
 
         def fill(row: Value) -> None:
-            with self.if_within(row, size) as (inside, outside):
+            with self.if_within_else(row, size) as (inside, outside):
                 with inside:
                     for border in range(0, vectors * plane, plane):
                         self.store(zero, self.at(row_at(row), border))

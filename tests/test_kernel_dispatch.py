@@ -15,8 +15,10 @@ from gpupipe.fallbacks import fallbacks
 from gpupipe.kernels import dispatch
 
 
-def test_the_cpu_runs_plain_torch_and_that_is_no_fallback() -> None:
-    assert dispatch.backend("cpu") == "torch"
+@pytest.mark.parametrize(("missing", "backend"), [(None, "llvm"), ("llvmlite is not installed", "torch")])
+def test_the_cpu_s_kernels_are_no_fallback(missing: str | None, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "llvm_obstacle", lambda: missing)
+    assert dispatch.backend("cpu") == backend
     assert dispatch.obstacle(torch.device("cpu")) == "device is cpu; the Triton kernels need cuda"
     assert not any("Triton" in message for message in fallbacks())
 
