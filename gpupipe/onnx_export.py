@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from gpupipe.errors import GpupipeError, InputError
 from gpupipe.files import replacing
-from gpupipe.models.blocked import BlockedSpeechHalf, BlockedTemplateHalf
 from gpupipe.models.fold import fold_batch_norms
-from gpupipe.models.hoisted import TEMPLATE_FEATURES
+from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
 from gpupipe.models.unet328 import UNet328, random_inputs
 from gpupipe.quiet import no_warnings
 from gpupipe.quiet_onnxruntime import onnxruntime
@@ -70,7 +69,7 @@ def export_halves(network: UNet328) -> tuple[bytes, bytes]:
     half turns those and ``audio`` into ``mouth``. All are float32.
     """
     network = fold_batch_norms(network)
-    template, speech = BlockedTemplateHalf(network).eval(), BlockedSpeechHalf(network).eval()
+    template, speech = TemplateHalf(network).eval(), SpeechHalf(network).eval()
     image, audio = random_inputs(network, 1)
     names = list(TEMPLATE_FEATURES)
     first, second = io.BytesIO(), io.BytesIO()

@@ -57,6 +57,10 @@ _PASSES = ("sroa", "instruction_combine", "new_gvn", "dead_code_elimination")
 as it is written, and the other passes only take time."""
 
 
+_SUMS = {torch.bfloat16: torch.float32}
+"""What sums are of, where that is another type than what is multiplied."""
+
+
 @dataclass(frozen=True)
 class Processor:
     """What kernels are compiled for.
@@ -78,7 +82,7 @@ class Processor:
     @property
     def sums(self) -> torch.dtype:
         """The type of sums, and of all else that is computed: that of what is multiplied, but for bfloat16 float32."""
-        return torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+        return _SUMS.get(self.dtype, self.dtype)
 
     @property
     def pairs(self) -> int:
@@ -99,8 +103,8 @@ def this_processor(dtype: torch.dtype = torch.float32) -> Processor:
         bits, registers, lower = 128, 32, {torch.float16: "fullfp16"}
     if dtype != torch.float32 and not features.get(lower.get(dtype, "")):
         bits = 0
-    processor = Processor(llvm.get_host_cpu_name(), features.flatten(), bits, registers, dtype)
-    return replace(processor, lanes=bits // (8 * processor.sums.itemsize))
+    lanes = bits // (8 * _SUMS.get(dtype, dtype).itemsize)
+    return Processor(llvm.get_host_cpu_name(), features.flatten(), lanes, registers, dtype)
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,14 @@ class Pointer:
 
     Attributes:
         place: LLVM's pointer.
-        dtype: of the floats.
+        dtype: of what lies there.
     """
 
     place: Value
     dtype: torch.dtype
 
     def to(self, dtype: torch.dtype) -> Pointer:
-        """The same place, where floats of another type lie."""
+        """The same place, where another type lies."""
         return replace(self, dtype=dtype)
 
 
@@ -323,7 +327,7 @@ class Writer:
         return self.ir.call(self._intrinsic("llvm.rint", value.type, []), [value])
 
     def clamped(self, value: Value, least: float, greatest: float) -> Value:
-        """A vector between two constants."""
+        """A vector between two constants; NaN stays NaN."""
         for bound, beyond in ((least, "<"), (greatest, ">")):
             limit = self.splat(bound, value.type)
             value = self.ir.select(self.ir.fcmp_ordered(beyond, value, limit), limit, value)
@@ -466,7 +470,7 @@ class Kernel:
             try:
                 room = self._spare.pop()
             except IndexError:
-                room = torch.empty(self.scratch_bytes, dtype=torch.uint8)
+                room = torch.empty(self.scratch_bytes, dtype=torch.uint8, device="cpu")
         self._function(*(None if one is None else one.data_ptr() for one in (*maps, self._constants, room)))
         if scratch is None:
             self._spare.append(room)

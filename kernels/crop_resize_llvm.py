@@ -30,7 +30,7 @@ def crop_resize_llvm(frames: Tensor, index: Tensor, boxes: Tensor, *, dtype: tor
     for frame, box, crop, image in zip(index.tolist(), boxes.tolist(), crops, images, strict=True):
         xmin, ymin, xmax, ymax = box
         corner = frames[frame, ymin:ymax, xmin:xmax]
-        length = torch.tensor([3 * (xmax - xmin)], dtype=torch.int32)
+        length = torch.tensor([3 * (xmax - xmin)], dtype=torch.int32, device="cpu")
         axes = tables(ymax - ymin, CROP_SIZE), tables(xmax - xmin, CROP_SIZE)
         kernel([corner, length, *axes[0], *axes[1], crop, image])
     return crops, images

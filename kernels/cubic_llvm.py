@@ -38,7 +38,7 @@ def wide_enough(boxes: Tensor) -> bool:
 @functools.lru_cache(maxsize=1024)
 def tables(source: int, target: int) -> tuple[Tensor, Tensor]:
     """:func:`~gpupipe.kernels.cubic.cubic_taps` as the kernels read them: int32 and float32 (target, 4)."""
-    taps, weights = cubic_taps(source, target)
+    taps, weights = cubic_taps(source, target, torch.device("cpu"))
     return taps.to(torch.int32), weights
 
 

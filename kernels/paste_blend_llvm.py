@@ -50,7 +50,8 @@ def finish(
     xmin, ymin, xmax, ymax = box
     kernel = _kernel(*frame.shape[:2], nv12, alpha is not None, keep is not None)
     down, across = tables(CROP_SIZE, ymax - ymin), tables(CROP_SIZE, xmax - xmin)
-    kernel([mouth, crop, frame, torch.tensor(box, dtype=torch.int32), *down, *across, alpha, keep, out])
+    corners = torch.tensor(box, dtype=torch.int32, device="cpu")
+    kernel([mouth, crop, frame, corners, *down, *across, alpha, keep, out])
 
 
 @functools.lru_cache(maxsize=32)

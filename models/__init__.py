@@ -2,7 +2,7 @@
 
     unet328, audio_encoder   the networks as they are trained
     checkpoint, pickles      how their checkpoints are read
-    fold, hoisted, blocked   the U-Net with batch norms folded; in two halves; those with channels in blocks
+    fold, hoisted            the U-Net with batch norms folded, and in two halves
 
 Nothing here knows of clips or commands.
 """

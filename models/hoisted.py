@@ -86,7 +86,7 @@ class SpeechHalf(nn.Module):
         projection = _layers(network.inc.inconv[0])[6]
         self.up1, self.up2 = HoistedUp(network.up1), HoistedUp(network.up2)
         self.up3, self.up4 = HoistedUp(network.up3), HoistedUp(network.up4)
-        self.up5 = self._largest(network.up5, projection)
+        self.up5 = HoistedUp(network.up5, projection)
         self.outc = network.outc
 
     def forward(
@@ -104,10 +104,6 @@ class SpeechHalf(nn.Module):
     def deepest(self, bottleneck: Tensor, audio: Tensor) -> Tensor:
         """What up1 reads: bottleneck (B, C, 10, 10) and audio (B, *audio_shape) → (B, c, 10, 10)."""
         return self.fuse(self.audio_expand(self.audio_model(audio)) + bottleneck)
-
-    def _largest(self, up: Up, projection: nn.Conv2d) -> HoistedUp:
-        """The level of the largest maps."""
-        return HoistedUp(up, projection)
 
 
 class HoistedUp(nn.Module):

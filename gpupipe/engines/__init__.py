@@ -7,7 +7,7 @@
 | `fused`       | Triton kernels (:mod:`gpupipe.kernels.inverted_residual`) | CUDA |
 | `gluon`       | the same, and on large maps Gluon kernels (:mod:`gpupipe.kernels.whole_block`) | CUDA |
 | `llvm`        | kernels of our own (:mod:`gpupipe.kernels.levels_llvm`), float32, float16 or bfloat16 | CPU |
-| `onnxruntime` | ONNX Runtime on :mod:`gpupipe.models.blocked`, float32 | CPU   |
+| `onnxruntime` | ONNX Runtime on :mod:`gpupipe.models.hoisted`, float32 | CPU   |
 
 Every engine runs the network in two halves, so that the half that sees only the template can be cached.
 """

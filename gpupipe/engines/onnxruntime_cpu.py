@@ -16,7 +16,7 @@ from gpupipe.quiet_onnxruntime import onnxruntime
 
 
 class OnnxRuntimeEngine:
-    """ONNX Runtime on :mod:`gpupipe.models.blocked`.
+    """ONNX Runtime on :mod:`gpupipe.models.hoisted`.
 
     It runs frame by frame: a batch gains nothing on CPU cores, a frame's features are read where they lie, and with all
     shapes fixed ONNX Runtime fuses the halves' additions into their convolutions. Each frame is computed on one thread,
