@@ -25,8 +25,7 @@ def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
             with mock.patch.object(nv12, "backend", return_value="torch"):
                 return function()
 
-        fast = {backend(device): function} if device.type == "cuda" or name == "to_nv12" else {}
-        for provider, timed in {**fast, "torch": plainly}.items():
+        for provider, timed in {backend(device): function, "torch": plainly}.items():
             yield rows_of(
                 name,
                 provider,

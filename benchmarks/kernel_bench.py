@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, measure, row
+from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.graphs import replayed
 
 SIZE = (1280, 720)
 BOX = 182
 """As in a real template: width and height of the frames, and the side of the boxes."""
-
-BATCH = {"cuda": 64, "cpu": 4}
 
 _LONGEST = 0.05
 """On CUDA calls are timed in a row: up to 20, as many as take about this many seconds together."""
@@ -106,17 +105,19 @@ def tell(measurements: Iterable[list[Row]], results: Path | None) -> bool:
 
 
 def main(description: str, cases: Callable[[torch.device, int, int], Iterable[list[Row]]]) -> None:
-    """The command of a kernel's benchmark."""
+    """The command of a kernel's benchmark. On a CPU it uses one core, as a frame of a render does."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, help="frames; 64 on CUDA, 4 on the CPU")
+    parser.add_argument("--batch", type=int, help="frames; 64 on CUDA, 1 on the CPU")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--record", action="store_true", help="append the rows to the results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     with torch.inference_mode():
-        made = cases(device, options.batch or BATCH[device.type], options.rounds)
+        made = cases(device, options.batch or BATCH_SIZES[device.type], options.rounds)
         if tell(made, options.results if options.record else None):
             raise SystemExit(1)
 

@@ -1,8 +1,8 @@
 """The work around and inside the network, batched: each kernel with its plain-torch reference.
 
     noun               reference             CUDA: Triton, or Gluon                             CPU: LLVM
-    crop_resize        crop_resize.py        crop_resize_triton.py
-    paste_blend        paste_blend.py        paste_blend_triton.py
+    crop_resize        crop_resize.py        crop_resize_triton.py                              crop_resize_llvm.py
+    paste_blend        paste_blend.py        paste_blend_triton.py                              paste_blend_llvm.py
     nv12               nv12.py               nv12_triton.py                                     nv12_llvm.py
     pointwise          pointwise.py          pointwise_triton.py
     inverted_residual  inverted_residual.py  inverted_residual_triton.py: a whole block
@@ -11,7 +11,7 @@
     levels, depths     models/hoisted.py                                                        levels_llvm.py
                                                                                                 maps_llvm.py
                                                                                                 rows_llvm.py: parts
-    cubic: taps and    cubic.py              cubic_triton.py
+    cubic: taps and    cubic.py              cubic_triton.py                                    cubic_llvm.py
       weights of crop_resize and paste_blend
     what they share                          common_triton.py; packed_triton.py: half           common_llvm.py
                                                precision two at a time, for the network's

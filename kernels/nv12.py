@@ -10,8 +10,8 @@ Convention: BT.709 matrix, limited range (Y 16…235, C 16…240; ITU-R BT.709-6
 pixels (the mean of the four, computed before rounding), results rounded half up. H and W are even. For RGB, flip the
 colours, the last axis: ``to_nv12(rgb.flip(-1))``, ``from_nv12(nv12).flip(-1)``.
 
-On CUDA whole frames are converted by Triton kernels (:mod:`gpupipe.kernels.nv12_triton`), and to NV12 on a CPU by one
-in LLVM (:mod:`gpupipe.kernels.nv12_llvm`), to the same bits.
+On CUDA whole frames are converted by Triton kernels (:mod:`gpupipe.kernels.nv12_triton`), and on a CPU by others in
+LLVM (:mod:`gpupipe.kernels.nv12_llvm`), to the same bits.
 """
 
 from __future__ import annotations
@@ -129,12 +129,18 @@ def bgr_weights() -> tuple[tuple[int, int, int], ...]:
 
 def from_nv12(frames: Tensor) -> Tensor:
     """NV12 uint8 (B, H·3/2, W) → BGR uint8 (B, H, W, 3); chroma is repeated over its 2×2 pixels; rounded half up."""
-    if backend(frames.device) == "triton":
+    by = backend(frames.device)
+    if by == "triton":
         from gpupipe.kernels.nv12_triton import from_nv12_triton
 
         return from_nv12_triton(frames)
     height = frames.shape[1] * 2 // 3
     b, w = frames.shape[0], frames.shape[2]
+    if by == "llvm":
+        from gpupipe.kernels import nv12_llvm
+
+        if nv12_llvm.takes(frames):
+            return nv12_llvm.from_nv12_llvm(frames, frames.new_empty(b, height, w, 3))
     luma = frames[:, :height].to(torch.int32) - 16
     chroma = frames[:, height:].to(torch.int32).view(b, height // 2, w // 2, 2) - 128
     cb, cr = chroma.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).unbind(-1)

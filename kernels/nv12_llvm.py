@@ -1,4 +1,4 @@
-"""BGR → NV12 on a CPU, written with LLVM: what :func:`gpupipe.kernels.nv12.to_nv12` does, to the same bits."""
+"""BGR ↔ NV12 on a CPU, written with LLVM: what :mod:`gpupipe.kernels.nv12` does in plain torch, to the same bits."""
 
 from __future__ import annotations
 
@@ -11,34 +11,42 @@ from llvmlite import ir
 from torch import Tensor
 
 from gpupipe.kernels.common_llvm import Kernel, Pointer, Processor, Value, Writer, this_processor
-from gpupipe.kernels.nv12 import FRACTION_BITS, yuv_weights
+from gpupipe.kernels.nv12 import FRACTION_BITS, INVERSE_BITS, bgr_weights, yuv_weights
 
 _PIXELS = 32
 """Of a row, converted at a time, with those below them."""
 
 
 def takes(frames: Tensor) -> bool:
-    """Whether the kernel converts these frames."""
+    """Whether the kernels convert these frames, BGR or NV12."""
     return frames.is_contiguous() and frames.shape[2] >= _PIXELS
 
 
 def to_nv12_llvm(frames: Tensor, nv12: Tensor) -> Tensor:
     """Convert frames that it :func:`takes` into uint8 (B, H·3/2, W), contiguous, which is returned."""
-    height, width = frames.shape[1:3]
-    kernel = _kernel(width, height)
-    for frame, out in zip(frames, nv12, strict=True):
+    return _converted(_ToNv12(frames.shape[2], frames.shape[1]), frames, nv12)
+
+
+def from_nv12_llvm(frames: Tensor, bgr: Tensor) -> Tensor:
+    """Convert frames that it :func:`takes` into uint8 (B, H, W, 3), contiguous, which is returned."""
+    return _converted(_FromNv12(bgr.shape[2], bgr.shape[1]), frames, bgr)
+
+
+def _converted(plan: _ToNv12 | _FromNv12, frames: Tensor, made: Tensor) -> Tensor:
+    kernel = _kernel(plan)
+    for frame, out in zip(frames, made, strict=True):
         kernel([frame, out])
-    return nv12
+    return made
 
 
 @functools.lru_cache(maxsize=16)
-def _kernel(width: int, height: int) -> Kernel:
-    return Kernel(_Plan(width, height), None, this_processor())
+def _kernel(plan: _ToNv12 | _FromNv12) -> Kernel:
+    return Kernel(plan, None, this_processor())
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """The code."""
+class _ToNv12:
+    """The code of :func:`to_nv12_llvm`."""
 
     width: int
     height: int
@@ -47,11 +55,39 @@ class _Plan:
     def write(self, processor: Processor) -> Writer:
         """Write the kernel."""
         w = Writer(processor, self.maps)
-        frame, out = w.maps
-        frame, out = frame.to(torch.uint8), out.to(torch.uint8)
+        frame, out = (one.to(torch.uint8) for one in w.maps)
         with w.loop(0, self.height // 2) as row:
             rows = [w.at(frame, w.times(row, 6 * self.width), below * 3 * self.width) for below in range(2)]
             write_cells(w, rows, 3, (self.width, self.height), row, w.index(0), w.index(self.width), out)
+        return w
+
+
+@dataclass(frozen=True)
+class _FromNv12:
+    """The code of :func:`from_nv12_llvm`."""
+
+    width: int
+    height: int
+    maps: int = 2
+
+    def write(self, processor: Processor) -> Writer:
+        """Write the kernel."""
+        w = Writer(processor, self.maps)
+        frame, out = (one.to(torch.uint8) for one in w.maps)
+        pairs = [i // 2 * 2 for i in range(_PIXELS)]
+        with w.loop(0, self.height // 2) as row, w.loop(0, self.width, _PIXELS) as start:
+            x = w.at_most(start, self.width - _PIXELS)
+            chroma = _load(w, w.at(frame, w.times(w.plus(row, self.height), self.width), x))
+            cb, cr = (_shuffled(w, chroma, chroma, [first + i for i in pairs]) for first in range(2))
+            cb, cr = _plus(w, cb, -128), _plus(w, cr, -128)
+            for below in range(2):
+                first = w.plus(w.times(w.plus(w.times(row, 2), below), self.width), x)
+                luma = _plus(w, _load(w, w.at(frame, first)), -16)
+                blue, green, red = (_clamped(w, _summed(w, [luma, cb, cr], weights)) for weights in bgr_weights())
+                blue_green = _shuffled(w, blue, green, [*range(2 * _PIXELS)])
+                red = _shuffled(w, red, red, [*range(_PIXELS)] * 2)
+                places = [channel * _PIXELS + pixel for pixel in range(_PIXELS) for channel in range(3)]
+                _store(w, _shuffled(w, blue_green, red, places), w.at(out, w.times(first, 3)))
         return w
 
 
@@ -119,6 +155,31 @@ def _weighted(w: Writer, planes: list[Value], weights: tuple[int, int, int], off
     for plane, weight in zip(planes, weights, strict=True):
         total = w.ir.add(total, w.ir.mul(plane, ir.Constant(kind, [weight] * kind.count)))
     return w.ir.ashr(total, ir.Constant(kind, [FRACTION_BITS] * kind.count))
+
+
+def _load(w: Writer, pointer: Pointer) -> Value:
+    """Bytes, as 32-bit integers."""
+    return w.ir.zext(w.ir.load(pointer.place, align=1, typ=_integers(8, _PIXELS)), _integers(32, _PIXELS))
+
+
+def _plus(w: Writer, values: Value, constant: int) -> Value:
+    return w.ir.add(values, ir.Constant(values.type, [constant] * values.type.count))
+
+
+def _summed(w: Writer, values: list[Value], weights: tuple[int, int, int]) -> Value:
+    """Their weighted sum, rounded half up."""
+    total = ir.Constant(values[0].type, [1 << (INVERSE_BITS - 1)] * _PIXELS)
+    for value, weight in zip(values, weights, strict=True):
+        total = w.ir.add(total, w.ir.mul(value, ir.Constant(value.type, [weight] * _PIXELS)))
+    return w.ir.ashr(total, ir.Constant(total.type, [INVERSE_BITS] * _PIXELS))
+
+
+def _clamped(w: Writer, values: Value) -> Value:
+    """From 0 to 255."""
+    for bound, beyond in ((0, "<"), (255, ">")):
+        limit = ir.Constant(values.type, [bound] * _PIXELS)
+        values = w.ir.select(w.ir.icmp_signed(beyond, values, limit), limit, values)
+    return values
 
 
 def _store(w: Writer, values: Value, pointer: Pointer) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from itertools import product
 from unittest import mock
 
 import numpy as np
@@ -17,8 +19,10 @@ from gpupipe.landmarks import Box
 if reason := dispatch.llvm_obstacle():
     pytest.skip(f"LLVM kernels do not run here: {reason}", allow_module_level=True)
 
-from gpupipe.kernels import crop_resize_llvm, paste_blend_llvm
-from gpupipe.kernels.common_llvm import Processor, this_processor
+import llvmlite.binding as llvm
+
+from gpupipe.kernels import common_llvm, crop_resize_llvm, nv12_llvm, paste_blend_llvm
+from gpupipe.kernels.common_llvm import Plan, Processor, this_processor
 from gpupipe.kernels.nv12 import to_nv12
 
 WIDTH, HEIGHT = 640, 360
@@ -34,6 +38,10 @@ BOXES: list[Box] = [
 """From the narrowest that the kernels take to the whole frame, in every corner, with edges within 2×2 cells."""
 NARROW: Box = (10, 20, 41, 51)
 
+X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+AVX2, AVX512 = Processor("haswell", "", 8, 16), Processor("sapphirerapids", "", 16, 32)
+NEON = Processor("neoverse-v1", "+neon", 4, 32)
+
 
 @pytest.fixture(params=["this processor", "with AVX2"], autouse=True)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -42,7 +50,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if this_processor().lanes != 16:
             pytest.skip("this processor has no longer vectors than AVX2")
         for module in (crop_resize_llvm, paste_blend_llvm):
-            monkeypatch.setattr(module, "this_processor", lambda: Processor("haswell", "", 8, 16))
+            monkeypatch.setattr(module, "this_processor", lambda: AVX2)
     for module in (crop_resize_llvm, paste_blend_llvm):
         module._kernel.cache_clear()
     yield
@@ -112,6 +120,23 @@ def test_what_differs_by_a_step_is_noticed(frames: Tensor) -> None:
     for other in ({"feather": 8.5}, {"feather": 8.0, "number": 0}):
         _, expected = finished(frames, BOXES[0], **({"nv12": True, "keep": None} | other))  # type: ignore[arg-type]
         assert not torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("triple", "processor"), [(X86, AVX2), (X86, AVX512), (ARM, NEON)], ids=["AVX2", "AVX-512", "NEON"]
+)
+def test_they_compile_to_instructions_alone(triple: str, processor: Processor) -> None:
+    """Nothing is called, as the C library's functions would be where a processor has no instruction."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = llvm.Target.from_triple(triple).create_target_machine(processor.name, processor.features, jit=True)
+    plans: list[Plan] = [nv12_llvm._ToNv12(WIDTH, HEIGHT), nv12_llvm._FromNv12(WIDTH, HEIGHT)]
+    plans += [crop_resize_llvm._Plan(WIDTH, dtype) for dtype in (torch.float32, torch.float16)]
+    plans += [paste_blend_llvm._Plan(HEIGHT, WIDTH, *how) for how in product((False, True), repeat=3)]
+    for plan in plans:
+        assembly = target.emit_assembly(common_llvm._improved(plan.write(processor).finish(), target))
+        assert "kernel:" in assembly
+        assert not re.search(r"\t(call|bl)\w*\t", assembly), plan
 
 
 def test_what_kernels_do_not_take_is_done_in_torch(frames: Tensor) -> None:

@@ -166,6 +166,23 @@ def test_the_llvm_kernel_makes_the_same_bits(width: int, height: int) -> None:
     assert not torch.equal(nv12_llvm.to_nv12_llvm(frames.flip(-1), found.clone()), expected), "colours the other way"
 
 
+@pytest.mark.skipif(llvm_obstacle() is not None, reason=f"LLVM kernels do not run here: {llvm_obstacle()}")
+@pytest.mark.parametrize(("width", "height"), [(32, 2), (34, 6), (62, 4), (320, 10), (1918, 4)])
+def test_the_llvm_kernel_makes_the_same_bits_on_the_way_back(
+    width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpupipe.kernels import nv12, nv12_llvm
+
+    frames = torch.randint(0, 256, (2, height * 3 // 2, width), dtype=torch.uint8)
+    frames[1] = frames[1] // 128 * 255  # values that saturate
+    assert nv12_llvm.takes(frames)
+    found = from_nv12(frames)
+    monkeypatch.setattr(nv12_llvm, "from_nv12_llvm", pytest.fail)
+    monkeypatch.setattr(nv12, "backend", lambda device: "torch")
+    assert torch.equal(found, from_nv12(frames))
+    assert not torch.equal(found, from_nv12(frames.flip(2))), "Cb and Cr exchanged"
+
+
 def test_what_the_llvm_kernel_does_not_take_is_converted_too() -> None:
     frames = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
     assert torch.equal(to_nv12(frames)[:, :64, :30], to_nv12(frames[:, :, :30])[:, :64]), "too narrow"
