@@ -138,7 +138,8 @@ def roofline(records: list[Record], figure: Any) -> None:
     figure.subplots_adjust(left=0.08, right=0.97, wspace=0.55, hspace=0.5, top=0.88, bottom=0.16)
     for number, group in enumerate(groups):
         left = figure.add_subplot(len(groups), 2, 2 * number + 1)
-        bandwidth, rate = (_ceiling(records, group.device, metric) for metric in ("copy_bandwidth", "matrix_rate"))
+        bandwidth = _ceiling(records, group.device, "copy_bandwidth")
+        rate = _ceiling(records, group.device, "arithmetic_rate", "matrix_rate")
         xs = [10 ** (power / 20) for power in range(61)]
         left.plot(xs, [min(rate, x * bandwidth) for x in xs], color=LIMIT)
         for name, metrics in found[group].items():
@@ -233,6 +234,6 @@ def write(folder: Path, made: dict[str, str]) -> None:
         (folder / f"{name}.svg").write_text(svg, "utf-8")
 
 
-def _ceiling(records: list[Record], device: str, metric: str) -> float:
-    """A device's newest copy bandwidth or matrix rate, in 10⁹ a second."""
-    return float([row["p50"] for row in records if (row["device"], row["metric"]) == (device, metric)][-1])
+def _ceiling(records: list[Record], device: str, *metrics: str) -> float:
+    """A device's newest copy bandwidth or arithmetic rate, which older rows call a matrix rate, in 10⁹ a second."""
+    return float([row["p50"] for row in records if row["device"] == device and row["metric"] in metrics][-1])

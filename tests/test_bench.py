@@ -26,7 +26,7 @@ from gpupipe.benchmarks.scenario import Scenario, add_options, from_options, giv
 from gpupipe.benchmarks.tables import TABLES
 from gpupipe.cli import app
 from gpupipe.errors import InputError
-from gpupipe.kernels.dispatch import backend
+from gpupipe.kernels.dispatch import backend, llvm_obstacle
 from gpupipe.models import UNet328
 from gpupipe.models.hoisted import SpeechHalf
 from gpupipe.unet_model import UNetModel
@@ -285,7 +285,7 @@ def test_the_speech_half_has_the_operations_it_is_said_to_have() -> None:
 
 def test_a_floor_is_the_larger_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floors, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(floors, "matrix_rate", lambda device, dtype: 1e12)
+    monkeypatch.setattr(floors, "arithmetic_rate", lambda device, dtype: 1e12)
     assert floors.Floor.of(2_000_000, 10**9, CPU, torch.float32) == floors.Floor(0.002, "bytes")
     assert floors.Floor.of(2_000_000, 4 * 10**9, CPU, torch.float32) == floors.Floor(0.004, "operations")
     assert floors.Floor.of(2_000_000, 0, CPU, torch.float32) == floors.Floor(0.002, "bytes")
@@ -321,12 +321,30 @@ def a_second_each(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("a_second_each")
 def test_rates_are_bytes_read_and_written_and_twice_the_multiply_adds() -> None:
     assert kernel_bench.copy_bandwidth.__wrapped__(CPU) == 2 * 2**29
-    assert floors.matrix_rate.__wrapped__(CPU, torch.float32) == 2 * 1024**3
+    assert floors.arithmetic_rate.__wrapped__(CPU, torch.float64) == 2 * 1024**3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_multiply_adds_are_all_done_and_counted(dtype: torch.dtype) -> None:
+    if reason := llvm_obstacle(dtype):
+        pytest.skip(f"LLVM kernels do not run here in {dtype}: {reason}")
+    from gpupipe.benchmarks import peak_llvm
+    from gpupipe.kernels.common_llvm import Kernel, this_processor
+
+    processor, chains, rounds = this_processor(dtype), 3, 5
+    products = 2 if dtype == torch.bfloat16 else 1  # of a sum, in one instruction
+    sums = torch.arange(1.0, 1 + chains).repeat_interleave(processor.lanes).to(processor.sums)
+    factors = torch.cat([torch.full((processor.lanes * products,), value).to(dtype) for value in (2.0, 3.0)])
+    memory = torch.cat([sums.view(torch.uint8), factors.view(torch.uint8)])
+    Kernel(peak_llvm._Plan(chains, rounds), None, processor)([memory])
+    assert torch.equal(memory.view(processor.sums)[: len(sums)], sums + 6 * products * rounds)
+    many = peak_llvm._Plan(processor.registers - 4)
+    assert peak_llvm.MultiplyAdds(dtype).operations == 2 * products * processor.lanes * many.chains * many.rounds
 
 
 def test_the_machine_s_rows_are_told_in_thousands_of_millions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floors, "copy_bandwidth", lambda device: 2e9)
-    monkeypatch.setattr(floors, "matrix_rate", lambda device, dtype: 3e9)
+    monkeypatch.setattr(floors, "arithmetic_rate", lambda device, dtype: 3e9)
     rows = floors.machine_rows(CPU, torch.float32)
     assert [(row.p50, row.unit) for row in rows] == [(2, "GB/s"), (3, "Gop/s")]
 
