@@ -52,7 +52,7 @@ def arithmetic_rate(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cpu" and llvm_obstacle(dtype) is None:
         from gpupipe.benchmarks.peak_llvm import MultiplyAdds  # noqa: PLC0415 - llvmlite may be missing
 
-        run, calls = MultiplyAdds(dtype), 4 * available_cores()
+        run, calls = MultiplyAdds(dtype), 64 * available_cores()
         seconds = seconds_of(lambda: list(map_in_lanes(lambda _: run(), range(calls))), device, rounds=5)
         return calls * run.operations / seconds.p50
     n = _MATRIX[device.type]
