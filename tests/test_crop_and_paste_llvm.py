@@ -34,6 +34,7 @@ BOXES: list[Box] = [
     (0, 0, 328, 328),
     (3, 0, 500, 33),
     (100, 359, 300, 360),
+    (150, 2, 333, 185),
 ]
 """From the narrowest that the kernels take to the whole frame, in every corner, with edges within 2×2 cells."""
 NARROW: Box = (10, 20, 41, 51)

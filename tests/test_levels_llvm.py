@@ -206,6 +206,23 @@ def test_a_wrong_number_is_seen_as_such(halves: tuple[TemplateHalf, object]) -> 
     )
 
 
+@pytest.mark.skipif(not this_processor(torch.bfloat16).lanes, reason="this processor does not multiply in bfloat16")
+@torch.no_grad()
+def test_sums_of_bfloat16_are_not_rounded_on_their_way() -> None:
+    """At full width, where they lie in memory between groups of inputs. If they were rounded there, errors would be
+    1.3 % in place of 0.8, and 0.9 in place of 0.45."""
+    speech, here = SpeechHalf(seeded_network(width=1)).eval(), this_processor(torch.bfloat16)
+    audio, bottleneck = noise(1, *speech.audio_shape), noise(1, speech.audio_expand.out_channels, 10, 10)
+    low, skip = noise(1, speech.up1.low.in_channels, 10, 10), noise(1, speech.up1.skip.in_channels, 20, 20)
+    for level, inputs, expected, bound in (
+        (speech_depths(speech, processor=here), (audio, bottleneck), speech.deepest(bottleneck, audio), 0.0105),
+        (up_level(speech.up1, 20, processor=here), (low, skip), speech.up1(low, skip), 0.0065),
+    ):
+        (found,) = run(level, [stored(one, here) for one in inputs])
+        error = found[..., : expected.shape[1]].float() - expected[0].permute(1, 2, 0)
+        assert error.square().mean().sqrt() < bound * expected.square().mean().sqrt()
+
+
 X86, ARM = ("x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu")
 ZMM, YMM, Q = (r"%zmm\d+, -?\d*\(%rsp\)", r"%ymm\d+, -?\d*\(%rsp\)", r"st[rp]\tq.*\[sp")
 MACHINES = {
