@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gpupipe.kernels.common_llvm import LINE, Kernel, Processor, Writer, this_processor
+from gpupipe.kernels.common_llvm import LINE, Processor, Writer, this_processor
+from gpupipe.kernels.kernel_llvm import Kernel
 
 
 class MultiplyAdds:

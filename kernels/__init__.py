@@ -13,8 +13,8 @@
                                                                                                 rows_llvm.py: parts
     cubic: taps and    cubic.py              cubic_triton.py                                    cubic_llvm.py
       weights of crop_resize and paste_blend
-    what they share                          common_triton.py; packed_triton.py: half           common_llvm.py
-                                               precision two at a time, for the network's
+    what they share                          common_triton.py; packed_triton.py: half           common_llvm.py: written
+                                               precision two at a time, for the network's       kernel_llvm.py: compiled
 
 dispatch.py says which implementation runs on a device; report.py, with report_network.py and report_gluon.py, what the
 compiler makes of every kernel.

@@ -1,4 +1,4 @@
-"""What the LLVM kernels share: a writer of functions on vectors of floats, and their compilation for this CPU.
+"""What the LLVM kernels share: processors, and a writer of functions on vectors of floats for one of them.
 
 A kernel is a Python function that writes an LLVM function, with all sizes as constants. LLVM allocates registers and
 picks instructions; loops, tiles and what lies where are the kernel's own.
@@ -7,29 +7,17 @@ picks instructions; loops, tiles and what lies where are the kernel's own.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
-import hashlib
-import logging
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import llvmlite
 import llvmlite.binding as llvm
 import torch
 from llvmlite import ir
-from torch import Tensor
-
-from gpupipe.errors import OutputError
-from gpupipe.files import cache_folder, make_folder, replacing
-
-logger = logging.getLogger(__name__)
 
 Value = Any
-"""A value of the function being written: an index, a float or a vector."""
+"""A value of the function being written: an index, a float, a vector, or LLVM's pointer."""
 
 
 class _BFloat16Type(ir.Type):
@@ -46,16 +34,8 @@ _INT32, _INDEX, _POINTER = ir.IntType(32), ir.IntType(64), ir.PointerType()
 LINE = 64
 """Bytes of a cache line, on which constants and scratch memory begin."""
 
-_NAME = "kernel"
-"""The function's, in each module."""
-
-_DIGEST_BYTES, _COUNT_BYTES = 32, 8
-"""A kept object file begins with the digest of the rest, and with its need of scratch memory."""
-
-_PASSES = ("sroa", "instruction_combine", "new_gvn", "dead_code_elimination")
-"""What LLVM is to improve: variables become registers, addresses are computed once. The code is unrolled and vectorised
-as it is written, and the other passes only take time."""
-
+NAME = "kernel"
+"""Of the function that is written, in each module."""
 
 _SUMS = {torch.bfloat16: torch.float32}
 """What sums are of, where that is another type than what is multiplied."""
@@ -143,7 +123,7 @@ class Writer:
         self.vector = ir.VectorType(_TYPES[self.sums], self.lanes)
         self._paired = ir.VectorType(_TYPES[processor.dtype], 2 * processor.pairs)
         self._module = ir.Module()
-        self._function = ir.Function(self._module, ir.FunctionType(ir.VoidType(), [_POINTER] * (maps + 2)), _NAME)
+        self._function = ir.Function(self._module, ir.FunctionType(ir.VoidType(), [_POINTER] * (maps + 2)), NAME)
         for pointer in self._function.args:
             pointer.add_attribute("noalias")
         *maps_, self._constants, self._scratch = self._function.args
@@ -422,98 +402,3 @@ class Writer:
 
 def _index(value: Value | int) -> Value:
     return _INDEX(value) if isinstance(value, int) else value
-
-
-class Plan(Protocol):
-    """All that a kernel's code depends on, but for the processor. Its ``repr`` says it."""
-
-    @property
-    def maps(self) -> int:
-        """How many maps the kernel takes."""
-        ...
-
-    def write(self, processor: Processor) -> Writer:
-        """Write the kernel."""
-        ...
-
-
-class Kernel:
-    """A plan as machine code. Calls do not hold Python's lock.
-
-    Args:
-        constants: uint8 (N,); None if it has none.
-        processor: that runs it.
-
-    Attributes:
-        scratch_bytes: how much memory a call needs for itself, from a multiple of :data:`LINE` on.
-    """
-
-    def __init__(self, plan: Plan, constants: Tensor | None, processor: Processor) -> None:
-        self._constants = constants
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        target = llvm.Target.from_default_triple()
-        machine = target.create_target_machine(processor.name, processor.features, jit=True)
-        self.scratch_bytes, code = _object_file(plan, processor, machine)
-        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        self._engine.finalize_object()
-        arguments = [ctypes.c_void_p] * (plan.maps + 2)
-        self._function = ctypes.CFUNCTYPE(None, *arguments)(self._engine.get_function_address(_NAME))
-        self._spare: deque[Tensor] = deque()
-
-    def __call__(self, maps: Sequence[Tensor | None], scratch: Tensor | None = None) -> None:
-        """Run it on tensors, in the plan's order, of which it takes where they begin; without scratch memory from the
-        caller it keeps its own."""
-        room = scratch
-        if room is None:
-            try:
-                room = self._spare.pop()
-            except IndexError:
-                room = torch.empty(self.scratch_bytes, dtype=torch.uint8, device="cpu")
-        self._function(*(None if one is None else one.data_ptr() for one in (*maps, self._constants, room)))
-        if scratch is None:
-            self._spare.append(room)
-
-
-def _object_file(plan: Plan, processor: Processor, machine: Any) -> tuple[int, bytes]:
-    """A kernel's need of scratch memory and its object file, which the user's cache folder keeps: compiling takes a
-    third of a second."""
-    made_of = repr([llvmlite.__version__, _sources(), processor, plan])
-    path = cache_folder() / "llvm" / f"{hashlib.sha256(made_of.encode()).hexdigest()}.o"
-    with contextlib.suppress(OSError):
-        kept = path.read_bytes()
-        if hashlib.sha256(kept[_DIGEST_BYTES:]).digest() == kept[:_DIGEST_BYTES]:
-            kept = kept[_DIGEST_BYTES:]
-            return int.from_bytes(kept[:_COUNT_BYTES], "little"), kept[_COUNT_BYTES:]
-    writer = plan.write(processor)
-    code = writer.scratch_bytes.to_bytes(_COUNT_BYTES, "little") + _compiled(writer.finish(), machine)
-    try:
-        make_folder(path.parent)
-        with replacing(path) as temporary:
-            temporary.write_bytes(hashlib.sha256(code).digest() + code)
-    except OutputError as error:
-        logger.warning("%s; kernels are compiled again next time", error)
-    return writer.scratch_bytes, code[_COUNT_BYTES:]
-
-
-@functools.cache
-def _sources() -> str:
-    """A digest of the code that writes kernels."""
-    sources = sorted(Path(__file__).parent.glob("*_llvm.py"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-
-
-def _compiled(source: str, machine: Any) -> bytes:
-    return machine.emit_object(_improved(source, machine))
-
-
-def _improved(source: str, machine: Any) -> Any:
-    """A module in LLVM's language, after its passes."""
-    module = llvm.parse_assembly(source)
-    module.triple, module.data_layout = machine.triple, str(machine.target_data)
-    passes = llvm.create_new_module_pass_manager()
-    for name in _PASSES:
-        getattr(passes, f"add_{name}_pass")()
-    passes.run(module, llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options()))
-    return module

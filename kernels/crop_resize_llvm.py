@@ -9,9 +9,10 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from gpupipe.kernels.common_llvm import Kernel, Pointer, Processor, Value, Writer, this_processor
+from gpupipe.kernels.common_llvm import Pointer, Processor, Value, Writer, this_processor
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, MASK_COLUMNS, MASK_ROWS, RING
 from gpupipe.kernels.cubic_llvm import CHANNELS, Taps, resize_row, resized_pixel, store_pixel, tables, wide_enough
+from gpupipe.kernels.kernel_llvm import Kernel
 
 _BLOCK = 16
 """Pixels of a row that are sorted into planes at a time."""

@@ -13,8 +13,8 @@ depthwise convolution reads:
 They take half a megabyte at most, and stay in a core's second cache.
 
 The plain references are the modules of :mod:`gpupipe.models.hoisted` that the levels are made from. Maps are of one
-frame: (size, size, channels), or (channels, size, size) the image and the mouth, of the processor's type but for the
-mouth, which is float32. What levels make for each other has its channels padded with zeros to whole vectors.
+frame: (size, size, channels) of the processor's type; or (channels, size, size), the image, of its sums' type, and the
+mouth, float32. What levels make for each other has its channels padded with zeros to whole vectors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpupipe.kernels.common_llvm import Kernel, Pointer, Processor, Value, this_processor
+from gpupipe.kernels.common_llvm import Pointer, Processor, Value, this_processor
+from gpupipe.kernels.kernel_llvm import Kernel
 from gpupipe.kernels.rows_llvm import (
     Constants,
     Depthwise,

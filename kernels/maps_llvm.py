@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gpupipe.kernels.common_llvm import Kernel, Pointer, Processor, Value, this_processor
+from gpupipe.kernels.common_llvm import Pointer, Processor, Value, this_processor
+from gpupipe.kernels.kernel_llvm import Kernel
 from gpupipe.kernels.levels_llvm import Level
 from gpupipe.kernels.rows_llvm import (
     Constants,

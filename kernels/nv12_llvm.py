@@ -10,7 +10,8 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
-from gpupipe.kernels.common_llvm import Kernel, Pointer, Processor, Value, Writer, this_processor
+from gpupipe.kernels.common_llvm import Pointer, Processor, Value, Writer, this_processor
+from gpupipe.kernels.kernel_llvm import Kernel
 from gpupipe.kernels.nv12 import FRACTION_BITS, INVERSE_BITS, bgr_weights, yuv_weights
 
 _PIXELS = 32

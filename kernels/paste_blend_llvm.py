@@ -11,7 +11,7 @@ from llvmlite import ir
 from torch import Tensor
 
 from gpupipe.kernels import nv12_llvm
-from gpupipe.kernels.common_llvm import Kernel, Pointer, Processor, Value, Writer, this_processor
+from gpupipe.kernels.common_llvm import Pointer, Processor, Value, Writer, this_processor
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, RING
 from gpupipe.kernels.cubic_llvm import (
     CHANNELS,
@@ -23,6 +23,7 @@ from gpupipe.kernels.cubic_llvm import (
     tables,
     wide_enough,
 )
+from gpupipe.kernels.kernel_llvm import Kernel
 
 
 def takes(mouth: Tensor, crops: Tensor, frames: Tensor, boxes: Tensor, out: Tensor, keep: Tensor | None) -> bool:

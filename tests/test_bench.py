@@ -329,7 +329,8 @@ def test_multiply_adds_are_all_done_and_counted(dtype: torch.dtype) -> None:
     if reason := llvm_obstacle(dtype):
         pytest.skip(f"LLVM kernels do not run here in {dtype}: {reason}")
     from gpupipe.benchmarks import peak_llvm
-    from gpupipe.kernels.common_llvm import Kernel, this_processor
+    from gpupipe.kernels.common_llvm import this_processor
+    from gpupipe.kernels.kernel_llvm import Kernel
 
     processor, chains, rounds = this_processor(dtype), 3, 5
     products = 2 if dtype == torch.bfloat16 else 1  # of a sum, in one instruction

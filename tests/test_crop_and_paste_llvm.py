@@ -21,8 +21,9 @@ if reason := dispatch.llvm_obstacle():
 
 import llvmlite.binding as llvm
 
-from gpupipe.kernels import common_llvm, crop_resize_llvm, nv12_llvm, paste_blend_llvm
-from gpupipe.kernels.common_llvm import Plan, Processor, this_processor
+from gpupipe.kernels import crop_resize_llvm, kernel_llvm, nv12_llvm, paste_blend_llvm
+from gpupipe.kernels.common_llvm import Processor, this_processor
+from gpupipe.kernels.kernel_llvm import Plan
 from gpupipe.kernels.nv12 import to_nv12
 
 WIDTH, HEIGHT = 640, 360
@@ -135,7 +136,7 @@ def test_they_compile_to_instructions_alone(triple: str, processor: Processor) -
     plans += [crop_resize_llvm._Plan(WIDTH, dtype) for dtype in (torch.float32, torch.float16)]
     plans += [paste_blend_llvm._Plan(HEIGHT, WIDTH, *how) for how in product((False, True), repeat=3)]
     for plan in plans:
-        assembly = target.emit_assembly(common_llvm._improved(plan.write(processor).finish(), target))
+        assembly = target.emit_assembly(kernel_llvm._improved(plan.write(processor).finish(), target))
         assert "kernel:" in assembly
         assert not re.search(r"\t(call|bl)\w*\t", assembly), plan
 

@@ -30,8 +30,11 @@ def test_doctor_reports_which_engines_would_be_measured(tmp_path: Path, monkeypa
 )
 def test_doctor_reports_llvm(missing: str | None, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpupipe.doctor.llvm_obstacle", lambda dtype=torch.float32: missing)
+    monkeypatch.setattr("gpupipe.kernels.dispatch.llvm_obstacle", lambda dtype=torch.float32: missing)
     facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
     assert facts["can"]["LLVM kernels, on the CPU"] == told
+    around = f"torch: {missing}" if missing else "llvm: fused kernels around the network"
+    assert facts["render"]["kernels"] == around
 
 
 def test_doctor_does_not_query_a_broken_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +22,9 @@ if reason := dispatch.llvm_obstacle():
 
 import llvmlite.binding as llvm
 
-from gpupipe.kernels import common_llvm, levels_llvm, maps_llvm
-from gpupipe.kernels.common_llvm import Kernel, Processor, Writer, this_processor
+from gpupipe.kernels import common_llvm, kernel_llvm, levels_llvm, maps_llvm
+from gpupipe.kernels.common_llvm import Processor, Writer, this_processor
+from gpupipe.kernels.kernel_llvm import Kernel
 from gpupipe.kernels.levels_llvm import Level, down_level, first_level, up_level
 from gpupipe.kernels.maps_llvm import speech_depths, template_depths
 from gpupipe.models import MODES, Mode
@@ -36,7 +39,7 @@ MARGIN = 64
 
 def processors() -> list[Processor]:
     """This one, and what else it can run: with vectors half as long, and fewer of them; in float16, too, for which an
-    older one is compiled to compute in float32 and round; and in bfloat16, if it can."""
+    older one is compiled to compute in float32 and round; and in bfloat16."""
     found = [this_processor()]
     if found[0].lanes == 16:
         found.append(Processor("haswell", "", 8, 16))
@@ -44,9 +47,7 @@ def processors() -> list[Processor]:
         found.append(this_processor(torch.float16))
     elif found[0].lanes > 4:
         found.append(Processor("haswell", "", 16, 16, torch.float16))
-    if this_processor(torch.bfloat16).lanes:
-        found.append(this_processor(torch.bfloat16))
-    return found
+    return [*found, this_processor(torch.bfloat16)]
 
 
 def named(processor: Processor) -> str:
@@ -55,6 +56,8 @@ def named(processor: Processor) -> str:
 
 @pytest.fixture(scope="module", params=processors(), ids=named)
 def processor(request: pytest.FixtureRequest) -> Processor:
+    if not request.param.lanes:
+        pytest.skip(f"LLVM kernels do not run here: {dispatch.llvm_obstacle(request.param.dtype)}")
     return request.param
 
 
@@ -259,7 +262,7 @@ def test_sums_stay_in_registers(name: str, level: str, monkeypatch: pytest.Monke
             template_depths(template, processor=processor)
         else:
             up_level(SpeechHalf(network).up4, 160, processor=processor)
-        return target.emit_assembly(common_llvm._improved(plans[-1].write(processor).finish(), target))
+        return target.emit_assembly(kernel_llvm._improved(plans[-1].write(processor).finish(), target))
 
     assembly = assembled(processor)
     assert not re.search(r"\t(call|bl)\w*\t", assembly)
@@ -319,14 +322,14 @@ def test_gathered_and_partly_stored(processor: Processor) -> None:
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """What was compiled; the cache folder is a new one."""
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "cache"))
-    compile_ = common_llvm._compiled
+    compile_ = kernel_llvm._compiled
     sources: list[str] = []
 
     def noted(source: str, machine: object) -> bytes:
         sources.append(source)
         return compile_(source, machine)
 
-    monkeypatch.setattr(common_llvm, "_compiled", noted)
+    monkeypatch.setattr(kernel_llvm, "_compiled", noted)
     return sources
 
 
@@ -339,11 +342,26 @@ def sigmoid_of_one() -> float:
 def test_a_kernel_is_compiled_once(compiled: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [sigmoid_of_one(), sigmoid_of_one()] == [0.7311, 0.7311]
     assert len(compiled) == 1
-    for name, other in (("_sources", lambda: "others"), ("_PASSES", common_llvm._PASSES)):
-        monkeypatch.setattr(common_llvm, name, other)
+    for name, other in (("_sources", lambda plan: "others"), ("_PASSES", kernel_llvm._PASSES)):
+        monkeypatch.setattr(kernel_llvm, name, other)
         sigmoid_of_one()
         assert len(compiled) == 2, "written by other code; and kept after that, too"
     assert len([*(tmp_path / "cache" / "llvm").glob("*.o")]) == 2
+
+
+def test_a_plan_s_own_module_is_part_of_what_a_kernel_is_made_of(tmp_path: Path) -> None:
+    """Wherever it lies."""
+    digests = set()
+    for number in range(2):
+        path = tmp_path / f"plans_{number}.py"
+        path.write_text(f"class Plan:\n    rounds = {number}\n")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        digests.add(kernel_llvm._sources(module.Plan))
+        del sys.modules[path.stem]
+    assert len(digests) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "a bit"])
