@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 import re
 from importlib.metadata import PackageNotFoundError, version
@@ -47,11 +48,20 @@ def device_name(device: torch.device | str = "cpu") -> str:
 
 def processor_name() -> str:
     """Return the CPU's model name, and what sets it apart from others to which a virtual machine gives the same name:
-    AMX, and of AMD's the family, a number."""
-    name = _processor_fact("model name") or platform.processor() or platform.machine()
+    AMX, and of AMD's the family, a number. One that tells no model, as ARM's, has LLVM's name, such as
+    ``"aarch64 neoverse-v1"``."""
+    name = _processor_fact("model name") or f"{platform.machine()} {_name_in_llvm()}".strip()
     if name.startswith("AMD") and not re.search(r"\d", name) and (family := _processor_fact("cpu family")):
         name += f" family {family}"
     return f"{name} with AMX" if "amx_bf16" in _processor_fact("flags").split() else name
+
+
+def _name_in_llvm() -> str:
+    if importlib.util.find_spec("llvmlite") is None:
+        return ""
+    import llvmlite.binding as llvm  # noqa: PLC0415 - it is not there for every Python
+
+    return str(llvm.get_host_cpu_name())
 
 
 def _processor_fact(name: str) -> str:

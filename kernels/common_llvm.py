@@ -40,6 +40,10 @@ NAME = "kernel"
 _SUMS = {torch.bfloat16: torch.float32}
 """What sums are of, where that is another type than what is multiplied."""
 
+_TOLD_BY_TORCH = {"neon": "neon", "fp16_arith": "fullfp16"}
+"""ARM's instruction sets that LLVM does not find by itself, neither of them on macOS, and float16's not on Linux: in
+the words of PyTorch, which tells from 2.11 on, and of LLVM."""
+
 
 @dataclass(frozen=True)
 class Processor:
@@ -73,7 +77,7 @@ class Processor:
 @functools.cache
 def this_processor(dtype: torch.dtype = torch.float32) -> Processor:
     """The one that this process runs on, multiplying in float32, float16 or bfloat16."""
-    features = llvm.get_host_cpu_features()
+    features = _instruction_sets()
     bits, registers, lower = 0, 0, {}
     if features.get("avx512f"):
         bits, registers, lower = 512, 32, {torch.float16: "avx512fp16", torch.bfloat16: "avx512bf16"}
@@ -85,6 +89,14 @@ def this_processor(dtype: torch.dtype = torch.float32) -> Processor:
         bits = 0
     lanes = bits // (8 * _SUMS.get(dtype, dtype).itemsize)
     return Processor(llvm.get_host_cpu_name(), features.flatten(), lanes, registers, dtype)
+
+
+def _instruction_sets() -> llvm.FeatureMap:
+    """Those of this processor, in LLVM's words."""
+    found = llvm.get_host_cpu_features()
+    told = getattr(torch.cpu, "get_capabilities", dict)()
+    found.update({name: True for theirs, name in _TOLD_BY_TORCH.items() if told.get(theirs)})
+    return found
 
 
 @dataclass(frozen=True)

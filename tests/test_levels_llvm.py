@@ -404,11 +404,8 @@ def test_vectors_are_as_long_as_the_processor_s(
     bfloat16_lanes: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Features(dict[str, bool]):
-        def flatten(self) -> str:
-            return ""
-
-    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: Features(features))
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: llvm.FeatureMap(features))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     monkeypatch.setattr(common_llvm, "this_processor", common_llvm.this_processor.__wrapped__)
     wanted = {
         torch.float32: (lanes, "this processor has none of AVX-512, AVX2 with FMA, and NEON"),
@@ -418,6 +415,27 @@ def test_vectors_are_as_long_as_the_processor_s(
     for dtype, (number, reason) in wanted.items():
         assert common_llvm.this_processor(dtype).lanes == number
         assert dispatch.llvm_obstacle.__wrapped__(dtype) == (None if number else reason)
+
+
+@pytest.mark.parametrize(
+    ("told", "lanes", "float16_lanes", "features"),
+    [
+        ({"neon": True, "fp16_arith": True, "bf16": True}, 4, 8, "+fullfp16,+lse,+neon"),
+        ({"neon": True, "fp16_arith": False}, 4, 0, "+lse,+neon"),
+        (None, 0, 0, "+lse"),  # PyTorch before 2.11
+    ],
+)
+def test_torch_tells_what_llvm_does_not_find_on_arm(
+    told: dict[str, bool] | None, lanes: int, float16_lanes: int, features: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llvm, "get_host_cpu_features", lambda: llvm.FeatureMap(lse=True))
+    if told is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
+    found = [common_llvm.this_processor.__wrapped__(dtype) for dtype in (torch.float32, torch.float16)]
+    assert [one.lanes for one in found] == [lanes, float16_lanes]
+    assert found[0].features == features
 
 
 def test_without_llvm_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

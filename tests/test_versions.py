@@ -27,6 +27,15 @@ def test_processors_of_one_name_are_told_apart(
     assert versions.device_name("cpu") == f"{name}, 2 cores"
 
 
+def test_a_processor_without_a_model_s_name_has_llvm_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "_processor_fact", lambda name: "")
+    monkeypatch.setattr(versions.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr("llvmlite.binding.get_host_cpu_name", lambda: "neoverse-v1")
+    assert versions.processor_name() == "aarch64 neoverse-v1"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert versions.processor_name() == "aarch64"
+
+
 def test_versions_are_compared_by_their_numbers() -> None:
     assert versions.numbers("3.7.1+git0af") == (3, 7, 1)
     assert versions.numbers("3.10") > versions.numbers("3.8.0")
