@@ -147,7 +147,7 @@ class SpeechFeatures:
         for start in range(0, len(self), step):
             finite = np.isfinite(self.rows(start, min(start + step, len(self)))).all(axis=1)
             if not finite.all():
-                raise InputError(f"{self.name}: row {start + int(finite.argmin())} holds NaN or infinite values")
+                raise InputError(f"{self.name}: row {start + int(np.argmin(finite))} holds NaN or infinite values")
 
 
 def _row_size(mode: Mode) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,7 +94,7 @@ def this_processor(dtype: torch.dtype = torch.float32) -> Processor:
 def _instruction_sets() -> llvm.FeatureMap:
     """Those of this processor, in LLVM's words."""
     found = llvm.get_host_cpu_features()
-    told = getattr(torch.cpu, "get_capabilities", dict)()
+    told: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     found.update({name: True for theirs, name in _TOLD_BY_TORCH.items() if told.get(theirs)})
     return found
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import av
 
@@ -107,8 +107,18 @@ def _packets(path: Path, part: av.container.InputContainer) -> Iterator[av.Packe
                 yield packet
 
 
-def _fraction(value: Fraction | None) -> Fraction:
-    """Convert a rational of PyAV's, which has a type of its own from version 19 on; 0 if the file has none."""
+class _Rational(Protocol):
+    """PyAV's rationals: fractions, and from version 19 on a type of its own."""
+
+    @property
+    def numerator(self) -> int: ...
+
+    @property
+    def denominator(self) -> int: ...
+
+
+def _fraction(value: _Rational | None) -> Fraction:
+    """Convert one; 0 if the file has none."""
     return Fraction(value.numerator, value.denominator) if value else Fraction(0)
 
 
