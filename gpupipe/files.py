@@ -91,8 +91,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     try:
-        if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode):  # /dev/null would be replaced
-            raise OutputError(f"{path}: is {_kind(mode)}; expected the name of a file to write")
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(mode := path.stat().st_mode):  # /dev/null would be replaced
+                raise OutputError(f"{path}: is {_kind(mode)}; expected the name of a file to write")
     except OSError as error:
         raise output_error(path, error) from error
     short = os.fsencode(path.stem)[:_LONGEST_STEM].decode(errors="ignore")

@@ -24,9 +24,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import interpreter
 from clips import FRAMES, write_click
 from farming import Jobs, farm, three_jobs
-from interpreter import tidy_up_after_kernels
 from template_videos import pictures, write_video
 
 from gpupipe import FrameGenerationPipeline, UNetModel, avatar, fallbacks
@@ -36,7 +36,7 @@ from gpupipe.engines.remembered import remember
 from gpupipe.models import MODES, Mode, UNet328
 from gpupipe.stages import ENCODE_THREAD
 
-tidy_up_after_kernels()
+interpreter.mend()
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -70,6 +70,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA GPU")
     if item.get_closest_marker("shared") and not SHARED.is_dir():
         pytest.skip(f"needs {SHARED}: the golden files and the real template are kept beside the project")
+
+
+# ── what a machine may lack ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if torch.compile had its C++ compiler, whether it does or not."""
+    monkeypatch.setattr("gpupipe.engines.compiled.obstacle", lambda device: None)
 
 
 # ── the golden files and the real template ────────────────────────────────────────────────────────────────────────────

@@ -268,6 +268,8 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
 
 
 NAME = "audio_model.conv3.weight"
+NO_TENSORS = "holds something other than tensors"
+"""What PyTorch from 2.15 on says of nested tensors."""
 
 
 @pytest.mark.filterwarnings(
@@ -280,7 +282,10 @@ NAME = "audio_model.conv3.weight"
         (lambda value: torch.eye(3).to_sparse_csr(), "is a sparse tensor; expected a dense one"),
         (lambda value: value.to("meta"), "is a meta tensor; expected a dense one"),
         (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), "is a quantised tensor"),
-        (lambda value: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), "is a nested tensor"),
+        (
+            lambda value: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+            f"is a nested tensor|{NO_TENSORS}",
+        ),
         (lambda value: value.to(torch.complex64), f"{NAME} is of complex64; expected float32"),
         (lambda value: value.to(torch.int8), f"{NAME} is of int8; expected float32"),
         (lambda value: value != 0, f"{NAME} is of bool; expected float32"),
@@ -294,7 +299,8 @@ def test_tensor_that_is_no_weight(
     state[NAME] = change(state[NAME])
     path = as_pth(state, tmp_path)
     capfd.readouterr()
-    assert told in refusal(path)
+    found = refusal(path)
+    assert any(one in found for one in told.split("|")), found
     assert capfd.readouterr().err == "", "nothing is said beside the error"
 
 
@@ -333,7 +339,7 @@ def test_pickle_that_nests_without_end(old: bool, tmp_path: Path) -> None:
         with zipfile.ZipFile(path, "w") as members:
             for name, content in (("data.pkl", program), ("version", b"3\n"), ("byteorder", b"little")):
                 members.writestr(f"archive/{name}", content)
-    assert "holds something other than tensors" in refusal(path)
+    assert NO_TENSORS in refusal(path)
 
 
 def test_many_entries_are_not_taken_for_deep_nesting(state: State, tmp_path: Path) -> None:

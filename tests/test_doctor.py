@@ -15,6 +15,7 @@ from gpupipe.engines import remembered
 from gpupipe.models import UNet328
 
 
+@pytest.mark.usefixtures("compiler")
 def test_doctor_reports_which_engines_would_be_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path))
     facts = json.loads(run("doctor", "--json", "--device", "cpu").stdout.splitlines()[-1])
@@ -64,6 +65,7 @@ def test_doctor_reports_which_precisions_run(
     assert facts["render"]["precision"] == told
 
 
+@pytest.mark.usefixtures("compiler")
 def test_doctor_reports_what_a_render_then_uses(
     clip: dict[str, Path], tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:

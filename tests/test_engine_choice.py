@@ -285,6 +285,7 @@ def test_an_engine_with_other_results_is_not_taken(
     assert (told in caplog.text) == wrong
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compile_is_taken_only_where_a_measurement_found_it_fastest(network: UNet328, timed: dict[str, float]) -> None:
     timed.update(onnxruntime=0.2, eager=0.1, compile=0.01)
     assert make_engine(network, device=CPU).name == "eager", "compiling takes minutes: not measured unasked"
