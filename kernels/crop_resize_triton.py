@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import INTERPRETED, join4, round_saturate
+from gpupipe.kernels.common_triton import FUSION, INTERPRETED, join4, round_saturate
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, MASK_COLUMNS, MASK_ROWS, RING
 from gpupipe.kernels.cubic_triton import clamped, cubic_axis, weight_at
 from gpupipe.kernels.dispatch import on_its_device
@@ -251,5 +251,6 @@ def crop_resize_triton(
             frames.stride(1),
             CHANNELS_LAST=channels_last,
             BLOCK=BLOCK,
+            **FUSION,
         )
     return crops, image

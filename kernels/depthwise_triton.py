@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import INTERPRETED
+from gpupipe.kernels.common_triton import FUSION, INTERPRETED
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.inverted_residual import Projection
 from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, multiply_add_relu, relu_to
@@ -285,6 +285,7 @@ def depthwise_triton(hidden: Tensor, taps: Tensor, bias: Tensor, *, stride: int 
             CHUNK=tile.chunk,
             num_warps=tile.warps,
             num_stages=1,
+            **FUSION,
         )
     return out
 
@@ -318,5 +319,6 @@ def depthwise_project_triton(
             CHUNK=chunk_of(tile, hidden.dtype),
             num_warps=tile.warps,
             num_stages=1,
+            **FUSION,
         )
     return out

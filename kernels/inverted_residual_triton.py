@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import INTERPRETED
+from gpupipe.kernels.common_triton import FUSION, INTERPRETED
 from gpupipe.kernels.depthwise_triton import Tile, chunk_of, depthwise_rows, strip_columns
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.inverted_residual import Block
@@ -137,5 +137,6 @@ def inverted_residual_triton(
             CHUNK=chunk_of(tile, x.dtype),
             num_warps=tile.warps,
             num_stages=1,
+            **FUSION,
         )
     return out

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import INTERPRETED, join4
+from gpupipe.kernels.common_triton import FUSION, INTERPRETED, join4
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.nv12 import FRACTION_BITS, INVERSE_BITS, bgr_weights, yuv_weights
 
@@ -291,12 +291,12 @@ def _launch(wide_kernel: Any, cell_kernel: Any, frames: Tensor, out: Tensor, hei
     samples, _, width = frames.shape[:3]
     if vectorizable(frames):
         grid = (triton.cdiv(height // 2 * (width // 16), BLOCK), samples)
-        wide_kernel[grid](_as_words(frames), _as_words(out), height, width, BLOCK=BLOCK)
+        wide_kernel[grid](_as_words(frames), _as_words(out), height, width, BLOCK=BLOCK, **FUSION)
         return
     if not frames[0, 0].is_contiguous():
         frames = frames.contiguous()
     grid = (triton.cdiv(height // 2 * (width // 2), BLOCK), samples)
-    cell_kernel[grid](frames, out, frames.stride(0), frames.stride(1), height, width, BLOCK=BLOCK)
+    cell_kernel[grid](frames, out, frames.stride(0), frames.stride(1), height, width, BLOCK=BLOCK, **FUSION)
 
 
 def vectorizable(frames: Tensor) -> bool:

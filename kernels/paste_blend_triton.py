@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import INTERPRETED, round_saturate, truncate
+from gpupipe.kernels.common_triton import FUSION, INTERPRETED, round_saturate, truncate
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, RING
 from gpupipe.kernels.cubic_triton import clamped, cubic_axis, cubic_tap, weight_at
 from gpupipe.kernels.dispatch import on_its_device
@@ -320,5 +320,6 @@ def paste_blend_triton(
             KEEP=keep is not None,
             TILE_ROWS=tile_rows,
             TILE_COLUMNS=tile_columns,
+            **FUSION,
         )
     return out

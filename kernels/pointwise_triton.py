@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import INTERPRETED, can_pipeline
+from gpupipe.kernels.common_triton import FUSION, INTERPRETED, can_pipeline
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, relu_to
 
@@ -204,6 +204,7 @@ def pointwise_triton(
             N=n,
             RELU=relu,
             **tiles,
+            **FUSION,
         )
     return out
 
@@ -235,5 +236,6 @@ def upsample_expand_triton(
             SKIP=skip_channels,
             N=n,
             **tiles,
+            **FUSION,
         )
     return out

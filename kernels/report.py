@@ -31,6 +31,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from gpupipe.kernels import crop_resize_triton, nv12_triton, paste_blend_triton
+from gpupipe.kernels.common_triton import FUSION
 from gpupipe.kernels.whole_block import gluon_obstacle
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -169,7 +170,7 @@ def compiled_kernel(variant: Variant, arch: int) -> Any:
     else:
         Source = ASTSource
     source = Source(fn=variant.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": variant.num_warps}
+    options = {"num_warps": variant.num_warps, **FUSION}
     if variant.num_stages is not None:
         options["num_stages"] = variant.num_stages
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

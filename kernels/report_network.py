@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gpupipe.kernels import depthwise_triton, inverted_residual, inverted_residual_triton, pointwise, pointwise_triton
+from gpupipe.kernels.common_triton import FUSION
 from gpupipe.kernels.inverted_residual import Block, Projection
 from gpupipe.kernels.report import Variant
 
@@ -118,6 +119,7 @@ class Launches:
     def record(self, name: str, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """One launch: positional arguments are the kernel's first, and keywords its constants and the launch's own."""
         warps, stages = options.pop("num_warps", 4), options.pop("num_stages", None)
+        options = {key: value for key, value in options.items() if key not in FUSION}
         given = dict(zip(kernel.arg_names, arguments, strict=False))
         types = {key: _type_name(value) for key, value in given.items() if value is not None}
         constants = options | {key: None for key, value in given.items() if value is None}

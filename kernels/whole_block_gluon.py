@@ -28,6 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from gpupipe.kernels.common_triton import FUSION
 from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.whole_block import PackedBlock, PackedHead, check_maps
 from gpupipe.kernels.whole_block_parts import (
@@ -316,5 +317,6 @@ def whole_block_gluon(
         HEAD=head is not None,
         WGMMA=wgmma,
         num_warps=NUM_WARPS,
+        **FUSION,
     )
     return out
