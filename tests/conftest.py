@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 # Before torch is loaded: OpenMP's threads wait for work by spinning, which beside another load, or on fewer cores than
 # there are threads, makes small networks twenty times slower.
@@ -27,9 +28,11 @@ if not torch.cuda.is_available():
 import interpreter
 from clips import FRAMES, write_click
 from farming import Jobs, farm, three_jobs
+from parity import opencv_resize
 from template_videos import pictures, write_video
 
 from gpupipe import FrameGenerationPipeline, UNetModel, avatar, fallbacks
+from gpupipe.benchmarks import reference_loop
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines import EngineName
 from gpupipe.engines.remembered import remember
@@ -90,6 +93,16 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs {SHARED}: the golden files and the real template are kept beside the project")
     return SHARED
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_reference_s_resize() -> Iterator[None]:
+    """On a processor whose OpenCV has no IPP, the reference loop resizes in float32, as with IPP."""
+    if cv2.ipp.useIPP():
+        yield
+        return
+    with mock.patch.object(reference_loop, "_resize", lambda image, *size: opencv_resize(image, size)):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -39,10 +39,10 @@ CPU revision	: 1
 FACTS
 mount --bind "$root/cpuinfo" "$root/proc/cpuinfo"
 
-cat > "$root/run" << 'STEPS'
+cat > "$root/steps" << 'STEPS'
 set -eu
 cd /gpupipe
 test -e .venv/.installed || { python3 -m venv .venv; .venv/bin/pip install --quiet --editable '.[test]'; touch .venv/.installed; }
 .venv/bin/python -m pytest -q -rs "$@"
 STEPS
-chroot "$root" env QEMU_CPU=max sh /run "$@"
+chroot "$root" env QEMU_CPU=max sh /steps "$@"

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from parity import EXACT_RESIZE, THIN_CROP, resize_bound
+from parity import EXACT_RESIZE, THIN_CROP, opencv_resize, resize_bound
 from torch import Tensor
 
 from gpupipe.benchmarks import reference_loop as reference
@@ -69,7 +69,7 @@ def cropped(frame: Image, *boxes: Box) -> Image:
 
 def by_opencv(frame: Image, box: Box, interpolation: int = cv2.INTER_CUBIC) -> Image:
     xmin, ymin, xmax, ymax = box
-    return cv2.resize(frame[ymin:ymax, xmin:xmax], (328, 328), interpolation=interpolation)
+    return opencv_resize(frame[ymin:ymax, xmin:xmax], (328, 328), interpolation)
 
 
 # ── the same as OpenCV ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -145,7 +145,7 @@ def test_side_of_328_is_the_frame_itself() -> None:
 def test_cubic_resize_between_any_sizes(source: tuple[int, int], size: tuple[int, int]) -> None:
     picture = np.random.default_rng(2).integers(256, size=(*source, 3), dtype=np.uint8)
     found = cubic_resize(torch.from_numpy(picture).permute(2, 0, 1)[None], *size)
-    expected = cv2.resize(picture, size, interpolation=cv2.INTER_CUBIC)
+    expected = opencv_resize(picture, size)
     bound = THIN_CROP if min(source) < 4 else EXACT_RESIZE
     bound.check(found[0].permute(1, 2, 0).numpy(), expected)
 
@@ -181,7 +181,7 @@ def test_bound_fails_with_taps_beyond_the_crop(side: int) -> None:
     box, border = (150, 10, 150 + side, 10 + side), 4
     trim = border * 328 // side
     larger = noise()[10 - border : 10 + side + border, 150 - border : 150 + side + border]
-    frame_edge = cv2.resize(larger, (328 + 2 * trim,) * 2, interpolation=cv2.INTER_CUBIC)[trim:-trim, trim:-trim]
+    frame_edge = opencv_resize(larger, (328 + 2 * trim,) * 2)[trim:-trim, trim:-trim]
     found = cropped(noise(), box)[0]
     EXACT_RESIZE.check(found[8:-8, 8:-8], frame_edge[8:-8, 8:-8])
     assert not EXACT_RESIZE.holds(found, frame_edge)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import pytest
 import torch
-from parity import EXACT_RESIZE, Bound, resize_bound
+from parity import EXACT_RESIZE, Bound, opencv_resize, resize_bound
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -42,7 +41,7 @@ def noise(count: int = 1, height: int = HEIGHT, width: int = WIDTH, seed: int = 
 
 def planes(crop: np.ndarray) -> np.ndarray:
     """cv2.resize to 328×328, as (3, 328, 328)."""
-    return cv2.resize(crop, (328, 328), interpolation=cv2.INTER_CUBIC).transpose(2, 0, 1)
+    return opencv_resize(crop, (328, 328)).transpose(2, 0, 1)
 
 
 def cut(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from clips import landmarks
-from parity import EXACT_RESIZE
+from parity import EXACT_RESIZE, opencv_resize
 
 from gpupipe import ImageProcessor, InputError, transfer
 from gpupipe.benchmarks import reference_loop as reference
@@ -71,7 +71,7 @@ def test_crop_outside_the_image() -> None:
 
 @pytest.mark.parametrize("size", [(328, 328), (61, 61), (200, 150), (321, 100)])
 def test_resize_is_opencv_s(size: tuple[int, int]) -> None:
-    expected = cv2.resize(noise(), size, interpolation=cv2.INTER_CUBIC)
+    expected = opencv_resize(noise(), size)
     assert expected.shape == (size[1], size[0], 3)
     EXACT_RESIZE.check(processor.resize_image(noise(), size), expected)
     assert not EXACT_RESIZE.holds(processor.resize_image(noise(), size), cv2.resize(noise(), size))
@@ -137,7 +137,7 @@ def test_paste_of_a_whole_canvas() -> None:
     """328×328 brings its own ring."""
     canvas = noise(328, 328, seed=1)
     found = processor.paste_generated_region(noise(), canvas, (20, 30, 120, 130), (100, 100))
-    EXACT_RESIZE.check(found[30:130, 20:120], cv2.resize(canvas, (100, 100), interpolation=cv2.INTER_CUBIC))
+    EXACT_RESIZE.check(found[30:130, 20:120], opencv_resize(canvas, (100, 100)))
 
 
 def test_paste_with_parsing() -> None:

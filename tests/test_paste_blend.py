@@ -7,12 +7,11 @@ from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from clips import mouths
-from parity import EXACT_RESIZE, check_frame, inside, resize_bound
+from parity import EXACT_RESIZE, check_frame, inside, opencv_resize, resize_bound
 from torch import Tensor
 
 from gpupipe.benchmarks import reference_loop as reference
@@ -170,7 +169,7 @@ def test_bound_fails_without_the_ring() -> None:
     box, mouth = square(200), mouths(1)
     wrong = noise().copy()
     painted = (mouth[0].permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-    wrong[inside(box)] = cv2.resize(painted, (200, 200), interpolation=cv2.INTER_CUBIC)
+    wrong[inside(box)] = opencv_resize(painted, (200, 200))
     assert not EXACT_RESIZE.holds(pasted(noise(), box, mouth)[inside(box)], wrong[inside(box)])
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from clips import mouths
-from parity import EXACT_RESIZE, Bound, check_frame, inside, resize_bound
+from parity import EXACT_RESIZE, Bound, check_frame, inside, opencv_resize, resize_bound
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -103,9 +102,9 @@ def by_opencv(frame: Tensor, box: Box, mouth: Tensor) -> np.ndarray:
     """The paste without feathering, by cv2.resize."""
     finished = frame.numpy().copy()
     xmin, ymin, xmax, ymax = box
-    canvas = cv2.resize(finished[ymin:ymax, xmin:xmax], (328, 328), interpolation=cv2.INTER_CUBIC)
+    canvas = opencv_resize(finished[ymin:ymax, xmin:xmax], (328, 328))
     canvas[4:324, 4:324] = (mouth.permute(1, 2, 0).numpy() * 255).astype(np.uint8)
-    finished[ymin:ymax, xmin:xmax] = cv2.resize(canvas, (xmax - xmin, ymax - ymin), interpolation=cv2.INTER_CUBIC)
+    finished[ymin:ymax, xmin:xmax] = opencv_resize(canvas, (xmax - xmin, ymax - ymin))
     return finished
 
 
