@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import platform
 import subprocess
 from collections.abc import Callable
 from typing import Concatenate, Literal, ParamSpec, TypeVar
@@ -44,6 +45,8 @@ def llvm_obstacle(dtype: torch.dtype = torch.float32) -> str | None:
     if this_processor(dtype).lanes:
         return None
     if dtype == torch.float16:
+        if platform.machine() in ("aarch64", "arm64") and not hasattr(torch.cpu, "get_capabilities"):
+            return "PyTorch tells from 2.11 on whether an ARM processor multiplies in float16"
         return "this processor does not multiply in float16, as with AVX512-FP16 or NEON"
     if dtype == torch.bfloat16:
         return "this processor does not multiply in bfloat16, as with AVX512-BF16"

@@ -26,6 +26,8 @@ def mend() -> None:
 
     def patch_and_remember(function: Any) -> Any:
         scope = patch(function)
+        if scope is None:  # of Triton before 3.6, which undoes nothing
+            return None
         patched.append(scope)
 
         def restore() -> None:

@@ -435,6 +435,11 @@ def test_torch_tells_what_llvm_does_not_find_on_arm(
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: told, raising=False)
     found = [common_llvm.this_processor.__wrapped__(dtype) for dtype in (torch.float32, torch.float16)]
     assert [one.lanes for one in found] == [lanes, float16_lanes]
+    monkeypatch.setattr(dispatch.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(common_llvm, "this_processor", common_llvm.this_processor.__wrapped__)
+    why = dispatch.llvm_obstacle.__wrapped__(torch.float16)
+    assert (why is None) == bool(float16_lanes)
+    assert why is None or ("PyTorch tells from 2.11 on" in why) == (told is None)
     assert found[0].features == features
 
 

@@ -405,7 +405,7 @@ def test_an_mp3_ends_with_its_last_frame(
     heard, whole = load_audio(tmp_path / "it.mp3"), load_audio(tmp_path / "whole.mp3")
     assert len(heard) == pytest.approx(len(whole), abs=1152)
     assert np.abs(heard[:31000] - whole[:31000]).max() < 1e-6
-    assert len(caplog.records) == told
+    assert sum(one.name.startswith("gpupipe") for one in caplog.records) == told, "FFmpeg may say more"
 
 
 def test_damage_in_the_middle_of_an_mp3(tmp_path: Path) -> None:
