@@ -9,7 +9,7 @@ The bundled avatar is rendered twice: to pictures, and to an .mp4 that FFmpeg de
     decoded − rendered, × 8, grey is none  │ the same, decoded as BT.601: what wrong tags would do
 
 The upper two should differ in the mouth alone. The lower left shows what the encoder lost, in which no colour should
-stand out; the lower right is the negative control.
+stand out; the lower right is the negative control. Needs PyAV 18 or newer.
 """
 
 from __future__ import annotations
