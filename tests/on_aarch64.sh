@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs tests on an emulated 64-bit ARM processor: Debian for arm64 in a folder of its own, under QEMU.
 #
-#     sudo tests/on_aarch64.sh FOLDER [TEST …]     # by default those of the CPU's kernels: half an hour on two cores
+#     sudo tests/on_aarch64.sh FOLDER [TEST …]     # by default those of the CPU's kernels: an hour, beside other work
 #
 # Needs Debian's packages debootstrap, qemu-user-static and rsync, and 8 GB in FOLDER, which is kept: a second call
 # only runs the tests. Emulation says that results are right, and nothing about speed.
