@@ -3,7 +3,7 @@
 #
 #     sudo tests/on_aarch64.sh FOLDER [TEST …]     # by default those of the CPU's kernels: an hour, beside other work
 #
-# Needs Debian's packages debootstrap, qemu-user-static and rsync, and 8 GB in FOLDER, which is kept: a second call
+# Needs Debian's packages debootstrap, qemu-user-static and rsync, and 7 GB in FOLDER, which is kept: a second call
 # only runs the tests. Emulation says that results are right, and nothing about speed.
 set -euo pipefail
 project=$(cd "$(dirname "$0")/.." && pwd)

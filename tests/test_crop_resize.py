@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from parity import EXACT_RESIZE, THIN_CROP, opencv_resize, resize_bound
+from parity import EXACT_RESIZE, THIN_CROP, Bound, inside, opencv_resize, resize_bound
 from torch import Tensor
 
 from gpupipe.benchmarks import reference_loop as reference
@@ -110,6 +110,22 @@ def test_random_boxes_of_all_shapes_in_one_batch(seed: int) -> None:
     boxes = [(*a, *b) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
     for box, found in zip(boxes, cropped(frame, *boxes), strict=True):
         resize_bound(box).check(found, by_opencv(frame, box), box)
+
+
+@pytest.mark.skipif(not cv2.ipp.useIPP(), reason="this OpenCV has no IPP to compare with")
+@pytest.mark.parametrize("side", [61, 200, 719])
+def test_floats_are_resized_as_with_ipp_where_there_is_none(side: int) -> None:
+    """What ARM's tests compare with; bytes would not do."""
+    box = square(side)
+    with_ipp, crop = by_opencv(noise(), box), noise()[inside(box)]
+    cv2.ipp.setUseIPP(False)
+    try:
+        floats, bytes_ = by_opencv(noise(), box), cv2.resize(crop, (328, 328), interpolation=cv2.INTER_CUBIC)
+    finally:
+        cv2.ipp.setUseIPP(True)
+    bound = Bound(1, 0.997)
+    bound.check(floats, with_ipp)
+    assert not bound.holds(bytes_, with_ipp)
 
 
 def test_a_sample_does_not_see_its_batch() -> None:

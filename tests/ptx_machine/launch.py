@@ -66,6 +66,9 @@ def machine(
     compile_only = JITFunction.run
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        assert "enable_fp_fusion" in options, (
+            f"{self.fn.__name__}: the launch leaves it to Triton's version what is fused"
+        )
         kernel = compile_only(self, *arguments, grid=grid, warmup=True, **options)
         given = dict(zip(self.arg_names, arguments, strict=False)) | options
         passed = [given[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"]
