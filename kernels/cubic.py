@@ -64,7 +64,8 @@ def _resize_rows(images: Tensor, height: int) -> Tensor:
     count = math.prod(many)
     taps, weights = _taps_of_many(count, h, height, images.device)
     # An embedding bag is a weighted sum of a table's rows: the sparse matrix product that a resize is.
-    summed = embedding_bag(taps, images.reshape(-1, w), mode="sum", per_sample_weights=weights)
+    # Its table is contiguous, since it sums another one in another order.
+    summed = embedding_bag(taps, images.reshape(-1, w).contiguous(), mode="sum", per_sample_weights=weights)
     return summed.view(*many, height, w)
 
 

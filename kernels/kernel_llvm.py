@@ -107,8 +107,8 @@ def _object_file(plan: Plan, processor: Processor, machine: Any) -> tuple[int, b
 
 @functools.cache
 def _sources(plan: type[Plan]) -> str:
-    """A digest of the code that writes kernels: what they share, and the module of the plan."""
-    sources = sorted({*Path(__file__).parent.glob("*_llvm.py"), Path(inspect.getfile(plan))})
+    """A digest of the code that writes kernels: this folder, which has their constants too, and the plan's module."""
+    sources = sorted({*Path(__file__).parent.glob("*.py"), Path(inspect.getfile(plan))})
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 

@@ -139,7 +139,8 @@ def _resize(inner, ring, strides, rows, columns, count, REACHES_RING: tl.constex
     pixels = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
     first = rows[0][0]
     for k in range(count):
-        y = clamped(first + k, _SIZE)
+        # There are more rows than some cells need. Those weigh nothing, but must not lie beyond what can be read.
+        y = clamped(first + k, _SIZE if REACHES_RING else _RING + _INNER)
         upper = weight_at(first + k - rows[0][0], rows[0][1], rows[0][2], rows[0][3], rows[0][4])
         lower = weight_at(first + k - rows[1][0], rows[1][1], rows[1][2], rows[1][3], rows[1][4])
         b0, g0, r0 = _tap_sums(inner, ring, strides, y, columns[0], REACHES_RING)

@@ -166,6 +166,13 @@ def test_cubic_resize_between_any_sizes(source: tuple[int, int], size: tuple[int
     bound.check(found[0].permute(1, 2, 0).numpy(), expected)
 
 
+def test_a_crop_is_resized_alike_however_it_lies_in_memory() -> None:
+    """A row as wide as its frame becomes a view in which colours alternate."""
+    for seed in range(12):
+        row = torch.randint(256, (1, 32, 3), generator=torch.Generator().manual_seed(seed)).byte().permute(2, 0, 1)
+        assert torch.equal(cubic_resize(row, 328, 328), cubic_resize(row.contiguous(), 328, 328)), seed
+
+
 @pytest.mark.parametrize("source", [1, 2, 61, 328, 719])
 def test_weights_of_each_pixel_sum_to_one(source: int) -> None:
     taps, weights = cubic_taps(source, 328)

@@ -364,6 +364,17 @@ def test_a_plan_s_own_module_is_part_of_what_a_kernel_is_made_of(tmp_path: Path)
     assert len(digests) == 2
 
 
+def test_so_is_what_kernels_have_constants_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    digests = set()
+    for number in range(2):
+        (tmp_path / "nv12.py").write_text(f"FRACTION_BITS = {number}\n")
+        monkeypatch.setattr(kernel_llvm, "__file__", str(tmp_path / "kernel_llvm.py"))
+        kernel_llvm._sources.cache_clear()
+        digests.add(kernel_llvm._sources(Sigmoid))
+    kernel_llvm._sources.cache_clear()
+    assert len(digests) == 2
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "a bit"])
 def test_a_damaged_file_is_compiled_again(damage: str, compiled: list[str], tmp_path: Path) -> None:
     sigmoid_of_one()

@@ -36,6 +36,11 @@ BOXES: list[Box] = [
     (7, 9, 8, 10),
     (229, 149, 230, 150),
 ]
+SMALL: list[Box] = [(20, 9, 44, 33), (21, 10, 46, 35), (6, 4, 27, 25), (10, 141, 180, 150)]
+"""Boxes less than 30 pixels high: a program takes more rows of the canvas than these need."""
+
+FEW = Bound(1, 0.995)
+"""Bound for them, against OpenCV: so few values that four, summed to a half in another order, are two in a thousand."""
 
 
 def noise(count: int = 1, height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> Tensor:
@@ -119,6 +124,28 @@ def test_hard_paste_matches_reference_and_opencv(box: Box) -> None:
     check_frame(found, by_opencv(frames[0], box, mouth[0]), box, resize_bound(box))
 
 
+@pytest.mark.parametrize("box", SMALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
+def test_small_boxes_match_opencv(box: Box, dtype: torch.dtype) -> None:
+    frames, mouth = noise(), mouths(1)
+    given = mouth if dtype == torch.float32 else (255 * mouth).to(dtype)
+    check_frame(paste(given, frames, [0], [box])[0].numpy(), by_opencv(frames[0], box, mouth[0]), box, FEW)
+
+
+@pytest.mark.parametrize("box", SMALL)
+def test_what_lies_after_the_mouth_is_not_seen(box: Box) -> None:
+    frames, index, corners = noise().to(DEVICE), torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.tensor([box])
+    room = torch.full((2, 3, 320, 320), torch.nan, device=DEVICE)
+    room[:1] = mouths(1)
+    where = (crop_resize(frames, index, corners.to(DEVICE)), index, frames, index, corners.to(DEVICE))
+    size = box[2] - box[0], box[3] - box[1]
+    found, alone = (
+        paste_blend_triton(mouth, *where, frames.clone(), nv12=False, max_box=size)
+        for mouth in (room[:1], room[:1].clone())
+    )
+    assert torch.equal(found, alone)
+
+
 @pytest.mark.parametrize("side", [328, 719])
 def test_large_boxes_match_reference_and_opencv(side: int) -> None:
     frames, mouth, box = noise(height=720, width=760), mouths(1), (37, 1, 37 + side, 1 + side)
@@ -173,7 +200,8 @@ def test_the_launch_need_not_know_the_boxes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("box", "feather", "parsing"), [*((BOXES[k], 8.0, True) for k in (1, 3, 5, 6, 8)), (BOXES[1], 0.0, False)]
+    ("box", "feather", "parsing"),
+    [*((box, 8.0, True) for box in (*(BOXES[k] for k in (1, 3, 5, 6, 8)), *SMALL)), (BOXES[1], 0.0, False)],
 )
 def test_nv12_is_the_finished_frame_converted(box: Box, feather: float, parsing: bool) -> None:
     """To the last bit, also for boxes at odd pixels, which cut chroma cells."""
