@@ -128,13 +128,21 @@ def test_failure_while_rendering(
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
-    [(OSError(errno.ENOSPC, "No space left on device"), OutputError), (RuntimeError("encoder"), RuntimeError)],
+    ("error", "expected", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), OutputError, r"clip\.mp4: cannot be written: No space"),
+        (RuntimeError("encoder"), RuntimeError, "encoder"),
+        (
+            av.error.ArgumentError(errno.EINVAL, "Invalid argument", "avcodec_send_frame()"),
+            InputError,
+            r"clip\.mp4: (libx264|h264_nvenc) does not encode these frames \(Invalid argument\); expected another",
+        ),
+    ],
 )
 @pytest.mark.parametrize("frame", [0, 5, FRAMES - 1])
 @pytest.mark.usefixtures("no_thread_left")
 def test_failure_while_encoding(
-    frame: int, error: Exception, expected: type, render: Callable[..., Path], tmp_path: Path,
+    frame: int, error: Exception, expected: type[Exception], message: str, render: Callable[..., Path], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     encode = SegmentPool.encode
@@ -145,9 +153,7 @@ def test_failure_while_encoding(
         return encode(self, nv12)
 
     monkeypatch.setattr(SegmentPool, "encode", failing)
-    with pytest.raises(
-        expected, match=r"clip\.mp4: cannot be written: No space" if expected is OutputError else "encoder"
-    ):
+    with pytest.raises(expected, match=message):
         render()
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import logging
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 from template_videos import FRAMES, HEIGHT, WIDTH, decoded, pictures, write_video
 
+from gpupipe import InputError
 from gpupipe.doctor import _nvdec_obstacle
 from gpupipe.fallbacks import fallbacks
 from gpupipe.kernels.nv12 import from_nv12, to_nv12
@@ -123,6 +125,55 @@ def test_keyframes_from_which_a_decoder_has_yet_to_recover(tmp_path: Path) -> No
         assert torch.equal(frames.read([number])[0], expected[number]), number
 
 
+def with_hidden_packets(path: Path, target: Path, every: int) -> Path:
+    """A copy of a VP8 video in which now and then a packet comes twice, first as one that is not shown."""
+    with av.open(str(path)) as source, av.open(str(target), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.pts is not None):
+            if number % every == 1:
+                first, *rest = bytes(packet)
+                hidden = av.Packet(bytes([first & ~0x10, *rest]))
+                hidden.pts, hidden.dts, hidden.time_base = packet.pts, packet.dts, packet.time_base
+                hidden.stream = stream
+                container.mux(hidden)
+            packet.stream = stream
+            container.mux(packet)
+    return target
+
+
+def test_packets_that_are_not_shown(tmp_path: Path) -> None:
+    """libvpx makes some in two passes, for later frames to refer to; PyAV has no second pass."""
+    whole = write_video(tmp_path / "whole.webm", pictures(20), codec="libvpx")
+    path = with_hidden_packets(whole, tmp_path / "clip.webm", 8)
+    expected, frames = decoded(path), VideoFrames(path)
+    assert frames.length == len(expected) == 20
+    assert not torch.equal(expected, decoded(whole)), "they are referred to"
+    for number in (19, 3, 4, 0, 1, 17):
+        assert torch.equal(frames.read([number])[0], to_bt709(expected[number], frames.colours)), number
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files and threads in /proc")
+def test_a_file_is_closed_after_its_last_user(video: Path, tmp_path: Path) -> None:
+    """At once, not when Python looks for cycles; also a file that is refused when it is open."""
+    turned = write_video(tmp_path / "turned.mp4", pictures(2), rotation=90)
+
+    def held(kind: str) -> int:
+        return len(list(Path("/proc/self", kind).iterdir()))
+
+    gc.disable()
+    try:
+        files, frames = held("fd"), VideoFrames(video)
+        threads = held("task")  # with one decoder's
+        del frames
+        for _ in range(4):
+            VideoFrames(video).read([1])
+            with pytest.raises(InputError, match="upright"):
+                VideoFrames(turned)
+        assert (held("fd"), held("task") <= threads) == (files, True)
+    finally:
+        gc.enable()
+
+
 # ── which colours ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -170,6 +221,47 @@ def test_other_pixel_formats(pixel_format: str, bound: float, tmp_path: Path) ->
         path = write_video(tmp_path / "clip.mp4", images, pixel_format=pixel_format, space=space, crf="1")
         frame = from_nv12(VideoFrames(path).read([1]))[0].numpy()
         assert cv2.PSNR(frame, images[1]) > bound
+
+
+@pytest.mark.parametrize(
+    ("codec", "pixel_format", "extent"),
+    [
+        ("ffv1", "gray", ColorRange.MPEG),
+        ("ffv1", "gray10le", ColorRange.MPEG),
+        ("ffv1", "gray", ColorRange.JPEG),
+        ("ffv1", "gray", ColorRange.UNSPECIFIED),  # FFmpeg takes it for full
+        ("png", "gray", ColorRange.JPEG),
+        ("png", "ya8", ColorRange.JPEG),
+    ],
+)
+def test_grey(codec: str, pixel_format: str, extent: ColorRange, tmp_path: Path) -> None:
+    """Luma of limited range stays as it is. Grey needs no matrix: PNG tags it as RGB."""
+    levels = np.arange(16, 236, dtype=np.uint8)
+    frame = av.VideoFrame.from_ndarray(np.tile(levels, (48, 1)), format="gray").reformat(format=pixel_format)
+    frame.color_range = extent
+    luma = levels if extent == ColorRange.MPEG else np.floor(levels * (219 / 255) + 16.5)
+    found = VideoFrames(write_frame(tmp_path / "clip.mov", frame, codec)).read([0])[0].numpy()
+    assert np.abs(found[:48].astype(int) - luma).max() <= (pixel_format == "gray10le")
+    assert (found[48:] == 128).all()
+
+
+def write_frame(path: Path, frame: av.VideoFrame, codec: str) -> Path:
+    """Encode a frame as it is."""
+    with av.open(str(path), "w", format="matroska" if codec == "ffv1" else None) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, frame.format.name
+        stream.codec_context.color_range = frame.color_range
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_palette(tmp_path: Path) -> None:
+    palette = np.zeros((256, 4), np.uint8)
+    palette[7] = (255, 200, 60, 30)  # alpha, red, green, blue
+    frame = av.VideoFrame.from_ndarray((np.full((48, 64), 7, np.uint8), palette), format="pal8")
+    found = from_nv12(VideoFrames(write_frame(tmp_path / "clip.mov", frame, "png")).read([0]))
+    assert (found[0].int() - torch.tensor([30, 60, 200])).abs().max() <= 2
 
 
 # ── on a GPU ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -26,7 +26,7 @@ from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.video import join, ways
 from gpupipe.video.codecs import PictureFormat, configure, segment_length
 from gpupipe.video.encode import VideoWriter
-from gpupipe.video.join import _packets, join_videos
+from gpupipe.video.join import _fraction, _packets, join_videos
 from gpupipe.video.segments import MAX_WORKERS, POOL_BYTES, DecodeTimes, HostEncoder, SegmentPool, pool_size
 
 WIDTH, HEIGHT = 96, 64
@@ -249,6 +249,16 @@ def test_joined_parts_are_the_clip(codec: str, suffix: str, fps: Any, clip: torc
         order, control = (sorted((p.pos, p.stream.type) for p in c.demux() if p.size) for c in (container, other))
         assert "audio" in [kind for _, kind in order[:10]], "sound beside the picture"
         assert sorted(kind for _, kind in order) == sorted(kind for _, kind in control), "to its end"
+
+
+@pytest.mark.parametrize("codec", ["ffv1", "mpeg4"])
+def test_joined_parts_keep_their_rate(codec: str, clip: torch.Tensor, tmp_path: Path) -> None:
+    """In Matroska times are in milliseconds, and these codecs tell no rate, or another."""
+    fps = Fraction(30000, 1001)
+    parts = [write(tmp_path / f"{first}.mkv", clip[first : first + 2], codec=codec, fps=fps) for first in (0, 2)]
+    join_videos(parts, tmp_path / "joined.mkv")
+    with av.open(str(tmp_path / "joined.mkv")) as container:
+        assert _fraction(container.streams.video[0].average_rate) == fps
 
 
 def other_size(folder: Path, clip: torch.Tensor) -> Path:

@@ -263,10 +263,14 @@ class VideoWriter:
                 if batch.ready is not None:
                     batch.ready.synchronize()
                 for frame in batch.frames.numpy() if self._way.where == "host" else batch.frames:
-                    self._mux(self._pool.encode(frame))
+                    with self._encoding():
+                        packets = self._pool.encode(frame)
+                    self._mux(packets)
                     self.frames += 1
             if self._error is None:
-                self._mux(self._pool.finish())
+                with self._encoding():
+                    packets = self._pool.finish()
+                self._mux(packets)
                 with self._stages.time("mux"):
                     if self._sound is not None:
                         self._sound.finish()
@@ -275,6 +279,16 @@ class VideoWriter:
             self._error = output_error(self.path, error)
         except BaseException as error:
             self._error = error
+
+    @contextlib.contextmanager
+    def _encoding(self) -> Iterator[None]:
+        """Report the error of an encoder that has opened, but does not take the frames."""
+        try:
+            yield
+        except av.error.FFmpegError as error:
+            raise InputError(
+                f"{self.path}: {self.encoder} does not encode these frames ({why(error)}); expected another codec"
+            ) from error
 
     def _mux(self, packets: list[av.Packet]) -> None:
         """Write packets in the frames' order, and the sound up to them."""

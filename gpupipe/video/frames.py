@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ BT709 = Colours("bt709", full_range=False)
 _KR_KB = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114)}
 _MATRICES: dict[int, Matrix] = {1: "bt709", 5: "bt601", 6: "bt601"}
 """Matrices by the numbers that videos carry for them: ITU-T H.273, table 4."""
-_UNSPECIFIED, _FULL_RANGE = 2, 2
+_UNSPECIFIED, _LIMITED_RANGE, _FULL_RANGE = 2, 1, 2
 
 
 class VideoFrames:
@@ -90,6 +91,8 @@ class VideoFrames:
         self._times, keys = self._scan()
         self.decoder: VideoDecoder = "threads"
         self._container, self._frames = self._open()
+        # PyAV's containers refer to themselves: file and threads would stay until Python looks for cycles.
+        weakref.finalize(self, self._container.close).atexit = False  # at exit another thread may still decode
         first, start = self._first()
         self.width, self.height = first.width, first.height
         # No player shows frames before the first decoded one: they refer to pictures that were cut away.
@@ -129,7 +132,7 @@ class VideoFrames:
             packets = [
                 (packet.pts, packet.is_keyframe)
                 for packet in container.demux(video=0)
-                if packet.pts is not None and not packet.is_discard
+                if packet.pts is not None and not packet.is_discard and _is_shown(packet)
             ]
         times = sorted({pts for pts, _ in packets})
         keys = sorted({pts for pts, key in packets if key})
@@ -195,8 +198,10 @@ class VideoFrames:
         return first, first.pts
 
     def _colours_of(self, frame: av.VideoFrame) -> Colours:
-        if frame.format.is_rgb:
+        if _is_rgb(frame.format):
             return BT709  # the conversion to NV12 makes it so
+        if _is_grey(frame.format):  # without a tag it is full, as FFmpeg takes it
+            return Colours("bt709", full_range=int(frame.color_range) != _LIMITED_RANGE)
         full = int(frame.color_range) == _FULL_RANGE or frame.format.name.startswith("yuvj")
         number = int(frame.colorspace)
         if number == _UNSPECIFIED:
@@ -271,13 +276,34 @@ class VideoFrames:
         return media_errors(self.path, "not a video that FFmpeg decodes")
 
 
+def _is_shown(packet: av.Packet) -> bool:
+    """Return whether a packet's picture is shown: VP8 has some that others only refer to (RFC 6386, 9.1)."""
+    return packet.stream.codec_context.name != "vp8" or not packet.size or bool(bytes(packet)[0] & 0x10)
+
+
+def _is_rgb(form: av.VideoFormat) -> bool:
+    return form.is_rgb or form.has_palette
+
+
+def _is_grey(form: av.VideoFormat) -> bool:
+    """Return whether pixels are luma, with or without opacity. A GPU's format tells of no component."""
+    return len(form.components) in {1, 2} and not _is_rgb(form)
+
+
 def host_nv12(frame: av.VideoFrame, colours: Colours) -> NDArray[np.uint8]:
-    """Return a decoded frame as NV12 (H·3/2, W): 8-bit 4:2:0 is only rearranged, other formats are converted to it."""
+    """Return a decoded frame as NV12 (H·3/2, W): 8-bit 4:2:0 is only rearranged, other formats are converted to it.
+
+    Grey keeps its range: the conversion to NV12 would take all of it for full.
+    """
     height, width = frame.height, frame.width
+    if _is_grey(frame.format):
+        grey = np.full((height * 3 // 2, width), 128, dtype=np.uint8)
+        grey[:height] = frame.reformat(format="gray").to_ndarray()
+        return grey
     if frame.format.name not in ("yuv420p", "yuvj420p", "nv12"):
         space = Colorspace.ITU709 if colours.matrix == "bt709" else Colorspace.ITU601
         extent = ColorRange.JPEG if colours.full_range else ColorRange.MPEG
-        source = {} if frame.format.is_rgb else {"src_colorspace": space, "src_color_range": extent}
+        source = {} if _is_rgb(frame.format) else {"src_colorspace": space, "src_color_range": extent}
         frame = frame.reformat(format="nv12", dst_colorspace=space, dst_color_range=extent, **source)
     planes: NDArray[np.uint8] = np.asarray(frame.to_ndarray(), dtype=np.uint8)
     if frame.format.name == "nv12":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +26,17 @@ class JoinedVideo(NamedTuple):
     sound_seconds: float | None
 
 
-def join_videos(paths: Sequence[str | Path], output: str | Path, *, sound: str | Path | None = None) -> JoinedVideo:
+class Stopped(Exception):
+    """Raised by a join that was told to stop."""
+
+
+def join_videos(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    *,
+    sound: str | Path | None = None,
+    stop: threading.Event | None = None,
+) -> JoinedVideo:
     """Join videos that :class:`~gpupipe.video.encode.VideoWriter` wrote, silent and with the same options, in order.
 
     Each part begins with a frame that needs no other, so that parts may have been written anywhere and at any time.
@@ -36,6 +47,7 @@ def join_videos(paths: Sequence[str | Path], output: str | Path, *, sound: str |
         paths: the parts, at least one.
         output: the video; its suffix chooses the container. It appears only when it is whole.
         sound: any file that FFmpeg reads with a sound track; None for a silent video.
+        stop: set by another thread when nobody waits for the video any longer.
 
     Returns:
         how many frames there are, and how long the sound is.
@@ -43,6 +55,7 @@ def join_videos(paths: Sequence[str | Path], output: str | Path, *, sound: str |
     Raises:
         InputError: a part that is missing, is not a video, or differs from the first in codec, size, rate or header.
         OutputError: ``output`` cannot be written.
+        Stopped: ``stop`` was set.
     """
     if not paths:
         raise InputError(f"{output}: there are no parts to join; expected at least one video")
@@ -57,6 +70,7 @@ def join_videos(paths: Sequence[str | Path], output: str | Path, *, sound: str |
                 raise InputError(f"{paths[0]}: has no frame rate; expected a part of the clip")
             stream = target.add_stream_from_template(first.streams.video[0], opaque=True)
             stream.codec_context.codec_tag = first.streams.video[0].codec_context.codec_tag
+            stream.codec_context.framerate = rate  # not every codec tells it
         track = SoundTrack(sound, target) if sound is not None else None
         if track is not None:
             stack.callback(track.close)
@@ -67,6 +81,8 @@ def join_videos(paths: Sequence[str | Path], output: str | Path, *, sound: str |
                 source, begin = part.streams.video[0], frames
                 ratio = _fraction(source.time_base) * rate  # frames in a unit of the part's time base
                 for packet in _packets(path, part):
+                    if stop is not None and stop.is_set():
+                        raise Stopped
                     assert packet.pts is not None
                     delay = source.codec_context.reorder_depth  # Matroska does not keep decoding times
                     if packet.dts is not None:
