@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gpupipe.benchmarks.bench_stages import Step
+from gpupipe.errors import OutputError
 from gpupipe.files import replacing
 
 STEPS = 3
@@ -45,6 +46,9 @@ def write_trace(step: Step, path: Path) -> str:
 
     Returns:
         The profiler's table of the most expensive operations.
+
+    Raises:
+        OutputError: the trace cannot be written.
     """
     cuda = step.device.type == "cuda"
     run_step(step)
@@ -54,9 +58,19 @@ def write_trace(step: Step, path: Path) -> str:
             with named(f"step {number}", step.device):
                 run_step(step)
     with replacing(path) as temporary:
-        profiler.export_chrome_trace(str(temporary))
+        _export(profiler, temporary, path)
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
     return str(profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
+
+
+def _export(profiler: profile, temporary: Path, path: Path) -> None:
+    """Write a trace into the temporary file; without room PyTorch only logs that it failed."""
+    try:
+        profiler.export_chrome_trace(str(temporary))
+    finally:
+        temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)  # renamed to its name if all went well
+    if not temporary.read_bytes().rstrip().endswith(b"}"):
+        raise OutputError(f"{path}: cannot be written: the profiler wrote no whole trace; expected room on the disk")
 
 
 def run_bare_step(step: Step) -> None:

@@ -273,18 +273,19 @@ def farm(
         if status:
             print_states(many.farm_status(jobs, output_dir), as_json)
             return
-        record = many.run_farm(
-            jobs,
-            output_dir,
-            device=device,
-            batch_size=batch_size,
-            memory_budget=_bytes(memory_budget),
-            part_seconds=part_seconds,
-            workers=workers,
-            address=ray,
-            force=force,
-            on_job_end=lambda state: console.print(state_line(state), soft_wrap=True),
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices of its own
+            record = many.run_farm(
+                jobs,
+                output_dir,
+                device=device,
+                batch_size=batch_size,
+                memory_budget=_bytes(memory_budget),
+                part_seconds=part_seconds,
+                workers=workers,
+                address=ray,
+                force=force,
+                on_job_end=lambda state: console.print(state_line(state), soft_wrap=True),
+            )
         console.print(
             f"{output_dir}: {record.jobs} jobs: {record.done} done ({record.frames} frames in {record.seconds:.1f} s),"
             f" {record.skipped} done before, {record.parked} parked",
@@ -395,7 +396,8 @@ def main() -> None:
     try:
         with wrong_usage():
             status = app(standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as after >&-
+            sys.stdout.flush()
     except OSError as error:  # standard output is closed or full
         with contextlib.suppress(OSError):  # Python would write what is left at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -139,5 +139,6 @@ def make_folder(path: str | Path) -> Path:
 def cache_folder() -> Path:
     """Where what can be made again is kept from one process to the next: ``$GPUPIPE_CACHE``, or ``gpupipe`` in the
     user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpupipe"
-    return Path(os.environ.get("GPUPIPE_CACHE") or default)
+    if given := os.environ.get("GPUPIPE_CACHE"):
+        return Path(given)  # a user of a container may have no home
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpupipe"

@@ -9,6 +9,7 @@ import os
 import resource
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from gpupipe.benchmarks.meters import PeakMemory, resident_bytes
 from gpupipe.benchmarks.scenario import Scenario, add_options, from_options, given, resized_template
 from gpupipe.benchmarks.tables import TABLES
 from gpupipe.cli import app
-from gpupipe.errors import InputError
+from gpupipe.errors import InputError, OutputError
 from gpupipe.kernels.dispatch import backend, llvm_obstacle
 from gpupipe.models import UNet328
 from gpupipe.models.hoisted import SpeechHalf
@@ -445,6 +446,23 @@ def test_a_trace_names_every_stage(scenario: Scenario, tmp_path: Path) -> None:
     assert stages <= names
     assert "step 2" in names
     assert "decode" in table
+
+
+@pytest.mark.parametrize("written", ["", '{"traceEvents": [\n  {"ph": "X"},\n'])
+def test_a_trace_that_is_not_whole_replaces_none(written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's profiler only logs that there was no room, and leaves a file of its own."""
+
+    def export(self: Any, path: str) -> None:
+        Path(path).write_text(written)
+        Path(f"{path}.tmp").write_text("{")
+
+    monkeypatch.setattr(tracing.profile, "export_chrome_trace", export)
+    step: Any = SimpleNamespace(device=torch.device("cpu"), frames=range(2), stages=[])
+    trace = tmp_path / "trace.json"
+    trace.write_text("{}")
+    with pytest.raises(OutputError, match=f"^{trace}: cannot be written: .* expected room on the disk"):
+        tracing.write_trace(step, trace)
+    assert trace.read_text() == "{}" and list(tmp_path.iterdir()) == [trace]
 
 
 def test_a_stage_that_fails_is_a_row_and_the_next_still_runs(

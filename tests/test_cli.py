@@ -21,6 +21,7 @@ from commands import FRAMES, QUICK, render_words, run, write_clip
 
 from gpupipe import __version__, cli
 from gpupipe.cli import main
+from gpupipe.farm import FarmRecord
 from gpupipe.models.audio_encoder import AudioEncoder
 
 
@@ -374,3 +375,22 @@ def test_installed_command_runs(command: list[Path | str], tmp_path: Path) -> No
     assert done.stdout.strip() == __version__
     failed = subprocess.run([*command, "export"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert failed.returncode == 2
+
+
+def test_a_standard_output_that_is_closed_is_no_crash() -> None:
+    line = f"{sys.executable} -m gpupipe --version >&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_farm_s_record_is_alone_on_standard_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray prints notices to it."""
+
+    def run_farm(*_: object, **__: object) -> FarmRecord:
+        print("(raylet) A worker died or was killed")
+        return FarmRecord(1, 0, 1, 0, 10, 1.0, "cpu", 1)
+
+    monkeypatch.setattr("gpupipe.farm.run_farm", run_farm)
+    result = run("farm", tmp_path / "jobs.jsonl", "--output-dir", tmp_path, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["done"] == 1
+    assert "(raylet) A worker died" in result.stderr

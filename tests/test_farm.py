@@ -217,23 +217,22 @@ def test_workers_are_given_whole_paths(farm_jobs: Jobs, tmp_path: Path, monkeypa
 def test_an_error_leaves_what_would_be_joined(farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clip of hours takes minutes to be joined, and nobody would take it."""
     began: list[str] = []
-    waiting = threading.Event()
+    stopped: list[bool] = []
 
-    def join(job: Any, *_: Any) -> Any:
+    def join(job: Any, parts: Any, path: Any, stop: threading.Event) -> Any:
         began.append(job.output)
-        waiting.wait(20)
+        stopped.append(stop.wait(20))
         raise InputError("not joined")
 
     def stop(self: Any, *, wait: bool) -> None:
         if len(self._running) == 2:
-            threading.Timer(0.2, waiting.set).start()
             raise KeyboardInterrupt
 
     monkeypatch.setattr(local, "join_parts", join)
     monkeypatch.setattr(local._Joins, "settle", stop)
     with pytest.raises(KeyboardInterrupt):
         farm([farm_jobs[1], farm_jobs[2]], tmp_path / "out")
-    assert len(began) == 1
+    assert len(began) == 1 and stopped == [True]
 
 
 def test_a_template_of_an_impossible_name_stops_no_other_job(farm_jobs: Jobs, tmp_path: Path) -> None:

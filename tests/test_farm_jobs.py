@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gpupipe import InputError
+from gpupipe.farm import run_farm
 from gpupipe.farm.jobs import Job, read_jobs
 from gpupipe.farm.ledger import Fingerprints
 from gpupipe.template import template_files
@@ -89,6 +90,37 @@ def test_a_wrong_line_is_told_by_its_number(tmp_path: Path, line: str | dict[str
 def test_two_jobs_cannot_have_one_output(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r":2: output \S*a.mp4 is also that of line 1 \(and 1 more"):
         read_jobs(write(tmp_path, GOOD, GOOD | {"output": "./a.mp4"}, "nothing"))
+
+
+@pytest.mark.parametrize("way", ["itself", "a link of another name", "a link to its folder", "a second name"])
+def test_a_file_of_jobs_is_not_written_over_by_results(way: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    path = write(out, GOOD).rename(out / "results.jsonl")
+    content = path.read_text()
+    folder = out
+    if way == "a link of another name":
+        (tmp_path / "link.jsonl").symlink_to(path)
+        path = tmp_path / "link.jsonl"
+    elif way == "a link to its folder":
+        folder = tmp_path / "link"
+        folder.symlink_to(out)
+    elif way == "a second name":
+        (tmp_path / "other.jsonl").hardlink_to(path)
+        path = tmp_path / "other.jsonl"
+    with pytest.raises(InputError, match=f"^{path}: is where results are written; expected another name or output"):
+        run_farm(path, folder, device="cpu")
+    assert path.read_text() == content and [entry.name for entry in out.iterdir()] == ["results.jsonl"]
+
+
+def test_outputs_that_links_make_one_file_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "x").mkdir(parents=True)
+    (out / "y").symlink_to("x")
+    path = write(tmp_path, *(GOOD | {"output": name} for name in ("1.mp4", "x/1.mp4", "y/2.mp4", "y/1.mp4")))
+    with pytest.raises(InputError, match=r"outputs x/1.mp4 and y/1.mp4 are one file; expected one for each job"):
+        run_farm(path, out, device="cpu")
+    assert sorted(entry.name for entry in out.iterdir()) == ["x", "y"]
 
 
 def test_a_file_without_jobs(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from gpupipe import InputError
 from gpupipe.engines.remembered import remember
 from gpupipe.errors import DeviceLostError, DiskFullError, GpupipeError
 from gpupipe.farm import cluster, read_jobs, run_farm
-from gpupipe.farm.scheduler import RenderTask
+from gpupipe.farm.worker import FeaturesTask, RenderTask
 from gpupipe.models import load_unet
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -52,7 +52,9 @@ def jobs(tiny_checkpoint: Any, make_template: Any, tmp_path_factory: pytest.Temp
     return write_jobs(folder / "jobs.jsonl", lines)
 
 
-def test_a_killed_worker_costs_nothing(jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_worker_costs_nothing(
+    jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     run_farm(jobs, tmp_path / "alone", part_seconds=2)
     monkeypatch.setattr(cluster, "BUNDLE_FRAMES", 10)
     out = tmp_path / "out"
@@ -77,11 +79,11 @@ def test_a_killed_worker_costs_nothing(jobs: Path, tmp_path: Path, monkeypatch: 
         pytest.skip(f"no cluster starts here: {error}")
     killer.join(1)
     assert killed and killed[0] != os.getpid()
+    assert any("a worker died" in message for message in caplog.messages)
     assert (record.done, record.parked, record.workers) == (4, 0, 2)
     assert videos(out) == videos(tmp_path / "alone")
     assert left_over(out) == []
     rows = results(out).values()
-    assert sum(row["worker_deaths"] for row in rows) >= 1
     assert all(row["attempts"] == 0 for row in rows)
     again = run_farm(jobs, out, part_seconds=2, workers=2, device="cpu")
     assert (again.done, again.skipped) == (0, 4)
@@ -222,6 +224,35 @@ def test_workers_killed_for_memory_are_replaced(jobs: Path, tmp_path: Path, monk
     assert (row["attempts"], row["error"]) == (0, "3 workers died over it")
 
 
+@pytest.mark.parametrize("told_first", [0, -1], ids=["the first", "the last"])
+def test_a_worker_died_on_the_first_of_its_tasks(told_first: int) -> None:
+    """Whichever of them Ray tells of first."""
+    from ray.exceptions import RayActorError
+
+    def get(ref: Any) -> Any:
+        if ref in given[:2]:
+            raise RayActorError
+        return None, []
+
+    given: list[object] = []
+    actor = SimpleNamespace(do=SimpleNamespace(remote=lambda task: given.append(object()) or given[-1]))
+    remote = SimpleNamespace(remote=lambda *_: actor)
+    ray: Any = SimpleNamespace(
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}],
+        remote=lambda **_: lambda _: remote,
+        wait=lambda refs, num_returns: ([refs[told_first]], None),
+        get=get,
+    )
+    tasks = [FeaturesTask(None, Path(name), "") for name in "ab"]  # type: ignore[arg-type]
+    lost: dict[str, bool] = {}
+    scheduler: Any = SimpleNamespace(
+        next_task=lambda **_: tasks.pop(0) if tasks else None,
+        lost=lambda task, blamed: lost.update({task.path.name: blamed}),
+    )
+    assert cluster._RayWorkers(ray, scheduler, 1, {"device": "cpu"}).work() == 1
+    assert lost == {"a": True, "b": False}
+
+
 def test_a_worker_whose_gpu_is_lost_ends_for_another_to_begin(jobs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It would fail whatever it is given."""
 
@@ -267,6 +298,25 @@ def test_more_workers_than_cores_are_refused(jobs: Path, tmp_path: Path) -> None
     if "cannot be reached" in str(error.value):
         pytest.skip(f"no cluster starts here: {error.value}")
     assert "workers is 10000; expected 1 to as many as the cluster has" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "given"),
+    [(None, {"address": "local", "num_cpus": 1}), ("10.0.0.1:6379", {"address": "10.0.0.1:6379", "num_cpus": None})],
+)
+def test_a_cluster_is_started_here_unless_one_is_named(
+    address: str | None, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the environment names, and with no more cores than it allows."""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
+    monkeypatch.setenv("GPUPIPE_CORES", "1")
+    asked: dict[str, Any] = {}
+    ray = SimpleNamespace(init=lambda **options: asked.update(options), shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
+    monkeypatch.setattr(cluster, "_RayWorkers", lambda *_: SimpleNamespace(work=lambda: 1))
+    scheduler: Any = None
+    assert cluster.work_on_ray(scheduler, workers=None, address=address, options={}) == 1
+    assert {name: asked[name] for name in given} == given
 
 
 def test_a_cluster_that_is_not_there(jobs: Path, tmp_path: Path) -> None:

@@ -27,6 +27,22 @@ def test_what_is_done_is_skipped(farmed: Path, farm_jobs: Jobs, tmp_path: Path) 
     assert {row["status"] for row in results(out).values()} == {"done"}
 
 
+def test_what_another_run_has_just_done_is_skipped(
+    farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ends while this one waits for the folder."""
+    locked = ledger.Ledger.locked
+
+    def late(self: ledger.Ledger) -> Any:
+        monkeypatch.setattr(ledger.Ledger, "locked", locked)
+        assert farm(farm_jobs[2:], tmp_path / "out").done == 1
+        return locked(self)
+
+    monkeypatch.setattr(ledger.Ledger, "locked", late)
+    record = farm(farm_jobs[2:], tmp_path / "out")
+    assert (record.done, record.skipped, record.frames) == (0, 1, 0)
+
+
 def test_what_a_killed_run_could_not_remove_is_removed(farmed: Path, farm_jobs: Jobs, tmp_path: Path) -> None:
     """A run that was killed when a video had its name and its parts were still there."""
     out = Path(shutil.copytree(farmed, tmp_path / "out"))

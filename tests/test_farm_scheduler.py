@@ -13,8 +13,8 @@ from gpupipe.farm import farm_status, read_jobs
 from gpupipe.farm.attempt import Failed
 from gpupipe.farm.ledger import Ledger, write_record
 from gpupipe.farm.residents import AvatarKey
-from gpupipe.farm.scheduler import MAX_ATTEMPTS, MAX_WORKER_DEATHS, FeaturesTask, JoinTask, RenderTask, Scheduler
-from gpupipe.farm.worker import Joined, Outcome, Part
+from gpupipe.farm.scheduler import MAX_ATTEMPTS, MAX_WORKER_DEATHS, Scheduler
+from gpupipe.farm.worker import FeaturesTask, Joined, JoinTask, Outcome, Part, RenderTask
 from gpupipe.versions import versions
 from gpupipe.video.codecs import segment_length
 
@@ -26,13 +26,22 @@ def scheduler_of(jobs: Jobs, folder: Path, **options: Any) -> Scheduler:
     return Scheduler(read, Ledger(folder / "out", read), **options)
 
 
-def render(part: Part) -> Outcome:
+FACTS: dict[str, Any] = {"seconds": 1.0, "device": "cpu", "engine": "eager", "codec": "libx264"}
+
+
+def render(part: Part, engine: str = "eager") -> Outcome:
     """A part's file and record, as a worker leaves them."""
     part.path.parent.mkdir(parents=True, exist_ok=True)
     part.path.write_text("rendered")
-    facts = {"seconds": 1.0, "device": "cpu", "engine": "eager", "codec": "libx264"}
+    facts = FACTS | {"engine": engine}
     write_record(part.path, part.inputs, facts)
     return Outcome(part, facts)
+
+
+def join(scheduler: Scheduler, task: JoinTask) -> None:
+    """Have a video joined, as a worker does it."""
+    task.path.write_text("joined")
+    scheduler.settle(task, Joined(sum(len(part.frames) for part in task.parts), None, "checksum", 1.0))
 
 
 def test_a_job_over_which_workers_die_is_parked_at_last(farm_jobs: Jobs, tmp_path: Path) -> None:
@@ -50,6 +59,39 @@ def test_a_job_over_which_workers_die_is_parked_at_last(farm_jobs: Jobs, tmp_pat
     for _ in range(MAX_WORKER_DEATHS - 1):  # what an earlier run lost does not count
         again.lost(again.next_task(frames=1000) or pytest.fail("parked"))
     assert not again.finished
+
+
+@pytest.mark.parametrize("poison", [0, 2, 4], ids=["first", "in the middle", "last"])
+def test_the_job_over_which_workers_die_is_told_from_those_beside_it(
+    poison: int, farm_jobs: Jobs, tmp_path: Path
+) -> None:
+    """Short clips of one face are of one task."""
+    scheduler = scheduler_of([farm_jobs[2] | {"output": f"{number}.mp4"} for number in range(5)], tmp_path)
+    sizes, deaths = [], 0
+    while (task := scheduler.next_task(frames=1000)) is not None:
+        if isinstance(task, JoinTask):
+            join(scheduler, task)
+            continue
+        assert isinstance(task, RenderTask)
+        sizes.append(len(task.parts))
+        if f"{poison}.mp4" in [part.job.output for part in task.parts]:
+            scheduler.lost(task)
+            deaths += 1
+        else:
+            scheduler.settle(task, [render(part) for part in task.parts])
+    assert sizes[0] == 5 and set(sizes[1:]) == {1}
+    assert scheduler.finished and deaths == MAX_WORKER_DEATHS
+    states = scheduler.ledger.states.values()
+    assert [state.output for state in states if state.status != "done"] == [f"{poison}.mp4"]
+
+
+def test_a_job_whose_parts_are_recorded_is_not_what_a_worker_died_on(farm_jobs: Jobs, tmp_path: Path) -> None:
+    scheduler = scheduler_of([farm_jobs[2] | {"output": f"{number}.mp4"} for number in range(2)], tmp_path)
+    task = scheduler.next_task(frames=1000)
+    assert isinstance(task, RenderTask) and len(task.parts) == 2
+    render(task.parts[0])
+    scheduler.lost(task)
+    assert [state.worker_deaths for state in scheduler.ledger.states.values()] == [0, 1]
 
 
 def test_a_task_that_fails_as_a_whole_is_one_failure_of_each_of_its_jobs(farm_jobs: Jobs, tmp_path: Path) -> None:
@@ -147,6 +189,72 @@ def test_parts_of_another_run_are_rendered_again_where_they_would_differ(
     assert isinstance(again, RenderTask) and len(again.parts) == parts
 
 
+def interrupted(jobs: Jobs, folder: Path, *engines: str) -> list[Part]:
+    """The parts of a job, the first of which an earlier run made with these engines."""
+    task = scheduler_of(jobs, folder).next_task(frames=1000)
+    assert isinstance(task, RenderTask) and len(task.parts) == 3
+    for part, engine in zip(task.parts, engines, strict=False):
+        render(part, engine)
+    return task.parts
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now", "again"),
+    [
+        (["llvm", "llvm"], ["onnxruntime"], [0, 1]),
+        (["onnxruntime", "llvm"], ["onnxruntime"], [1]),
+        (["llvm"], ["llvm", "llvm"], []),
+    ],
+)
+def test_parts_of_another_engine_are_not_mixed_in(
+    earlier: list[str], now: list[str], again: list[int], farm_jobs: Jobs, tmp_path: Path
+) -> None:
+    """The engine of this run wins: those of an earlier one may not be there."""
+    interrupted(farm_jobs[:1], tmp_path, *earlier)
+    scheduler = scheduler_of(farm_jobs[:1], tmp_path)
+    task = scheduler.next_task(frames=1000)
+    assert isinstance(task, RenderTask) and len(task.parts) == len(now)
+    scheduler.settle(task, [render(part, engine) for part, engine in zip(task.parts, now, strict=True)])
+    following = scheduler.next_task(frames=1000)
+    if again:
+        assert isinstance(following, RenderTask) and [part.number for part in following.parts] == again
+        scheduler.lost(following)  # and what was there counts no more
+        following = scheduler.next_task(frames=1000)
+        assert isinstance(following, RenderTask) and [part.number for part in following.parts] == again
+        scheduler.settle(following, [render(part, now[0]) for part in following.parts])
+        following = scheduler.next_task(frames=1000)
+    assert isinstance(following, JoinTask)
+    join(scheduler, following)
+    assert scheduler.finished and scheduler.ledger.states["0.mp4"].engine == now[0]
+
+
+def test_parts_that_several_engines_left_are_made_with_one(farm_jobs: Jobs, tmp_path: Path) -> None:
+    """By a run that was killed before it could join them: whichever engine this run has, it paints all."""
+    interrupted(farm_jobs[:1], tmp_path, "onnxruntime", "llvm", "llvm")
+    scheduler = scheduler_of(farm_jobs[:1], tmp_path)
+    for numbers in ([0], [1, 2]):
+        task = scheduler.next_task(frames=1000)
+        assert isinstance(task, RenderTask) and [part.number for part in task.parts] == numbers
+        scheduler.settle(task, [render(part, "eager") for part in task.parts])
+    assert isinstance(scheduler.next_task(), JoinTask)
+
+
+def test_machines_that_differ_do_not_make_parts_for_ever(
+    farm_jobs: Jobs, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    interrupted(farm_jobs[:1], tmp_path, "eager")
+    scheduler = scheduler_of(farm_jobs[:1], tmp_path)
+    task = scheduler.next_task(frames=1000)
+    assert isinstance(task, RenderTask)
+    scheduler.settle(task, [render(part, engine) for part, engine in zip(task.parts, ("b", "a"), strict=True)])
+    joined = scheduler.next_task()
+    assert isinstance(joined, JoinTask)
+    join(scheduler, joined)
+    assert scheduler.ledger.states["0.mp4"].engine == "a, b, eager"
+    told = "0.mp4: is of a/libx264 and b/libx264; expected one: name an engine and a codec in the job"
+    assert told in caplog.messages
+
+
 def with_encoder(jobs: Jobs) -> Jobs:
     """Jobs whose features are to be made first."""
     made = ({key: value for key, value in job.items() if key != "audio_features"} for job in jobs)
@@ -165,6 +273,19 @@ def test_a_job_whose_features_are_made_comes_next(farm_jobs: Jobs, tmp_path: Pat
     following = scheduler.next_task()
     assert isinstance(following, RenderTask) and following.parts[0].job.output == "0.mp4"
     assert scheduler.ledger.states["0.mp4"].timings == {"features": 1.5}
+
+
+def test_features_that_are_made_where_nobody_sees_them_are_not_made_for_ever(farm_jobs: Jobs, tmp_path: Path) -> None:
+    """By a worker on another machine, whose folder of that name is another one."""
+    scheduler = scheduler_of(with_encoder(farm_jobs[:1]), tmp_path)
+    for _ in range(MAX_ATTEMPTS):
+        task = scheduler.next_task()
+        assert isinstance(task, FeaturesTask)
+        scheduler.settle(task, None)
+    assert scheduler.next_task() is None and scheduler.finished
+    state = scheduler.ledger.states["0.mp4"]
+    told = "was made by a worker, but is not here; expected all machines to see the same folder"
+    assert (state.status, state.error) == ("parked", f"{task.path}: {told}")
 
 
 def test_a_run_is_not_at_its_end_while_features_are_made(farm_jobs: Jobs, tmp_path: Path) -> None:
@@ -201,7 +322,7 @@ def test_a_long_clip_is_heard_of_before_it_ends(
     assert isinstance(task, RenderTask) and len(task.parts) == 3
     for part, then in zip(task.parts, (1004.0, 1011.0, 1012.0), strict=True):
         now = then
-        scheduler.rendered(Outcome(part, {"seconds": 1.0}))
+        scheduler.rendered(Outcome(part, FACTS))
     assert caplog.messages == ["0.mp4: 2 of 3 parts"]
 
 
@@ -210,7 +331,7 @@ def test_a_video_of_too_few_frames_gets_no_name(farm_jobs: Jobs, tmp_path: Path)
     scheduler = Scheduler(jobs, Ledger(tmp_path / "out", jobs), device="cpu", part_seconds=2)
     rendered = scheduler.next_task()
     assert isinstance(rendered, RenderTask)
-    scheduler.settle(rendered, [Outcome(part, {"seconds": 1.0}) for part in rendered.parts])
+    scheduler.settle(rendered, [Outcome(part, FACTS) for part in rendered.parts])
     joined = scheduler.next_task()
     assert isinstance(joined, JoinTask)
     scheduler.settle(joined, Joined(6, None, "checksum", 1.0))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from gpupipe.farm.worker import Worker, _OpenParts
+from gpupipe.farm.worker import Worker, _OpenParts, join_parts
+from gpupipe.video.encode import VideoWriter
+from gpupipe.video.join import Stopped
 
 
 class Shot:
@@ -78,3 +82,17 @@ def test_a_failed_batch_is_tried_again_without_what_is_cancelled(
     opened: Any = SimpleNamespace(write=lambda some, rendered: None)
     worker._retry(pieces, RuntimeError("once"), opened)
     assert tried == [pieces[1:]]
+
+
+def test_a_join_that_is_told_to_stop_leaves_nothing(tmp_path: Path) -> None:
+    """It may have hours of video before it."""
+    part: Any = SimpleNamespace(path=tmp_path / "0.mp4")
+    with VideoWriter(part.path, width=64, height=48, fps=25, codec="libx264", segmented=True) as video:
+        video.write(torch.zeros(3, 48, 64, 3, dtype=torch.uint8))
+    job: Any = SimpleNamespace(audio=None)
+    stop = threading.Event()
+    assert join_parts(job, [part], tmp_path / "whole.mp4", stop).frames == 3
+    stop.set()
+    with pytest.raises(Stopped):
+        join_parts(job, [part], tmp_path / "stopped.mp4", stop)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.mp4", "whole.mp4"]

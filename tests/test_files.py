@@ -14,7 +14,7 @@ from gpupipe import InputError
 from gpupipe.errors import OutputError
 from gpupipe.farm.jobs import read_jobs
 from gpupipe.features import SpeechFeatures
-from gpupipe.files import input_file, input_folder, replacing
+from gpupipe.files import cache_folder, input_file, input_folder, replacing
 from gpupipe.landmarks import read_landmarks
 from gpupipe.models import load_state_dict
 from gpupipe.video.decode import read_image
@@ -134,3 +134,15 @@ def test_two_that_write_one_file_at_once(tmp_path: Path) -> None:
         first.write_text("first")
         second.write_text("second")
     assert (tmp_path / "out.txt").read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_cache_that_is_named_needs_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.setenv("GPUPIPE_CACHE", str(tmp_path / "named"))
+    assert cache_folder() == tmp_path / "named"
+    monkeypatch.delenv("GPUPIPE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "gpupipe"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from gpupipe.errors import DiskFullError, InputError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.farm.cluster import work_on_ray
 from gpupipe.farm.jobs import Job, read_jobs
-from gpupipe.farm.ledger import JobState, Ledger
+from gpupipe.farm.ledger import RESULTS, JobState, Ledger
 from gpupipe.farm.local import work_here
 from gpupipe.farm.residents import Residents
 from gpupipe.farm.scheduler import PART_SECONDS, OnJobEnd, Scheduler
@@ -79,6 +80,7 @@ def run_farm(
     start = time.perf_counter()
     jobs = [job.absolute() for job in read_jobs(jobs_path)]
     _check_options(batch_size, memory_budget, part_seconds, workers)
+    _check_files(Path(jobs_path), jobs, Path(output_dir))
     on_ray = workers is not None or address is not None
     kind = find_device(device, here=not on_ray).type  # a cluster's devices need not be this machine's
     ledger = Ledger(Path(output_dir).absolute(), jobs)  # workers are started in other folders
@@ -121,3 +123,18 @@ def _check_options(batch_size: int | None, memory_budget: int | None, part_secon
         raise InputError(f"part seconds is {part_seconds}; expected more than 0, and a finite number")
     if workers is not None and workers < 1:
         raise InputError(f"workers is {workers}; expected 1 or more")
+
+
+def _check_files(jobs_path: Path, jobs: list[Job], output_dir: Path) -> None:
+    """Refuse what would be written over: the file of jobs by the results, or a video by that of another job."""
+    results = output_dir / RESULTS
+    with contextlib.suppress(OSError):  # mostly because it is not there
+        if results.samefile(jobs_path):
+            raise InputError(f"{jobs_path}: is where results are written; expected another name or output folder")
+    folders = {folder: os.path.realpath(output_dir / folder) for folder in {Path(job.output).parent for job in jobs}}
+    seen: dict[tuple[str, str], str] = {}
+    for job in jobs:
+        path = Path(job.output)
+        other = seen.setdefault((folders[path.parent], path.name), job.output)
+        if other != job.output:
+            raise InputError(f"{jobs_path}: outputs {other} and {job.output} are one file; expected one for each job")

@@ -19,8 +19,9 @@ from gpupipe.errors import DeviceLostError, DiskFullError, GpupipeError, InputEr
 from gpupipe.fallbacks import fallbacks, note_fallback
 from gpupipe.farm.attempt import attempt
 from gpupipe.farm.residents import AvatarKey, Residents
-from gpupipe.farm.scheduler import FeaturesTask, JoinTask, RenderTask, Scheduler, Task
-from gpupipe.farm.worker import Worker, join_parts
+from gpupipe.farm.scheduler import Scheduler
+from gpupipe.farm.worker import FeaturesTask, JoinTask, RenderTask, Task, Worker, join_parts
+from gpupipe.lanes import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,11 @@ def work_on_ray(scheduler: Scheduler, *, workers: int | None, address: str | Non
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a worker without a GPU sees what there is
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
     interrupt = signal.getsignal(signal.SIGTERM)
+    address = address or "local"  # None would take what $RAY_ADDRESS names
+    cores = available_cores() if address == "local" else None
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, num_cpus=cores, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(f"Ray at {address!r} cannot be reached ({' '.join(str(error).split())})") from error
     finally:
@@ -99,11 +103,12 @@ def _returned(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @dataclass(eq=False)
 class _RayWorker:
-    """An actor, how many tasks it has, and the avatar of the last one."""
+    """An actor, how many tasks it has, the avatar of the last one, and what stands for the one that it died on."""
 
     actor: Any
     tasks: int = 0
     last_avatar: AvatarKey | None = None
+    died_on: Any = None
 
 
 def places(machines: Sequence[dict[str, float]], cores: int, on_gpus: bool) -> int:
@@ -160,7 +165,9 @@ class _RayWorkers:
             if not self._running:
                 return len(self.workers)
             (ref,), _ = self._ray.wait(list(self._running), num_returns=1)
-            task, worker = self._running.pop(ref)
+            task, worker = self._running[ref]
+            given = [one for one, (_, whose) in self._running.items() if whose is worker]
+            del self._running[ref]
             if worker is not None:
                 worker.tasks -= 1
             try:
@@ -169,11 +176,11 @@ class _RayWorkers:
                 if getattr(error, "actor_init_failed", False):  # the next one would fail as well
                     raise GpupipeError(f"a worker cannot start ({str(error).splitlines()[-1]})") from error
                 logger.warning("a worker died (%s): others take its work", type(error).__name__)
-                # The first of a worker's tasks is the one it died on: the other waited behind it.
-                blamed = worker is None or worker in self.workers
-                if worker in self.workers:
+                # Ray tells of a worker's tasks in any order. It died on the first: the other waited behind it.
+                if worker is not None and worker in self.workers:
+                    worker.died_on = given[0]
                     self.workers[self.workers.index(worker)] = self._start_worker()
-                self._scheduler.lost(task, blamed=blamed)
+                self._scheduler.lost(task, blamed=worker is None or worker.died_on == ref)
                 continue
             if worker is not None:
                 result, told = result

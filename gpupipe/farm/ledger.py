@@ -53,8 +53,10 @@ class JobState:
 
     Attributes:
         fingerprint: of the inputs that the rest belongs to.
-        attempts, worker_deaths: failures, and workers that died on it, in the run that was last at it.
+        attempts, worker_deaths: failures, and workers that died on it, in the run that was last at it. A worker that
+            died over several jobs at once counts for each.
         sound_minus_picture: difference in length in seconds, if it is more than a frame.
+        device, engine, codec: what its parts were made with; more than one where the machines of a run differ.
         timings: seconds of work: ``features`` if they were made, ``render``, the sum over parts, and ``join``.
         checksum: SHA-256 of the video.
     """
@@ -116,8 +118,14 @@ class Ledger:
 
     def __init__(self, output_dir: str | Path, jobs: list[Job]) -> None:
         self.output_dir = Path(output_dir)
-        self.states = {job.output: self._read(job) for job in jobs}
+        self._jobs = jobs
         self._next_results = 0.0
+
+    @functools.cached_property
+    def states(self) -> dict[str, JobState]:
+        """The state of each job, by its output: read when first asked for. A run asks when it holds the folder: one
+        that was at work there before may have changed them until then."""
+        return {job.output: self._read(job) for job in self._jobs}
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from gpupipe.farm.attempt import Failed, attempt
-from gpupipe.farm.scheduler import FeaturesTask, JoinTask, RenderTask, Scheduler
-from gpupipe.farm.worker import Joined, Part, Worker, join_parts
+from gpupipe.farm.scheduler import Scheduler
+from gpupipe.farm.worker import FeaturesTask, Joined, JoinTask, Part, RenderTask, Worker, join_parts
 
 
 def work_here(scheduler: Scheduler, worker: Worker) -> None:
@@ -19,26 +20,29 @@ def work_here(scheduler: Scheduler, worker: Worker) -> None:
     """
     worker.residents.upcoming = scheduler.upcoming
     executor = ThreadPoolExecutor(1, "join")
+    joins = _Joins(scheduler, executor)
     try:
-        joins = _Joins(scheduler, executor)
         while not scheduler.finished:
             for outcome in worker.render(_parts(scheduler, worker, joins)):
                 scheduler.rendered(outcome)
             joins.settle(wait=True)
     finally:  # after an error nobody takes what would be joined yet
+        joins.stop.set()
         executor.shutdown(cancel_futures=True)
 
 
 class _Joins:
-    """Videos that are being joined in a thread, in the order in which they will be whole."""
+    """Videos that are being joined in a thread, in the order in which they will be whole; until ``stop`` is set."""
 
     def __init__(self, scheduler: Scheduler, executor: ThreadPoolExecutor) -> None:
         self._scheduler, self._executor = scheduler, executor
+        self.stop = threading.Event()
         self._running: deque[tuple[JoinTask, Future[Joined | Failed]]] = deque()
 
     def start(self, task: JoinTask) -> None:
         """Join a video as soon as those before it are whole."""
-        self._running.append((task, self._executor.submit(attempt, join_parts, task.job, task.parts, task.path)))
+        joined = self._executor.submit(attempt, join_parts, task.job, task.parts, task.path, self.stop)
+        self._running.append((task, joined))
 
     def settle(self, *, wait: bool) -> None:
         """Report the videos that are whole by now; with ``wait``, all of them."""

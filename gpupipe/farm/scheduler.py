@@ -19,9 +19,9 @@ from typing import Any
 from gpupipe.errors import InputError
 from gpupipe.farm.attempt import Failed, attempt
 from gpupipe.farm.jobs import Job
-from gpupipe.farm.ledger import Fingerprints, JobState, Ledger, read_record, text_hash
+from gpupipe.farm.ledger import Fingerprints, JobState, Ledger, Record, read_record, text_hash
 from gpupipe.farm.residents import AvatarKey
-from gpupipe.farm.worker import Joined, Outcome, Part
+from gpupipe.farm.worker import FeaturesTask, Joined, JoinTask, Outcome, Part, RenderTask, Task
 from gpupipe.features import SpeechFeatures
 from gpupipe.files import check_writable, make_folder
 from gpupipe.schedule import frame_rate
@@ -47,46 +47,20 @@ OnJobEnd = Callable[[JobState], Any]
 """Called with the state of a job that is done or parked."""
 
 
-@dataclass(frozen=True)
-class FeaturesTask:
-    """Make the features of a job's sound."""
-
-    job: Job
-    path: Path
-    inputs: str
-
-
-@dataclass(frozen=True)
-class RenderTask:
-    """Render parts, all with one avatar."""
-
-    parts: list[Part]
-
-
-@dataclass(frozen=True)
-class JoinTask:
-    """Join a job's parts."""
-
-    job: Job
-    parts: list[Part]
-    path: Path
-
-
-Task = FeaturesTask | RenderTask | JoinTask
-
-
 @dataclass
 class _Plan:
     """One try of a job: its parts, those to be handed out, the facts of those that are recorded, and its first failure.
 
-    ``rendering`` counts the parts that workers have. A job that failed is tried again when all of them are back: what
-    comes back is always of the present try, and no part is rendered by two workers.
+    ``earlier`` has the numbers of the parts that were recorded before it. ``rendering`` counts the parts that workers
+    have. A job that failed is tried again when all of them are back: what comes back is always of the present try, and
+    no part is rendered by two workers.
     """
 
     job: Job
     frames: int
     parts: list[Part]
     missing: deque[Part] = field(default_factory=deque)
+    earlier: set[int] = field(default_factory=set)
     rendering: int = 0
     facts: dict[int, dict[str, Any]] = field(default_factory=dict)
     failed: Failed | None = None
@@ -211,6 +185,10 @@ class Scheduler:
         if isinstance(result, Failed):
             self._failed(task.job, result)
         elif isinstance(task, FeaturesTask):
+            if read_record(task.path, task.inputs) is None:  # it would be made for ever
+                told = "was made by a worker, but is not here; expected all machines to see the same folder"
+                self._failed(task.job, Failed(f"{task.path}: {told}"))
+                return
             self._featuring.discard(task.job.output)
             self._queue.appendleft(task.job)
         else:
@@ -219,10 +197,16 @@ class Scheduler:
     def lost(self, task: Task, *, blamed: bool = True) -> None:
         """Record that a task's worker died: the task goes to others.
 
+        It may have died on any job of the task that has a part without a record. From then on each of them is given out
+        by itself, which tells the one at fault from the others.
+
         Args:
             blamed: whether the worker died on this task, and not on one ahead of it.
         """
-        jobs = [part.job for part in task.parts] if isinstance(task, RenderTask) else [task.job]
+        parts = task.parts if isinstance(task, RenderTask) else []
+        records = [(part, read_record(part.path, part.inputs)) for part in parts]
+        left = [part.job for part, record in records if record is None]
+        jobs = left if isinstance(task, RenderTask) else [task.job]
         for job in {job.output: job for job in jobs}.values():
             if not blamed or not self._is_under_way(job):  # not: parked meanwhile
                 continue
@@ -232,16 +216,15 @@ class Scheduler:
                 state.error = f"{state.worker_deaths} workers died over it"
                 self._give_up(job, parked=True)
         if isinstance(task, RenderTask):
-            for part in reversed(task.parts):
-                self._lost_part(part)
+            for part, record in reversed(records):
+                self._lost_part(part, record)
         elif self._is_under_way(task.job):
             self._ready.append(task)
 
-    def _lost_part(self, part: Part) -> None:
+    def _lost_part(self, part: Part, record: Record | None) -> None:
         plan = self._plans.get(part.job.output)
         if plan is None:
             return  # parked meanwhile
-        record = read_record(part.path, part.inputs)
         if record is not None:  # the part was whole before its worker died
             self.rendered(Outcome(part, record.facts))
             return
@@ -258,11 +241,14 @@ class Scheduler:
         return next((plan for plan in ready if AvatarKey.of(plan.job) == avatar), ready[0] if ready else None)
 
     def _bundle(self, avatar: AvatarKey, frames: int) -> list[Part]:
-        """Parts for one avatar, from the jobs under way and those that come next."""
+        """Parts for one avatar, from the jobs under way and those that come next; of one job if a worker died on it."""
         parts: list[Part] = []
         while frames > 0:
             plan = self._choose(avatar)
             if plan is not None and AvatarKey.of(plan.job) == avatar:
+                jobs = {part.job.output for part in parts} | {plan.job.output}
+                if len(jobs) > 1 and any(self.ledger.states[output].worker_deaths for output in jobs):
+                    break
                 parts.append(plan.missing.popleft())
                 plan.rendering += 1
                 frames -= len(parts[-1].frames)
@@ -333,7 +319,28 @@ class Scheduler:
                 plan.missing.append(part)
             else:
                 plan.facts[part.number] = record.facts
+                plan.earlier.add(part.number)
         return plan
+
+    def _put_back(self, plan: _Plan) -> bool:
+        """Have those parts made again that were there before and are of another engine or encoder than those since.
+
+        Each run chooses engines anew, and a clip would show where it was interrupted. What was rendered since is joined
+        as it is: where the machines of one run differ, there would be no end of it. Returns whether there are such.
+        """
+        fresh = {_kind(facts) for number, facts in plan.facts.items() if number not in plan.earlier}
+        kinds = fresh or {_kind(plan.facts[len(plan.parts) - 1])}
+        if len(kinds) > 1:
+            told = " and ".join(sorted("/".join(kind) for kind in kinds))
+            logger.warning("%s: is of %s; expected one: name an engine and a codec in the job", plan.job.output, told)
+        for number in sorted(plan.earlier):
+            if len(kinds) == 1 and _kind(plan.facts[number]) not in kinds:
+                part = plan.parts[number]
+                part.path.unlink(missing_ok=True)  # or it would count when a worker dies over it
+                plan.earlier.discard(number)
+                del plan.facts[number]
+                plan.missing.append(part)
+        return bool(plan.missing)
 
     def _is_under_way(self, job: Job) -> bool:
         return job.output in self._plans or job.output in self._featuring
@@ -348,7 +355,7 @@ class Scheduler:
         if plan.failed is not None:
             if plan.rendering == 0:
                 self._failed(plan.job, plan.failed)
-        elif len(plan.facts) == len(plan.parts):
+        elif len(plan.facts) == len(plan.parts) and not self._put_back(plan):
             path = self.ledger.folder(plan.job) / f"joined{Path(plan.job.output).suffix}"
             self._ready.append(JoinTask(plan.job, plan.parts, path))
 
@@ -371,8 +378,8 @@ class Scheduler:
         state.sound_minus_picture = compare_lengths(output, video.frames / rate, video.sound_seconds, rate)
         state.timings["render"] = round(sum(facts["seconds"] for facts in plan.facts.values()), 3)
         state.timings["join"] = video.seconds
-        facts = plan.facts[0]
-        state.device, state.engine, state.codec = facts["device"], facts["engine"], facts["codec"]
+        for name in ("device", "engine", "codec"):
+            setattr(state, name, ", ".join(sorted({facts[name] for facts in plan.facts.values()})))
         self._forget(job)
         self.ledger.publish(job, path, video.checksum)
 
@@ -397,6 +404,11 @@ class Scheduler:
     def _forget(self, job: Job) -> None:
         self._plans.pop(job.output, None)
         self._featuring.discard(job.output)
+
+
+def _kind(facts: dict[str, Any]) -> tuple[str, str]:
+    """What the bytes of a part depend on besides its hash."""
+    return facts["engine"], facts["codec"]
 
 
 def _grouped(jobs: list[Job]) -> list[Job]:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -68,6 +69,34 @@ class Outcome:
 
     part: Part
     result: dict[str, Any] | Failed
+
+
+@dataclass(frozen=True)
+class FeaturesTask:
+    """Make the features of a job's sound."""
+
+    job: Job
+    path: Path
+    inputs: str
+
+
+@dataclass(frozen=True)
+class RenderTask:
+    """Render parts, all with one avatar."""
+
+    parts: list[Part]
+
+
+@dataclass(frozen=True)
+class JoinTask:
+    """Join a job's parts."""
+
+    job: Job
+    parts: list[Part]
+    path: Path
+
+
+Task = FeaturesTask | RenderTask | JoinTask
 
 
 class Worker:
@@ -300,10 +329,10 @@ class Joined(NamedTuple):
     seconds: float
 
 
-def join_parts(job: Job, parts: list[Part], path: Path) -> Joined:
-    """Join a job's parts, with its sound."""
+def join_parts(job: Job, parts: list[Part], path: Path, stop: threading.Event | None = None) -> Joined:
+    """Join a job's parts, with its sound; ``stop`` as :func:`~gpupipe.video.join.join_videos` takes it."""
     start = time.perf_counter()
-    video = join_videos([part.path for part in parts], path, sound=job.audio)
+    video = join_videos([part.path for part in parts], path, sound=job.audio, stop=stop)
     return Joined(*video, file_hash(path), round(time.perf_counter() - start, 3))
 
 
