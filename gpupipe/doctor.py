@@ -112,9 +112,9 @@ def measure_engines(device: str | torch.device | None = None) -> Figures:
     chosen = find_device(device)
     dtype = find_dtype(chosen, exact=chosen.type == "cpu", precision=None)
     network = UNet328("ave").eval()
-    figures, _ = measure(network, chosen, dtype, runnable(chosen, dtype))
-    remember(network, chosen, dtype, figures)
-    return figures
+    measured = measure(network, chosen, dtype, runnable(chosen, dtype))
+    remember(network, chosen, dtype, measured.lasting)
+    return measured.figures
 
 
 def _kernels(device: torch.device) -> str:

@@ -66,7 +66,7 @@ class FrameGenerator:
         self.feather = feather
         self.batch_size = batch_size or BATCH_SIZES[unet_model.device.type]
         self.memory_budget = memory_budget
-        self._seam = feather_width(blend, feather)
+        feather_width(blend, feather)  # raises now, not at the first frame
         self._processor = ImageProcessor()
 
     def generate_frame(
@@ -218,8 +218,8 @@ class FrameGenerator:
         self, template: Template, pixel_format: PixelFormat = "bgr", *, cacheable: NDArray[np.bool_] | None = None
     ) -> Avatar:
         """A template, prepared for this generator's network and seam; ``cacheable`` as :class:`Avatar` takes it."""
-        engine = self.unet_model.engine
-        return Avatar(template, engine, pixel_format=pixel_format, feather=self._seam, cacheable=cacheable)
+        engine, feather = self.unet_model.engine, feather_width(self.blend, self.feather)
+        return Avatar(template, engine, pixel_format=pixel_format, feather=feather, cacheable=cacheable)
 
     def shot(
         self,

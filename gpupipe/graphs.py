@@ -36,12 +36,17 @@ class _Memory:
         self.pool = torch.cuda.graph_pool_handle()
         self._last: torch.cuda.Stream | None = None
 
-    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Replay ``graph`` on the current stream, after everything queued on the stream of the last replay."""
+    def take(self) -> None:
+        """Have the current stream wait for everything queued on the stream of the last replay, whose memory and inputs
+        the next replay overwrites."""
         current = torch.cuda.current_stream()
         if self._last is not None and self._last != current:
             current.wait_stream(self._last)
         self._last = current
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Replay ``graph`` on the current stream, after the last replay."""
+        self.take()
         graph.replay()
 
 
@@ -61,7 +66,7 @@ class _Captured:
         self.memory.replay(self.graph)
 
 
-def capture(step: Callable[[], Output]) -> tuple[Callable[[], None], Output]:
+def capture(step: Callable[[], Output]) -> tuple[_Captured, Output]:
     """Capture ``step`` as a CUDA graph on the current device.
 
     Args:
@@ -192,6 +197,7 @@ class GraphedStep:
         """Run a batch of at most :attr:`batch_size`. The result is a copy, which the next replay leaves alone."""
         count = len(inputs[0])
         with _turn, torch.cuda.device_of(self._output):
+            self._replay.memory.take()
             for kept, given in zip(self._inputs, inputs, strict=True):
                 kept[:count].copy_(given)
                 if count < self.batch_size:

@@ -65,10 +65,12 @@ def map_in_lanes(
 def _run_torch_alone() -> None:
     """Keep PyTorch to this new thread.
 
-    ``set_num_threads`` also changes the default of later threads, so another thread restores it.
+    ``set_num_threads`` also changes the default of later threads, so another thread restores it. A thread of the
+    program that uses PyTorch for the first time in between keeps to one, too; so the other thread is started before.
     """
     with _lock, ThreadPoolExecutor(1) as another:
-        before = torch.get_num_threads()  # read first: a thread's first query returns whatever was set last
+        before = another.submit(torch.get_num_threads).result()
+        torch.get_num_threads()  # a thread's first query has it take over whatever was set last
         torch.set_num_threads(1)
         another.submit(torch.set_num_threads, before).result()
 

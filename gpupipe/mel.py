@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gpupipe.models.audio_encoder import MEL_BANDS, MEL_COLUMNS, SAMPLE_RATE
+from gpupipe.tf32 import own_precision
 
 N_FFT = 800
 HOP = 200
@@ -66,11 +67,11 @@ def _hann(device: torch.device) -> Tensor:
 
 def _mel_columns(emphasised: Tensor) -> Tensor:
     """Pre-emphasised sound ``(800 + 200·(n − 1),)`` → n columns ``(80, n)``, without padding."""
-    spectrum = torch.stft(
-        emphasised, N_FFT, HOP, window=_hann(emphasised.device), center=False, return_complex=True
-    ).abs()
-    level = 20 * torch.log10((mel_filters(emphasised.device) @ spectrum).clamp_min(1e-5)) - 20
-    return (8 * (level + 100) / 100 - 4).clamp_(-4, 4)
+    device = emphasised.device
+    with own_precision(device):
+        spectrum = torch.stft(emphasised, N_FFT, HOP, window=_hann(device), center=False, return_complex=True).abs()
+        level = 20 * torch.log10((mel_filters(device) @ spectrum).clamp_min(1e-5)) - 20
+        return (8 * (level + 100) / 100 - 4).clamp_(-4, 4)
 
 
 def mel_pieces(chunks: Iterable[np.ndarray | Tensor], *, device: str | torch.device = "cpu") -> Iterator[Tensor]:

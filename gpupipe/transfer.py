@@ -9,6 +9,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from gpupipe.errors import InputError
+
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """``values`` on ``device``, without waiting for work that is queued there.
@@ -22,11 +24,19 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def as_tensor(values: ArrayLike | Tensor) -> Tensor:
-    """What a user passed, as a tensor without gradient on its own device. It shares an array's memory if possible."""
+    """What a user passed, as a tensor without gradient on its own device. It shares an array's memory if possible.
+
+    Raises:
+        InputError: an array of a type that tensors do not have.
+    """
     if isinstance(values, Tensor):
         return values.detach()
     array = np.ascontiguousarray(values)
-    return torch.from_numpy(array if array.flags.writeable else array.copy())  # PyTorch warns about read-only ones
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    try:
+        return torch.from_numpy(array if array.flags.writeable else array.copy())  # PyTorch warns about read-only ones
+    except TypeError:
+        raise InputError(f"values are of type {array.dtype}; expected numbers of at most 64 bits") from None
 
 
 def as_array(values: ArrayLike | Tensor) -> NDArray[Any]:

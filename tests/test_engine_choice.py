@@ -188,6 +188,60 @@ def test_a_failing_engine_is_logged_and_not_taken(
     assert told in fallbacks(), "and logged again"
 
 
+@pytest.mark.parametrize("reason", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_an_engine_that_found_no_memory_is_measured_again(
+    network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch, reason: Exception
+) -> None:
+    """Another program may have held it."""
+    timed.update(onnxruntime=0.1, eager=0.2)
+    take = measure._seconds
+
+    def fail(engine: Engine, network: UNet328) -> float:
+        if engine.name == "onnxruntime":
+            raise reason
+        return take(engine, network)
+
+    monkeypatch.setattr(measure, "_seconds", fail)
+    assert make_engine(network, device=CPU).name == "eager"
+    monkeypatch.setattr(measure, "_seconds", take)
+    assert make_engine(network, device=CPU).name == "onnxruntime"
+
+
+def test_an_engine_that_paints_something_else_is_asked_again(
+    network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be this checkpoint's weights, which are not measured with the next."""
+    timed.update(onnxruntime=0.1, eager=0.2)
+    same = measure._levels
+    monkeypatch.setattr(
+        measure, "_levels", lambda engine, _: torch.full((1, 3, 20, 20), {"onnxruntime": 9.0}.get(engine.name, 0.0))
+    )
+    assert make_engine(network, device=CPU).name == "eager"
+    monkeypatch.setattr(measure, "_levels", same)
+    assert make_engine(network, device=CPU).name == "onnxruntime"
+
+
+def test_a_cpu_s_engines_are_measured_on_one_core_as_they_render(
+    network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed.update(onnxruntime=0.1, eager=0.2)
+    build, take, threads = Declaration.build, measure._seconds, []
+
+    def count(*given: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return build(*given) if len(given) > 2 else take(*given)
+
+    monkeypatch.setattr(Declaration, "build", count)
+    monkeypatch.setattr(measure, "_seconds", count)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        make_engine(network, device=CPU)
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [1, 1] * 2
+
+
 def test_one_engine_alone_is_not_measured(
     network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +282,7 @@ def test_engines_of_our_own_kernels_need_what_the_kernels_need(
 def test_an_engine_that_crashes_the_gpu_is_tried_only_once(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
     """Like an illegal memory access: after it nothing on CUDA works in this process, not even the chosen engine."""
     cuda, figures = torch.device("cuda"), {"gluon": math.inf, "fused": math.inf, "eager": 1.0}
+    eager = cast(Engine, SimpleNamespace(name="eager"))
     kept: list[dict[str, float]] = []
 
     def lost(device: torch.device) -> None:
@@ -235,7 +290,7 @@ def test_an_engine_that_crashes_the_gpu_is_tried_only_once(network: UNet328, mon
 
     for name, value in (
         ("contenders", lambda *_: [DECLARED["fused"], DECLARED["eager"]]),
-        ("measure", lambda *_: (figures, {"eager": SimpleNamespace(name="eager")})),
+        ("measure", lambda *_: measure.Measured(figures, {"eager": eager}, set())),
         ("recall", lambda *_: kept[-1] if kept else None),
         ("remember", lambda *given: kept.append(given[-1])),
     ):
@@ -401,8 +456,8 @@ def test_engines_are_compared_with_the_plainest(
     timed.update(dict.fromkeys(paints, 0.1))
     monkeypatch.setattr(measure, "_levels", lambda engine, network: torch.full((1, 3, 20, 20), paints[engine.name]))
     engines = [DECLARED["fused"], DECLARED["onnxruntime"], DECLARED["eager"]]
-    figures, built = measure.measure(network, CPU, torch.float32, engines)
-    assert figures["fused"] == math.inf and built.keys() == {"onnxruntime", "eager"}
+    figures, built, passing = measure.measure(network, CPU, torch.float32, engines)
+    assert figures["fused"] == math.inf and built.keys() == {"onnxruntime", "eager"} and passing == {"fused"}
 
 
 def test_an_engine_that_does_not_paint_the_same_twice_is_not_taken(

@@ -265,6 +265,15 @@ def test_single_frames_equal_those_of_the_clip(
         assert np.array_equal(found, clip[i])
 
 
+def test_a_seam_that_is_changed_is_changed_for_clips_too(tiny_model: MakeModel, template: Path) -> None:
+    generator, sound = FrameGenerator(tiny_model()), features(1)
+    generator.blend = "none"
+    (found,) = rendered(generator, template, sound)
+    image, points = one_frame(template, 1)
+    assert np.array_equal(found, generator.generate_frame(image, points, audio_windows(sound)[0]))
+    assert not np.array_equal(found, rendered(FrameGenerator(tiny_model()), template, sound)[0])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_audio_may_be_windows_or_rows_arrays_or_tensors(mode: Mode, tiny_model: MakeModel, template: Path) -> None:
     generator = FrameGenerator(tiny_model(mode), mode)

@@ -35,6 +35,24 @@ def test_a_replay_waits_for_the_one_before_it_on_another_stream(monkeypatch: pyt
     assert said == ["replay", "replay", "1 waits", "replay", "0 waits", "replay"]
 
 
+def test_inputs_are_overwritten_after_the_replay_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another stream than that replay's."""
+    said: list[str] = []
+    streams = [SimpleNamespace(wait_stream=lambda other, k=k: said.append(f"{k} waits")) for k in range(2)]
+    graph: Any = SimpleNamespace(replay=lambda: said.append("replay"))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[0])
+    memory = graphs._Memory()
+    monkeypatch.setattr(graphs, "capture", lambda step: (graphs._Captured(memory, graph, step), torch.zeros(2)))
+    step = GraphedStep(lambda values: values, torch.zeros(2))
+    copy = MagicMock(side_effect=lambda given: said.append("copy"))
+    step._inputs = [MagicMock(**{"__getitem__.return_value.copy_": copy})]
+    for k in range(2):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda k=k: streams[k])
+        step(torch.ones(2))
+    assert said == ["copy", "replay", "1 waits", "copy", "replay"]
+
+
 def test_a_replay_keeps_what_the_step_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory would be given away, and is still read."""
     monkeypatch.setattr(torch, "cuda", MagicMock(**{"current_device.return_value": 0}))

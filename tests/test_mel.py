@@ -56,6 +56,13 @@ def test_a_program_s_default_type_changes_nothing(monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_a_program_s_autocast_changes_nothing() -> None:
+    wave = np.sin(np.arange(8000, dtype=np.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = mel_spectrogram(wave)
+    assert torch.equal(found, mel_spectrogram(wave))
+
+
 def test_windows_follow_the_formula() -> None:
     columns = 400
     numbered = torch.arange(columns, dtype=torch.float32).expand(80, columns)

@@ -115,7 +115,7 @@ def test_the_speech_encoder_runs_without_it(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.parametrize("kind", [EagerEngine, CompiledEngine])
 def test_engines_run_without_it(kind: type[EagerEngine], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, although the network itself runs on the CPU here."""
-    monkeypatch.setattr("gpupipe.engines.eager.own_precision", lambda device: own_precision(CUDA))
+    monkeypatch.setattr("gpupipe.engines.eager.own_precision", lambda *_: own_precision(CUDA))
     found = []
 
     def look(*_: object) -> tuple[torch.Tensor, ...]:
@@ -127,3 +127,41 @@ def test_engines_run_without_it(kind: type[EagerEngine], monkeypatch: pytest.Mon
     engine.decode(engine.encode(torch.zeros(1, 6, 320, 320)), torch.tensor([0]), torch.zeros(1, 32, 16, 16))
     assert found == [(False, False)] * 2
     assert switches()[1:] == (True, True)
+
+
+def test_switches_that_follow_others_still_do() -> None:
+    """So that a program may go on with one setting for all."""
+    backends: Any = torch.backends
+    renamed = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+    before = [switch.fp32_precision for switch in renamed]
+    backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = True
+    try:
+        for switch in renamed:
+            switch.fp32_precision = "none"
+        backends.fp32_precision = "tf32"
+        with own_precision(CUDA):
+            pass
+        backends.fp32_precision = "ieee"
+        assert [switch.fp32_precision for switch in renamed] == ["ieee"] * 3
+    finally:
+        backends.fp32_precision = "none"
+        for switch, precision in zip(renamed, before, strict=True):
+            switch.fp32_precision = precision
+
+
+def test_a_cpu_s_products_are_left_as_they_were() -> None:
+    products: Any = torch.backends.mkldnn.matmul
+    torch.set_float32_matmul_precision("medium")
+    products.fp32_precision = "ieee"
+    try:
+        with own_precision(CUDA):
+            pass
+        assert products.fp32_precision == "ieee"
+    finally:
+        products.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_half_precision_needs_no_switch() -> None:
+    with own_precision(CUDA, torch.float16):
+        assert switches()[1:] == (True, True)

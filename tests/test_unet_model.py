@@ -78,6 +78,15 @@ def test_read_only_and_reversed_arrays_are_taken(tiny_model: MakeModel) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.array_equal(tiny_model().predict(fixed, backwards), expected)
+        swapped = image.numpy().astype(">f4"), audio.numpy().astype(">f8")
+        assert np.array_equal(tiny_model().predict(*swapped), expected), "the other byte order"
+
+
+@pytest.mark.parametrize("dtype", [np.longdouble, object])
+def test_types_that_tensors_do_not_have_are_refused(dtype: Any, tiny_model: MakeModel) -> None:
+    image, audio = network_inputs("ave")
+    with pytest.raises(InputError, match=r"^values are of type \w+; expected numbers of at most 64 bits$"):
+        tiny_model().predict(image, audio.numpy().astype(dtype))
 
 
 def test_engines_agree(tiny_model: MakeModel) -> None:
@@ -154,8 +163,9 @@ def test_a_program_s_random_numbers_are_left_alone(
     engine: EngineName, tiny_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     torch.save(AudioEncoder().state_dict(), tmp_path / "encoder.pth")
+    checkpoint = tiny_checkpoint()
     before = torch.get_rng_state()
-    UNetModel(tiny_checkpoint(), device="cpu", engine=engine)
+    UNetModel(checkpoint, device="cpu", engine=engine)
     SpeechEncoder(tmp_path / "encoder.pth", "cpu")
     assert torch.equal(torch.get_rng_state(), before)
 

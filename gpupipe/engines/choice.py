@@ -58,8 +58,9 @@ def make_engine(
     if not figures and len(engines) > 1:
         names = " and ".join(one.name for one in engines)
         logger.info("engine: measuring %s on %s, once for this kind of network", names, device)
-        figures, built = measure(network, device, dtype, engines)
-        remember(network, device, dtype, figures)
+        measured = measure(network, device, dtype, engines)
+        figures, built = measured.figures, measured.engines
+        remember(network, device, dtype, measured.lasting)
         require_alive(device, f"run it again: what did it is remembered, and {fastest(figures)} runs instead")
     name = fastest(figures) if figures else engines[0].name
     for one in candidates(device, dtype):

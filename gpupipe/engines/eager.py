@@ -36,7 +36,7 @@ class EagerEngine:
     @torch.inference_mode()
     def encode(self, image: Tensor) -> Features:
         """As :meth:`Engine.encode`."""
-        with own_precision(self.device):
+        with own_precision(self.device, self.dtype):
             features = self._encode(self._given(image))
         if self._layout == torch.channels_last:
             features = tuple(value.permute(0, 2, 3, 1) for value in features)
@@ -48,7 +48,7 @@ class EagerEngine:
         gathered = tuple(features[f"x{i}"].index_select(0, index) for i in range(1, 7))
         if self._layout == torch.channels_last:
             gathered = tuple(value.permute(0, 3, 1, 2) for value in gathered)
-        with own_precision(self.device):
+        with own_precision(self.device, self.dtype):
             return self._decode(gathered, self._given(audio))
 
     def _given(self, values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from gpupipe.engines.base import BATCH_SIZES, Declaration, Engine
 from gpupipe.errors import DeviceError, first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.graphs import replayed
+from gpupipe.lanes import map_in_lanes
 from gpupipe.models.unet328 import UNet328, random_inputs
 
 _RUNS = 3
@@ -38,9 +40,27 @@ Figures = dict[str, float]
 """Milliseconds per frame of the speech half, by engine; infinite for an engine that failed."""
 
 
-def measure(
-    network: UNet328, device: torch.device, dtype: torch.dtype, engines: Sequence[Declaration]
-) -> tuple[Figures, dict[str, Engine]]:
+class Measured(NamedTuple):
+    """What a measurement found.
+
+    Attributes:
+        figures: of all engines.
+        engines: those that work.
+        passing: names of those that failed, but need not fail next time: there was no memory, or they did not paint
+            what the plainest one paints from these weights.
+    """
+
+    figures: Figures
+    engines: dict[str, Engine]
+    passing: set[str]
+
+    @property
+    def lasting(self) -> Figures:
+        """The figures to be remembered."""
+        return {name: ms for name, ms in self.figures.items() if name not in self.passing}
+
+
+def measure(network: UNet328, device: torch.device, dtype: torch.dtype, engines: Sequence[Declaration]) -> Measured:
     """Time each engine's speech half with the template's half cached, which is how most frames of a clip are rendered.
 
     An engine that fails, or does not paint what the plainest one paints, is noted as a fallback and counts as
@@ -50,14 +70,19 @@ def measure(
         engines: in the expected order of speed. They are built in reverse: the plainest comes first, and the others
             are compared with it.
 
-    Returns:
-        the figures, and the engines that work.
-
     Raises:
         DeviceError: no engine works; the message gives the reason for each.
     """
+    if device.type == "cpu":  # as by a render, in which PyTorch keeps to one core
+        (found,) = map_in_lanes(lambda engines: _measure(network, device, dtype, engines), [engines], 1)
+        return found
+    return _measure(network, device, dtype, engines)
+
+
+def _measure(network: UNet328, device: torch.device, dtype: torch.dtype, engines: Sequence[Declaration]) -> Measured:
     figures: Figures = {}
     built: dict[str, Engine] = {}
+    passing: set[str] = set()
     reasons: list[str] = []
     plain: Tensor | None = None
     for declared in reversed(engines):
@@ -67,13 +92,15 @@ def measure(
             levels = _levels(engine, network)
             if plain is not None:
                 if not _agree(levels, plain, dtype):
-                    raise DeviceError("paints something else than the network")
+                    raise _PaintsOtherwise("paints something else than the network")
                 if not torch.equal(_levels(engine, network), levels):  # engines are deterministic, so threads race
                     raise DeviceError("does not paint the same twice")
             figures[name] = 1000 * _seconds(engine, network)
         except Exception as error:  # compilers raise what they like
             reasons.append(f"{name}: {first_line(error)}")
             figures[name] = math.inf
+            if isinstance(error, torch.OutOfMemoryError | MemoryError | _PaintsOtherwise):
+                passing.add(name)
             continue
         built[name] = engine
         plain = levels if plain is None else plain
@@ -81,7 +108,11 @@ def measure(
         raise DeviceError(f"no engine works on {device}: {'; '.join(reasons)}")
     for reason in reasons:
         note_fallback(f"engine {reason}: {fastest(figures)} runs instead")
-    return figures, built
+    return Measured(figures, built, passing)
+
+
+class _PaintsOtherwise(DeviceError):
+    """An engine's mouths differ from the plainest one's."""
 
 
 def fastest(figures: Figures) -> str:
