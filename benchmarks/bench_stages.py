@@ -25,12 +25,14 @@ from gpupipe.benchmarks.scenario import Scenario
 from gpupipe.engines import EngineName
 from gpupipe.features import SpeechFeatures
 from gpupipe.kernels import crop_resize, nv12, paste_blend
-from gpupipe.lanes import map_in_lanes
+from gpupipe.lanes import available_cores, map_in_lanes
 from gpupipe.models.hoisted import SpeechHalf, TemplateHalf
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
+from gpupipe.schedule import frame_rate
 from gpupipe.seam import FEATHER
 from gpupipe.template import Template, numbered_files
 from gpupipe.unet_model import UNetModel
+from gpupipe.video.codecs import segment_length
 from gpupipe.video.decode import read_images
 from gpupipe.video.encode import VideoWriter
 
@@ -50,6 +52,7 @@ class Stage:
         where: ``lanes`` runs frames side by side on CPU cores or as a batch on the GPU; ``host`` has its own threads.
         moved: the fewest bytes that a frame's stage can read and write.
         operations: the fewest that are known to give a frame the same result.
+        laps: how often it goes through the frames in a run.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Stage:
     where: Literal["lanes", "host"]
     moved: int
     operations: int = 0
+    laps: int = 1
 
 
 class Step:
@@ -106,8 +110,15 @@ class Step:
             Stage("network, speech half", "frame", self._speech_half, "lanes", *speech_half),
             Stage("paste", "frame", self._paste, "lanes", paste),
             Stage("convert", "template frame", self._convert, "lanes", convert),
-            Stage("encode", "frame", self._encode, "host", frame // 2),
+            Stage("encode", "frame", self._encode, "host", frame // 2, laps=self._laps),
         ]
+
+    @property
+    def _laps(self) -> int:
+        """How often the frames are encoded: on a GPU's machine so often that each of its cores gets a segment."""
+        if self.device.type != "cuda":
+            return 1
+        return -(-available_cores() * segment_length(frame_rate(self._scenario.fps)) // len(self.frames))
 
     def _decode(self, index: Tensor) -> Tensor:
         paths = [self._paths[i] for i in self.frames[index].tolist()]
@@ -148,8 +159,9 @@ class Step:
     def _encode(self, index: Tensor) -> None:
         width, height = self._scenario.size
         path = self._folder / "stage.mp4"
-        with VideoWriter(path, width=width, height=height, fps=self._scenario.fps) as writer:
-            for batch in self._backgrounds[_slice(index)].split(8):
+        how: dict[str, Any] = {"fps": self._scenario.fps, "device": self.device}
+        with VideoWriter(path, width=width, height=height, segmented=self.device.type == "cuda", **how) as writer:
+            for batch in self._backgrounds[_slice(index)].split(8) * self._laps:
                 writer.write(batch)
 
 
@@ -183,7 +195,8 @@ def network_costs(network: UNet328, dtype: torch.dtype, batch: int = 1) -> tuple
 
 
 def seconds_a_frame(stage: Stage, count: int, device: torch.device, *, rounds: int) -> Spread:
-    """Seconds of a stage for one frame, measured over ``count`` frames; a first pass does not count."""
+    """Seconds of a stage for one frame, measured over ``count`` frames, or more laps of them; a first pass does not
+    count."""
     every = torch.arange(count)
     if stage.where == "host":
         spread = measure(lambda: stage.run(every), rounds=rounds, device=device)
@@ -191,7 +204,7 @@ def seconds_a_frame(stage: Stage, count: int, device: torch.device, *, rounds: i
         spread = seconds_of(lambda: stage.run(every), device, rounds=rounds)
     else:
         spread = measure(lambda: deque(map_in_lanes(stage.run, every.split(1)), maxlen=0), rounds=rounds)
-    return spread.map(lambda seconds: seconds / count)
+    return spread.map(lambda seconds: seconds / (count * stage.laps))
 
 
 @torch.inference_mode()

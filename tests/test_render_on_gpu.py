@@ -214,10 +214,12 @@ def test_second_gpu_matches_the_cpu(rendered: Callable[..., np.ndarray], templat
     assert nearly_equal(found, expected)
 
 
-def test_doctor_has_tried_what_it_says(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_has_tried_what_it_says(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[str] = []
     monkeypatch.setattr("gpupipe.video.decode.note_fallback", noted.append)
-    read_images(sorted((template / "full_body_img").iterdir()), device="cuda", exact=False)
+    full_chroma = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]  # it is not asked for others
+    cv2.imwrite(str(tmp_path / "0.jpg"), cv2.imread(str(template / "full_body_img" / "0.jpg")), full_chroma)
+    read_images([tmp_path / "0.jpg"], device="cuda", exact=False)
     found = examine("cuda")
     assert found["render"]["device"].startswith("cuda")
     assert (found["can"]["nvJPEG"] == "yes") == (not noted), noted

@@ -213,7 +213,9 @@ def _jpeg(rgb: Tensor, quality: int) -> bytes:
     """Encode uint8 (3, H, W), which must be computed already, as a JPEG.
 
     torchvision waits for the stream that was current when it first encoded: if that were the stream of rendering, each
-    frame would wait for all that is queued there.
+    frame would wait for all that is queued there. Where a program has encoded JPEGs on this GPU before, it is another
+    one's, and nothing orders our copy of the JPEG after its encoding: such a program should not have gpupipe encode
+    them.
     """
     from torchvision.io import encode_jpeg  # noqa: PLC0415 - takes a second
 
