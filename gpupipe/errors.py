@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import operator
 from pathlib import Path
+from typing import SupportsIndex
 
 
 class GpupipeError(Exception):
@@ -45,6 +47,18 @@ def output_error(path: object, error: OSError, what: str = "written") -> OutputE
     if error.errno == errno.ENOENT and not folder.exists():
         reason = f"there is no folder {folder}"
     return kind(f"{path}: cannot be {what}: {reason}")
+
+
+def whole_number(value: SupportsIndex, what: str, expected: str) -> int:
+    """Return a number that counts something.
+
+    Raises:
+        InputError: it is not of an integer type: ``what`` it is, and what was ``expected``.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise InputError(f"{what} is {value!r}; expected {expected}") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpupipe.avatar import Avatar
 from gpupipe.engines.base import BATCH_SIZES
-from gpupipe.errors import InputError
+from gpupipe.errors import InputError, whole_number
 from gpupipe.fallbacks import note_fallback
 from gpupipe.features import SpeechFeatures
 from gpupipe.image_processor import Image, ImageProcessor
@@ -281,7 +281,7 @@ def check_limits(batch_size: int | None, memory_budget: int | None) -> None:
     Raises:
         InputError: names the option and what is expected.
     """
-    if batch_size is not None and batch_size < 1:
+    if batch_size is not None and whole_number(batch_size, "batch size", "1 or more") < 1:
         raise InputError(f"batch size is {batch_size}; expected 1 or more")
     if memory_budget is not None and memory_budget < 0:
         raise InputError(f"memory budget is {memory_budget}; expected 0 or more bytes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -62,10 +63,17 @@ class ImageProcessor:
         return pixels[ymin:ymax, xmin:xmax].numpy().copy(), box
 
     def resize_image(self, image: Image | Tensor, size: tuple[int, int]) -> Image:
-        """Cubic resize to ``size`` = (width, height), as OpenCV's ``INTER_CUBIC``."""
-        width, height = size
+        """Cubic resize to ``size`` = (width, height), as OpenCV's ``INTER_CUBIC``.
+
+        Raises:
+            InputError: a size that is not of whole numbers, each 1 or more.
+        """
+        try:
+            width, height = map(operator.index, size)
+        except (TypeError, ValueError):
+            width = height = 0
         if width < 1 or height < 1:
-            raise InputError(f"size is {size}; expected (width, height), each 1 or more")
+            raise InputError(f"size is {size}; expected (width, height), each 1 or more and whole")
         return _hwc(cubic_resize(_chw(_image(image, "image")), width, height))
 
     def create_masked_region(self, image: Image | Tensor) -> Image:

@@ -14,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from gpupipe.errors import InputError
+from gpupipe.errors import InputError, whole_number
 
 WINDOW_ROWS = 16
 """Rows of speech features in a frame's window."""
@@ -88,10 +88,12 @@ def template_indices(start: int, stop: int, length: int, start_frame: int = 0) -
         int64 (stop − start,).
 
     Raises:
-        InputError: ``start_frame`` outside ``[0, length)``.
+        InputError: ``start_frame`` is no whole number, or outside ``[0, length)``.
     """
+    expected = f"0 to {length - 1}: the template has {length} frames"
+    start_frame = whole_number(start_frame, "start frame", expected)
     if not 0 <= start_frame < length:
-        raise InputError(f"start frame is {start_frame}; expected 0 to {length - 1}: the template has {length} frames")
+        raise InputError(f"start frame is {start_frame}; expected {expected}")
     last = length - start_frame - 1
     step = np.arange(start + 1, stop + 1, dtype=np.int64)
     if last == 0:

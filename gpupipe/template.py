@@ -112,7 +112,8 @@ class Template:
         if clip is not None:
             start_frame, count = clip
             shown = times_shown(count, self.length, start_frame) > 0
-        self._check_files(np.flatnonzero(~shown))
+        for files in filter(None, (self._images, self._parsing)):
+            self._check_files(np.flatnonzero(~shown), files)
         self.frames = FrameCache(self.length, self._decode, budget=budget, device=self.device, cacheable=shown)
         wanted = np.flatnonzero(shown)
         for start in range(0, len(wanted), _LOAD_BATCH):  # decoding checks them
@@ -173,16 +174,19 @@ class Template:
 
     def _read_images(self, files: list[Path], frames: NDArray[np.int64], *, exact: bool = True) -> Tensor:
         paths = [files[i] for i in frames]
-        pixels = read_images(paths, device=self.device, exact=exact)
+        try:
+            pixels = read_images(paths, device=self.device, exact=exact)
+        except InputError:
+            self._check_files(frames, files)  # the one of another size may be the first, with which it compares
+            raise
         self._check_size(paths[0], *pixels.shape[1:3])
         return pixels
 
-    def _check_files(self, frames: NDArray[np.int64]) -> None:
-        """Check the files of frames that are not decoded."""
-        for files in filter(None, (self._images, self._parsing)):
-            paths = [files[i] for i in frames]
-            for path, size in zip(paths, image_sizes(paths), strict=True):
-                self._check_size(path, *size)
+    def _check_files(self, frames: NDArray[np.int64], files: list[Path]) -> None:
+        """Check the files of frames without decoding them."""
+        paths = [files[i] for i in frames]
+        for path, size in zip(paths, image_sizes(paths), strict=True):
+            self._check_size(path, *size)
 
     def _check_size(self, path: Path, height: int, width: int) -> None:
         if (height, width) != (self.height, self.width):

@@ -391,6 +391,7 @@ def test_start_outside_the_template_fails_before_a_frame_is_rendered(
     [
         ({"mode": "wenet"}, r"mode is 'wenet'; expected the model's, 'ave'"),
         ({"batch_size": 0}, r"batch size is 0; expected 1 or more"),
+        ({"batch_size": 2.5}, r"batch size is 2\.5; expected 1 or more"),
         ({"blend": "soft"}, r"blend is 'soft'; expected feather or none"),
         ({"feather": -2.0}, r"feather is -2.0; expected a width"),
     ],

@@ -77,10 +77,18 @@ def test_resize_is_opencv_s(size: tuple[int, int]) -> None:
     assert not EXACT_RESIZE.holds(processor.resize_image(noise(), size), cv2.resize(noise(), size))
 
 
-@pytest.mark.parametrize("size", [(0, 10), (10, -1)])
-def test_resize_to_nothing(size: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match=r"^size is \(.*\); expected \(width, height\), each 1 or more"):
+@pytest.mark.parametrize("size", [(0, 10), (10, -1), (328.0, 328.0), (1, 2, 3)])
+def test_resize_to_what_is_no_size(size: Any) -> None:
+    with pytest.raises(InputError, match=r"^size is \(.*\); expected \(width, height\), each 1 or more and whole$"):
         processor.resize_image(noise(), size)
+
+
+def test_a_size_of_numpy_s_integers_leaves_later_ones_alone() -> None:
+    """Weights are kept by size, and NumPy's smallest integers overflow in them."""
+    size = (200, 177)
+    found = [processor.resize_image(noise(), one) for one in (np.array(size, np.uint8), size)]  # type: ignore[arg-type]
+    EXACT_RESIZE.check(found[0], opencv_resize(noise(), size))
+    assert np.array_equal(*found)
 
 
 # ── the network's image ───────────────────────────────────────────────────────────────────────────────────────────────

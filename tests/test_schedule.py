@@ -44,6 +44,11 @@ def test_any_part_can_be_asked_for_alone(start: int, stop: int) -> None:
     assert template_indices(start, stop, 9).tolist() == [whole[i % period] for i in range(start, stop)]
 
 
+def test_start_between_two_frames_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"^start frame is 1\.5; expected 0 to 3: the template has 4 frames$"):
+        template_indices(0, 1, 4, 1.5)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("length", "start_frame"), [(4, 4), (4, -1), (4, 100), (1, 1)])
 def test_start_outside_the_template_is_an_error(length: int, start_frame: int) -> None:
     with pytest.raises(InputError, match=f"^start frame is {start_frame}; expected 0 to {length - 1}: .* {length} "):

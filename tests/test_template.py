@@ -239,6 +239,13 @@ def test_sizes_that_differ(size: tuple[int, int], i: int, template: Path) -> Non
     assert f"is {size[0]}×{size[1]}; expected {WIDTH}×{HEIGHT} as" in refusal(template, path)
 
 
+def test_the_first_frame_shown_is_of_another_size(template: Path) -> None:
+    """It is not what the others are compared with."""
+    cv2.imwrite(str(frame_file(template, 1)), np.zeros((50, 64, 3), np.uint8))
+    with pytest.raises(InputError, match=rf"1\.jpg: is 64×50; expected {WIDTH}×{HEIGHT} as .*0\.jpg"):
+        Template.from_directory(template, clip=(0, 2))
+
+
 def test_size_that_differs_in_another_loading_batch(make_template: MakeTemplate, tmp_path: Path) -> None:
     folder = make_template(tmp_path, frames=18, size=(64, 48))
     for i in (16, 17):
