@@ -62,6 +62,10 @@ def test_on_a_noisy_machine_only_ratios_are_compared(then: Spread) -> None:
     assert verdict.worse
 
 
+def test_a_spread_in_another_unit_keeps_its_order() -> None:
+    assert Spread(1, 2, 4, 3).map(lambda seconds: 1 / seconds) == Spread(0.25, 0.5, 1, 3)
+
+
 @pytest.mark.parametrize("then", [Spread(100, 100, 100, 1), Spread(99, 100, 101, 2)], ids=["once", "twice"])
 def test_the_noise_of_too_few_measurements_is_taken_for_ten_percent(then: Spread) -> None:
     [verdict] = verdicts(made(QUIET, "ratio"), made(then, "ratio"))

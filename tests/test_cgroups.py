@@ -16,6 +16,8 @@ V2 = {"own": "0::/a/b\n", "a/cpu.max": "250000 100000\n", "a/b/cpu.max": "max 10
 V2 |= {"a/b/memory.max": f"{512 * MiB}\n", "a/b/memory.current": f"{300 * MiB}\n", "a/memory.max": "max\n"}
 V2 |= {"a/memory.current": f"{400 * MiB}\n", "a/b/memory.stat": f"anon 5\ninactive_file {100 * MiB}\nactive_file 7\n"}
 
+BOTH = V2 | {"a/b/cpu.max": "300000 100000\n", "a/memory.max": f"{450 * MiB}\n"}  # the enclosing group has less left
+
 V1 = {"own": "5:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n0::/docker/x\n"}  # the host's path: here it is the root
 V1 |= {"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}
 V1 |= {"memory/memory.limit_in_bytes": f"{256 * MiB}\n", "memory/memory.usage_in_bytes": f"{200 * MiB}\n"}
@@ -39,7 +41,14 @@ def groups(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("groups", "quota", "left"),
-    [(V2, 2.5, 312 * MiB), (V1, 1.5, 64 * MiB), (FREE, None, 2**63 - 4096 - 1000), (FULL, None, 0), ({}, None, None)],
+    [
+        (V2, 2.5, 312 * MiB),
+        (BOTH, 2.5, 50 * MiB),
+        (V1, 1.5, 64 * MiB),
+        (FREE, None, 2**63 - 4096 - 1000),
+        (FULL, None, 0),
+        ({}, None, None),
+    ],
     indirect=["groups"],
 )
 @pytest.mark.usefixtures("groups")

@@ -99,6 +99,24 @@ def test_what_changed_is_done_again(farmed: Path, farm_jobs: Jobs, tmp_path: Pat
     assert videos(out)["deep/er/2.mp4"] == videos(farmed)["deep/er/2.mp4"]
 
 
+def test_what_another_version_made_is_done_again(
+    farmed: Path, farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(farmed, tmp_path / "out"))
+    monkeypatch.setattr(ledger, "__version__", "0")
+    record = farm(farm_jobs[2:], out)
+    assert (record.done, record.skipped) == (1, 0)
+
+
+def test_a_device_is_not_read_for_its_hash(farm_jobs: Jobs, tmp_path: Path) -> None:
+    """Another than /dev/null might never end, and a pipe would block: whoever opens it says so."""
+    (tmp_path / "empty.wav").touch()
+    sounds = {"empty.mp4": tmp_path / "empty.wav", "device.mp4": "/dev/null"}
+    jobs = [farm_jobs[1] | {"audio": str(sound), "output": name} for name, sound in sounds.items()]
+    empty, device = map(ledger.Fingerprints().of, read_jobs(write_jobs(tmp_path / "jobs.jsonl", jobs)))
+    assert device != empty
+
+
 def test_what_changed_during_a_run_is_done_again(farm_jobs: Jobs, tmp_path: Path) -> None:
     """A face is kept from clip to clip: the second of these shows it as it was."""
     face = Path(shutil.copytree(farm_jobs[2]["template"], tmp_path / "face"))

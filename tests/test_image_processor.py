@@ -242,6 +242,10 @@ def test_tensors_and_views_are_taken_wherever_arrays_are() -> None:
     assert np.array_equal(found, processor.paste_generated_region(frame, mouth, box, (100, 100)))
 
 
+def test_an_array_of_the_other_byte_order_is_taken() -> None:
+    assert torch.equal(transfer.as_tensor(np.arange(3, dtype=">f4")), torch.arange(3.0))
+
+
 def test_a_tensor_with_a_gradient_is_taken_without_it() -> None:
     learnt = torch.ones(3, requires_grad=True)
     taken = transfer.as_tensor(learnt)

@@ -145,9 +145,11 @@ def test_frames_of_a_batch_do_not_see_each_other() -> None:
     assert torch.equal(to_nv12(batch), torch.stack([to_nv12(frame[None])[0] for frame in batch]))
 
 
-def test_a_frame_larger_than_what_is_converted_at_once() -> None:
-    wide = torch.randint(0, 256, (1, 4, 40_000, 3), dtype=torch.uint8)
-    assert torch.equal(to_nv12(wide)[:, :, :100], to_nv12(wide[:, :, :100]))
+@pytest.mark.parametrize(("width", "height"), [(40_000, 4), (1280, 104)])  # less than two rows at once, and 51
+def test_a_frame_larger_than_what_is_converted_at_once(width: int, height: int) -> None:
+    frame = torch.randint(0, 256, (1, height, width, 3), dtype=torch.uint8)
+    found = to_nv12_torch(frame, torch.zeros(1, height * 3 // 2, width, dtype=torch.uint8))
+    assert torch.equal(found[:, :, :100], to_nv12(frame[:, :, :100]))
 
 
 @pytest.mark.skipif(llvm_obstacle() is not None, reason=f"LLVM kernels do not run here: {llvm_obstacle()}")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gpupipe.errors import DeviceError
 from gpupipe.farm.jobs import Job
 from gpupipe.farm.residents import AvatarKey, Residents
 from gpupipe.template import template_size
@@ -41,6 +42,13 @@ def test_jobs_share_avatars_and_networks(jobs: list[Job]) -> None:
     soft, _ = residents.get(jobs[0].model_copy(update={"feather": 3.0}), "nv12")
     assert soft.feather == 3.0
     assert len(residents) == 3
+
+
+def test_a_network_is_as_exact_as_its_job_asks(jobs: list[Job]) -> None:
+    """The two contradict each other, on any machine."""
+    wrong = jobs[0].model_copy(update={"exact": True, "precision": "bfloat16"})
+    with pytest.raises(DeviceError, match="expected float32 with exact"):
+        Residents("cpu").get(wrong, "nv12")
 
 
 @pytest.mark.parametrize(

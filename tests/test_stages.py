@@ -123,6 +123,15 @@ def test_the_thread_with_the_most_to_do_bounds(clock: Clock) -> None:
     assert stages.bound(cores=5).startswith("the lanes (62% busy)")
 
 
+def test_lanes_are_busy_as_one(clock: Clock) -> None:
+    """Two that are half busy are not one that is busy all the time."""
+    stages = Stages()
+    in_thread("lane_0", lambda: clock.work_in(stages, "speech half", 4))
+    in_thread("lane_1", lambda: clock.work_in(stages, "speech half", 2))
+    in_thread("encode clip.mp4", lambda: clock.work_in(stages, "encode", 4))
+    assert stages.bound(cores=4).startswith("the encoders (40% busy)")
+
+
 def test_busy_cores_bound(clock: Clock) -> None:
     stages = Stages()
     clock.work_in(stages, "speech half", 10)

@@ -114,6 +114,15 @@ def test_a_writer_closes_its_sound(tmp_path: Path) -> None:
     assert not is_open() and writer.frames == 12
 
 
+def test_sound_stands_beside_its_picture(tmp_path: Path) -> None:
+    """A player that reads a file as it comes would wait for sound at its end."""
+    sound = write_click(tmp_path / "click.wav", 30)
+    write(tmp_path / "clip.mp4", moving_picture(64, 48, count=30), fps=1, sound=sound)
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        order = sorted((packet.pos, packet.stream.type) for packet in container.demux() if packet.size)
+    assert "audio" in [kind for _, kind in order[:10]]
+
+
 @pytest.mark.parametrize("codec", ["h264", "hevc"])
 def test_chroma_is_tagged_as_centred(codec: str, tmp_path: Path) -> None:
     """Only the parameter sets say so, and only FFmpeg's log shows them: a container has no such tag."""
@@ -250,6 +259,7 @@ def test_preset_trades_size_for_time(tmp_path: Path) -> None:
     ("codec", "preset", "message"),
     [
         ("libx264", "p4", r"^libx264 does not open with preset 'p4'"),
+        ("libx265", "p4", r"^libx265 does not open with preset 'p4'"),
         ("mjpeg", "fast", "preset is 'fast' and mjpeg has none"),
     ],
 )
