@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 setup: $(VENV)/.development
 
 $(VENV)/.installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
@@ -30,7 +30,7 @@ lint: setup
 # For Python 3.10 there are older packages only, whose types are wrong here and there.
 types: setup
 	mkdir -p build/types/gpupipe
-	ln -sfn $(wildcard $(CURDIR)/gpupipe/*) $(CURDIR)/kernels $(CURDIR)/models $(CURDIR)/benchmarks build/types/gpupipe/
+	ln -sfn "$(CURDIR)"/gpupipe/* "$(CURDIR)"/kernels "$(CURDIR)"/models "$(CURDIR)"/benchmarks build/types/gpupipe/
 	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info >= (3, 11))'; \
 	then echo "types: not checked with Python 3.10"; \
 	else cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml; fi

@@ -28,6 +28,7 @@ from gpupipe.benchmarks.scenario import Scenario, chosen
 from gpupipe.device import find_device
 from gpupipe.engines import EngineName
 from gpupipe.errors import InputError
+from gpupipe.files import check_writable, make_folder
 from gpupipe.kernels.dispatch import backend
 from gpupipe.models import Mode
 from gpupipe.unet_model import UNetModel
@@ -86,6 +87,8 @@ def run(options: Options, say: Say) -> Report:
         DeviceError: a device or engine that is not there.
     """
     _check(options)
+    if options.record:
+        check_writable(make_folder(options.results) / "rows.jsonl")
     device = str(find_device(options.device))
     with tempfile.TemporaryDirectory(prefix="gpupipe-bench-") as name, torch.inference_mode():
         folder = Path(name)
@@ -167,14 +170,15 @@ def _sweep(scenario: Scenario, options: Options, folder: Path, device: str, say:
     how: dict[str, Any] = {"device": device, "crf": options.crf, "rounds": options.rounds, "values": options.values}
     how["say"] = say
     if options.sweep == "batch":
-        yield from sweeps.batch_rows(scenario, folder, frames=options.frames, **how)
+        yield from sweeps.batch_rows(scenario, folder, frames=options.frames, engine=options.engine, **how)
     elif options.sweep == "length":
         yield from sweeps.length_rows(scenario, folder, **how)
     else:
         reference = importlib.util.find_spec("cv2") is not None
         if not reference:
             say(NO_OPENCV)
-        yield from sweeps.resolution_rows(scenario, folder, frames=options.frames, reference=reference, **how)
+        how |= {"frames": options.frames, "engine": options.engine, "reference": reference}
+        yield from sweeps.resolution_rows(scenario, folder, **how)
 
 
 def _look_into(scenario: Scenario, options: Options, folder: Path, device: str, say: Say) -> None:

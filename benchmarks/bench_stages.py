@@ -48,11 +48,11 @@ class Stage:
 
     Attributes:
         once: it runs once for each of these.
-        run: does it for the frames of an index: consecutive numbers, int64 on the CPU.
+        run: does it for the frames of an index: consecutive numbers, int64 on the CPU; they may come several times.
         where: ``lanes`` runs frames side by side on CPU cores or as a batch on the GPU; ``host`` has its own threads.
         moved: the fewest bytes that a frame's stage can read and write.
         operations: the fewest that are known to give a frame the same result.
-        laps: how often it goes through the frames in a run.
+        laps: how often it goes through the frames when it is timed.
     """
 
     name: str
@@ -160,8 +160,9 @@ class Step:
         width, height = self._scenario.size
         path = self._folder / "stage.mp4"
         how: dict[str, Any] = {"fps": self._scenario.fps, "device": self.device}
+        frames = self._backgrounds[_slice(index)]
         with VideoWriter(path, width=width, height=height, segmented=self.device.type == "cuda", **how) as writer:
-            for batch in self._backgrounds[_slice(index)].split(8) * self._laps:
+            for batch in frames.split(8) * (len(index) // len(frames)):
                 writer.write(batch)
 
 
@@ -197,14 +198,14 @@ def network_costs(network: UNet328, dtype: torch.dtype, batch: int = 1) -> tuple
 def seconds_a_frame(stage: Stage, count: int, device: torch.device, *, rounds: int) -> Spread:
     """Seconds of a stage for one frame, measured over ``count`` frames, or more laps of them; a first pass does not
     count."""
-    every = torch.arange(count)
+    every = torch.arange(count).repeat(stage.laps)
     if stage.where == "host":
         spread = measure(lambda: stage.run(every), rounds=rounds, device=device)
     elif device.type == "cuda":
         spread = seconds_of(lambda: stage.run(every), device, rounds=rounds)
     else:
         spread = measure(lambda: deque(map_in_lanes(stage.run, every.split(1)), maxlen=0), rounds=rounds)
-    return spread.map(lambda seconds: seconds / (count * stage.laps))
+    return spread.map(lambda seconds: seconds / len(every))
 
 
 @torch.inference_mode()

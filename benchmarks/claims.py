@@ -32,7 +32,7 @@ CLAIMS = (
     Claim("predecessor, Swift on iOS", 48, "iPhone", "1280×720", *PREDECESSOR),
     Claim("LiveTalking, wav2lip256", 60, "RTX 3060", "inference only", *LIVETALKING),
     Claim("LiveTalking, MuseTalk", 72, "RTX 4090", "inference only", *LIVETALKING),
-    Claim("Ultralight-Digital-Human", 100, "RTX 2080", "model loop at 160², about", *ULTRALIGHT),
+    Claim("Ultralight-Digital-Human", 100, "RTX 2080", "loop at 160², about", *ULTRALIGHT),
     Claim("LiveTalking, wav2lip256", 120, "RTX 3080 Ti", "inference only", *LIVETALKING),
 )
 """By frames a second."""

@@ -10,15 +10,17 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
+from gpupipe.errors import InputError
+from gpupipe.files import make_folder
 from gpupipe.versions import device_name
 from gpupipe.versions import versions as gpupipe_versions
 
@@ -215,9 +217,23 @@ Record = dict[str, Any]
 
 
 def read_rows(folder: Path = RESULTS) -> list[Record]:
-    """Every recorded row, oldest first."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
-    return sorted((json.loads(line) for line in lines), key=lambda row: str(row["time"]))
+    """Every recorded row, oldest first.
+
+    Raises:
+        InputError: a line that is no row.
+    """
+    rows: list[Record] = []
+    needed = [field.name for field in fields(Row)]
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            try:
+                found = json.loads(line)
+            except ValueError:
+                found = None
+            if not isinstance(found, dict) or not found.keys() >= {*needed}:
+                raise InputError(f"{path}: line {number} is no recorded row; expected JSON with {', '.join(needed)}")
+            rows.append(found)
+    return sorted(rows, key=lambda row: str(row["time"]))
 
 
 def append_rows(rows: Iterable[Row], folder: Path = RESULTS) -> list[Path]:
@@ -226,8 +242,15 @@ def append_rows(rows: Iterable[Row], folder: Path = RESULTS) -> list[Path]:
     for one in rows:
         slug = re.sub(r"[^a-z0-9]+", "-", one.device.lower()).strip("-")
         lines.setdefault(folder / f"{slug}.jsonl", []).append(json.dumps(one.as_dict(), ensure_ascii=False))
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for path, new in lines.items():
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in new)
+        with path.open("a+b") as file:
+            if file.tell() and not _ends_a_line(file):  # what came before was cut short
+                file.write(b"\n")
+            file.writelines(f"{line}\n".encode() for line in new)
     return list(lines)
+
+
+def _ends_a_line(file: BinaryIO) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

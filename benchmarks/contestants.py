@@ -322,7 +322,7 @@ def clip_rows(
     axis: str = "frames",
     value: float | str | None = None,
 ) -> list[Row]:
-    """Rows of all that was measured. Ratios are to the first contestant, taken within each turn.
+    """Rows of all that was measured. Ratios are to the reference loop, if it comes first, and taken within each turn.
 
     Stages have rows only on the axis ``frames``: a sweep records whole renders alone.
 
@@ -339,7 +339,7 @@ def clip_rows(
         def made(metric: str, unit: str, values: list[float], common: dict[str, Any] = common) -> Row:
             return row(Spread.of(values), metric=metric, unit=unit, **place, **common)
 
-        if one is not first:
+        if first.name == "reference_loop" and one is not first:
             ratios = [theirs / ours for theirs, ours in zip(first.seconds, one.seconds, strict=True)]
             rows.append(made("ratio", "×", ratios))
         rows.append(made("throughput", "frames/s", [frames / seconds for seconds in one.seconds]))

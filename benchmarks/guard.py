@@ -94,7 +94,7 @@ def compare(rows: Iterable[Row], recorded: Iterable[Record], is_ancestor: Callab
 
 @cache
 def is_ancestor(recorded: str) -> bool:
-    """Whether a recorded commit is the current one or an ancestor of it; outside a repository every commit is.
+    """Whether a recorded commit is the current one or an ancestor of it. Outside a repository, or without git, each is.
 
     A row that was recorded in a changed tree of the current commit (``-dirty``), where this one is changed too, is not
     from an earlier commit and does not count.
@@ -105,7 +105,10 @@ def is_ancestor(recorded: str) -> bool:
     if recorded.endswith("-dirty") and recorded == commit():
         return False
     command = ["git", "merge-base", "--is-ancestor", earlier, "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    except OSError:  # there is no git
+        return True
 
 
 def _noise(record: Record) -> float | None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from torch import nn
@@ -28,8 +27,9 @@ from gpupipe.features import FRAME_RATES, SpeechFeatures, save_features
 from gpupipe.landmarks import read_landmarks
 from gpupipe.models import MODES, Mode, load_unet
 from gpupipe.speech import SpeechEncoder
-from gpupipe.template import Template, numbered_files
+from gpupipe.template import Template, numbered_files, template_parts
 from gpupipe.video.decode import read_image
+from gpupipe.video.sound import mono_pieces, open_sound, to_int16
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,9 @@ class Scenario:
         """Write ``frames`` rows of features as ``.npy`` and the sound of as many frames as ``.wav`` into ``folder``."""
         features, sound = folder / f"{frames}.npy", folder / f"{frames}.wav"
         np.save(features, np.take(np.load(self.features), range(frames), axis=0, mode="wrap"))
-        with av.open(str(self.audio)) as container:
+        with open_sound(self.audio) as container:
             rate = container.streams.audio[0].rate
-            resampler = av.AudioResampler(format="s16", layout="mono", rate=rate)
-            pieces = [piece.to_ndarray() for frame in container.decode(audio=0) for piece in resampler.resample(frame)]
-        samples = np.concatenate(pieces, axis=1)[0]
+            samples = to_int16(np.concatenate(list(mono_pieces(self.audio, container, rate))))
         with wave.open(str(sound), "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)
@@ -99,11 +97,24 @@ def given(
     mode: Mode = "ave",
     width: float = 1.0,
 ) -> Scenario:
-    """A template of one's own; without a checkpoint, ``folder`` gets a network of random weights, which is as fast."""
+    """A template of one's own; without a checkpoint, ``folder`` gets a network of random weights, which is as fast.
+
+    Raises:
+        InputError: one of the files cannot be used, or no network has that width. Frames have to be images: the
+            reference loop and the stages read no video.
+    """
+    source, _, _ = template_parts(template)
+    if source.name != "full_body_img":
+        raise InputError(f"{template}: holds {source.name}; expected full_body_img/, which all that is measured reads")
     SpeechFeatures(features, mode)  # raises now if they cannot be used
+    open_sound(audio).close()  # so does this
     if checkpoint is None:
         checkpoint = folder / f"seeded-{mode}-{width:g}.pth"
-        torch.save(seeded_network(mode, width=width).state_dict(), checkpoint)
+        try:
+            network = seeded_network(mode, width=width)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        torch.save(network.state_dict(), checkpoint)
     return _scenario(template.resolve().name, template, features, audio, checkpoint, mode)
 
 

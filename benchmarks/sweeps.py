@@ -17,6 +17,7 @@ from gpupipe.benchmarks.common import Row, Spread, row
 from gpupipe.benchmarks.contestants import Say
 from gpupipe.benchmarks.scenario import Scenario, resized_template, silent_clip
 from gpupipe.engines import EngineName
+from gpupipe.errors import InputError
 
 BATCHES = {"cuda": (1, 4, 16, 32, 64, 128, 256), "cpu": (1, 2, 4, 8)}
 RESOLUTIONS = ((640, 360), (1280, 720), (1920, 1080), (3840, 2160))
@@ -30,11 +31,21 @@ _LONG = 60
 
 
 def batch_rows(
-    scenario: Scenario, folder: Path, *, device: str, crf: int, frames: int, rounds: int, values: list[int], say: Say
+    scenario: Scenario,
+    folder: Path,
+    *,
+    device: str,
+    crf: int,
+    frames: int,
+    rounds: int,
+    values: list[int],
+    say: Say,
+    engine: EngineName = "auto",
 ) -> Iterator[list[Row]]:
     """gpupipe end to end at several batch sizes, in turns."""
     values = values or list(BATCHES[torch.device(device).type])
-    made = [contestants.gpupipe(scenario, device=device, crf=crf, batch_size=size) for size in values]
+    how: dict[str, Any] = {"device": device, "crf": crf, "engine": engine}
+    made = [contestants.gpupipe(scenario, batch_size=size, **how) for size in values]
     for one, size in zip(made, values, strict=True):
         one.name = f"gpupipe, batch {size}"  # for progress messages
 
@@ -43,8 +54,8 @@ def batch_rows(
         for one, size in zip(made, values, strict=True):
             one.name = "gpupipe"
             config = scenario.facts() | {"crf": crf, "frames": frames}
-            how: dict[str, Any] = {"frames": frames, "config": config, "device": device}
-            found += contestants.clip_rows([one], axis="batch", value=size, **how)
+            told: dict[str, Any] = {"frames": frames, "config": config, "device": device}
+            found += contestants.clip_rows([one], axis="batch", value=size, **told)
         return found
 
     yield from contestants.rows_of_turns(
@@ -63,13 +74,21 @@ def resolution_rows(
     values: list[int],
     say: Say,
     reference: bool,
+    engine: EngineName = "auto",
 ) -> Iterator[list[Row]]:
     """The template at several sizes: at each, the reference loop and gpupipe take turns.
 
     Args:
         values: heights of the sizes to take; an empty list takes all.
         reference: let the loop take part, which needs OpenCV.
+        engine: gpupipe's.
+
+    Raises:
+        InputError: a height that none of the sizes has.
     """
+    heights = [height for _, height in RESOLUTIONS]
+    if not set(values) <= set(heights):
+        raise InputError(f"heights are {', '.join(map(str, values))}; expected some of {', '.join(map(str, heights))}")
     for size in RESOLUTIONS:
         if values and size[1] not in values:
             continue
@@ -77,7 +96,7 @@ def resolution_rows(
         template = resized_template(scenario.template, folder / name, size, min(frames, _TEMPLATE_FRAMES))
         resized = replace(scenario, template=template, size=size)
         made = [contestants.reference_loop(resized, device=device, crf=crf)] if reference else []
-        made.append(contestants.gpupipe(resized, device=device, crf=crf))
+        made.append(contestants.gpupipe(resized, device=device, crf=crf, engine=engine))
         say(f"{name}:")
         config = scenario.facts() | {"crf": crf, "frames": frames, "size": list(size), "resized": True}
         told: dict[str, Any] = {"frames": frames, "config": config, "device": device, "axis": "size", "value": name}

@@ -25,7 +25,7 @@ PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / 
 Rows = list[Record]
 
 _OLDER_FLOOR = "operations, as PyTorch multiplies"
-"""What sets a floor on a CPU whose own arithmetic was not measured yet."""
+"""What sets a floor in rows whose run did not measure the CPU's own arithmetic."""
 
 
 def headline(rows: Rows) -> str:
@@ -62,7 +62,7 @@ def headline(rows: Rows) -> str:
     said = f"**{row['p50']:.1f}× the reference loop's frames a second**"
     ours, on_onnxruntime = beside("gpupipe", "throughput"), beside("reference_loop_onnxruntime", "throughput")
     if ours and (keeping := beside("reference_loop_keeping_memory", "throughput")):
-        said += f" as it is, **{ours['p50'] / keeping['p50']:.1f}×** where glibc is told to keep its memory"
+        said += f" run as it is, **{ours['p50'] / keeping['p50']:.1f}×** where glibc is told to keep its memory"
     if ours and on_onnxruntime:
         said += f", and {ours['p50'] / on_onnxruntime['p50']:.1f}× those of the same loop on ONNX Runtime"
         said += f"{_without_the_gpu(on_onnxruntime)},"
@@ -162,7 +162,7 @@ def side_by_side(rows: Rows) -> str:
 
 def stages(rows: Rows) -> str:
     """Each stage beside its floor and the reference loop's stage of the same name."""
-    in_registers = {row["device"] for row in rows if row["what"] == "machine" and row["metric"] == "arithmetic_rate"}
+    in_registers = {(row["device"], row["commit"]) for row in rows if row["metric"] == "arithmetic_rate"}
     lines = [
         "| machine, template | stage | once a | ms (p20–p80) | floor, ms | set by | % of floor | reference loop, ms |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -171,6 +171,7 @@ def stages(rows: Rows) -> str:
         loop = recorded.loop_stages(rows, group)
         for name, metrics in found.items():
             time, config = metrics["time"], metrics["time"]["config"]
+            of = group.device, time["commit"]
             theirs = loop.get("network" if name.endswith("speech half") else name)
             cells = [
                 str(group),
@@ -178,7 +179,7 @@ def stages(rows: Rows) -> str:
                 config["once"],
                 f"{time['p50']:.2f} ({time['p20']:.2f}–{time['p80']:.2f})",
                 f"{config['floor_ms']:.3f}",
-                config["floor_by"] if config["floor_by"] == "bytes" or group.device in in_registers else _OLDER_FLOOR,
+                _OLDER_FLOOR if config["floor_by"] == "operations" and of not in in_registers else config["floor_by"],
                 f"{metrics['floor_share']['p50']:.3g}",
                 "" if theirs is None else f"{theirs:.2f}",
             ]

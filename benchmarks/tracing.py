@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,7 +70,10 @@ def _export(profiler: profile, temporary: Path, path: Path) -> None:
         profiler.export_chrome_trace(str(temporary))
     finally:
         temporary.with_name(f"{temporary.name}.tmp").unlink(missing_ok=True)  # renamed to its name if all went well
-    if not temporary.read_bytes().rstrip().endswith(b"}"):
+    content = b""
+    with contextlib.suppress(OSError, EOFError):  # as of a compressed file that is cut short
+        content = gzip.decompress(temporary.read_bytes()) if path.suffix == ".gz" else temporary.read_bytes()
+    if not content.rstrip().endswith(b"}"):
         raise OutputError(f"{path}: cannot be written: the profiler wrote no whole trace; expected room on the disk")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,7 +140,16 @@ def make_folder(path: str | Path) -> Path:
 
 def cache_folder() -> Path:
     """Where what can be made again is kept from one process to the next: ``$GPUPIPE_CACHE``, or ``gpupipe`` in the
-    user's cache folder."""
+    user's cache folder. A user without a home, as in a container, has one for this process alone."""
     if given := os.environ.get("GPUPIPE_CACHE"):
-        return Path(given)  # a user of a container may have no home
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpupipe"
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpupipe"
+    except RuntimeError:
+        return Path(_process_folder().name)
+
+
+@functools.cache
+def _process_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder of this process, to which nobody else can write."""
+    return tempfile.TemporaryDirectory(prefix="gpupipe-")

@@ -127,8 +127,7 @@ class FrameGenerationPipeline:
         """Open a template for many clips: what is made of its frames alone is then made once, and not for each clip.
 
         Give it to :meth:`generate_video` and :meth:`generate_frames_only` in place of ``template_dir``, to one at a
-        time. It holds its memory
-        (``memory_budget``) as long as it is referred to, and sees no file that changes.
+        time. It holds its memory (``memory_budget``) as long as it is referred to, and sees no file that changes.
 
         Args:
             template_dir: as :meth:`gpupipe.Template.from_directory` takes it.

@@ -71,7 +71,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("GPUPIPE_FAIL_WITHOUT_CUDA") == "1":
             pytest.fail("needs a CUDA GPU, and GPUPIPE_FAIL_WITHOUT_CUDA=1 forbids to skip", pytrace=False)
         pytest.skip("needs a CUDA GPU")
-    if item.get_closest_marker("shared") and not SHARED.is_dir():
+    if item.get_closest_marker("shared") and not (SHARED / "golden").is_dir():
         pytest.skip(f"needs {SHARED}: the golden files and the real template are kept beside the project")
 
 
@@ -90,7 +90,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of golden files and real data beside the repository."""
-    if not SHARED.is_dir():
+    if not (SHARED / "golden").is_dir():
         pytest.skip(f"needs {SHARED}: the golden files and the real template are kept beside the project")
     return SHARED
 

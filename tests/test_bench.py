@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import itertools
 import json
 import os
 import resource
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -265,6 +268,7 @@ def test_without_opencv_the_loop_is_left_out_with_a_message(
     assert [row.error for row in rows if row.provider == "reference_loop"] == [bench.NO_OPENCV]
     assert not bench.Report(rows).failed, "what is not installed is no failure"
     assert any(row.provider == "gpupipe" and row.metric == "throughput" for row in rows)
+    assert all(row.metric != "ratio" for row in rows), "there is nothing to compare with"
 
 
 # ── floors and meters ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -436,6 +440,20 @@ def test_a_template_is_resized_with_its_landmarks(files: dict[str, Path], tmp_pa
     assert torch.equal(after.boxes, 2 * before.boxes[:2])
 
 
+def test_a_stage_of_many_laps_is_timed_over_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    stage = bench_stages.Stage("encode", "frame", lambda index: seen.append(len(index)), "host", 0, laps=3)
+    monkeypatch.setattr(bench_stages, "measure", lambda run, **_: (run(), Spread.of([6.0]))[1])
+    assert bench_stages.seconds_a_frame(stage, 4, torch.device("cpu"), rounds=1).p50 == 0.5
+    assert seen == [12]
+
+
+def test_a_trace_may_be_compressed(tmp_path: Path) -> None:
+    step: Any = SimpleNamespace(device=torch.device("cpu"), frames=range(2), stages=[])
+    tracing.write_trace(step, tmp_path / "trace.json.gz")
+    assert "traceEvents" in json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))
+
+
 def test_a_trace_names_every_stage(scenario: Scenario, tmp_path: Path) -> None:
     model = UNetModel(scenario.checkpoint, device="cpu", engine="eager")
     with torch.inference_mode():
@@ -478,3 +496,54 @@ def test_a_stage_that_fails_is_a_row_and_the_next_still_runs(
     errors = {row.value: row.error for row in rows if row.error}
     assert errors == {"paste": "RuntimeError: no such kernel"}
     assert any(row.value == "encode" and row.p50 for row in rows)
+
+
+# ── what a sweep and a scenario are given ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("sweep", ["batch", "resolution"])
+def test_a_sweep_takes_the_engine_that_is_asked_for(
+    sweep: bench.Sweep, files: dict[str, Path], tiny_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contestants, "WARMUP_FRAMES", 1)
+    monkeypatch.setattr(sweeps, "RESOLUTIONS", ((256, 144),))
+    options = bench.Options(**files, checkpoint=tiny_checkpoint(), frames=2, rounds=1, engine="eager", sweep=sweep)
+    options.values = [1 if sweep == "batch" else 144]
+    rows = bench.run(options, print).rows
+    assert {row.config["asked"] for row in rows if row.provider == "gpupipe"} == {"eager"}
+
+
+def test_a_height_that_no_size_has_is_refused(scenario: Scenario, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"device": "cpu", "crf": 30, "frames": 2, "rounds": 1, "say": print, "reference": False}
+    with pytest.raises(InputError, match="heights are 360, 700; expected some of 360, 720, 1080, 2160"):
+        next(sweeps.resolution_rows(scenario, tmp_path, values=[360, 700], **how))
+
+
+def test_a_template_that_is_a_video_is_refused(files: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "template.mp4").touch()
+    with pytest.raises(InputError, match=f"^{tmp_path}: holds template.mp4; expected full_body_img/"):
+        given(tmp_path, files["audio_features"], files["audio"], tmp_path)
+
+
+@pytest.mark.parametrize("width", [0.3, 0, float("nan")])
+def test_a_width_that_no_network_has_is_refused(width: float, files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"width is {width}; expected a positive multiple of 1/8"):
+        given(*files.values(), tmp_path, width=width)
+
+
+def test_sound_may_have_a_colon_in_its_name_and_any_number_of_channels(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sound = write_wav(Path("12:30.wav"), np.full((16000, 9), 1000))
+    _, clip = replace(scenario, audio=sound).clip(25, tmp_path)
+    assert np.array_equal(np.frombuffer(clip.read_bytes()[44:], "<i2"), np.full(16000, 1000))
+
+
+def test_sound_is_looked_for_before_anything_is_measured(files: dict[str, Path], tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "silent.mp4"), "w") as video:
+        stream = video.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        video.mux([*stream.encode(av.VideoFrame(64, 64, "yuv420p")), *stream.encode(None)])
+    with pytest.raises(InputError, match=r"silent\.mp4: has no sound track"):
+        given(files["template"], files["audio_features"], tmp_path / "silent.mp4", tmp_path)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpupipe.benchmarks import guard
-from gpupipe.benchmarks.common import Row, Spread, row
+from gpupipe.benchmarks.common import Row, Spread, append_rows, read_rows, row
+from gpupipe.errors import InputError
 
 QUIET = Spread(99, 100, 101, 5)
 OLDER = "2020-01-01T00:00:00+00:00"
@@ -94,6 +97,27 @@ def test_which_commits_are_earlier_ones(monkeypatch: pytest.MonkeyPatch) -> None
     assert is_ancestor(here) and not is_ancestor(f"{here}-dirty")
     monkeypatch.setattr(guard, "IN_REPOSITORY", False)
     assert is_ancestor("0" * 12)
+
+
+def test_without_git_every_commit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert guard.is_ancestor("some other commit")
+
+
+def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.jsonl"
+    for line in ('{"trunc', "[]", '{"time": "2026"}'):
+        path.write_text(f"{json.dumps(made(QUIET).as_dict())}\n{line}")
+        with pytest.raises(InputError, match=r"gpu\.jsonl: line 2 is no recorded row; expected JSON with what, "):
+            read_rows(tmp_path)
+
+
+def test_a_row_does_not_follow_one_that_was_cut_on_its_line(tmp_path: Path) -> None:
+    (path,) = append_rows([made(QUIET)], tmp_path)
+    path.write_text(path.read_text()[:-9])
+    append_rows([made(QUIET)] * 2, tmp_path)
+    cut, *whole = path.read_text().splitlines()
+    assert [json.loads(line)["p50"] for line in whole] == [100, 100] and cut.startswith("{")
 
 
 def test_the_newest_row_counts() -> None:

@@ -19,7 +19,7 @@ from gpupipe.demo.evaluate import Agreement, agreement, measure_gap
 from gpupipe.demo.mouth import mouth_track
 from gpupipe.demo.sheet import GAP, TILE, TILES, WAVE, write_contact_sheet
 from gpupipe.demo.train import read_template, render_sample
-from gpupipe.errors import InputError
+from gpupipe.errors import InputError, OutputError
 from gpupipe.landmarks import face_box
 from gpupipe.models.checkpoint import load_state_dict
 from gpupipe.video.sound import load_audio
@@ -234,7 +234,7 @@ def test_cut_sound_is_the_beginning_of_the_whole(tmp_path: Path) -> None:
 
 def test_empty_sound_is_reported_by_its_own_file_name(tmp_path: Path) -> None:
     (tmp_path / "empty.wav").write_bytes(wav(b""))
-    with pytest.raises(InputError, match=r"empty\.wav: its sound track is empty; expected at least one sample"):
+    with pytest.raises(InputError, match=r"empty\.wav: its sound track is empty"):
         render_demo(tmp_path / "empty.wav", tmp_path / "out.mp4", 1.0)
 
 
@@ -250,6 +250,34 @@ def test_sound_that_changes_format_midway_is_named(tmp_path: Path) -> None:
     (tmp_path / "ab.aac").write_bytes((tmp_path / "a.aac").read_bytes() + (tmp_path / "b.aac").read_bytes())
     with pytest.raises(InputError, match=r"ab\.aac: sound cannot be decoded"):
         cut_sound(tmp_path / "ab.aac", tmp_path / "cut.wav", 5)
+
+
+def test_sound_that_is_rendered_whole_can_also_be_cut(tmp_path: Path) -> None:
+    """FFmpeg mixes no 9 channels, and an MP3 may be followed by a note."""
+    (tmp_path / "nine.wav").write_bytes(wav(bytes(2 * 9 * 16000), channels=9))
+    with av.open(str(tmp_path / "it.mp3"), "w") as out:
+        stream = out.add_stream("mp3", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        out.mux([*stream.encode(frame), *stream.encode(None)])
+    (tmp_path / "it.mp3").write_bytes((tmp_path / "it.mp3").read_bytes() + b"a note, and no sound. " * 200)
+    for name in ("nine.wav", "it.mp3"):
+        whole = load_audio(tmp_path / name)
+        assert len(load_audio(cut_sound(tmp_path / name, tmp_path / "cut.wav", 5))) == len(whole)
+        assert len(load_audio(cut_sound(tmp_path / name, tmp_path / "cut.wav", 0.5))) == 8000
+
+
+def test_sound_that_is_cut_too_short_is_reported_by_its_own_file_name(tmp_path: Path) -> None:
+    (tmp_path / "it.wav").write_bytes(wav(bytes(96000), rate=48000))
+    with pytest.raises(InputError, match=r"it\.wav: 2\.08e-05 s of it are too short; expected a few milli"):
+        render_demo(tmp_path / "it.wav", tmp_path / "out.mp4", 1e-9)
+
+
+def test_a_sheet_that_cannot_be_written_is_told_before_anything_is_rendered(tmp_path: Path) -> None:
+    (tmp_path / "out.png").mkdir()
+    with pytest.raises(OutputError, match=r"out\.png: is a folder"):
+        render_demo(None, tmp_path / "out.mp4", 0.2, device="cpu")
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_a_killed_worker_costs_nothing(
                 return
             time.sleep(0.01)
 
+    monkeypatch.delenv("GPUPIPE_CORES", raising=False)
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     try:

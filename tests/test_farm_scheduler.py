@@ -255,6 +255,20 @@ def test_machines_that_differ_do_not_make_parts_for_ever(
     assert told in caplog.messages
 
 
+def test_parts_of_this_run_s_earlier_try_are_kept(farm_jobs: Jobs, tmp_path: Path) -> None:
+    """A run's own parts are joined as they are, also after one of them has failed."""
+    scheduler = scheduler_of(farm_jobs[:1], tmp_path)
+    first = scheduler.next_task(frames=1000)
+    assert isinstance(first, RenderTask)
+    *whole, last = first.parts
+    outcomes = [render(part, engine) for part, engine in zip(whole, ("a", "b"), strict=True)]
+    scheduler.settle(first, [*outcomes, Outcome(last, Failed("it rains"))])
+    again = scheduler.next_task(frames=1000)
+    assert isinstance(again, RenderTask) and again.parts == [last]
+    scheduler.settle(again, [render(last, "a")])
+    assert isinstance(scheduler.next_task(), JoinTask)
+
+
 def with_encoder(jobs: Jobs) -> Jobs:
     """Jobs whose features are to be made first."""
     made = ({key: value for key, value in job.items() if key != "audio_features"} for job in jobs)

@@ -146,3 +146,5 @@ def test_a_cache_that_is_named_needs_no_home(tmp_path: Path, monkeypatch: pytest
     monkeypatch.delenv("GPUPIPE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "gpupipe"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == cache_folder() and cache_folder().stat().st_mode & 0o777 == 0o700, "for this process alone"

@@ -18,13 +18,12 @@ import torch
 
 from gpupipe.demo.sheet import write_contact_sheet
 from gpupipe.errors import InputError
-from gpupipe.files import media_url
+from gpupipe.files import check_writable, media_url
 from gpupipe.mel import FEATURE_FPS
 from gpupipe.pipeline import FrameGenerationPipeline, Progress, RenderRecord
 from gpupipe.speech import SpeechEncoder
-from gpupipe.video.codecs import media_errors
 from gpupipe.video.encode import check_suffix
-from gpupipe.video.sound import open_sound
+from gpupipe.video.sound import audio_chunks, decode_mixed, mixed_layout, open_sound, to_int16
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +68,8 @@ def render_demo(
         raise InputError(f"seconds is {seconds}; expected more than 0 and at most {LONGEST}")
     output = Path(output)
     check_suffix(output)
+    for path in (output, output.with_suffix(".png")):
+        check_writable(path)
     sound = Path(audio) if audio is not None else BUNDLE / "sample.flac"
     with tempfile.TemporaryDirectory(prefix="gpupipe-demo-") as folder:
         if seconds is not None:
@@ -90,33 +91,30 @@ def cut_sound(source: str | Path, target: str | Path, seconds: float) -> Path:
     """The first ``seconds`` of a sound, at its own rate, as 16-bit ``.wav``.
 
     Raises:
-        InputError: ``source`` is missing, unreadable or has no sound.
+        InputError: ``source`` is missing, unreadable or has no sound, or its beginning is too short to be heard.
     """
-    target = Path(target)
-    with (
-        media_errors(source, "sound cannot be decoded"),
-        open_sound(source) as sound,
-        av.open(media_url(target), "w") as out,
-    ):
+    source, target = Path(source), Path(target)
+    with open_sound(source) as sound, av.open(media_url(target), "w") as out:
         track = sound.streams.audio[0]
-        layout = "mono" if track.channels == 1 else "stereo"
+        layout = mixed_layout(track)
         stream = out.add_stream("pcm_s16le", rate=track.rate, layout=layout)
         assert isinstance(stream, av.AudioStream)
-        resampler = av.AudioResampler(format="s16", layout=layout, rate=track.rate)
+        resampler = av.AudioResampler(format="flt", layout=layout, rate=track.rate)
         left = max(1, round(seconds * track.rate))
         at = 0
-        for decoded in sound.decode(track):
-            for frame in resampler.resample(decoded):
-                if frame.samples > left:
-                    values = frame.to_ndarray()[:, : left * len(stream.layout.channels)]
-                    frame = av.AudioFrame.from_ndarray(values, format="s16", layout=layout)  # noqa: PLW2901
-                    frame.rate = track.rate
-                frame.pts, frame.time_base = at, Fraction(1, track.rate)
-                out.mux(stream.encode(frame))
-                at, left = at + frame.samples, left - frame.samples
+        for piece in decode_mixed(source, sound, resampler):
+            values = to_int16(piece.to_ndarray()[:, : left * len(stream.layout.channels)])
+            frame = av.AudioFrame.from_ndarray(values, format="s16", layout=layout)
+            frame.rate, frame.pts, frame.time_base = track.rate, at, Fraction(1, track.rate)
+            out.mux(stream.encode(frame))
+            at, left = at + frame.samples, left - frame.samples
             if left <= 0:
                 break
         out.mux(stream.encode(None))
-    if not at:
-        raise InputError(f"{source}: its sound track is empty; expected at least one sample")
+    try:
+        next(audio_chunks(target))
+    except InputError as error:  # it would name a file that the user does not know
+        raise InputError(
+            f"{source}: {at / track.rate:.3g} s of it are too short; expected a few milliseconds"
+        ) from error
     return target

@@ -36,7 +36,8 @@ def make_engine(
 
     Args:
         engine: one of :data:`~gpupipe.engines.base.ENGINES`; ``"auto"`` measures once for each device, network shape,
-            precision and set of versions, and remembers. If only one engine is eligible, it is used without measuring.
+            precision and set of versions, and remembers; it measures again after an engine found no memory, or did not
+            paint what the plainest one paints. If only one engine is eligible, it is used without measuring.
         exact: float32 arithmetic with TF32 off.
         precision: of weights and activations; None means float32 on a CPU or with ``exact``, else float16. Less than
             float32 needs a CPU with instructions for it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -73,19 +74,14 @@ def measure(network: UNet328, device: torch.device, dtype: torch.dtype, engines:
     Raises:
         DeviceError: no engine works; the message gives the reason for each.
     """
-    if device.type == "cpu":  # as by a render, in which PyTorch keeps to one core
-        (found,) = map_in_lanes(lambda engines: _measure(network, device, dtype, engines), [engines], 1)
-        return found
-    return _measure(network, device, dtype, engines)
-
-
-def _measure(network: UNet328, device: torch.device, dtype: torch.dtype, engines: Sequence[Declaration]) -> Measured:
     figures: Figures = {}
     built: dict[str, Engine] = {}
     passing: set[str] = set()
     reasons: list[str] = []
     plain: Tensor | None = None
-    for declared in reversed(engines):
+
+    def measure_one(declared: Declaration) -> None:
+        nonlocal plain
         name = declared.name
         try:
             engine = declared.build(network, device, dtype)
@@ -101,9 +97,15 @@ def _measure(network: UNet328, device: torch.device, dtype: torch.dtype, engines
             figures[name] = math.inf
             if isinstance(error, torch.OutOfMemoryError | MemoryError | _PaintsOtherwise):
                 passing.add(name)
-            continue
+            return
         built[name] = engine
         plain = levels if plain is None else plain
+
+    one_by_one = reversed(engines)
+    if device.type == "cpu":  # as by a render, in which PyTorch keeps to one core
+        deque(map_in_lanes(measure_one, one_by_one, 1), maxlen=0)
+    else:
+        deque(map(measure_one, one_by_one), maxlen=0)
     if not built:
         raise DeviceError(f"no engine works on {device}: {'; '.join(reasons)}")
     for reason in reasons:

@@ -51,7 +51,7 @@ OnJobEnd = Callable[[JobState], Any]
 class _Plan:
     """One try of a job: its parts, those to be handed out, the facts of those that are recorded, and its first failure.
 
-    ``earlier`` has the numbers of the parts that were recorded before it. ``rendering`` counts the parts that workers
+    ``earlier`` has the numbers of the parts that earlier runs recorded. ``rendering`` counts the parts that workers
     have. A job that failed is tried again when all of them are back: what comes back is always of the present try, and
     no part is rendered by two workers.
     """
@@ -113,6 +113,7 @@ class Scheduler:
         self._plans: dict[str, _Plan] = {}
         self._featuring: set[str] = set()
         self._begun: set[str] = set()
+        self._made: set[Path] = set()
         self._ready: deque[FeaturesTask | JoinTask] = deque()
         if force:
             for job in jobs:
@@ -162,6 +163,7 @@ class Scheduler:
             plan.missing.clear()
         else:
             plan.facts[part.number] = result
+            self._made.add(part.path)
             self.frames += len(part.frames)
             self._tell(plan)
         self._end_if_due(plan)
@@ -319,7 +321,8 @@ class Scheduler:
                 plan.missing.append(part)
             else:
                 plan.facts[part.number] = record.facts
-                plan.earlier.add(part.number)
+                if part.path not in self._made:
+                    plan.earlier.add(part.number)
         return plan
 
     def _put_back(self, plan: _Plan) -> bool:

@@ -285,6 +285,8 @@ class VideoWriter:
         """Report the error of an encoder that has opened, but does not take the frames."""
         try:
             yield
+        except (OSError, MemoryError):  # FFmpeg's among them: it is not the frames
+            raise
         except av.error.FFmpegError as error:
             raise InputError(
                 f"{self.path}: {self.encoder} does not encode these frames ({why(error)}); expected another codec"

@@ -70,7 +70,7 @@ def join_videos(
                 raise InputError(f"{paths[0]}: has no frame rate; expected a part of the clip")
             stream = target.add_stream_from_template(first.streams.video[0], opaque=True)
             stream.codec_context.codec_tag = first.streams.video[0].codec_context.codec_tag
-            stream.codec_context.framerate = rate  # not every codec tells it
+            stream.codec_context.framerate = rate  # not every codec tells it; written from PyAV 18 on
         track = SoundTrack(sound, target) if sound is not None else None
         if track is not None:
             stack.callback(track.close)

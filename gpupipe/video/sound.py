@@ -51,8 +51,7 @@ class SoundTrack:
         self._input = open_sound(self._path)
         source = self._input.streams.audio[0]
         rate = source.rate if source.rate in _AAC_RATES else 48000
-        self._averages = not _mixes(source)
-        layout = "mono" if source.channels == 1 or self._averages else "stereo"
+        layout = mixed_layout(source)
         stream = output.add_stream("aac", rate=rate, layout=layout)
         assert isinstance(stream, av.AudioStream)
         self._stream = stream
@@ -89,9 +88,7 @@ class SoundTrack:
         resampler = av.AudioResampler(
             format="fltp", layout=layout, rate=self._rate, frame_size=self._stream.codec_context.frame_size
         )
-        if self._averages:
-            return _resampled_mono(mono_pieces(self._path, self._input, self._rate), self._rate, resampler)
-        return decode_sound(self._path, self._input, resampler)
+        return decode_mixed(self._path, self._input, resampler)
 
 
 def open_sound(path: str | Path) -> av.container.InputContainer:
@@ -149,6 +146,20 @@ def decode_sound(
         raise InputError(f"{path}: its sound track is empty; expected a few milliseconds of sound")
 
 
+def mixed_layout(source: av.AudioStream) -> str:
+    """Return the layout for :func:`decode_mixed`: stereo, or mono for sound that is mono or can only be averaged."""
+    return "stereo" if source.channels > 1 and _mixes(source) else "mono"
+
+
+def decode_mixed(
+    path: Path, container: av.container.InputContainer, resampler: av.AudioResampler
+) -> Iterator[av.AudioFrame]:
+    """Yield like :func:`decode_sound`; ``resampler`` has :func:`mixed_layout` and a rate."""
+    if _mixes(container.streams.audio[0]):
+        return decode_sound(path, container, resampler)
+    return _resampled_mono(mono_pieces(path, container, resampler.rate), resampler.rate, resampler)
+
+
 def _mixes(source: av.AudioStream) -> bool:
     """Return whether FFmpeg knows how to mix a sound's channels to two: it does not for 9 without a layout's name."""
     try:
@@ -167,6 +178,11 @@ def mono_pieces(path: Path, container: av.container.InputContainer, rate: int) -
     for piece in decode_sound(path, container, av.AudioResampler(format="flt", rate=rate)):
         channels = piece.to_ndarray().reshape(-1, piece.layout.nb_channels)
         yield channels.mean(axis=1, dtype=np.float32)
+
+
+def to_int16(samples: np.ndarray) -> np.ndarray:
+    """Samples in [−1, 1] → 16-bit integers; what is louder is clipped."""
+    return np.rint(samples * 2**15).clip(-(2**15), 2**15 - 1).astype(np.int16)
 
 
 def _resampled_mono(pieces: Iterator[np.ndarray], rate: int, resampler: av.AudioResampler) -> Iterator[av.AudioFrame]:
