@@ -6,6 +6,7 @@ process (:mod:`gpupipe.farm.local`) as well as those of a cluster (:mod:`gpupipe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -339,7 +340,8 @@ class Scheduler:
         for number in sorted(plan.earlier):
             if len(kinds) == 1 and _kind(plan.facts[number]) not in kinds:
                 part = plan.parts[number]
-                part.path.unlink(missing_ok=True)  # or it would count when a worker dies over it
+                with contextlib.suppress(OSError):
+                    part.path.unlink()  # or it would count when a worker dies over it
                 plan.earlier.discard(number)
                 del plan.facts[number]
                 plan.missing.append(part)
