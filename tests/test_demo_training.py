@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch.nn import functional as F
 from gpupipe.demo import corpus
 from gpupipe.demo.fitting import fit
 from gpupipe.demo.norms import fold_norms, norm_pairs, unfolded_state
+from gpupipe.demo.train import train
 from gpupipe.demo.train_encoder import Listener, Sounds, row_windows
 from gpupipe.demo.train_unet import CODE, as_code, fresh_painter, join, paint
-from gpupipe.errors import GpupipeError
+from gpupipe.errors import GpupipeError, InputError
 from gpupipe.mel import mel_spectrogram, mel_windows
 from gpupipe.models.unet328 import UNet328
 
@@ -109,6 +111,16 @@ def test_a_stopped_training_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
         return state["average"]["weight"]
 
     torch.testing.assert_close(run(tmp_path / "a.pt", [17, 33]), run(tmp_path / "b.pt", []), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("other", [{"utterances": 4}, {"width": 1.0}, {"encoder_steps": 9}, {"branch_steps": 9}])
+def test_a_training_begun_otherwise_does_not_go_on(other: dict[str, float], tmp_path: Path) -> None:
+    """What is kept there would be taken for what is asked for now."""
+    made_from = {"utterances": 3, "width": 0.25, "encoder_steps": 2, "branch_steps": 2}
+    (tmp_path / "begun.json").write_text(json.dumps(made_from))
+    with pytest.raises(InputError, match=f"^{tmp_path}: was begun with .*; expected .*, or another folder"):
+        train(tmp_path, **made_from | other, painter_steps=1, joined_steps=1, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["begun.json"]
 
 
 def test_training_windows_are_the_pipelines() -> None:

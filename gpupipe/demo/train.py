@@ -33,6 +33,7 @@ from gpupipe.demo.mouth import mouth_track
 from gpupipe.demo.pictures import Pictures
 from gpupipe.demo.train_encoder import BRANCH_BATCH, Listener, make_sounds, rows_of, train_branch, train_encoder
 from gpupipe.demo.train_unet import BATCH, join, train_joined, train_painter
+from gpupipe.errors import InputError
 from gpupipe.frame_generator import FrameGenerator
 from gpupipe.image_processor import ImageProcessor
 from gpupipe.models.unet328 import UNet328
@@ -144,8 +145,18 @@ def train(
     width: float = WIDTH,
     device: torch.device,
 ) -> Path:
-    """Run, or go on with, every stage; leaves ``DIR/bundle`` and returns it."""
+    """Run, or go on with, every stage; leaves ``DIR/bundle`` and returns it. Painter and joined network may go on to
+    more steps; what they are made from is finished.
+
+    Raises:
+        InputError: ``out`` was begun with other sounds, another width, or other steps of encoder or branch.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    made_from = {"utterances": utterances, "width": width, "encoder_steps": encoder_steps, "branch_steps": branch_steps}
+    begun = out / "begun.json"
+    if begun.is_file() and (met := json.loads(begun.read_text())) != made_from:
+        raise InputError(f"{out}: was begun with {met}; expected {made_from}, or another folder")
+    begun.write_text(json.dumps(made_from))
     bundle = out / "bundle"
     template = bundle / "template"
     if not (template / "landmarks" / f"{rig.FRAMES - 1}.lms").is_file():
