@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ def rerun(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     def replay() -> None:
         output.copy_(step())
 
+    replay.memory = SimpleNamespace(take=lambda: None)  # type: ignore[attr-defined]
     return replay, output
 
 
