@@ -62,7 +62,7 @@ def headline(rows: Rows) -> str:
     said = f"**{row['p50']:.1f}× the reference loop's frames a second**"
     ours, on_onnxruntime = beside("gpupipe", "throughput"), beside("reference_loop_onnxruntime", "throughput")
     if ours and (keeping := beside("reference_loop_keeping_memory", "throughput")):
-        said += f" run as it is, **{ours['p50'] / keeping['p50']:.1f}×** where glibc is told to keep its memory"
+        said += f" (**{ours['p50'] / keeping['p50']:.1f}×** where glibc is told to keep its memory)"
     if ours and on_onnxruntime:
         said += f", and {ours['p50'] / on_onnxruntime['p50']:.1f}× those of the same loop on ONNX Runtime"
         said += f"{_without_the_gpu(on_onnxruntime)},"
