@@ -124,6 +124,18 @@ def check_writable(path: str | Path) -> None:
         raise _NothingToWrite
 
 
+def check_not_read(path: str | Path, *inputs: object) -> None:
+    """Raise InputError if a file that is to be written is one of those it is made of, which would be lost.
+
+    Args:
+        inputs: what is read; only names and paths are compared.
+    """
+    for given in inputs:
+        with contextlib.suppress(OSError):  # mostly because there is none yet
+            if isinstance(given, str | Path) and Path(path).samefile(given):
+                raise InputError(f"{path}: would be written over what it is made of; expected another name")
+
+
 def make_folder(path: str | Path) -> Path:
     """Make a folder and its parents if they do not exist.
 

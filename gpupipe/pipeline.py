@@ -20,7 +20,7 @@ from gpupipe.engines import EngineName, Precision
 from gpupipe.errors import InputError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.features import FeatureSource, SpeechFeatures, save_features_bin
-from gpupipe.files import make_folder, replacing
+from gpupipe.files import check_not_read, make_folder, replacing
 from gpupipe.frame_generator import FrameGenerator
 from gpupipe.kernels.dispatch import backend
 from gpupipe.kernels.nv12 import PixelFormat, from_nv12
@@ -203,6 +203,7 @@ class FrameGenerationPipeline:
             self._opened(audio_features_path, template_dir, start_frame, use_parsing, stages) as (face, speech),
         ):
             template = face.template if isinstance(face, Avatar) else face
+            check_not_read(output_path, audio_path, audio_features_path, template.name)
             with VideoWriter(
                 output_path,
                 width=template.width,

@@ -280,6 +280,15 @@ def test_a_sheet_that_cannot_be_written_is_told_before_anything_is_rendered(tmp_
     assert not (tmp_path / "out.mp4").exists()
 
 
+@pytest.mark.parametrize("seconds", [None, 0.5])
+def test_a_film_is_not_written_over_by_what_speaks_its_sound(seconds: float | None, tmp_path: Path) -> None:
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"not looked into yet")
+    with pytest.raises(InputError, match=r"film\.mp4: would be written over what it is made of"):
+        render_demo(film, film, seconds)
+    assert film.read_bytes() == b"not looked into yet"
+
+
 def test_bad_input_is_named(tmp_path: Path) -> None:
     for seconds in (0, -1, float("inf"), float("nan"), 1e300):
         with pytest.raises(InputError, match=rf"seconds is {re.escape(str(seconds))}; expected more than 0"):

@@ -123,6 +123,20 @@ def test_outputs_that_links_make_one_file_are_refused(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in out.iterdir()) == ["x", "y"]
 
 
+@pytest.mark.parametrize("audio", ["out/2.mp4", "link/2.mp4", "3.mp4"])
+def test_an_output_that_a_job_reads_is_refused(audio: str, tmp_path: Path) -> None:
+    """It would be lost, or heard before or after it is written, as it happens."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    (tmp_path / "out" / "2.mp4").touch()
+    (tmp_path / "3.mp4").symlink_to("out/2.mp4")
+    jobs = GOOD, GOOD | {"output": "2.mp4"}, GOOD | {"output": "3.mp4", "audio": str(tmp_path / audio)}
+    told = r"output 2\.mp4 is .*/out/2\.mp4, which a job reads; expected another name"
+    with pytest.raises(InputError, match=told):
+        run_farm(write(tmp_path, *jobs), tmp_path / "out", device="cpu")
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["2.mp4"]
+
+
 def test_a_file_without_jobs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no jobs"):
         read_jobs(write(tmp_path, "", ""))

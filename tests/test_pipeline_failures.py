@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -87,6 +88,28 @@ def test_bad_input(
         render(**{argument: value})
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("way", ["its own name", "a link"])
+def test_a_video_is_not_written_over_what_it_is_made_of(
+    way: str, render: Callable[..., Path], clip: dict[str, Path], make_template: MakeTemplate, tmp_path: Path
+) -> None:
+    """Such as a film whose sound is to be spoken by another face."""
+    film = Path(render())
+    before = film.read_bytes()
+    output = film
+    if way == "a link":
+        output = tmp_path / "out" / "link.mp4"
+        output.symlink_to(film)
+    with pytest.raises(InputError, match=rf"^{output}: would be written over what it is made of"):
+        render(audio_path=film, output_path=output)
+    assert film.read_bytes() == before
+    face = make_template(tmp_path / "face", frames=FRAMES)
+    shutil.rmtree(face / "full_body_img")
+    template = shutil.move(film, face / "template.mp4")
+    with pytest.raises(InputError, match=rf"^{template}: would be written over what it is made of"):
+        render(template_dir=face, output_path=template)
+    assert template.read_bytes() == before
 
 
 def test_bad_template_file(render: Callable[..., Path], make_template: MakeTemplate, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from gpupipe.demo.sheet import write_contact_sheet
 from gpupipe.errors import InputError
-from gpupipe.files import check_writable, media_url
+from gpupipe.files import check_not_read, check_writable, media_url
 from gpupipe.mel import FEATURE_FPS
 from gpupipe.pipeline import FrameGenerationPipeline, Progress, RenderRecord
 from gpupipe.speech import SpeechEncoder
@@ -69,6 +69,7 @@ def render_demo(
     output = Path(output)
     check_suffix(output)
     for path in (output, output.with_suffix(".png")):
+        check_not_read(path, audio)
         check_writable(path)
     sound = Path(audio) if audio is not None else BUNDLE / "sample.flac"
     with tempfile.TemporaryDirectory(prefix="gpupipe-demo-") as folder:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpupipe.engines.base import Declaration, EngineName, Features
 from gpupipe.kernels.dispatch import llvm_obstacle
+from gpupipe.models.fold import folded
 from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
 
@@ -54,6 +55,7 @@ class LlvmEngine:
         self.device = torch.device("cpu")
         self._processor = processor = this_processor(dtype)
         self.dtype = processor.sums
+        network = folded(network)
         template, speech = TemplateHalf(network).eval(), SpeechHalf(network).eval()
         self._encoder = [
             first_level(template.hidden, template.down1, INPUT_SIZE // 2, processor=processor),

@@ -126,7 +126,7 @@ def _check_options(batch_size: int | None, memory_budget: int | None, part_secon
 
 
 def _check_files(jobs_path: Path, jobs: list[Job], output_dir: Path) -> None:
-    """Refuse what would be written over: the file of jobs by the results, or a video by that of another job."""
+    """Refuse what would be written over: the file of jobs by the results, and by a video another or a job's input."""
     results = output_dir / RESULTS
     with contextlib.suppress(OSError):  # mostly because it is not there
         if results.samefile(jobs_path):
@@ -138,3 +138,6 @@ def _check_files(jobs_path: Path, jobs: list[Job], output_dir: Path) -> None:
         other = seen.setdefault((folders[path.parent], path.name), job.output)
         if other != job.output:
             raise InputError(f"{jobs_path}: outputs {other} and {job.output} are one file; expected one for each job")
+    for given in {os.path.realpath(path) for job in jobs for path in job.inputs()}:
+        if output := seen.get(os.path.split(given)):
+            raise InputError(f"{jobs_path}: output {output} is {given}, which a job reads; expected another name")
