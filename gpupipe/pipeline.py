@@ -34,7 +34,7 @@ from gpupipe.template import Template
 from gpupipe.unet_model import UNetModel
 from gpupipe.versions import versions
 from gpupipe.video.encode import VideoWriter, check_suffix
-from gpupipe.video.images import ImageFormat, frame_path, save_image, warn_of_others, write_frames
+from gpupipe.video.images import ImageFormat, ImageWriter, save_image, write_frames
 from gpupipe.video.sound import compare_lengths, open_sound
 
 Progress = Callable[[int, int], Any]
@@ -204,29 +204,32 @@ class FrameGenerationPipeline:
         ):
             template = face.template if isinstance(face, Avatar) else face
             check_not_read(output_path, audio_path, audio_features_path, template.name)
-            with VideoWriter(
-                output_path,
-                width=template.width,
-                height=template.height,
-                fps=fps,
-                codec=codec,
-                crf=crf,
-                sound=audio_path,
-                segmented=self.unet_model.device.type == "cuda",
-                preset=preset,
-                device=self.unet_model.device,
-                stages=stages,
-            ) as writer:
+            folder = frames_dir or output_path.with_name(f"{output_path.stem}_frames")
+            with (
+                VideoWriter(
+                    output_path,
+                    width=template.width,
+                    height=template.height,
+                    fps=fps,
+                    codec=codec,
+                    crf=crf,
+                    sound=audio_path,
+                    segmented=self.unet_model.device.type == "cuda",
+                    preset=preset,
+                    device=self.unet_model.device,
+                    stages=stages,
+                ) as writer,
+                ImageWriter(folder) if save_frames else contextlib.nullcontext() as images,
+            ):
                 phases.end("open")
-                pixel_format, folder = writer.pixel_format, None
-                if save_frames:
+                pixel_format = writer.pixel_format
+                if images is not None:
                     pixel_format = "nv12" if template.is_video else "bgr"  # as the template keeps its pixels
-                    folder = make_folder(frames_dir or output_path.with_name(f"{output_path.stem}_frames"))
                 batches = self.generator.stream(
                     face, speech, start_frame=start_frame, pixel_format=pixel_format, fps=fps
                 )
-                if folder is not None:
-                    batches = _saving(batches, folder)
+                if images is not None:
+                    batches = _saving(batches, images)
                 for batch in _counting(batches, speech.timing(fps).frames, progress):
                     writer.write(batch)
                 phases.end("render")
@@ -365,12 +368,9 @@ def _counting(batches: Iterator[Tensor], total: int, progress: Progress | None) 
             progress(done, total)
 
 
-def _saving(batches: Iterator[Tensor], folder: Path) -> Iterator[Tensor]:
-    """Pass batches on, saving their frames as numbered JPEGs."""
-    number = 0
+def _saving(batches: Iterator[Tensor], images: ImageWriter) -> Iterator[Tensor]:
+    """Pass batches on, writing their frames as images too."""
     for batch in batches:
         for frame in (batch if batch.dim() == 4 else from_nv12(batch)).cpu().numpy():
-            save_image(frame, frame_path(folder, number))
-            number += 1
+            images.write(frame)
         yield batch
-    warn_of_others(folder, number)

@@ -364,6 +364,29 @@ def test_saved_frames_may_be_tensors(tiny_model: MakeModel, tmp_path: Path) -> N
         assert [Path(path).read_bytes() for path in found] == [Path(path).read_bytes() for path in expected]
 
 
+def test_saved_frames_may_lie_in_the_same_memory(tiny_model: MakeModel, tmp_path: Path) -> None:
+    """As a reader's that decodes each frame into one buffer; several threads are still writing the ones before."""
+    frames = np.random.default_rng(0).integers(256, size=(8, 320, 480, 3), dtype=np.uint8)
+    generator = FrameGenerator(tiny_model())
+    expected = generator.save_frames(list(frames), tmp_path / "apart")
+    buffer = np.empty_like(frames[0])
+    found = generator.save_frames((np.copyto(buffer, frame) or buffer for frame in frames), tmp_path / "buffer")
+    assert [Path(path).read_bytes() for path in found] == [Path(path).read_bytes() for path in expected]
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_frames_that_stop_coming_leave_the_ones_before(tiny_model: MakeModel, tmp_path: Path) -> None:
+    def broken() -> Iterator[np.ndarray]:
+        for _ in range(40):
+            yield np.zeros((32, 48, 3), np.uint8)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FrameGenerator(tiny_model()).save_frames(broken(), tmp_path)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names[0] == "frame_00000.jpg" and not [name for name in names if name.startswith(".")]
+
+
 def test_saved_frames_are_opencv_s_jpegs(tiny_model: MakeModel, template: Path, tmp_path: Path) -> None:
     frames = rendered(FrameGenerator(tiny_model()), template, features(1))
     (path,) = FrameGenerator(tiny_model()).save_frames(frames, tmp_path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from gpupipe.errors import InputError
 from gpupipe.files import make_folder, replacing
+from gpupipe.lanes import available_cores
 from gpupipe.transfer import as_array
 
 logger = logging.getLogger(__name__)
@@ -21,6 +24,8 @@ logger = logging.getLogger(__name__)
 JPEG_QUALITY = 95
 """Quality of saved frames: the default of OpenCV's ``imwrite``."""
 
+_MOST_THREADS = 16
+"""They hold a frame each, and file systems take no more than they write."""
 
 ImageFormat = Literal["jpeg", "png"]
 _SUFFIXES: dict[ImageFormat, str] = {"jpeg": ".jpg", "png": ".png"}
@@ -38,29 +43,67 @@ def write_frames(
     *,
     image_format: ImageFormat = "jpeg",
 ) -> list[str]:
-    """Write BGR frames as ``<prefix>_00000.jpg`` …, or without loss as ``.png``, each as it comes.
+    """Write BGR frames as :class:`ImageWriter` does, each as it comes, and return their paths."""
+    with ImageWriter(output_dir, prefix, image_format=image_format) as images:
+        for frame in frames:
+            images.write(frame)
+    return images.paths
 
-    A warning names images left in the folder from an earlier, longer clip (:func:`warn_of_others`).
 
-    Returns:
-        their paths.
+class ImageWriter:
+    """Writes BGR frames as ``<prefix>_00000.jpg`` …, or without loss as ``.png``: a context, in which several threads
+    encode them.
+
+    A warning names images left in the folder from an earlier, longer clip.
+
+    Attributes:
+        paths: of the images, written or about to be.
 
     Raises:
-        InputError: an unknown ``image_format``, before the first frame is asked for.
-        OutputError: the folder cannot be made or written.
+        InputError: an unknown ``image_format``.
+        OutputError: the folder cannot be made.
     """
-    if image_format not in _SUFFIXES:
-        raise InputError(f"image format is {image_format!r}; expected jpeg or png")
-    folder = make_folder(output_dir)
-    paths = [
-        str(save_image(frame, frame_path(folder, number, prefix, image_format=image_format)))
-        for number, frame in enumerate(frames)
-    ]
-    warn_of_others(folder, len(paths), prefix, image_format=image_format)
-    return paths
+
+    def __init__(self, output_dir: str | Path, prefix: str = "frame", *, image_format: ImageFormat = "jpeg") -> None:
+        if image_format not in _SUFFIXES:
+            raise InputError(f"image format is {image_format!r}; expected jpeg or png")
+        self.paths: list[str] = []
+        self._folder = make_folder(output_dir)
+        self._prefix = prefix
+        self._image_format = image_format
+        self._threads = min(available_cores(), _MOST_THREADS)
+        self._pool = ThreadPoolExecutor(self._threads, "gpupipe images")
+        self._pending: deque[Future[Path]] = deque()
+
+    def write(self, frame: NDArray[np.uint8] | Tensor) -> None:
+        """Write the next frame, uint8 (H, W, 3); its memory may be used again at once.
+
+        Raises:
+            InputError: this frame or an earlier one is of another dtype or shape.
+            OutputError: it, or an earlier one, cannot be written.
+        """
+        path = frame_path(self._folder, len(self.paths), self._prefix, image_format=self._image_format)
+        self._pending.append(self._pool.submit(save_image, np.array(as_array(frame), order="C"), path))
+        self.paths.append(str(path))
+        if len(self._pending) > self._threads:  # one waits, so that no thread has to
+            self._pending.popleft().result()
+
+    def __enter__(self) -> ImageWriter:
+        """Return itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for what is being written; after an error, write no more."""
+        try:
+            while self._pending and kind is None:
+                self._pending.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+        if kind is None:
+            _warn_of_others(self._folder, len(self.paths), self._prefix, self._image_format)
 
 
-def warn_of_others(folder: Path, count: int, prefix: str = "frame", *, image_format: ImageFormat = "jpeg") -> None:
+def _warn_of_others(folder: Path, count: int, prefix: str, image_format: ImageFormat) -> None:
     """Warn of images that follow the ``count`` just written: a reader of the folder would take them for the clip's."""
     found = (path.stem.rpartition("_") for path in folder.glob(f"*_*{_SUFFIXES[image_format]}"))
     numbers = (int(end) for start, _, end in found if start == prefix and end.isdecimal() and len(end) >= 5)
