@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gpupipe.benchmarks.common import Row
+from gpupipe.benchmarks.common import Row, tuned
 from gpupipe.benchmarks.kernel_bench import main, rows_of
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.fused import FusedEngine
@@ -63,7 +63,7 @@ def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
             yield rows_of(
                 "inverted_residual",
                 provider,
-                function,
+                tuned(function) if provider == "layers" else function,
                 frames=batch,
                 bytes_a_frame=bytes_a_frame,
                 config={"case": case},

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_name, row, timed
+from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_name, row, timed, tuned
 from gpupipe.benchmarks.floors import operations_of
 from gpupipe.benchmarks.kernel_bench import copy_bandwidth
 from gpupipe.benchmarks.seeded import seeded_network
@@ -157,10 +157,10 @@ def on_cuda(
         ) -> None:
             engine.decode(features, index, audio)
 
-        made += [
-            Contestant(name, replayed(whole), batch, told),
-            Contestant(name, replayed(half), batch, told, cached=True),
-        ]
+        of_pytorch = name in ("eager", "compile")
+        for function, cached in ((whole, False), (half, True)):
+            run = replayed(tuned(function) if of_pytorch else function)
+            made.append(Contestant(name, run, batch, told, cached))
     if "onnxruntime" in engines and precision in PEERS:
         made += onnxruntime_peers(network, device, batch, precision, PEERS[precision])
     return made
@@ -361,7 +361,6 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     device = torch.device(options.device)
-    torch.backends.cudnn.benchmark = True  # eager PyTorch at its best: cuDNN tries its algorithms once for each shape
     network = seeded_network(options.mode, width=options.width)
     print(device_name(device))
     failed = False

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from gpupipe.errors import InputError
 from gpupipe.files import make_folder
 from gpupipe.versions import device_name
 from gpupipe.versions import versions as gpupipe_versions
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_REPOSITORY = (ROOT / "pyproject.toml").is_file()
@@ -75,6 +78,20 @@ def measure(
     for _ in range(warmup):
         timed(function, device)
     return Spread.of([timed(function, device) for _ in range(rounds)])
+
+
+def tuned(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """``function`` with cuDNN at its best: it tries its algorithms, once for each shape."""
+
+    @wraps(function)
+    def run(*arguments: Given.args, **named: Given.kwargs) -> Result:
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            return function(*arguments, **named)
+        finally:
+            torch.backends.cudnn.benchmark = before
+
+    return run
 
 
 # ── the machine ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gpupipe import FrameGenerationPipeline
-from gpupipe.benchmarks.common import Row, Spread, row
+from gpupipe.benchmarks.common import Row, Spread, row, tuned
 from gpupipe.benchmarks.keeping_memory import process_keeping_memory
 from gpupipe.benchmarks.meters import PeakMemory, energy_counter
 from gpupipe.benchmarks.scenario import Scenario
@@ -77,16 +77,7 @@ def reference_loop(scenario: Scenario, *, device: str, crf: int) -> Contestant:
     start = time.perf_counter()
     network = load_unet(scenario.checkpoint, scenario.mode).to(device)
     made = _loop("reference_loop", scenario, network, time.perf_counter() - start, crf)
-    render = made.render
-
-    def tuned(features: Path, sound: Path, output: Path) -> dict[str, float]:
-        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-        try:
-            return render(features, sound, output)
-        finally:
-            torch.backends.cudnn.benchmark = before
-
-    made.render = tuned
+    made.render = tuned(made.render)
     return made
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpupipe.benchmarks.common import RESULTS, Row, commit
+from gpupipe.benchmarks.common import RESULTS, Row, commit, tuned
 from gpupipe.benchmarks.kernel_bench import rows_of, tell
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.gluon import GluonEngine
@@ -307,7 +307,7 @@ def run(folder: Path, device: torch.device, batch: int, rounds: int) -> Iterator
         described = str(entry["block"])
         if described not in timed:  # once for both kernels of a block
             timed.add(described)
-            kernels["torch"] = partial(eager, case)
+            kernels["torch"] = tuned(partial(eager, case))
         for provider, function in kernels.items():
             facts = {"case": entry["config"], "registers": entry["registers"], "triton": manifest["triton"]}
             yield rows_of(

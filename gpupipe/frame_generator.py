@@ -16,7 +16,7 @@ from gpupipe.avatar import Avatar
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.errors import InputError, whole_number
 from gpupipe.fallbacks import note_fallback
-from gpupipe.features import SpeechFeatures
+from gpupipe.features import SpeechFeatures, video_rate
 from gpupipe.image_processor import Image, ImageProcessor
 from gpupipe.kernels.nv12 import PixelFormat, from_nv12, to_nv12
 from gpupipe.models import AUDIO_SHAPES, Mode
@@ -30,6 +30,9 @@ from gpupipe.unet_model import UNetModel
 from gpupipe.video.images import write_frames
 
 logger = logging.getLogger(__name__)
+
+_SAME_RATE = 0.01
+"""Rates that differ by less are one: 25 and 24.975."""
 
 
 class FrameGenerator:
@@ -146,11 +149,13 @@ class FrameGenerator:
     ) -> Template:
         """Open and check a template for this generator's device, precision and memory budget.
 
+        There is a template frame to each row of features. A warning tells of a video at another rate than theirs.
+
         Args:
             img_dir, lms_dir, parsing_dir, clip, stages: as :class:`~gpupipe.Template` takes them.
         """
         model = self.unet_model
-        return Template(
+        template = Template(
             img_dir,
             lms_dir,
             parsing_dir,
@@ -160,6 +165,14 @@ class FrameGenerator:
             memory_budget=self.memory_budget,
             stages=stages,
         )
+        shown = video_rate(self.mode)
+        if template.video_rate is not None and abs(shown / template.video_rate - 1) > _SAME_RATE:
+            logger.warning(
+                "%s: has %.4g frames a second, of which mode %s shows %g: it moves at %.0f %% of its speed; expected a"
+                " video of that rate, with its landmarks",
+                *(template.name, template.video_rate, self.mode, shown, 100 * shown / template.video_rate),
+            )
+        return template
 
     def open_template_directory(
         self,
@@ -212,7 +225,8 @@ class FrameGenerator:
         batches = self._batches(self.shot(avatar, speech, start_frame=start_frame, fps=fps))
         if avatar.pixel_format == pixel_format:
             return batches
-        return map(from_nv12 if pixel_format == "bgr" else to_nv12, batches)
+        convert = from_nv12 if pixel_format == "bgr" else to_nv12
+        return (convert(batch) for batch in batches)  # like the others, it can be closed
 
     def avatar(
         self, template: Template, pixel_format: PixelFormat = "bgr", *, cacheable: NDArray[np.bool_] | None = None

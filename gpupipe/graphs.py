@@ -54,6 +54,10 @@ _memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictiona
 """By the device's number."""
 
 
+_failed: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture failed: PyTorch 2.11's allocator of pinned memory goes on asking them, so they must stay."""
+
+
 @dataclass(frozen=True)
 class _Captured:
     """A captured step: a call replays it on the current stream. It keeps ``step`` alive, and what it reads."""
@@ -129,6 +133,8 @@ def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
     try:
         graph.capture_end()
     except RuntimeError:
+        graph.reset()
+        _failed.append(graph)
         with contextlib.suppress(RuntimeError):  # newer versions have ended it themselves
             torch._C._cuda_endAllocateToPool(device, pool)
             torch._C._cuda_releasePool(device, pool)

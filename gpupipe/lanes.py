@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,12 +16,13 @@ from typing import TypeVar
 import torch
 
 from gpupipe.cgroups import cpu_quota
+from gpupipe.locks import forkable_lock
 from gpupipe.stages import LANE_THREAD
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_lock = threading.Lock()
+_lock = forkable_lock()
 
 
 def available_cores() -> int:

@@ -89,6 +89,9 @@ class _Phases:
 class FrameGenerationPipeline:
     """Renders clips with a checkpoint.
 
+    A thread that renders must be waited for before a program's main thread ends: Python then lets pools of threads
+    start nothing more, and the render fails.
+
     Args:
         checkpoint_path, mode, device, engine, exact, precision: as :class:`~gpupipe.unet_model.UNetModel` takes them.
         blend, feather, batch_size, memory_budget: as :class:`~gpupipe.frame_generator.FrameGenerator` takes them.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
 from collections.abc import Iterator
 
-_lock = threading.Lock()
+from gpupipe.locks import forkable_lock
+
+_lock = forkable_lock()
 
 
 @contextlib.contextmanager

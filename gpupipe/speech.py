@@ -68,7 +68,7 @@ class SpeechEncoder:
     def covering_features(self, audio_path: str | Path) -> Iterator[Tensor]:
         """Yield :meth:`features` in pieces ``(n, 512)`` on the device, at least one row for each frame of the sound.
 
-        The number of rows that this family of models defines ends up to 70 ms before the sound, and a video would be
+        The number of rows that this family of models defines ends up to 77 ms before the sound, and a video would be
         that much shorter. The last row is repeated to fill the gap.
         """
         samples, count, last = 0, 0, torch.empty(0, FEATURES)

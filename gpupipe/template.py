@@ -83,6 +83,9 @@ class Template:
         if Path(image_dir).suffix.lower() in VIDEO_SUFFIXES:
             self._video = VideoFrames(image_dir, device=self.device)
             self.length, self.width, self.height = self._video.length, self._video.width, self._video.height
+            if not self._video.names_colours:
+                taken = self._video.colours.matrix
+                logger.warning("%s: does not name its colour matrix; taken as %s for its size", image_dir, taken)
             count = len(numbered_files(Path(landmark_dir), ".lms", "landmark file"))
             if count != self.length:
                 raise InputError(
@@ -152,6 +155,11 @@ class Template:
     def is_video(self) -> bool:
         """Whether the frames come from a video file and are kept as NV12."""
         return self._video is not None
+
+    @property
+    def video_rate(self) -> float | None:
+        """Frames a second of its video, on average; None of images, or of a single frame."""
+        return None if self._video is None else self._video.rate
 
     @property
     def uses_parsing(self) -> bool:

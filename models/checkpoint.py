@@ -23,12 +23,15 @@ Module = TypeVar("Module", bound=nn.Module)
 MAX_WIDTH = 4
 """The widest U-Net that is read: a few bytes may promise a network that no memory holds."""
 
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+"""Names under which training programs save a state dict, beside an optimizer's and other facts."""
+
 
 def load_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a state dict from ``.pth`` (a zip of tensors, never an arbitrary pickle) or ``.safetensors``, on the CPU.
 
-    A ``.pth`` that wraps its state dict under ``"state_dict"`` or ``"model"`` is unwrapped, and a ``module.`` prefix
-    that every key has (as ``DataParallel`` saves) is dropped.
+    A ``.pth`` that wraps its state dict under one of :data:`WRAPPERS` is unwrapped, and a prefix that every key has is
+    dropped: ``module.``, as ``DataParallel`` saves, or ``_orig_mod.``, as a compiled network does.
 
     Raises:
         CheckpointError: the file is missing, unreadable, or holds anything but named tensors.
@@ -42,7 +45,7 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # a damaged file makes the readers raise nearly anything
         raise CheckpointError(f"{path}: cannot be read as a checkpoint ({one_line(error)[:200]})") from error
-    for wrapper in ("state_dict", "model"):
+    for wrapper in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state:
@@ -53,8 +56,9 @@ def load_state_dict(path: str | Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: entry {entry} is {type(value).__name__}; expected a tensor under a name")
         if kind := _unusual(value):
             raise CheckpointError(f"{path}: entry {name[:80]!r} is a {kind} tensor; expected a dense one")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
+    for prefix in ("module.", "_orig_mod.", "module."):  # either around the other
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
     return dict(state)
 
 

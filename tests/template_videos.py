@@ -36,11 +36,12 @@ def write_video(
     tagged: bool = True,
     rotation: int = 0,
     pixel_aspect: str = "1",
+    rate: int = 25,
     **options: str,
 ) -> Path:
     """Encode BGR images, converted by FFmpeg to ``space`` and ``extent``, which are also the tags, if any."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25, options={"crf": "12", "g": "12", **options})
+        stream = container.add_stream(codec, rate=rate, options={"crf": "12", "g": "12", **options})
         stream.width, stream.height, stream.pix_fmt = images[0].shape[1], images[0].shape[0], pixel_format
         stream.codec_context.sample_aspect_ratio = Fraction(pixel_aspect)
         if rotation:

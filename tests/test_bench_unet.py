@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
-from gpupipe.benchmarks import bench_unet
+from gpupipe.benchmarks import bench_inverted_residual, bench_unet
 from gpupipe.benchmarks.common import Row
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.eager import EagerEngine
@@ -118,7 +119,13 @@ def test_what_is_measured_is_recorded_before_the_next_comparison(
 def test_an_engine_on_a_gpu_gives_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_unet, "copy_bandwidth", lambda device: 1e12)
     decode, decoded = EagerEngine.decode, []
-    monkeypatch.setattr(EagerEngine, "decode", lambda *given: decoded.append(1) or decode(*given))
+    tunes = torch.backends.cudnn
+
+    def counted(*given: Any) -> torch.Tensor:
+        decoded.append(tunes.benchmark)
+        return decode(*given)
+
+    monkeypatch.setattr(EagerEngine, "decode", counted)
     network, gpu = seeded_network(width=1 / 8), torch.device("cuda")
     made = bench_unet.on_cuda(network, gpu, 2, "float16", ["eager", "onnxruntime"])
     launched = len(decoded)
@@ -126,6 +133,21 @@ def test_an_engine_on_a_gpu_gives_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     bench_unet.measure(made, gpu, 1, found)
     rows = [row for row in bench_unet.rows_of(network, made, found, gpu, 2) if row.provider == "eager"]
     assert len(decoded) == launched > 0, "it is replayed"
+    assert all(decoded) and not tunes.benchmark, "PyTorch's layers are at their best, ours as in a render"
     assert {row.metric for row in rows} == {"latency", "operations", "layerwise_floor"}
     assert {row.config["cached"] for row in rows} == {True, False}
     assert all(row.error is None and row.value == 2 for row in rows)
+
+
+def test_layers_beside_our_kernels_are_at_their_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what they are compared with runs as in a render."""
+    seen: dict[str, set[bool]] = {"_layered": set(), "inverted_residual": set()}
+    for name, switches in seen.items():
+
+        def recorded(*_: Any, switches: set[bool] = switches, **__: Any) -> None:
+            switches.add(torch.backends.cudnn.benchmark)
+
+        monkeypatch.setattr(bench_inverted_residual, name, recorded)
+    for _ in itertools.islice(bench_inverted_residual.cases(CPU, 1, 1), 4):
+        pass
+    assert seen == {"_layered": {True}, "inverted_residual": {False}}

@@ -247,7 +247,12 @@ def test_captured_batches_on_a_gpu(painted: Callable[[str], tuple[Avatar, list[T
     one._capture_below = math.inf
     found = [one.render(*batch) for batch in batches(one.template)]
     assert one._graphed is not None, fallbacks()
-    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, found[:2], expected[:2]))
+    # The last is painted as a batch of two, but replayed padded to three: cuDNN may take another algorithm.
+    difference = (found[2].int() - expected[2].int()).abs()
+    assert difference.max() <= 2 and (difference == 0).float().mean() >= 0.999
+    other = (found[2].int() - expected[1][: len(found[2])].int()).abs()
+    assert (other == 0).float().mean() < 0.999, "another batch passes, too"
 
 
 @pytest.mark.cuda

@@ -76,6 +76,25 @@ def as_model(state: State, folder: Path) -> Path:
     return folder / "model.pth"
 
 
+def as_model_state_dict(state: State, folder: Path) -> Path:
+    torch.save({"epoch": 7, "model_state_dict": state, "optimizer_state_dict": {"lr": 1e-3}}, folder / "last.pth")
+    return folder / "last.pth"
+
+
+def as_net(state: State, folder: Path) -> Path:
+    torch.save({"net": state, "epoch": 7}, folder / "net.pth")
+    return folder / "net.pth"
+
+
+def as_compiled(state: State, folder: Path) -> Path:
+    torch.save({f"_orig_mod.{name}": value for name, value in state.items()}, folder / "compiled.pth")
+    return folder / "compiled.pth"
+
+
+def as_compiled_in_parallel(state: State, folder: Path) -> Path:
+    return as_compiled({f"module.{name}": value for name, value in state.items()}, folder)
+
+
 def as_data_parallel(state: State, folder: Path) -> Path:
     torch.save({f"module.{name}": value for name, value in state.items()}, folder / "parallel.pth")
     return folder / "parallel.pth"

@@ -220,7 +220,7 @@ def test_workers_killed_for_memory_are_replaced(jobs: Path, tmp_path: Path, monk
         if "cannot be reached" not in str(error):
             raise
         pytest.skip(f"no cluster starts here: {error}")
-    assert record.parked == 1 and len(started) == 4
+    assert record.parked == 1 and len(started) >= 4  # one may be killed before it has a task
     (row,) = results(tmp_path / "out").values()
     assert (row["attempts"], row["error"]) == (0, "3 workers died over it")
 

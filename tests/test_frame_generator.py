@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from clips import features, rendered
 from gpupipe import FrameGenerator, InputError, OutputError, SpeechFeatures, Template, UNetModel, audio_windows, shots
 from gpupipe.avatar import Avatar
 from gpupipe.benchmarks import reference_loop as reference
+from gpupipe.engines import EngineName
 from gpupipe.fallbacks import fallbacks
 from gpupipe.models import MODES, Mode
 from gpupipe.shots import Piece
@@ -218,25 +220,26 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @pytest.mark.parametrize(
     "setting",
     [
-        default_dtype(torch.float64),
-        default_dtype(torch.float16),
-        torch.device("meta"),
-        torch.autocast("cpu", dtype=torch.bfloat16),
-        torch.inference_mode(),
+        partial(default_dtype, torch.float64),
+        partial(default_dtype, torch.float16),
+        partial(torch.device, "meta"),
+        partial(torch.autocast, "cpu", dtype=torch.bfloat16),
+        torch.inference_mode,
     ],
     ids=["float64", "float16", "device", "autocast", "inference"],
 )
+@pytest.mark.parametrize("engine", ["eager", "onnxruntime", "llvm"])
 def test_a_program_s_settings_of_pytorch_change_nothing(
-    setting: Any, tiny_checkpoint: Callable[..., Path], template: Path
+    engine: EngineName, setting: Callable[[], Any], tiny_checkpoint: Callable[..., Path], template: Path
 ) -> None:
     """Neither when the network is built nor when it runs; ``meta`` stands for a GPU as the default device."""
 
     def frames() -> list[Image]:
-        generator = FrameGenerator(UNetModel(tiny_checkpoint(), device="cpu", engine="onnxruntime"))
+        generator = FrameGenerator(UNetModel(tiny_checkpoint(), device="cpu", engine=engine))
         single = generator.generate_frame(*one_frame(template), audio_windows(features(1)))
         return [single, *rendered(generator, template, features(3))]
 
-    with setting:
+    with setting():
         found = frames()
     assert torch.get_default_dtype() == torch.float32
     assert all(np.array_equal(a, b) for a, b in zip(found, frames(), strict=True))

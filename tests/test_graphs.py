@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import threading
 import weakref
 from collections.abc import Callable
@@ -93,6 +94,23 @@ def test_waiting_for_the_device_cannot_be_captured() -> None:
     assert torch.cuda.current_stream() == stream, "what is launched next must not go to the capture's stream"
     drawn = torch.empty(64, device=CUDA).uniform_()
     assert 0.1 < drawn.mean().item() < 0.9, "random numbers are drawn as before"
+
+
+@pytest.mark.cuda
+def test_a_graph_whose_capture_failed_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.11 asks it at each later request for pinned memory, which is not to read freed memory then."""
+    new, made = torch.cuda.CUDAGraph, []
+
+    def recorded() -> torch.cuda.CUDAGraph:
+        graph = new()
+        made.append(weakref.ref(graph))
+        return graph
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", recorded)
+    with pytest.raises(RuntimeError):
+        graphs.capture(lambda: torch.ones(3, device=CUDA).sum().item())
+    gc.collect()
+    assert made[0]() is not None
 
 
 @pytest.mark.cuda

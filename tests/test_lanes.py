@@ -146,3 +146,26 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["7"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no forking here")
+def test_a_child_forked_while_lanes_start_can_start_its_own() -> None:
+    """Another thread holds the lock just then: the child would have it for ever, and not that thread."""
+    program = """
+import os, signal, threading, time
+from gpupipe.lanes import _lock, map_in_lanes
+held = threading.Event()
+def hold():
+    with _lock:
+        held.set()
+        time.sleep(0.5)
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    os._exit(sum(map_in_lanes(abs, [-3, -4])))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["7"]

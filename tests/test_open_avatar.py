@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from gpupipe import Avatar, FrameGenerationPipeline, InputError, SpeechFeatures
+from gpupipe import Avatar, FrameGenerationPipeline, InputError, OutputError, SpeechFeatures
 from gpupipe.kernels.nv12 import from_nv12
 from gpupipe.stages import UNTIMED
+from gpupipe.video.encode import VideoWriter
+from gpupipe.video.segments import HostEncoder
 
 Clip = dict[str, Path]
 MakeTemplate = Callable[..., Path]
@@ -116,6 +120,75 @@ def test_memory_is_freed_with_the_avatar(pipeline: FrameGenerationPipeline, clip
     gone = weakref.ref(avatar), weakref.ref(avatar.template)
     gc.disable()
     try:
+        del avatar
+        assert [reference() for reference in gone] == [None, None]
+    finally:
+        gc.enable()
+
+
+def stopped_by_the_caller(pipeline: FrameGenerationPipeline, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    return {"progress": stop}
+
+
+def an_engine_that_fails(pipeline: FrameGenerationPipeline, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    def fail(*_: object) -> None:
+        raise RuntimeError("engine")
+
+    patch.setattr(pipeline.unet_model.engine, "decode", fail)
+    return {}
+
+
+def an_encoder_that_fails(pipeline: FrameGenerationPipeline, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    def fail(*_: object) -> None:
+        raise MemoryError("encoder")
+
+    patch.setattr(HostEncoder, "encode", fail)
+    return {}
+
+
+def a_full_disk(pipeline: FrameGenerationPipeline, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    patch.setattr(VideoWriter, "_mux", fail)
+    return {}
+
+
+def an_interrupt_at_the_end(pipeline: FrameGenerationPipeline, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    stop = VideoWriter._stop
+
+    def interrupted(writer: VideoWriter, error: BaseException | None) -> None:
+        if error is None:
+            raise KeyboardInterrupt
+        stop(writer, error)
+
+    patch.setattr(VideoWriter, "_stop", interrupted)
+    return {}
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [stopped_by_the_caller, an_engine_that_fails, an_encoder_that_fails, a_full_disk, an_interrupt_at_the_end],
+)
+def test_memory_is_freed_after_a_failure(
+    spoil: Callable[..., dict[str, Any]], pipeline: FrameGenerationPipeline, clip: Clip,
+    render: Render, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """An avatar takes gigabytes, and Python's search for cycles does not see them."""
+    arguments = spoil(pipeline, monkeypatch)
+    avatar = pipeline.open_avatar(clip["template"])
+    gone = weakref.ref(avatar), weakref.ref(avatar.template)
+    gc.disable()
+    try:
+        try:
+            render(template_dir=avatar, **arguments)
+        except (KeyboardInterrupt, RuntimeError, MemoryError, OutputError):
+            pass
+        else:
+            pytest.fail("nothing failed")
         del avatar
         assert [reference() for reference in gone] == [None, None]
     finally:

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 from clips import cached
+from commands import QUICK, run
 from conftest import write_landmarks
 from template_videos import BOXES, FRAMES, HEIGHT, WIDTH, decoded, pictures, write_video
 from torch import Tensor
 
-from gpupipe import FrameGenerationPipeline, InputError, Template
+from gpupipe import FrameGenerationPipeline, FrameGenerator, InputError, Template, UNetModel
 from gpupipe.avatar import Avatar
 from gpupipe.kernels.nv12 import from_nv12
+from gpupipe.models import Mode
 from gpupipe.schedule import template_indices
 
 
@@ -54,6 +56,39 @@ def test_template_keeps_what_fits(budget: int | None, folder: Path, video: Path)
 def test_suffix_in_capitals(folder: Path) -> None:
     (folder / "template.mp4").rename(folder / "template.MP4")
     assert Template.from_directory(folder).length == FRAMES
+
+
+@pytest.mark.parametrize(
+    ("rate", "mode", "told"),
+    [
+        (25, "ave", None),
+        (24, "ave", "24 frames a second, of which mode ave shows 25: it moves at 104 % of its speed"),
+        (30, "ave", "30 frames a second, of which mode ave shows 25: it moves at 83 % of its speed"),
+        (25, "wenet", "25 frames a second, of which mode wenet shows 20: it moves at 80 % of its speed"),
+        (20, "wenet", None),
+    ],
+)
+def test_a_video_at_another_rate_than_the_features_is_told(
+    rate: int, mode: Mode, told: str | None, folder: Path, tiny_model: Callable[..., UNetModel],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Its frames are shown one by one, however long they lasted."""
+    write_video(folder / "template.mp4", pictures(), rate=rate)
+    FrameGenerator(tiny_model(mode), mode).open_template_directory(folder)
+    found = [record.getMessage() for record in caplog.records]
+    assert [told in message for message in found] == [True] if told is not None else found == []
+
+
+def test_colours_taken_for_the_size_are_told_once(
+    folder: Path, tiny_checkpoint: Callable[..., Path], clip: dict[str, Path], tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Although a command opens the video twice."""
+    write_video(folder / "template.mp4", pictures(), tagged=False)
+    words = ["--checkpoint", tiny_checkpoint(), "--template", folder, "--audio-features", clip["features"], *QUICK]
+    assert run("frames", *words, "--output-dir", tmp_path / "out").exit_code == 0
+    told = f"{folder / 'template.mp4'}: does not name its colour matrix; taken as bt601 for its size"
+    assert [record.getMessage() for record in caplog.records if "matrix" in record.getMessage()] == [told]
 
 
 # ── which pixels ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -89,4 +89,5 @@ class Declaration:
             raise DeviceError(f"{told} and precision {met!r}; expected {' or '.join(others)} with this engine")
         if reason := self.obstacle(device, dtype):
             raise DeviceError(f"{told}: {reason}")
-        return self.make(network, device=device, dtype=dtype)
+        with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):  # weights are multiplied
+            return self.make(network, device=device, dtype=dtype)

@@ -171,15 +171,20 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._resources:
-            try:
-                self._stop(error)
-            except KeyboardInterrupt as interrupt:  # while the last frames are encoded
-                self._stop(interrupt)
-                raise
-            failure = error or self._error
-            if failure is not None:
-                raise failure
+        failure: BaseException | None = None
+        try:
+            with self._resources:
+                try:
+                    self._stop(error)
+                except KeyboardInterrupt as interrupt:  # while the last frames are encoded
+                    self._stop(interrupt)
+                    raise
+                failure = error or self._error
+                if failure is not None:
+                    raise failure
+        finally:  # an error's traceback holds this frame, and its callers' hold this writer: both let go of the error
+            self._error = self._error and RuntimeError("the video was not finished")
+            error = failure = None
 
     @property
     def sound_seconds(self) -> float | None:

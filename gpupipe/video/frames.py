@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import itertools
-import logging
 import threading
 import weakref
 from collections import OrderedDict
@@ -32,8 +31,6 @@ from gpupipe.files import input_file, media_url
 from gpupipe.kernels.nv12 import ycbcr_matrix
 from gpupipe.video.codecs import media_errors
 from gpupipe.video.cuda import current_context
-
-logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
 
@@ -75,7 +72,9 @@ class VideoFrames:
     Attributes:
         length: number of frames.
         width, height: in pixels, even.
+        rate: frames a second, on average; None for a single frame.
         colours: how the file's pixels are to be interpreted; :meth:`read` always gives BT.709 in limited range.
+        names_colours: whether the file names their matrix. If not, it is taken for its size.
         decoder: ``"nvdec"`` or ``"threads"``.
 
     Raises:
@@ -98,8 +97,11 @@ class VideoFrames:
         # No player shows frames before the first decoded one: they refer to pictures that were cut away.
         self._times = self._times[bisect.bisect_left(self._times, start) :]
         self.length = len(self._times)
+        seconds = (self._times[-1] - self._times[0]) * (self._container.streams.video[0].time_base or 0)
+        self.rate = float((self.length - 1) / seconds) if seconds else None
         # The first frame can be sought too: if an edit list begins between keyframes, that frame's keyframe is earlier.
         self._keys = [start, *(key for key in keys if key > start)]
+        self.names_colours = True
         self.colours = self._colours_of(first)
         self._recent_count = max(2, min(_RECENT, _RECENT_BYTES // (self.width * self.height * 3 // 2)))
         self._next = 0  # the number of the frame that the decoder gives next
@@ -205,9 +207,8 @@ class VideoFrames:
         full = int(frame.color_range) == _FULL_RANGE or frame.format.name.startswith("yuvj")
         number = int(frame.colorspace)
         if number == _UNSPECIFIED:
-            matrix: Matrix = "bt709" if self.width >= _HD[0] or self.height > _HD[1] else "bt601"
-            logger.warning("%s: does not name its colour matrix; taken as %s for its size", self.path, matrix)
-            return Colours(matrix, full)
+            self.names_colours = False
+            return Colours("bt709" if self.width >= _HD[0] or self.height > _HD[1] else "bt601", full)
         if number not in _MATRICES:
             raise InputError(f"{self.path}: its colour matrix has number {number} (H.273); expected BT.709 or BT.601")
         return Colours(_MATRICES[number], full)

@@ -135,7 +135,10 @@ def put_unless_failed(inbox: queue.Queue[Item], item: Item, error: Callable[[], 
         with contextlib.suppress(queue.Full):
             inbox.put(item, timeout=0.5)
             return
-    raise failure
+    try:
+        raise failure
+    finally:
+        del failure  # its traceback holds this frame
 
 
 class _Segment:
@@ -211,7 +214,7 @@ class SegmentPool(Generic[Picture]):
 
     def close(self) -> None:
         """End the workers, whatever work is left."""
-        self._error = self._error or RuntimeError("the encoders were closed")
+        self._error = RuntimeError("the encoders were closed")  # another's traceback would hold this pool
         self._join()
 
     def _give(self, picture: Picture | None) -> None:
