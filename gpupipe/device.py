@@ -9,7 +9,7 @@ from gpupipe.fallbacks import note_fallback
 
 
 def find_device(device: str | torch.device | None = None, *, here: bool = True) -> torch.device:
-    """Return the device of a name; None means a CUDA GPU if there is one that works, else the CPU.
+    """Return the device of a name; None or ``auto`` means a CUDA GPU if there is one that works, else the CPU.
 
     ``cuda`` becomes the number of the GPU that is current now: in other threads, or later, another may be current.
 

@@ -15,7 +15,7 @@ from gpupipe.device import find_device
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.engines.choice import LOWER_ON_CPU, find_dtype
 from gpupipe.engines.declared import DECLARED, contenders, runnable
-from gpupipe.engines.measure import Figures, fastest, measure
+from gpupipe.engines.measure import fastest, measure
 from gpupipe.engines.remembered import recall, remember
 from gpupipe.errors import first_line
 from gpupipe.fallbacks import fallbacks
@@ -107,14 +107,13 @@ def _engine(device: torch.device, *, exact: bool) -> str:
     return f"{fastest(figures)} (ms a frame, mode ave, full width: {results})"
 
 
-def measure_engines(device: str | torch.device | None = None) -> Figures:
+def measure_engines(device: str | torch.device | None = None) -> None:
     """Measure and remember how fast each engine of a device runs a full-width ave network with random weights."""
     chosen = find_device(device)
     dtype = find_dtype(chosen, exact=chosen.type == "cpu", precision=None)
     network = UNet328("ave").eval()
     measured = measure(network, chosen, dtype, runnable(chosen, dtype))
     remember(network, chosen, dtype, measured.lasting)
-    return measured.figures
 
 
 def _kernels(device: torch.device) -> str:

@@ -39,13 +39,12 @@ class DiskFullError(OutputError):
     """An output that cannot be written because there is no room for it."""
 
 
-def output_error(path: object, error: OSError, what: str = "written") -> OutputError:
+def output_error(path: Path, error: OSError, what: str = "written") -> OutputError:
     """Return what to raise for an error of the file system while ``path`` was written or made."""
     kind = DiskFullError if error.errno in {errno.ENOSPC, errno.EDQUOT} else OutputError
-    folder = Path(str(path)).parent
     reason = error.strerror or error
-    if error.errno == errno.ENOENT and not folder.exists():
-        reason = f"there is no folder {folder}"
+    if error.errno == errno.ENOENT and not path.parent.exists():
+        reason = f"there is no folder {path.parent}"
     return kind(f"{path}: cannot be {what}: {reason}")
 
 

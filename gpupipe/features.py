@@ -34,8 +34,8 @@ FRAME_RATES: dict[Mode, int] = {"ave": 25, "hubert": 25, "wenet": 20}
 _CHECK_BYTES = 1 << 24
 
 
-def video_rate(mode: Mode, fps: float | None = None) -> float:
-    """Return a video's frames a second: ``fps``, or by default the rate of the mode's features."""
+def video_rate(mode: Mode, fps: float | None) -> float:
+    """Return a video's frames a second: ``fps``, or if that is None the rate of the mode's features."""
     return FRAME_RATES[mode] if fps is None else fps
 
 
@@ -88,7 +88,11 @@ class SpeechFeatures:
         return self.shape[0]
 
     def timing(self, fps: float | Fraction | None = None) -> Resampling:
-        """Return which row each frame of a video at ``fps`` frames a second shows; None makes one frame of each row."""
+        """Return which row each frame of a video at ``fps`` frames a second shows; None makes one frame of each row.
+
+        Raises:
+            InputError: ``fps`` is not more than 0 and at most 1000.
+        """
         rate = Fraction(FRAME_RATES[self.mode])
         return Resampling(len(self), rate, rate if fps is None else frame_rate(fps))
 
@@ -97,6 +101,9 @@ class SpeechFeatures:
 
         Frame i sees rows ``[i − 8, i + 8)``; rows outside the clip are zeros. Rows are copied to the device and
         windowed there, because windows are 16 times their size.
+
+        Raises:
+            InputError: as :meth:`rows`.
         """
         device = torch.device(device)
         if self.windowed:
@@ -109,7 +116,11 @@ class SpeechFeatures:
         return windows.reshape(stop - start, *self.audio_shape)
 
     def rows(self, start: int, stop: int) -> Float32:
-        """Rows ``[start, stop)`` as they are stored: float32 (stop − start, values a row)."""
+        """Rows ``[start, stop)`` as they are stored: float32 (stop − start, values a row).
+
+        Raises:
+            InputError: the file has become shorter than its header promises.
+        """
         width = math.prod(self.shape[1:])
         if self._array is not None:
             return self._array[start:stop].reshape(stop - start, width).copy()
@@ -165,6 +176,10 @@ def audio_windows(features: ArrayLike | Tensor, mode: Mode = "ave") -> Tensor:
 
     Args:
         features: (N, …), one row a video frame, as :class:`SpeechFeatures` takes it.
+        mode: the kind of features: ``"ave"``, ``"hubert"`` or ``"wenet"``.
+
+    Raises:
+        InputError: as :class:`SpeechFeatures`.
     """
     speech = SpeechFeatures(features, mode)
     return speech.windows(0, len(speech))
@@ -200,8 +215,8 @@ def save_features(features: np.ndarray | Tensor, path: str | Path, *, bin: bool 
     return [path, raw, raw.with_name(raw.name + ".json")]
 
 
-def write_features(pieces: Iterable[Tensor], path: str | Path) -> int:
-    """Write features to a ``.npy`` as they come, never holding the whole; return the number of rows.
+def write_features(pieces: Iterable[Tensor], path: str | Path) -> None:
+    """Write features to a ``.npy`` as they come, never holding the whole.
 
     Args:
         pieces: (n, 512) each.
@@ -222,7 +237,6 @@ def write_features(pieces: Iterable[Tensor], path: str | Path) -> int:
             file.write(np.ascontiguousarray(piece.cpu().numpy(), dtype="<f4").tobytes())
         end = header()
     assert end == begin
-    return count
 
 
 def save_features_bin(features: ArrayLike | Tensor, path: str | Path) -> Path:
@@ -230,6 +244,9 @@ def save_features_bin(features: ArrayLike | Tensor, path: str | Path) -> Path:
 
     The first holds the values, little-endian float32 in C order; the second ``num_frames``, ``feature_size`` (values a
     row) and ``shape``. Returns ``path``.
+
+    Raises:
+        OutputError: a file cannot be written.
     """
     path = Path(path)
     values = np.ascontiguousarray(as_array(features), dtype="<f4")

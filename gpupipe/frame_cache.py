@@ -46,7 +46,6 @@ class FrameCache:
         device: torch.device,
         cacheable: NDArray[np.bool_] | None = None,
     ) -> None:
-        self.length = length
         self.budget = budget
         self.device = device
         self.capacity: int | None = None  # how many frames will be kept; known once one has been computed

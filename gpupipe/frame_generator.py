@@ -122,6 +122,9 @@ class FrameGenerator:
 
         Returns:
             N frames uint8 (H, W, 3), BGR. For long clips use :meth:`stream`, whose memory does not grow.
+
+        Raises:
+            InputError: features or a template that cannot be used, or ``start_frame`` outside the template.
         """
         speech = SpeechFeatures(audio_features, self.mode)
         template = self.open_template(img_dir, lms_dir, parsing_dir, clip=(start_frame, len(speech)))
@@ -153,6 +156,9 @@ class FrameGenerator:
 
         Args:
             img_dir, lms_dir, parsing_dir, clip, stages: as :class:`~gpupipe.Template` takes them.
+
+        Raises:
+            InputError: as :class:`~gpupipe.Template`.
         """
         model = self.unet_model
         template = Template(
@@ -165,7 +171,7 @@ class FrameGenerator:
             memory_budget=self.memory_budget,
             stages=stages,
         )
-        shown = video_rate(self.mode)
+        shown = video_rate(self.mode, None)
         if template.video_rate is not None and abs(shown / template.video_rate - 1) > _SAME_RATE:
             logger.warning(
                 "%s: has %.4g frames a second, of which mode %s shows %g: it moves at %.0f %% of its speed; expected a"

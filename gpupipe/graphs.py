@@ -44,11 +44,6 @@ class _Memory:
             current.wait_stream(self._last)
         self._last = current
 
-    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Replay ``graph`` on the current stream, after the last replay."""
-        self.take()
-        graph.replay()
-
 
 _memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
 """By the device's number."""
@@ -67,7 +62,8 @@ class _Captured:
     step: Callable[[], object]
 
     def __call__(self) -> None:
-        self.memory.replay(self.graph)
+        self.memory.take()
+        self.graph.replay()
 
 
 def capture(step: Callable[[], Output]) -> tuple[_Captured, Output]:

@@ -77,7 +77,11 @@ class ImageProcessor:
         return _hwc(cubic_resize(_chw(_image(image, "image")), width, height))
 
     def create_masked_region(self, image: Image | Tensor) -> Image:
-        """A copy of the inner crop (320, 320, 3) with rows 5…309 and columns 5…314 set to 0."""
+        """A copy of the inner crop (320, 320, 3) with rows 5…309 and columns 5…314 set to 0.
+
+        Raises:
+            InputError: an image that is not uint8 (320, 320, 3).
+        """
         return _hwc(mask_mouth(_chw(_image(image, "image", INPUT_SIZE))))
 
     def prepare_input_tensors(self, image: Image | Tensor, normalize: bool = True) -> tuple[Tensor, Tensor]:
@@ -89,6 +93,9 @@ class ImageProcessor:
 
         Returns:
             float32 (1, 6, 320, 320), the inner crop and its masked copy; and float32 (3, 320, 320), the inner crop.
+
+        Raises:
+            InputError: an image that is not uint8, or of another size.
         """
         inner = _chw(_image(image, "image", INPUT_SIZE, CROP_SIZE)).float()
         if inner.shape[2] == CROP_SIZE:

@@ -84,6 +84,9 @@ def mel_pieces(chunks: Iterable[np.ndarray | Tensor], *, device: str | torch.dev
     Args:
         chunks: float32 ``(n,)`` in [−1, 1], 16 kHz, mono.
         device: where the columns are computed and stay.
+
+    Raises:
+        ValueError: a chunk that is not of one channel.
     """
     device = torch.device(device)
     total, last = 0, torch.zeros(1, dtype=torch.float32, device=device)
@@ -139,6 +142,9 @@ def mel_windows(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
     """Mel pieces ``(80, n)`` → batches of windows ``(B, 1, 80, 16)``, :func:`window_count` in all.
 
     Window i starts at column ``int(80·i / 25)``; those that would pass the end are pulled back to it.
+
+    Raises:
+        ValueError: fewer columns than one window has.
     """
     held = torch.empty(MEL_BANDS, 0, dtype=torch.float32)
     dropped = done = 0

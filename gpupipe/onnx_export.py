@@ -87,6 +87,7 @@ def export_unet(network: UNet328, path: str | Path, *, opset_version: int = OPSE
     (batch, 3, 320, 320) in (0, 1); all float32, BGR.
 
     Raises:
+        InputError: an operator set that cannot express the network.
         OutputError: ``path`` cannot be written.
         GpupipeError: ONNX Runtime and PyTorch differ by more than :data:`TOLERANCE` on random inputs of batch 1 and 3.
     """

@@ -258,7 +258,11 @@ class FrameGenerationPipeline:
 
         ``image_format="png"`` writes ``frame_00000.png`` … without loss. A warning names images left in the folder
         from an earlier, longer clip. There is one image for each row of features, whatever ``fps``; with ``resample``
-        there are those of :meth:`generate_video`'s video of ``fps`` frames a second.
+        there are those of :meth:`generate_video`'s video of ``fps`` frames a second. Other arguments are as there.
+
+        Raises:
+            InputError: input that cannot be used, or an unknown ``image_format``.
+            OutputError: the folder cannot be made or written.
         """
         phases, stages = _Phases(), Stages()
         with self._opened(audio_features_path, template_dir, start_frame, use_parsing, stages) as (face, speech):
@@ -294,6 +298,10 @@ class FrameGenerationPipeline:
         Returns:
             the facts: ``num_total_frames``, ``sample_indices``, ``reference_frames`` (paths),
             ``audio_features_shape``, ``mode``, ``frame_size`` ([width, height]).
+
+        Raises:
+            InputError: input that cannot be used, or less than one sample frame.
+            OutputError: the folder or a file in it cannot be written.
         """
         if num_sample_frames < 1:
             raise InputError(f"number of sample frames is {num_sample_frames}; expected 1 or more")

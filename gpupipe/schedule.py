@@ -63,14 +63,8 @@ class Resampling:
         """Return the end of the longest run of video frames from ``start`` on that shows at most ``most`` rows."""
         if self.fps <= self.rate:
             return min(start + most, self.frames)
-        row = int(self.rows(start, start + 1)[0])
-        return self.frames_of(row, row + most).stop
-
-    def frames_of(self, start: int, stop: int) -> range:
-        """Return the video frames that show rows ``[start, stop)``: none at a low rate, or several for each row."""
-        ratio = self.fps / self.rate
-        first, last = (min(math.ceil(row * ratio), self.frames) for row in (start, stop))
-        return range(first, last)
+        beyond = int(self.rows(start, start + 1)[0]) + most  # the first row that is one too many
+        return min(math.ceil(beyond * self.fps / self.rate), self.frames)
 
 
 def template_indices(start: int, stop: int, length: int, start_frame: int = 0) -> NDArray[np.int64]:
@@ -102,7 +96,7 @@ def template_indices(start: int, stop: int, length: int, start_frame: int = 0) -
     return start_frame + np.where(phase <= last, phase, 2 * last - phase)
 
 
-def times_shown(stop: int, length: int, start_frame: int = 0) -> NDArray[np.int64]:
+def times_shown(stop: int, length: int, start_frame: int) -> NDArray[np.int64]:
     """Count how often the video frames ``[0, stop)`` show each template frame: int64 (length,).
 
     Raises:

@@ -14,7 +14,7 @@ FEATHER = 8.0
 """Default width of the feathered seam, in pixels of the frame."""
 
 
-def feather_width(blend: Blend, feather: float = FEATHER) -> float:
+def feather_width(blend: Blend, feather: float) -> float:
     """Width of the seam in pixels: 0 for ``blend="none"``.
 
     Raises:

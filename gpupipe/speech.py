@@ -50,6 +50,9 @@ class SpeechEncoder:
         """Sound in chunks (float32, 16 kHz, mono) → rows of features in pieces ``(n, 512)`` on the device.
 
         Holds only seconds of sound at a time, however long it is. The first and the last row come twice.
+
+        Raises:
+            CheckpointError: the encoder gives NaN or infinite features.
         """
         last: Tensor | None = None
         for windows in mel_windows(mel_pieces(chunks, device=self.device)):
@@ -70,6 +73,9 @@ class SpeechEncoder:
 
         The number of rows that this family of models defines ends up to 77 ms before the sound, and a video would be
         that much shorter. The last row is repeated to fill the gap.
+
+        Raises:
+            InputError, CheckpointError: as :meth:`features`.
         """
         samples, count, last = 0, 0, torch.empty(0, FEATURES)
 
@@ -93,6 +99,7 @@ class SpeechEncoder:
 
         Raises:
             InputError: see :func:`~gpupipe.video.sound.audio_chunks`.
+            CheckpointError: see :meth:`feature_rows`.
         """
         rows = torch.cat([piece.cpu() for piece in self.feature_rows(audio_chunks(audio_path))]).numpy()
         logger.debug("%s: %d rows of features on %s", audio_path, len(rows), self.device)

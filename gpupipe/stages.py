@@ -1,6 +1,6 @@
 """Where the time of a render goes: busy seconds of each stage, what bounded the run, and a trace to look at.
 
-    open ─ template decode ─ template half ─ speech half ─ paste ─ encode ─ mux
+    template decode ─ template half ─ speech half ─ paste ─ encode ─ mux
 
 Stages overlap: each is timed where it runs (on lanes, on the encoders' threads, on the GPU), so that their busy seconds
 may add up to more than the run took. The time of a stage inside another one (a template frame that is decoded when the
@@ -181,7 +181,7 @@ class Stages:
 
 
 @contextlib.contextmanager
-def measuring(trace: str | Path | None = None) -> Iterator[Stages]:
+def measuring(trace: str | Path | None) -> Iterator[Stages]:
     """Measure a render; when it is done without an error, write its trace to the file ``trace``, if one is named.
 
     Raises:

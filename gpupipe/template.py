@@ -219,7 +219,7 @@ def template_parts(directory: str | Path, *, use_parsing: bool = False) -> tuple
     return found[0], directory / "landmarks", directory / "parsing" if use_parsing else None
 
 
-def template_files(directory: str | Path, *, use_parsing: bool = False) -> list[Path]:
+def template_files(directory: str | Path, *, use_parsing: bool) -> list[Path]:
     """Return the files that a template is made of, usable or not, always in the same order."""
     directory = Path(directory)
     places = [*_sources(directory), directory / "landmarks", *([directory / "parsing"] if use_parsing else [])]

@@ -94,6 +94,9 @@ class UNetModel:
 
         Returns:
             the path.
+
+        Raises:
+            InputError, OutputError, GpupipeError: as :func:`~gpupipe.onnx_export.export_unet`.
         """
         return str(export_unet(self.network, output_path, opset_version=opset_version))
 

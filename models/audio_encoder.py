@@ -79,7 +79,7 @@ class AudioEncoder(nn.Sequential):
         )
 
     def forward(self, mel: Tensor) -> Tensor:
-        """Mel windows (B, 1, 80, 16) in [−4, 4] → features (B, 512), ≥ 0."""
+        """Mel windows (B, 1, 80, 16) in [−4, 4] → features (B, 512), ≥ 0; a ValueError for another shape."""
         if mel.dim() != 4 or mel.shape[1:] != (1, MEL_BANDS, MEL_COLUMNS):
             raise ValueError(f"mel has shape {tuple(mel.shape)}; expected (B, 1, {MEL_BANDS}, {MEL_COLUMNS})")
         return super().forward(mel).flatten(1)

@@ -30,6 +30,9 @@ TEMPLATE_FEATURES = ("hidden", "x2", "x3", "x4", "x5", "bottleneck")
 
 ``bottleneck`` is x6's share of the expansion that reads it."""
 
+SKIPS = ("x5", "x4", "x3", "x2", "hidden")
+"""The features that up1 … up5 read, in this order."""
+
 TemplateFeatures = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -115,9 +118,14 @@ class HoistedUp(nn.Module):
 
     def __init__(self, up: Up, projection: nn.Conv2d | None = None) -> None:
         super().__init__()
+        first, second = _blocks(up.conv)
+        expand, _, *rest = _layers(first)
+        half = expand.in_channels // 2
         self.up = up.up
-        self.low, skip, self.rest = _split_entry(up.conv)
+        self.low = conv1x1(expand.weight[:, :half], None)
+        skip = conv1x1(expand.weight[:, half:], expand.bias)
         self.skip = skip if projection is None else compose(projection, skip)
+        self.rest = nn.Sequential(*rest, second)
 
     def forward(self, low: Tensor, skip: Tensor) -> Tensor:
         """low (B, C1, H/2, W/2), skip (B, C2, H, W) → (B, out, H, W)."""
@@ -126,15 +134,6 @@ class HoistedUp(nn.Module):
     def joined(self) -> nn.Conv2d:
         """The expansion as one convolution again, of the upsampled low and the skip, concatenated in this order."""
         return conv1x1(torch.cat([self.low.weight, self.skip.weight], dim=1), self.skip.bias)
-
-
-def _split_entry(double: Any) -> tuple[nn.Conv2d, nn.Conv2d, nn.Sequential]:
-    """A decoder level's double convolution: its first expansion for the low and for the skip half, and the rest."""
-    first, second = _blocks(double)
-    expand, _, *rest = _layers(first)
-    half = expand.in_channels // 2
-    low, skip = conv1x1(expand.weight[:, :half], None), conv1x1(expand.weight[:, half:], expand.bias)
-    return low, skip, nn.Sequential(*rest, second)
 
 
 def _blocks(double: Any) -> tuple[Any, Any]:

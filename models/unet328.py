@@ -172,6 +172,9 @@ class UNet328(nn.Module):
     Args:
         mode: the kind of speech features: ``"ave"``, ``"hubert"`` or ``"wenet"``.
         width: scales every channel count; 1 is the published network, ½ the family's mobile variant. A multiple of ⅛.
+
+    Raises:
+        ValueError: another mode or width.
     """
 
     def __init__(self, mode: Mode = "ave", *, width: float = 1.0) -> None:

@@ -29,10 +29,10 @@ def test_a_replay_waits_for_the_one_before_it_on_another_stream(monkeypatch: pyt
     streams = [SimpleNamespace(wait_stream=lambda other, k=k: said.append(f"{k} waits")) for k in range(2)]
     graph: Any = SimpleNamespace(replay=lambda: said.append("replay"))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    memory = graphs._Memory()
+    replay = graphs._Captured(graphs._Memory(), graph, step=object)
     for k in (0, 0, 1, 0):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda k=k: streams[k])
-        memory.replay(graph)
+        replay()
     assert said == ["replay", "replay", "1 waits", "replay", "0 waits", "replay"]
 
 

@@ -81,7 +81,8 @@ def needed(job: Job) -> int:
 @pytest.mark.parametrize(("soon", "leaves"), [((0, 2, 1), 1), ((1, 2, 0), 0), ((1,), 0), ((0,), 1), ((), 0)])
 def test_the_avatar_needed_last_makes_room(jobs: list[Job], soon: tuple[int, ...], leaves: int) -> None:
     keys = [AvatarKey.of(job) for job in jobs]
-    residents = Residents("cpu", budget=int(2.5 * needed(jobs[0])), upcoming=lambda: [keys[n] for n in soon])
+    residents = Residents("cpu", budget=int(2.5 * needed(jobs[0])))
+    residents.upcoming = lambda: [keys[n] for n in soon]
     avatars = [residents.get(job, "nv12")[1] for job in jobs[:2]]
     residents.get(jobs[2], "nv12")
     assert len(residents) == 2

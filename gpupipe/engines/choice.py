@@ -67,11 +67,11 @@ def make_engine(
     for one in candidates(device, dtype):
         if not one.slow_to_build and (reason := one.obstacle(device, dtype)):
             note_fallback(f"engine {one.name} does not run here ({reason}): {name} runs instead")
-    if not built:
-        for failed in (failed for failed, ms in figures.items() if math.isinf(ms)):
+    for failed, ms in figures.items():
+        if math.isinf(ms) and not built:  # a measurement just made has noted it itself
             note_fallback(f"engine {failed} failed when it was measured ({cache_file()} tells): {name} runs instead")
     chosen = built.get(name) or DECLARED[name].build(network, device, dtype)
-    told = ", ".join(f"{name} {ms:.1f} ms a frame" for name, ms in figures.items()) or "itself"
+    told = ", ".join(f"{each} {ms:.1f} ms a frame" for each, ms in figures.items()) or "itself"
     logger.debug("engine %s on %s, %s: fastest of %s", chosen.name, device, dtype, told)
     return chosen
 

@@ -34,7 +34,7 @@ from gpupipe.kernels.inverted_residual import (
 )
 from gpupipe.kernels.pointwise import padded, pointwise, upsample_expand
 from gpupipe.models.fold import fold_batch_norms
-from gpupipe.models.hoisted import HoistedUp, SpeechHalf, TemplateHalf
+from gpupipe.models.hoisted import SKIPS, HoistedUp, SpeechHalf, TemplateHalf
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
 
 Step = Callable[[Tensor], Tensor]
@@ -110,7 +110,7 @@ class FusedEngine:
         for block in self._fuse:
             x = block(x)
         rest = (*self._second_blocks, self._last)
-        for entry, second, skip in zip(self._entries, rest, ("x5", "x4", "x3", "x2", "hidden"), strict=True):
+        for entry, second, skip in zip(self._entries, rest, SKIPS, strict=True):
             x = second(entry(x, features[skip], index))
         return x
 

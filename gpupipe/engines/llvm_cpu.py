@@ -14,7 +14,7 @@ from torch import Tensor
 from gpupipe.engines.base import Declaration, EngineName, Features
 from gpupipe.kernels.dispatch import llvm_obstacle
 from gpupipe.models.fold import folded
-from gpupipe.models.hoisted import TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
+from gpupipe.models.hoisted import SKIPS, TEMPLATE_FEATURES, SpeechHalf, TemplateHalf
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class LlvmEngine:
         """As :meth:`Engine.decode`; mouths are float32."""
         windows = self._channels_last(audio)
         mouth = torch.empty(len(audio), *self._decoder[-1].shapes[0], dtype=torch.float32, device="cpu")
-        skips = [features[name] for name in ("x5", "x4", "x3", "x2", "hidden")]
+        skips = [features[name] for name in SKIPS]
         with self._room() as room:
             for window, out, frame in zip(windows, mouth, index.tolist(), strict=True):
                 maps = [*room.maps, out]

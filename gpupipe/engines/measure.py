@@ -101,11 +101,9 @@ def measure(network: UNet328, device: torch.device, dtype: torch.dtype, engines:
         built[name] = engine
         plain = levels if plain is None else plain
 
-    one_by_one = reversed(engines)
-    if device.type == "cpu":  # as by a render, in which PyTorch keeps to one core
-        deque(map_in_lanes(measure_one, one_by_one, 1), maxlen=0)
-    else:
-        deque(map(measure_one, one_by_one), maxlen=0)
+    ordered = reversed(engines)
+    # On a CPU as by a render, in which PyTorch keeps to one core.
+    deque(map_in_lanes(measure_one, ordered, 1) if device.type == "cpu" else map(measure_one, ordered), maxlen=0)
     if not built:
         raise DeviceError(f"no engine works on {device}: {'; '.join(reasons)}")
     for reason in reasons:

@@ -110,7 +110,11 @@ def run_farm(
 
 
 def farm_status(jobs_path: str | Path, output_dir: str | Path) -> list[JobState]:
-    """What is known of each job, in the order of the file; a farm may be at work meanwhile."""
+    """What is known of each job, in the order of the file; a farm may be at work meanwhile.
+
+    Raises:
+        InputError: see :func:`read_jobs`.
+    """
     jobs = read_jobs(jobs_path)
     states = Ledger(output_dir, jobs).states
     return [states[job.output] for job in jobs]

@@ -18,7 +18,6 @@ only means that its file is made again.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -92,7 +91,7 @@ def write_record(path: Path, inputs: str, facts: dict[str, Any]) -> None:
     """Record that ``path`` is whole. ``inputs`` is the hash of what it was made of."""
     record = Record(inputs, file_hash(path), facts)
     with replacing(_record_path(path)) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(record)) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(vars(record)) + "\n", encoding="utf-8")
 
 
 def read_record(path: Path, inputs: str) -> Record | None:

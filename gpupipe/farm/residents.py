@@ -92,19 +92,15 @@ class Residents:
     Args:
         device: where they are.
         budget: bytes for all; None lets the device decide (:func:`~gpupipe.memory.default_budget`).
-        upcoming: the avatars that will be asked for, next first, as far as is known.
+
+    Attributes:
+        upcoming: to be set to what tells the avatars that will be asked for, each once, next first.
     """
 
-    def __init__(
-        self,
-        device: str | torch.device | None = None,
-        *,
-        budget: int | None = None,
-        upcoming: Callable[[], Sequence[AvatarKey]] = tuple,
-    ) -> None:
+    def __init__(self, device: str | torch.device | None, *, budget: int | None = None) -> None:
         self.device = find_device(device)
         self.budget = default_budget(self.device) if budget is None else budget
-        self.upcoming = upcoming
+        self.upcoming: Callable[[], Sequence[AvatarKey]] = tuple
         self._networks: weakref.WeakValueDictionary[NetworkKey, Network] = weakref.WeakValueDictionary()
         self._residents: dict[tuple[AvatarKey, PixelFormat], _Resident] = {}
 
@@ -152,7 +148,7 @@ class Residents:
     def _make_room(self, need: int) -> None:
         """Let go of the avatars that are needed last, until there is room."""
         while self._residents and self.used + need > self.budget:
-            soon = {key: number for number, key in reversed(list(enumerate(self.upcoming())))}
+            soon = {key: number for number, key in enumerate(self.upcoming())}
             # Of those that nobody asks for, the one that came first.
             _, _, victim = max((soon.get(key[0], len(soon)), -age, key) for age, key in enumerate(self._residents))
             logger.debug("%s makes room", Path(victim[0].template).name)

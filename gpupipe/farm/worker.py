@@ -292,7 +292,7 @@ class _PartWriter:
 
     def write(self, piece: Piece, rows: Tensor) -> None:
         """Write the frames of a piece from its rendered rows."""
-        for frames in piece.frames_from_rows(rows, max(1, len(rows))):
+        for frames in piece.frames_from_rows(rows, len(rows)):
             self._video.write(frames)
 
     def finish(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@
     frames.py     a video → tensors, any frame by its number
     encode.py     tensors → a video with sound
     images.py     tensors → numbered images
+    sound.py      a sound file → samples for speech, or a video's sound track
     join.py       videos of a clip's parts → one video
 
 What encode.py is made of:
@@ -12,5 +13,4 @@ What encode.py is made of:
     codecs.py     which FFmpeg encoder stands behind a name, and how it is set up
     segments.py   encoders side by side on segments of a clip, fed from memory
     cuda.py       encoders that are fed on the GPU: NVENC and nvJPEG
-    sound.py      a sound file → the video's sound track
 """

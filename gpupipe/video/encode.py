@@ -328,13 +328,8 @@ def check_suffix(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def open_output(path: Path, temporary: Path) -> Iterator[av.container.OutputContainer]:
-    """Open the file that is to become ``path`` once it is whole; close it at the end if its writer has not.
-
-    Raises:
-        InputError: a suffix that is none of :data:`SUFFIXES`.
-    """
+    """Open the file that is to become ``path`` once it is whole; close it at the end if its writer has not."""
     options = {"fflags": "+bitexact"}  # nothing in the file depends on chance, the clock or FFmpeg's version
-    check_suffix(path)
     if path.suffix.lower() in {".mp4", ".mov"}:
         options["movflags"] = "+faststart"
     output = av.open(media_url(temporary), "w", options=options)

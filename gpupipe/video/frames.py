@@ -89,7 +89,7 @@ class VideoFrames:
         self._recent: OrderedDict[int, Tensor] = OrderedDict()
         self._times, keys = self._scan()
         self.decoder: VideoDecoder = "threads"
-        self._container, self._frames = self._open()
+        self._container = self._open()
         # PyAV's containers refer to themselves: file and threads would stay until Python looks for cycles.
         weakref.finalize(self, self._container.close).atexit = False  # at exit another thread may still decode
         first, start = self._first()
@@ -144,17 +144,17 @@ class VideoFrames:
             )
         return times, keys
 
-    def _open(self) -> tuple[av.container.InputContainer, Iterator[av.VideoFrame]]:
+    def _open(self) -> av.container.InputContainer:
         with self._reporting():
             if self.device.type == "cuda":
                 container, reason = self._open_nvdec()
                 if container is not None:
                     self.decoder = "nvdec"
-                    return container, container.decode(video=0)
+                    return container
                 note_fallback(f"NVDEC does not take {self.path.name} ({reason}): the CPU decodes it")
             container = av.open(media_url(self.path))
             container.streams.video[0].thread_type = "AUTO"
-            return container, container.decode(video=0)
+            return container
 
     def _open_nvdec(self) -> tuple[av.container.InputContainer | None, str]:
         """Open the file to be decoded on the GPU, into surfaces of PyTorch's context; or return None, and why not."""
@@ -182,7 +182,7 @@ class VideoFrames:
     def _first(self) -> tuple[av.VideoFrame, int]:
         """Return the first frame and its time."""
         with self._reporting():
-            first = next(self._frames, None)
+            first = next(self._container.decode(video=0), None)
         if first is None or first.pts is None:
             raise InputError(f"{self.path}: holds no frame that can be decoded; expected a whole video file")
         if first.width % 2 or first.height % 2:
@@ -243,7 +243,7 @@ class VideoFrames:
             self._keys.remove(self._times[number])
             self._seek(bisect.bisect_left(self._times, self._key_before(number)))
             return
-        self._frames = frames if first is None else itertools.chain([first], frames)
+        self._frames: Iterator[av.VideoFrame] = frames if first is None else itertools.chain([first], frames)
         self._next = number
 
     def _step(self, *, keep: bool) -> None:

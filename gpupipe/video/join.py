@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -74,33 +74,42 @@ def join_videos(
         track = SoundTrack(sound, target) if sound is not None else None
         if track is not None:
             stack.callback(track.close)
-        times, frames = DecodeTimes(), 0
-        for path in map(Path, paths):
-            with _open(path) as part:
-                _compare(path, _traits(part), Path(paths[0]), expected)
-                source, begin = part.streams.video[0], frames
-                ratio = _fraction(source.time_base) * rate  # frames in a unit of the part's time base
-                for packet in _packets(path, part):
-                    if stop is not None and stop.is_set():
-                        raise Stopped
-                    assert packet.pts is not None
-                    delay = source.codec_context.reorder_depth  # Matroska does not keep decoding times
-                    if packet.dts is not None:
-                        delay = _scaled(packet.pts - packet.dts, ratio)
-                    packet.pts = begin + _scaled(packet.pts, ratio)
-                    packet.dts = packet.pts - delay
-                    packet.time_base = 1 / rate
-                    packet.duration = 1
-                    times.set(packet)
-                    packet.stream = stream
-                    frames += 1
-                    target.mux_one(packet)
-                    if track is not None:
-                        track.advance(frames / rate)
+        times = DecodeTimes()
+        for packet in stack.enter_context(contextlib.closing(_retimed(paths, expected, rate))):
+            if stop is not None and stop.is_set():
+                raise Stopped
+            times.set(packet)
+            packet.stream = stream
+            target.mux_one(packet)
+            if track is not None:
+                track.advance(times.packets / rate)
         if track is not None:
             track.finish()
         target.close()
-    return JoinedVideo(frames, None if track is None else track.seconds)
+    return JoinedVideo(times.packets, None if track is None else track.seconds)
+
+
+def _retimed(
+    paths: Sequence[str | Path], expected: dict[str, object], rate: Fraction
+) -> Generator[av.Packet, None, None]:
+    """Yield the packets of all parts, which must have the ``expected`` traits, with times in frames of the clip."""
+    frames = 0
+    for path in map(Path, paths):
+        with _open(path) as part:
+            _compare(path, _traits(part), Path(paths[0]), expected)
+            source, begin = part.streams.video[0], frames
+            ratio = _fraction(source.time_base) * rate  # frames in a unit of the part's time base
+            for packet in _packets(path, part):
+                assert packet.pts is not None
+                delay = source.codec_context.reorder_depth  # Matroska does not keep decoding times
+                if packet.dts is not None:
+                    delay = _scaled(packet.pts - packet.dts, ratio)
+                packet.pts = begin + _scaled(packet.pts, ratio)
+                packet.dts = packet.pts - delay
+                packet.time_base = 1 / rate
+                packet.duration = 1
+                frames += 1
+                yield packet
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ class SegmentPool(Generic[Picture]):
     Args:
         make: makes the encoder of worker k, 0 ≤ k < ``workers``.
         workers: number of encoders.
-        length: frames of a segment; None for one segment without end, by one worker.
+        length: frames of a segment; None for one segment without end, which is for one worker.
         name: part of the threads' names.
         stages: measures the time, as ``encode``.
     """
@@ -168,8 +168,8 @@ class SegmentPool(Generic[Picture]):
         self,
         make: Callable[[int], Encoder[Picture]],
         *,
-        workers: int = 1,
-        length: int | None = None,
+        workers: int,
+        length: int | None,
         name: str = "",
         stages: Stages = UNTIMED,
     ) -> None:
@@ -179,13 +179,13 @@ class SegmentPool(Generic[Picture]):
         self._error: BaseException | None = None
         self._segments: deque[_Segment] = deque()
         size = 2 if length is None else length + 1
-        self._inboxes: list[queue.Queue[Any]] = [queue.Queue(size) for _ in range(1 if length is None else workers)]
+        self._inboxes: list[queue.Queue[Any]] = [queue.Queue(size) for _ in range(workers)]
         self._inbox = self._inboxes[0]  # of the last segment's encoder
         # Kept as long as the pool: NVENC's surfaces must outlive the first session, which is the stream's.
         self._encoders: dict[int, Encoder[Picture]] = {}
         self._threads = [
             threading.Thread(target=self._work, args=(make, k), name=f"{ENCODE_THREAD} {name} {k}", daemon=True)
-            for k in range(len(self._inboxes))
+            for k in range(workers)
         ]
         for thread in self._threads:
             thread.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator
 from fractions import Fraction
@@ -46,18 +47,20 @@ class SoundTrack:
     """
 
     def __init__(self, path: str | Path, output: av.container.OutputContainer) -> None:
-        self._path = Path(path)
         self._output = output
-        self._input = open_sound(self._path)
+        self._input = open_sound(path)
         source = self._input.streams.audio[0]
         rate = source.rate if source.rate in _AAC_RATES else 48000
         layout = mixed_layout(source)
         stream = output.add_stream("aac", rate=rate, layout=layout)
         assert isinstance(stream, av.AudioStream)
+        stream.codec_context.open(strict=False)  # now, as only then it tells its frames' size
+        size = stream.codec_context.frame_size
+        resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate, frame_size=size)
+        self._frames = decode_mixed(Path(path), self._input, resampler)
         self._stream = stream
         self._rate = rate
         self._samples = 0
-        self._frames = self._decode(layout)
 
     @property
     def seconds(self) -> float:
@@ -82,13 +85,6 @@ class SoundTrack:
     def close(self) -> None:
         """Close the sound file."""
         self._input.close()
-
-    def _decode(self, layout: str) -> Iterator[av.AudioFrame]:
-        self._stream.codec_context.open(strict=False)
-        resampler = av.AudioResampler(
-            format="fltp", layout=layout, rate=self._rate, frame_size=self._stream.codec_context.frame_size
-        )
-        return decode_mixed(self._path, self._input, resampler)
 
 
 def open_sound(path: str | Path) -> av.container.InputContainer:
@@ -131,7 +127,7 @@ def decode_sound(
     """
     samples = 0
     with media_errors(path, "sound cannot be decoded"):  # among others: another rate or layout than before
-        for frame in _then_none(_frames(path, container)):
+        for frame in itertools.chain(_frames(path, container), [None]):  # None drains the resampler
             if frame is not None:
                 frame.pts = None  # a gap in the source's times is not a reason to stop
             for piece in resampler.resample(frame):
@@ -212,12 +208,6 @@ def _frames(path: Path, container: av.container.InputContainer) -> Iterator[av.A
         yield from frames
     if refused is not None:
         logger.warning("%s: ends with bytes that are not sound; they are skipped", path)
-
-
-def _then_none(frames: Iterator[av.AudioFrame]) -> Iterator[av.AudioFrame | None]:
-    """Yield all frames, then the None that drains the resampler."""
-    yield from frames
-    yield None
 
 
 def audio_chunks(path: str | Path, *, samples: int = 1 << 18) -> Iterator[np.ndarray]:
