@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from gpupipe import FrameGenerationPipeline
-from gpupipe.benchmarks.common import Row, Spread, append_rows, device_name, row
+from gpupipe.benchmarks.common import Row, Spread, add_record_options, append_rows, device_name, row
 from gpupipe.benchmarks.scenario import Scenario, add_options, from_options
 from gpupipe.farm import FarmRecord, run_farm
 from gpupipe.lanes import available_cores
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=("overhead", "frames", "workers"), default=["overhead", "frames"])
-    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
+    add_record_options(parser)
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as name:
@@ -58,7 +58,7 @@ def main() -> None:
                 spread = f"{made.p50:.3f} ({made.p20:.3f}–{made.p80:.3f})"
                 print(f"{made.axis} {made.value}: {made.metric} {spread} {made.unit}", flush=True)
             if options.record:
-                append_rows(rows)
+                append_rows(rows, options.results)
 
 
 class _Bench:

@@ -5,37 +5,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Iterator
 
 import torch
 
 from gpupipe.benchmarks.common import Row
-from gpupipe.benchmarks.kernel_bench import SIZE, frames_of, main, rows_of
+from gpupipe.benchmarks.kernel_bench import SIZE, beside_torch, frames_of, main
 from gpupipe.kernels import nv12
-from gpupipe.kernels.dispatch import backend
 
 
 def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
     frames = frames_of(batch, device)
     converted = nv12.to_nv12(frames)
     for name, function in (("to_nv12", lambda: nv12.to_nv12(frames)), ("from_nv12", lambda: nv12.from_nv12(converted))):
-
-        def plainly(function: Callable[[], torch.Tensor] = function) -> torch.Tensor:
-            with mock.patch.object(nv12, "backend", return_value="torch"):
-                return function()
-
-        for provider, timed in {backend(device): function, "torch": plainly}.items():
-            yield rows_of(
-                name,
-                provider,
-                timed,
-                frames=batch,
-                bytes_a_frame=nv12.bytes_moved(SIZE),
-                config={"case": f"{SIZE[0]}×{SIZE[1]}", "size": list(SIZE)},
-                device=device,
-                rounds=rounds,
-            )
+        yield from beside_torch(
+            name,
+            nv12,
+            function,
+            frames=batch,
+            bytes_a_frame=nv12.bytes_moved(SIZE),
+            config={"case": f"{SIZE[0]}×{SIZE[1]}", "size": list(SIZE)},
+            device=device,
+            rounds=rounds,
+        )
 
 
 if __name__ == "__main__":

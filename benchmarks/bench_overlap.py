@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from gpupipe import FrameGenerationPipeline, SpeechFeatures, Template
-from gpupipe.benchmarks.common import ROOT, Row, Spread, append_rows, device_name, row
+from gpupipe.benchmarks.common import Row, Spread, add_record_options, append_rows, device_name, row
 from gpupipe.benchmarks.scenario import Scenario, add_options, from_options
 from gpupipe.lanes import available_cores, map_in_lanes
 from gpupipe.models import AUDIO_SHAPES
@@ -54,7 +54,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--frames", type=int, default=72)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--record", action="store_true", help="append the rows to benchmarks/results")
+    add_record_options(parser)
     options = parser.parse_args()
     print(f"{device_name()}; {options.frames} frames, {options.rounds} turns")
     torch.set_grad_enabled(False)
@@ -69,8 +69,8 @@ def main() -> None:
     for one in rows:
         print(f"{one.provider} {one.metric}: {one.p50:.3f} ({one.p20:.3f} to {one.p80:.3f}) {one.unit}")
     if options.record:
-        for path in append_rows(rows):
-            print(f"recorded in {path.relative_to(ROOT)}")
+        for path in append_rows(rows, options.results):
+            print(f"recorded in {path}")
 
 
 def _measure(

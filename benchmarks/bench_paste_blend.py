@@ -6,16 +6,14 @@ background.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from unittest import mock
+from collections.abc import Iterator
 
 import torch
 
 from gpupipe.benchmarks.common import Row
-from gpupipe.benchmarks.kernel_bench import BOX, SIZE, boxes_of, frames_of, main, rows_of
+from gpupipe.benchmarks.kernel_bench import BOX, SIZE, beside_torch, boxes_of, frames_of, main
 from gpupipe.kernels import paste_blend as module
 from gpupipe.kernels.crop_resize import crop_resize
-from gpupipe.kernels.dispatch import backend
 from gpupipe.kernels.nv12 import to_nv12
 from gpupipe.kernels.paste_blend import bytes_moved, paste_blend
 
@@ -34,22 +32,16 @@ def cases(device: torch.device, batch: int, rounds: int) -> Iterator[list[Row]]:
             given = (mouth, crops, index, frames, index, boxes, background)
             return paste_blend(*given, nv12=nv12, max_box=(BOX, BOX), feather=feather)
 
-        def plainly(finish: Callable[[], torch.Tensor] = finish) -> torch.Tensor:
-            with mock.patch.object(module, "backend", return_value="torch"):
-                return finish()
-
-        functions: dict[str, Callable[[], torch.Tensor]] = {backend(device): finish, "torch": plainly}
-        for provider, function in functions.items():
-            yield rows_of(
-                "paste_blend",
-                provider,
-                function,
-                frames=batch,
-                bytes_a_frame=bytes_moved(SIZE, (BOX, BOX), mouth.dtype, nv12=nv12),
-                config={"case": f"{'NV12' if nv12 else 'BGR'}, feather {feather:g}", "box": BOX, "size": list(SIZE)},
-                device=device,
-                rounds=rounds,
-            )
+        yield from beside_torch(
+            "paste_blend",
+            module,
+            finish,
+            frames=batch,
+            bytes_a_frame=bytes_moved(SIZE, (BOX, BOX), mouth.dtype, nv12=nv12),
+            config={"case": f"{'NV12' if nv12 else 'BGR'}, feather {feather:g}", "box": BOX, "size": list(SIZE)},
+            device=device,
+            rounds=rounds,
+        )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from gpupipe.benchmarks.floors import Floor, machine_rows, operations_of
 from gpupipe.benchmarks.kernel_bench import seconds_of
 from gpupipe.benchmarks.scenario import Scenario
 from gpupipe.engines import EngineName
+from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.features import SpeechFeatures
 from gpupipe.kernels import crop_resize, nv12, paste_blend
 from gpupipe.lanes import available_cores, map_in_lanes
@@ -74,9 +75,8 @@ class Step:
         self._folder = folder
         self._paths = numbered_files(scenario.template / "full_body_img", ".jpg", "template frame")
         count = FRAMES[self.device.type] if frames is None else frames
-        self.frames = torch.from_numpy(
-            np.resize(np.arange(len(self._paths)), count)
-        )  # starts again where the template is shorter
+        # It starts again where the template is shorter.
+        self.frames = torch.from_numpy(np.resize(np.arange(len(self._paths)), count))
         self._template = Template.from_directory(scenario.template, device=self.device, exact=model.exact)
         kept, index = self._template.frames.lookup(self.frames.numpy())
         self._pixels = kept["frame"].index_select(0, index)
@@ -99,7 +99,7 @@ class Step:
         box = self._template.max_box
         frame = 3 * width * height
         jpeg = sum(self._paths[i].stat().st_size for i in self.frames.tolist()) // len(self.frames)
-        template_half, speech_half = network_costs(self.model.network, dtype, int(self.device.type == "cuda") * 63 + 1)
+        template_half, speech_half = network_costs(self.model.network, dtype, BATCH_SIZES[self.device.type])
         crop = crop_resize.bytes_moved(box, dtype)
         paste = paste_blend.bytes_moved(self._scenario.size, box, self._mouths.dtype)
         convert = nv12.bytes_moved(self._scenario.size)
@@ -225,19 +225,24 @@ def stage_rows(
     config = scenario.facts() | {"engine": model.engine.name, "precision": str(dtype).removeprefix("torch.")}
     yield machine_rows(model.device, dtype)
     for stage in step.stages:
-        floor = Floor.of(stage.moved, stage.operations, model.device, dtype)
-        facts = config | {"once": stage.once, "bytes": stage.moved, "operations": stage.operations}
-        facts |= {"floor_ms": floor.seconds * 1000, "floor_by": floor.by}
-        common: dict[str, Any] = {"what": "stage", "provider": "gpupipe", "axis": "stage", "value": stage.name}
-        common |= {"config": facts, "device": model.device}
-        try:
-            seconds = seconds_a_frame(stage, len(step.frames), model.device, rounds=rounds)
-        except Exception as error:  # the next stage still runs
-            yield [row(None, metric="time", unit="ms/frame", error=f"{type(error).__name__}: {error}", **common)]
-            continue
-        share = seconds.map(lambda s, floor=floor: 100 * floor.seconds / s)  # type: ignore[misc]
-        say(f"stage {stage.name}: {1000 * seconds.p50:.2f} ms a {stage.once}")
-        yield [
-            row(seconds.map(lambda s: 1000 * s), metric="time", unit="ms/frame", **common),
-            row(share, metric="floor_share", unit="% of floor", **common),
-        ]
+        rows = _rows_of_stage(stage, step, config, rounds)
+        if rows[0].p50 is not None:
+            say(f"stage {stage.name}: {rows[0].p50:.2f} ms a {stage.once}")
+        yield rows
+
+
+def _rows_of_stage(stage: Stage, step: Step, config: dict[str, Any], rounds: int) -> list[Row]:
+    """A stage's time and its share of the floor's speed; where it fails, its error."""
+    floor = Floor.of(stage.moved, stage.operations, step.device, step.model.engine.dtype)
+    facts = config | {"once": stage.once, "bytes": stage.moved, "operations": stage.operations}
+    facts |= {"floor_ms": floor.seconds * 1000, "floor_by": floor.by}
+    common: dict[str, Any] = {"what": "stage", "provider": "gpupipe", "axis": "stage", "value": stage.name}
+    common |= {"config": facts, "device": step.device}
+    try:
+        seconds = seconds_a_frame(stage, len(step.frames), step.device, rounds=rounds)
+    except Exception as error:  # the next stage still runs
+        return [row(None, metric="time", unit="ms/frame", error=f"{type(error).__name__}: {error}", **common)]
+    return [
+        row(seconds.map(lambda s: 1000 * s), metric="time", unit="ms/frame", **common),
+        row(seconds.map(lambda s: 100 * floor.seconds / s), metric="floor_share", unit="% of floor", **common),
+    ]

@@ -18,7 +18,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -26,7 +25,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, row
+from gpupipe.benchmarks.common import Row, Spread, add_record_options, append_rows, row
 from gpupipe.benchmarks.kernel_bench import seconds_of
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.fused import FusedEngine
@@ -242,8 +241,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=200, help="time limit of the search")
-    parser.add_argument("--record", action="store_true", help="append the rows to the results")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    add_record_options(parser)
     options = parser.parse_args()
     device, deadline = torch.device(options.device), time.monotonic() + options.seconds
     in_use = fastest = 0.0

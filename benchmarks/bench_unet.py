@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_name, row, timed, tuned
+from gpupipe.benchmarks.common import Row, Spread, add_record_options, append_rows, device_name, row, timed, tuned
 from gpupipe.benchmarks.floors import operations_of
 from gpupipe.benchmarks.kernel_bench import copy_bandwidth
 from gpupipe.benchmarks.seeded import seeded_network
@@ -133,37 +133,36 @@ def on_cuda(
 ) -> list[Contestant]:
     """Those of ``engines`` that support a precision, at one batch size; one that cannot be built raises when run."""
     made = []
-    names = [one.name for one in candidates(device, find_dtype(device, exact=False, precision=precision))]
-    for name in (name for name in names if name in engines):
-        image, audio = _inputs(network, batch, device)
-        index = torch.arange(batch, device=device)
-        told = {"precision": precision}
-        try:
-            engine: Engine = make_engine(network, device=device, engine=name, exact=False, precision=precision)
-            image, audio = image.to(engine.dtype), audio.to(engine.dtype)
-            features = engine.encode(image)
-        except Exception as error:  # compilers raise what they like
-            made.append(Contestant(name, _raising(error), batch, told))
-            continue
-
-        def whole(engine: Engine = engine, image: Tensor = image, index: Tensor = index, audio: Tensor = audio) -> None:
-            engine.decode(engine.encode(image), index, audio)
-
-        def half(
-            engine: Engine = engine,
-            features: dict[str, Tensor] = features,
-            index: Tensor = index,
-            audio: Tensor = audio,
-        ) -> None:
-            engine.decode(features, index, audio)
-
-        of_pytorch = name in ("eager", "compile")
-        for function, cached in ((whole, False), (half, True)):
-            run = replayed(tuned(function) if of_pytorch else function)
-            made.append(Contestant(name, run, batch, told, cached))
+    for one in candidates(device, find_dtype(device, exact=False, precision=precision)):
+        if one.name in engines:
+            made += _by_engine(network, device, batch, precision, one.name)
     if "onnxruntime" in engines and precision in PEERS:
         made += onnxruntime_peers(network, device, batch, precision, PEERS[precision])
     return made
+
+
+def _by_engine(
+    network: UNet328, device: torch.device, batch: int, precision: Precision, name: EngineName
+) -> list[Contestant]:
+    """An engine on CUDA, with nothing cached and with the template's half cached."""
+    image, audio = _inputs(network, batch, device)
+    index, told = torch.arange(batch, device=device), {"precision": precision}
+    try:
+        engine: Engine = make_engine(network, device=device, engine=name, exact=False, precision=precision)
+        image, audio = image.to(engine.dtype), audio.to(engine.dtype)
+        features = engine.encode(image)
+    except Exception as error:  # compilers raise what they like
+        return [Contestant(name, _raising(error), batch, told)]
+
+    def whole() -> Tensor:
+        return engine.decode(engine.encode(image), index, audio)
+
+    def half() -> Tensor:
+        return engine.decode(features, index, audio)
+
+    of_pytorch = name in ("eager", "compile")
+    runs = [replayed(tuned(function) if of_pytorch else function) for function in (whole, half)]
+    return [Contestant(name, run, batch, told, cached) for run, cached in zip(runs, (False, True), strict=True)]
 
 
 def onnxruntime_peers(
@@ -357,8 +356,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="*", choices=PRECISIONS, default=PRECISIONS, help="on CUDA")
     engines = (*(name for name, one in DECLARED.items() if "cuda" in one.devices), "onnxruntime")
     parser.add_argument("--engine", nargs="*", choices=engines, default=engines, help="on CUDA")
-    parser.add_argument("--record", action="store_true", help="append the rows to the results")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    add_record_options(parser)
     options = parser.parse_args()
     device = torch.device(options.device)
     network = seeded_network(options.mode, width=options.width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import json
@@ -266,6 +267,12 @@ def append_rows(rows: Iterable[Row], folder: Path = RESULTS) -> list[Path]:
                 file.write(b"\n")
             file.writelines(f"{line}\n".encode() for line in new)
     return list(lines)
+
+
+def add_record_options(parser: argparse.ArgumentParser) -> None:
+    """Whether a benchmark's rows are to be appended, and to which folder."""
+    parser.add_argument("--record", action="store_true", help="append the rows to the results")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
 
 
 def _ends_a_line(file: BinaryIO) -> bool:

@@ -191,18 +191,16 @@ def gpupipe(
     facts: dict[str, Any] = {"exact": pipeline.unet_model.exact} | ({"precision": precision} if precision else {})
     if engine != "auto":
         facts["asked"] = engine
-    made = Contestant(name, time.perf_counter() - start, lambda *_: {}, facts)
-    made.warm_up_whole = pipeline.unet_model.device.type == "cuda"
+    took = time.perf_counter() - start
 
     def render(features: Path, sound: Path, output: Path) -> dict[str, float]:
         pipeline.generate_video(features, scenario.template, sound, output, fps=scenario.fps, crf=crf)
         record = pipeline.last_render
         assert record is not None
-        made.facts.update(engine=record.engine, codec=record.codec, kernels=record.kernels)
+        facts.update(engine=record.engine, codec=record.codec, kernels=record.kernels)
         return record.phases
 
-    made.render = render
-    return made
+    return Contestant(name, took, render, facts, warm_up_whole=pipeline.unet_model.device.type == "cuda")
 
 
 def lower_precisions_on_cpu(scenario: Scenario, *, device: str, crf: int) -> list[Contestant]:

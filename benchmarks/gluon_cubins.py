@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpupipe.benchmarks.common import RESULTS, Row, commit, tuned
+from gpupipe.benchmarks.common import Row, add_record_options, commit, tuned
 from gpupipe.benchmarks.kernel_bench import rows_of, tell
 from gpupipe.benchmarks.seeded import seeded_network
 from gpupipe.engines.gluon import GluonEngine
@@ -398,8 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     running.add_argument("folder", type=Path)
     running.add_argument("--batch", type=int, default=64)
     running.add_argument("--rounds", type=int, default=10)
-    running.add_argument("--record", action="store_true", help="append the rows to the results")
-    running.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    add_record_options(running)
     options = parser.parse_args(arguments)
     if options.command == "build":
         for entry in build(options.folder, options.arch, options.block):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 
-from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, measure, row
+from gpupipe.benchmarks.common import Row, Spread, add_record_options, append_rows, measure, row
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.graphs import replayed
+from gpupipe.kernels import dispatch
 
 SIZE = (1280, 720)
 BOX = 182
@@ -83,6 +86,19 @@ def rows_of(
     ]
 
 
+def beside_torch(
+    what: str, module: ModuleType, function: Callable[[], object], *, device: torch.device, **how: Any
+) -> Iterator[list[Row]]:
+    """:func:`rows_of` a kernel, then of its plain-torch reference: ``module`` chooses, by its ``backend``."""
+
+    def plainly() -> object:
+        with mock.patch.object(module, "backend", return_value="torch"):
+            return function()
+
+    for provider, one in {dispatch.backend(device): function, "torch": plainly}.items():
+        yield rows_of(what, provider, one, device=device, **how)
+
+
 def table(rows: Iterable[Row]) -> str:
     """One line for each measurement: what, who, µs a frame, GB/s, share of the copy bandwidth."""
     lines: dict[tuple[str, str, str], list[str]] = {}
@@ -110,8 +126,7 @@ def main(description: str, cases: Callable[[torch.device, int, int], Iterable[li
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, help="frames; 64 on CUDA, 1 on the CPU")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--record", action="store_true", help="append the rows to the results")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    add_record_options(parser)
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cpu":

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpupipe.benchmarks.common import RESULTS, Row, Spread, append_rows, device_name, row
+from gpupipe.benchmarks.common import Row, Spread, add_record_options, append_rows, device_name, row
 from gpupipe.demo import BUNDLE
 from gpupipe.engines import EngineName, Precision, make_engine
 from gpupipe.engines.choice import LOWER_ON_CPU, find_dtype
@@ -64,8 +64,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=24, help="spread evenly over the sample's second half")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="folder of another avatar, from gpupipe.demo.train")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--record", action="store_true", help="append the rows to the results")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    add_record_options(parser)
     options = parser.parse_args()
     rows = measure(options.frames, torch.device(options.device), options.bundle)
     print(f"{device_name(options.device)}: {options.frames} frames against float32, {options.bundle}")

@@ -91,9 +91,8 @@ def end_to_end(rows: Rows) -> str:
     they stand in :func:`side_by_side`.
     """
     lines = [
-        "| machine | template | clip | precision | reference loop | gpupipe | ratio (p20–p80) |"
-        " to the loop on ONNX Runtime |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "machine | template | clip | precision | reference loop | gpupipe | ratio (p20–p80) |"
+        " to the loop on ONNX Runtime"
     ]
     for group, by_length in recorded.clips(rows).items():
         for frames, found in sorted(by_length.items()):
@@ -107,38 +106,30 @@ def end_to_end(rows: Rows) -> str:
                 exact = "float32" if ours["config"]["exact"] else "float16"
                 beside = f"{ours['p50'] / by_onnxruntime['p50']:.1f}×{_without_the_gpu(by_onnxruntime)}"
                 lines.append(
-                    f"| {group.device} | {group.template} | {frames:g} frames |"
+                    f"{group.device} | {group.template} | {frames:g} frames |"
                     f" {ours['config'].get('precision', exact)} |"
                     f" {found['reference_loop', 'throughput']['p50']:.2f} frames/s |"
-                    f" {ours['p50']:.2f} frames/s | {_ratio(ratio)} | {beside} |"
+                    f" {ours['p50']:.2f} frames/s | {_ratio(ratio)} | {beside}"
                 )
-    return "\n".join(lines)
+    return _table(lines)
 
 
 def hours(rows: Rows) -> str:
     """Hours of video that a machine would make in a day without a pause, at the speed of its longest recorded clip."""
-    lines = [
-        "| machine | template | frames a second | hours a day | a hundred of them |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    lines = ["machine | template | frames a second | hours a day | a hundred of them"]
     for group, by_length in recorded.clips(rows).items():
         speed = recorded.longest(by_length).get(("gpupipe", "throughput"))
         if group.width == 1 and speed:
             a_day = speed["p50"] * 86_400 / (25 * 3_600)
-            lines.append(
-                f"| {group.device} | {group.template} | {speed['p50']:.2f} | {a_day:.1f} | {100 * a_day:.0f} |"
-            )
+            lines.append(f"{group.device} | {group.template} | {speed['p50']:.2f} | {a_day:.1f} | {100 * a_day:.0f}")
     if all(row["driver"] is None for row in rows):
-        lines.append("| any GPU | | not measured | 0.96 *f* | 96 *f* |")
-    return "\n".join(lines)
+        lines.append("any GPU | | not measured | 0.96 *f* | 96 *f*")
+    return _table(lines)
 
 
 def side_by_side(rows: Rows) -> str:
     """All contestants of `gpupipe bench`, with memory and time to load."""
-    lines = [
-        "| machine, template | clip | who | frames/s (p20–p80) | ratio (p20–p80) | memory, MB | load, s | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = ["machine, template | clip | who | frames/s (p20–p80) | ratio (p20–p80) | memory, MB | load, s | commit"]
     for group, by_length in recorded.clips(rows).items():
         for frames, found in sorted(by_length.items()):
             for provider, name in recorded.NAMES.items():
@@ -150,23 +141,20 @@ def side_by_side(rows: Rows) -> str:
                     str(group),
                     f"{frames:g} frames",
                     name + _without_the_gpu(speed),
-                    f"{speed['p50']:.2f} ({speed['p20']:.2f}–{speed['p80']:.2f})",
+                    _spread(speed),
                     _ratio(ratio) if ratio else "",
                     f"{memory['p50']:.0f}" if memory else "",
                     f"{load['p50']:.1f}" if load else "",
                     f"`{speed['commit']}`",
                 ]
-                lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+                lines.append(" | ".join(cells))
+    return _table(lines)
 
 
 def stages(rows: Rows) -> str:
     """Each stage beside its floor and the reference loop's stage of the same name."""
     in_registers = {(row["device"], row["commit"]) for row in rows if row["metric"] == "arithmetic_rate"}
-    lines = [
-        "| machine, template | stage | once a | ms (p20–p80) | floor, ms | set by | % of floor | reference loop, ms |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = ["machine, template | stage | once a | ms (p20–p80) | floor, ms | set by | % of floor | reference loop, ms"]
     for group, found in recorded.stages(rows).items():
         loop = recorded.loop_stages(rows, group)
         for name, metrics in found.items():
@@ -177,14 +165,14 @@ def stages(rows: Rows) -> str:
                 str(group),
                 name,
                 config["once"],
-                f"{time['p50']:.2f} ({time['p20']:.2f}–{time['p80']:.2f})",
+                _spread(time),
                 f"{config['floor_ms']:.3f}",
                 _OLDER_FLOOR if config["floor_by"] == "operations" and of not in in_registers else config["floor_by"],
                 f"{metrics['floor_share']['p50']:.3g}",
                 "" if theirs is None else f"{theirs:.2f}",
             ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append(" | ".join(cells))
+    return _table(lines)
 
 
 def sweeps(rows: Rows) -> str:
@@ -195,10 +183,7 @@ def sweeps(rows: Rows) -> str:
         if row["what"] == "end_to_end" and row["axis"] in names and row["error"] is None:
             key = (recorded.group_of(row), names[row["axis"]], row["value"], row["provider"])
             newest.setdefault(key, {})[row["metric"]] = row
-    lines = [
-        "| machine, template | varied | value | clip | who | frames/s (p20–p80) | ratio | memory, MB | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = ["machine, template | varied | value | clip | who | frames/s (p20–p80) | ratio | memory, MB | commit"]
     for (group, axis, value, provider), found in newest.items():
         speed, ratio, memory = found["throughput"], found.get("ratio"), found.get("memory")
         frames = speed["config"].get("frames")
@@ -208,22 +193,22 @@ def sweeps(rows: Rows) -> str:
             str(value),
             f"{frames} frames" if frames else "",
             recorded.NAMES[provider],
-            f"{speed['p50']:.2f} ({speed['p20']:.2f}–{speed['p80']:.2f})",
+            _spread(speed),
             _ratio(ratio) if ratio else "",
             f"{memory['p50']:.0f}" if memory else "",
             f"`{speed['commit']}`",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(" | ".join(cells))
+    return _table(lines)
 
 
 def claims(rows: Rows) -> str:
     """What others have published; not measured here."""
-    lines = ["| who | frames/s | hardware | what | said by |", "| --- | --- | --- | --- | --- |"]
+    lines = ["who | frames/s | hardware | what | said by"]
     for claim in CLAIMS:
         source = f"[{claim.source}]({claim.url})" if claim.url else claim.source
-        lines.append(f"| {claim.who} | {claim.frames_per_second:g} | {claim.hardware} | {claim.what} | {source} |")
-    return "\n".join(lines)
+        lines.append(f"{claim.who} | {claim.frames_per_second:g} | {claim.hardware} | {claim.what} | {source}")
+    return _table(lines)
 
 
 def unet(rows: Rows) -> str:
@@ -233,17 +218,14 @@ def unet(rows: Rows) -> str:
         config = row["config"]
         if row["what"] == "unet" and row["metric"] == "latency" and row["error"] is None and config["width"] == 1:
             newest[row["device"], config["precision"], row["value"], row["provider"], config["cached"]] = row
-    lines = [
-        "| machine | precision, batch | the network in | template's half | ms a frame (p20–p80) | commit |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = ["machine | precision, batch | the network in | template's half | ms a frame (p20–p80) | commit"]
     for (device, precision, batch, provider, cached), row in sorted(
         newest.items(), key=lambda item: (*item[0][:3], -item[1]["p50"])
     ):
         half = "kept" if cached else "run"
         spread = f"**{row['p50']:.4g}** ({row['p20']:.4g}–{row['p80']:.4g})"
-        lines.append(f"| {device} | {precision}, {batch:g} | {provider} | {half} | {spread} | `{row['commit']}` |")
-    return "\n".join(lines)
+        lines.append(f"{device} | {precision}, {batch:g} | {provider} | {half} | {spread} | `{row['commit']}`")
+    return _table(lines)
 
 
 def precision(rows: Rows) -> str:
@@ -253,10 +235,7 @@ def precision(rows: Rows) -> str:
         if row["what"] == "precision" and row["error"] is None:
             width = row["config"].get("width", 0.25)  # of older rows: the bundled network's
             newest.setdefault((row["provider"], row["value"]), {})[width, row["metric"]] = row
-    lines = [
-        "| format | by | PSNR, width ¼ | largest difference | PSNR, full width | largest difference | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = ["format | by | PSNR, width ¼ | largest difference | PSNR, full width | largest difference | commit"]
     bundled = {key: found for key, found in newest.items() if (0.25, "psnr") in found}
     for (provider, name), found in sorted(bundled.items(), key=lambda item: -item[1][0.25, "psnr"]["p50"]):
         by = f"{provider} on {found[0.25, 'psnr']['device']}"
@@ -268,8 +247,8 @@ def precision(rows: Rows) -> str:
                 one = found.get((width, metric))
                 cells.append(f"{one['p50']:.1f}{unit}" if one else "")
         commits = ", ".join(f"`{commit}`" for commit in sorted({one["commit"] for one in found.values()}))
-        lines.append(f"| {name} | {by} | {' | '.join(cells)} | {commits} |")
-    return "\n".join(lines)
+        lines.append(f"{name} | {by} | {' | '.join(cells)} | {commits}")
+    return _table(lines)
 
 
 def instructions(rows: Rows) -> str:
@@ -279,10 +258,7 @@ def instructions(rows: Rows) -> str:
         if row["what"] == "instructions" and row["config"]["width"] == 1:
             found = newest.setdefault((row["provider"], row["config"]["arch"]), {})
             found[row["value"], row["metric"]] = row
-    lines = [
-        "| engine | compute capability | template's half, million a frame | speech's half | Triton | commit |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = ["engine | compute capability | template's half, million a frame | speech's half | Triton | commit"]
     for (engine, arch), found in sorted(newest.items()):
         halves = [
             f"**{found[half, 'instructions']['p50']:.2f}** ({found[half, 'instructions without moves']['p50']:.2f})"
@@ -290,9 +266,9 @@ def instructions(rows: Rows) -> str:
         ]
         row = found["speech", "instructions"]
         lines.append(
-            f"| {engine} | {arch / 10:.1f} | {' | '.join(halves)} | {row['versions']['triton']} | `{row['commit']}` |"
+            f"{engine} | {arch / 10:.1f} | {' | '.join(halves)} | {row['versions']['triton']} | `{row['commit']}`"
         )
-    return "\n".join(lines)
+    return _table(lines)
 
 
 def farm(rows: Rows) -> str:
@@ -307,17 +283,14 @@ def farm(rows: Rows) -> str:
     for row in rows:
         if row["what"] == "farm" and row["error"] is None:
             newest[recorded.group_of(row), axes[row["axis"]], row["value"], row["metric"]] = row
-    lines = [
-        "| machine, template | varied | value | what | (p20–p80) | runs | commit |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = ["machine, template | varied | value | what | (p20–p80) | runs | commit"]
     for (group, axis, value, metric), row in newest.items():
         place = value if isinstance(value, str) else f"{value:g}"
         shape = f" ({row['config']['clips']} × {row['config']['frames']} frames)" if "clips" in row["config"] else ""
         p50, p20, p80 = (f"{row[p]:{'.2f' if row['unit'] == '×' else '.3g'}}" for p in ("p50", "p20", "p80"))
         spread = f"**{p50}** {row['unit']} ({p20}–{p80})"
-        lines.append(f"| {group} | {axis} | {place}{shape} | {metric} | {spread} | {row['n']} | `{row['commit']}` |")
-    return "\n".join(lines)
+        lines.append(f"{group} | {axis} | {place}{shape} | {metric} | {spread} | {row['n']} | `{row['commit']}`")
+    return _table(lines)
 
 
 TABLES: dict[str, Callable[[Rows], str]] = {
@@ -359,6 +332,16 @@ def differences(rows: Rows) -> list[str]:
         if not path.is_file() or not same_plot(svg, path.read_text("utf-8")):
             found.append(path.name)
     return found
+
+
+def _table(lines: list[str]) -> str:
+    """Markdown of a table: cells with strokes between them, those of the first line the columns' names."""
+    names, *rest = (f"| {line} |" for line in lines)
+    return "\n".join([names, "| --- " * (names.count("|") - 1) + "|", *rest])
+
+
+def _spread(row: Record) -> str:
+    return f"{row['p50']:.2f} ({row['p20']:.2f}–{row['p80']:.2f})"
 
 
 def _ratio(row: Record) -> str:

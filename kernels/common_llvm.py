@@ -123,8 +123,8 @@ class Writer:
     Attributes:
         maps: the first of these parameters, of the processor's type.
         sums: the type that is computed in.
-        vector: of so many of these.
-        lanes: how many.
+        lanes: how many of these a register holds.
+        vector: LLVM's type of that many.
         ir: what else LLVM has.
         scratch_bytes: how much scratch memory it needs.
     """
@@ -234,11 +234,12 @@ class Writer:
 
     def sums_of_pairs(self, a: Value, b: Value) -> Value:
         """The sums of a's pairs of lanes, and then of b's."""
-        places = ir.VectorType(_INT32, self.lanes)
-        first, second = (
-            self.ir.shuffle_vector(a, b, ir.Constant(places, [*range(one, 2 * self.lanes, 2)])) for one in range(2)
-        )
+        first, second = (self.shuffled(a, b, range(one, 2 * self.lanes, 2)) for one in range(2))
         return self.add(first, second)
+
+    def shuffled(self, a: Value, b: Value, places: Sequence[int]) -> Value:
+        """These elements of a and b, which are numbered one after the other."""
+        return self.ir.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT32, len(places)), [*places]))
 
     def gather(self, pointer: Pointer, stride: int) -> Value:
         """One float in each lane, of the type that is computed in, from places so far apart."""
@@ -344,8 +345,8 @@ class Writer:
             series = self.multiply_add(series, rest, splat(factor))
         one = splat(1.0)
         series = self.ir.fadd(self.multiply_add(series, self.ir.fmul(rest, rest), rest), one)
-        exponent = self.ir.add(self.ir.fptosi(n, integers), ir.Constant(integers, [127] * self.lanes))
-        power = self.ir.bitcast(self.ir.shl(exponent, ir.Constant(integers, [23] * self.lanes)), floats)
+        exponent = self.ir.add(self.ir.fptosi(n, integers), self.splat(127, integers))
+        power = self.ir.bitcast(self.ir.shl(exponent, self.splat(23, integers)), floats)
         return self.ir.fdiv(one, self.multiply_add(series, power, one))
 
     # Control

@@ -95,8 +95,4 @@ class _Plan:
 def _planes(w: Writer, pixels: Pointer) -> list[Value]:
     """Blue, green and red of a block of pixels."""
     loaded = w.ir.load(pixels.place, align=1, typ=ir.VectorType(ir.IntType(8), CHANNELS * _BLOCK))
-    kind = ir.VectorType(ir.IntType(32), _BLOCK)
-    return [
-        w.ir.shuffle_vector(loaded, loaded, ir.Constant(kind, [*range(channel, CHANNELS * _BLOCK, CHANNELS)]))
-        for channel in range(3)
-    ]
+    return [w.shuffled(loaded, loaded, range(channel, CHANNELS * _BLOCK, CHANNELS)) for channel in range(3)]

@@ -89,16 +89,14 @@ def load_pixel(w: Writer, pointer: Pointer) -> Value:
     """A pixel of three bytes."""
     kind = ir.VectorType(ir.IntType(8), _STORED)
     loaded = w.ir.load(pointer.place, align=1, typ=kind)
-    places = ir.Constant(ir.VectorType(ir.IntType(32), CHANNELS), [0, 1, 2, 2])
-    return w.ir.uitofp(w.ir.zext(w.ir.shuffle_vector(loaded, loaded, places), _INTEGERS), PIXEL)
+    return w.ir.uitofp(w.ir.zext(w.shuffled(loaded, loaded, [0, 1, 2, 2]), _INTEGERS), PIXEL)
 
 
 def store_pixel(w: Writer, pixel: Value, pointer: Pointer, *, channels: int = CHANNELS) -> None:
     """A pixel in whole numbers, as four bytes or three."""
     stored = w.ir.trunc(w.ir.fptosi(pixel, _INTEGERS), _BYTES)
     if channels < CHANNELS:
-        places = ir.Constant(ir.VectorType(ir.IntType(32), channels), [*range(channels)])
-        stored = w.ir.shuffle_vector(stored, stored, places)
+        stored = w.shuffled(stored, stored, range(channels))
     w.ir.store(stored, pointer.place, align=1)
 
 

@@ -28,8 +28,8 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def backend(device: torch.device | str) -> Backend:
-    """Which implementation the kernels run on ``device``; plain torch if they have no such one, or it does not take
-    what it is given."""
+    """Which implementation kernels use on ``device``. A kernel that has none of this kind, or whose own does not take
+    what it is given (``takes`` in the LLVM modules), runs in plain torch."""
     if torch.device(device).type == "cpu":
         return "llvm" if llvm_obstacle() is None else "torch"
     return "triton" if obstacle(device) is None else "torch"

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpupipe.kernels.common_llvm import Pointer, Processor, Value, this_processor
+from gpupipe.kernels.common_llvm import Pointer, Processor, Value
 from gpupipe.kernels.kernel_llvm import Kernel
 from gpupipe.kernels.rows_llvm import (
     Constants,
@@ -36,10 +36,9 @@ from gpupipe.kernels.rows_llvm import (
     Pixels,
     Pointwise,
     RowWriter,
-    convolutions,
     matrix_of,
 )
-from gpupipe.models.hoisted import HoistedUp
+from gpupipe.models.hoisted import HoistedUp, convolutions
 
 
 @dataclass(frozen=True)
@@ -58,19 +57,18 @@ def up_level(
     level: HoistedUp,
     size: int,
     *,
+    processor: Processor,
     skip_padded: bool = True,
     head: nn.Conv2d | None = None,
-    processor: Processor | None = None,
 ) -> Level:
     """A level of the decoder. Its maps are low (size / 2), skip, and what it makes.
 
     Args:
         level: its batch norms are folded.
+        processor: that runs it.
         skip_padded: the skip's channels are padded. The image's hidden ones are not.
         head: a 1×1 convolution of what the last level makes; its sigmoid, the mouth, is made in place of that.
-        processor: that runs it; None means this one, in float32.
     """
-    processor = processor or this_processor()
     constants = Constants(processor)
     places, shares = _upsampling(size)
     plan = _UpPlan(
@@ -83,19 +81,18 @@ def up_level(
         skip_padded,
     )
     kernel = Kernel(plan, constants.joined(), processor)
-    return Level(kernel, (_shape(size, plan.tail, head, processor),))
+    return Level(kernel, (plan.tail.shape(size, processor),))
 
 
-def first_level(first_block: nn.Module, down: nn.Module, size: int, *, processor: Processor | None = None) -> Level:
+def first_level(first_block: nn.Module, down: nn.Module, size: int, *, processor: Processor) -> Level:
     """The first block and the encoder's first level. Its maps are the image (2 · size), what the block makes of it, and
     what the level makes of that.
 
     Args:
         first_block: its expansion and depthwise convolution; the projection is folded into ``down``.
         down: two inverted residuals, the first with stride 2. All batch norms are folded.
-        processor: that runs it; None means this one, in float32.
+        processor: that runs it.
     """
-    processor = processor or this_processor()
     constants = Constants(processor)
     expand_image, depthwise = convolutions(first_block)
     expand, *rest = convolutions(down)
@@ -104,25 +101,23 @@ def first_level(first_block: nn.Module, down: nn.Module, size: int, *, processor
         constants.pointwise(matrix_of(expand_image), expand_image.bias, planar=True),
         constants.depthwise(depthwise),
         constants.pointwise(matrix_of(expand), expand.bias),
-        _tail(constants, rest, None),
+        _tail(constants, rest),
     )
     kernel = Kernel(plan, constants.joined(), processor)
-    shape = _shape(size, plan.tail, None, processor)
-    return Level(kernel, ((2 * size, 2 * size, depthwise.out_channels), shape))
+    return Level(kernel, ((2 * size, 2 * size, depthwise.out_channels), plan.tail.shape(size, processor)))
 
 
-def down_level(down: nn.Module, size: int, *, processor: Processor | None = None) -> Level:
+def down_level(down: nn.Module, size: int, *, processor: Processor) -> Level:
     """A later level of the encoder. Its maps are what the level before makes (2 · size) and what it makes.
 
     Args:
         down: two inverted residuals, the first with stride 2. All batch norms are folded.
-        processor: that runs it; None means this one, in float32.
+        processor: that runs it.
     """
-    processor = processor or this_processor()
     constants = Constants(processor)
     expand, *rest = convolutions(down)
-    plan = _DownPlan(size, constants.pointwise(matrix_of(expand), expand.bias), _tail(constants, rest, None))
-    return Level(Kernel(plan, constants.joined(), processor), (_shape(size, plan.tail, None, processor),))
+    plan = _DownPlan(size, constants.pointwise(matrix_of(expand), expand.bias), _tail(constants, rest))
+    return Level(Kernel(plan, constants.joined(), processor), (plan.tail.shape(size, processor),))
 
 
 @dataclass(frozen=True)
@@ -130,19 +125,23 @@ class _Tail:
     """What follows a level's first expansion: x, and the second inverted residual, which adds x.
 
     Attributes:
-        channels: of x.
         head: of a head H. In place of x + P d it makes H x + (H P) d: ``project_again`` is H P, its bias is in H's.
         head_channels: 0 without a head.
     """
 
     depthwise: Depthwise
     project: Pointwise
-    channels: int
     expand: Pointwise
     depthwise_again: Depthwise
     project_again: Pointwise
     head: Pointwise | None
     head_channels: int
+
+    def shape(self, size: int, processor: Processor) -> tuple[int, int, int]:
+        """Of the map that the level makes, or of the mouth."""
+        if self.head is not None:
+            return self.head_channels, size, size
+        return size, size, self.project.vectors * processor.lanes
 
     def write(self, w: RowWriter, expanded: Expanded, size: int, out: Pointer) -> None:
         """Write the rows of a level's map."""
@@ -165,7 +164,7 @@ class _Tail:
         """x and the bias, or the head of both."""
         if self.head is not None:
             bias = w.load(w.constant(self.head.bias))
-            return w.product(lambda: [bias] * pixels, pixels, self.head, w.reader(x, x.row(row), first))
+            return w.product(lambda: [bias] * pixels, pixels, self.head, w.reader(x.row(row), first, x.pixel))
         here, vectors = w.at(x.row(row), w.times(first, x.pixel)), self.project_again.vectors
         bias = w.loaded(w.constant(self.project_again.bias), vectors)
         return [w.add(value, bias[i % vectors]) for i, value in enumerate(w.loaded(here, pixels * vectors))]
@@ -300,7 +299,7 @@ class _DownPlan:
         return w
 
 
-def _tail(constants: Constants, layers: Sequence[nn.Conv2d], head: nn.Conv2d | None) -> _Tail:
+def _tail(constants: Constants, layers: Sequence[nn.Conv2d], head: nn.Conv2d | None = None) -> _Tail:
     depthwise, project, expand, depthwise_again, project_again = layers
     matrix, bias, of_x = matrix_of(project_again), project_again.bias, None
     if head is not None:
@@ -311,20 +310,12 @@ def _tail(constants: Constants, layers: Sequence[nn.Conv2d], head: nn.Conv2d | N
     return _Tail(
         constants.depthwise(depthwise),
         constants.projection(matrix_of(project), project.bias),
-        project.out_channels,
         constants.pointwise(matrix_of(expand), expand.bias),
         constants.depthwise(depthwise_again),
         constants.projection(matrix, bias),
         of_x,
         0 if head is None else head.out_channels,
     )
-
-
-def _shape(size: int, tail: _Tail, head: nn.Conv2d | None, processor: Processor) -> tuple[int, int, int]:
-    """Of what a level makes."""
-    if head is not None:
-        return head.out_channels, size, size
-    return size, size, tail.project.vectors * processor.lanes
 
 
 def _map(w: RowWriter, base: Pointer, size: int, pixel: int) -> Pixels:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from gpupipe.kernels.common_llvm import Pointer, Processor, Value, this_processor
+from gpupipe.kernels.common_llvm import Pointer, Processor, Value
 from gpupipe.kernels.kernel_llvm import Kernel
 from gpupipe.kernels.levels_llvm import Level
 from gpupipe.kernels.rows_llvm import (
@@ -24,11 +24,10 @@ from gpupipe.kernels.rows_llvm import (
     Expanded,
     Pointwise,
     RowWriter,
-    convolutions,
     largest_divisor,
     matrix_of,
 )
-from gpupipe.models.hoisted import SpeechHalf, TemplateHalf
+from gpupipe.models.hoisted import SpeechHalf, TemplateHalf, convolutions
 from gpupipe.models.unet328 import InvertedResidual
 
 _BLOCK = 128
@@ -36,14 +35,13 @@ _BLOCK = 128
 are less exact, and shorter ones take more time."""
 
 
-def template_depths(template: TemplateHalf, *, processor: Processor | None = None) -> Level:
+def template_depths(template: TemplateHalf, *, processor: Processor) -> Level:
     """down5 and x6's share of the bottleneck. Its maps are x5 and ``bottleneck``.
 
     Args:
         template: its batch norms are folded.
-        processor: that runs it; None means this one, in float32.
+        processor: that runs it.
     """
-    processor = processor or this_processor()
     constants = Constants(processor)
     share = template.bottleneck
     layers: list[Layer] = [
@@ -53,15 +51,14 @@ def template_depths(template: TemplateHalf, *, processor: Processor | None = Non
     return _level(layers, (20, 20), convolutions(template.down5)[0].in_channels, constants, processor)
 
 
-def speech_depths(speech: SpeechHalf, *, processor: Processor | None = None) -> Level:
+def speech_depths(speech: SpeechHalf, *, processor: Processor) -> Level:
     """The audio branch and the bottleneck. Its maps are the window of speech features, ``bottleneck``, and what up1
     reads.
 
     Args:
         speech: its batch norms are folded.
-        processor: that runs it; None means this one, in float32.
+        processor: that runs it.
     """
-    processor = processor or this_processor()
     constants = Constants(processor)
     audio = speech.audio_model
     layers: list[Layer] = [

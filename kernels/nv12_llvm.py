@@ -79,16 +79,17 @@ class _FromNv12:
         with w.loop(0, self.height // 2) as row, w.loop(0, self.width, _PIXELS) as start:
             x = w.at_most(start, self.width - _PIXELS)
             chroma = _load(w, w.at(frame, w.times(w.plus(row, self.height), self.width), x))
-            cb, cr = (_shuffled(w, chroma, chroma, [first + i for i in pairs]) for first in range(2))
+            cb, cr = (w.shuffled(chroma, chroma, [first + i for i in pairs]) for first in range(2))
             cb, cr = _plus(w, cb, -128), _plus(w, cr, -128)
             for below in range(2):
                 first = w.plus(w.times(w.plus(w.times(row, 2), below), self.width), x)
                 luma = _plus(w, _load(w, w.at(frame, first)), -16)
-                blue, green, red = (_clamped(w, _summed(w, [luma, cb, cr], weights)) for weights in bgr_weights())
-                blue_green = _shuffled(w, blue, green, [*range(2 * _PIXELS)])
-                red = _shuffled(w, red, red, [*range(_PIXELS)] * 2)
+                sums = (_weighted(w, [luma, cb, cr], weights, 0, INVERSE_BITS) for weights in bgr_weights())
+                blue, green, red = (_clamped(w, one) for one in sums)
+                blue_green = w.shuffled(blue, green, range(2 * _PIXELS))
+                red = w.shuffled(red, red, [*range(_PIXELS)] * 2)
                 places = [channel * _PIXELS + pixel for pixel in range(_PIXELS) for channel in range(3)]
-                _store(w, _shuffled(w, blue_green, red, places), w.at(out, w.times(first, 3)))
+                _store(w, w.shuffled(blue_green, red, places), w.at(out, w.times(first, 3)))
         return w
 
 
@@ -118,13 +119,13 @@ def write_cells(
         for below, source in enumerate(rows):
             planes = _planes(w, w.at(source, w.times(x, channels)), channels)
             luma = w.at(out, w.times(w.plus(w.times(row, 2), below), width), x)
-            _store(w, _weighted(w, planes, luma_weights, 16), luma)
+            _store(w, _weighted(w, planes, luma_weights, 16, FRACTION_BITS), luma)
             sums = planes if sums is None else [w.ir.add(a, b) for a, b in zip(sums, planes, strict=True)]
         assert sums is not None
         even, odd = (_every(w, sums, 2, first) for first in range(2))
         cells = [w.ir.add(a, b) for a, b in zip(even, odd, strict=True)]
-        cb, cr = (_weighted(w, cells, weights, 128) for weights in chroma_weights)
-        chroma = _shuffled(w, cb, cr, [i // 2 + i % 2 * (_PIXELS // 2) for i in range(_PIXELS)])
+        cb, cr = (_weighted(w, cells, weights, 128, FRACTION_BITS) for weights in chroma_weights)
+        chroma = w.shuffled(cb, cr, [i // 2 + i % 2 * (_PIXELS // 2) for i in range(_PIXELS)])
         _store(w, chroma, w.at(out, w.times(w.plus(row, height), width), x))
 
 
@@ -141,21 +142,16 @@ def _planes(w: Writer, pointer: Pointer, channels: int) -> list[Value]:
 
 def _every(w: Writer, values: list[Value], step: int, first: int) -> list[Value]:
     """Of each vector every second or third element."""
-    return [_shuffled(w, value, value, [*range(first, value.type.count, step)]) for value in values]
+    return [w.shuffled(value, value, range(first, value.type.count, step)) for value in values]
 
 
-def _shuffled(w: Writer, a: Value, b: Value, places: list[int]) -> Value:
-    """These elements of a and b, one after the other."""
-    return w.ir.shuffle_vector(a, b, ir.Constant(_integers(32, len(places)), places))
-
-
-def _weighted(w: Writer, planes: list[Value], weights: tuple[int, int, int], offset: int) -> Value:
-    """``offset`` + the weighted sum of three planes, rounded half up."""
+def _weighted(w: Writer, planes: list[Value], weights: tuple[int, int, int], offset: int, bits: int) -> Value:
+    """``offset`` + the weighted sum of three planes, rounded half up; weights have so many bits after the point."""
     kind = planes[0].type
-    total = ir.Constant(kind, [(2 * offset + 1) << (FRACTION_BITS - 1)] * kind.count)
+    total = w.splat((2 * offset + 1) << (bits - 1), kind)
     for plane, weight in zip(planes, weights, strict=True):
-        total = w.ir.add(total, w.ir.mul(plane, ir.Constant(kind, [weight] * kind.count)))
-    return w.ir.ashr(total, ir.Constant(kind, [FRACTION_BITS] * kind.count))
+        total = w.ir.add(total, w.ir.mul(plane, w.splat(weight, kind)))
+    return w.ir.ashr(total, w.splat(bits, kind))
 
 
 def _load(w: Writer, pointer: Pointer) -> Value:
@@ -164,21 +160,13 @@ def _load(w: Writer, pointer: Pointer) -> Value:
 
 
 def _plus(w: Writer, values: Value, constant: int) -> Value:
-    return w.ir.add(values, ir.Constant(values.type, [constant] * values.type.count))
-
-
-def _summed(w: Writer, values: list[Value], weights: tuple[int, int, int]) -> Value:
-    """Their weighted sum, rounded half up."""
-    total = ir.Constant(values[0].type, [1 << (INVERSE_BITS - 1)] * _PIXELS)
-    for value, weight in zip(values, weights, strict=True):
-        total = w.ir.add(total, w.ir.mul(value, ir.Constant(value.type, [weight] * _PIXELS)))
-    return w.ir.ashr(total, ir.Constant(total.type, [INVERSE_BITS] * _PIXELS))
+    return w.ir.add(values, w.splat(constant, values.type))
 
 
 def _clamped(w: Writer, values: Value) -> Value:
     """From 0 to 255."""
     for bound, beyond in ((0, "<"), (255, ">")):
-        limit = ir.Constant(values.type, [bound] * _PIXELS)
+        limit = w.splat(bound, values.type)
         values = w.ir.select(w.ir.icmp_signed(beyond, values, limit), limit, values)
     return values
 

@@ -175,7 +175,7 @@ def _canvas(w: Writer, mouth: Pointer, crop: Pointer) -> Pointer:
     def store(planes: list[Value], row: Value, x: Value) -> None:
         pixels = planes[0]
         for channel, plane in enumerate(planes[1:], start=1):
-            pixels = w.ir.or_(pixels, w.ir.shl(plane, ir.Constant(integers, [8 * channel] * w.lanes)))
+            pixels = w.ir.or_(pixels, w.ir.shl(plane, w.splat(8 * channel, integers)))
         at = w.at(canvas, w.times(w.plus(w.times(row, CROP_SIZE), x), CHANNELS))
         w.ir.store(pixels, at.place, align=1)
 

@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -96,7 +96,17 @@ def variants() -> list[Variant]:
     The kernels around the network are given frames of 1280×720 or 1920×1080. Each option of paste_blend is here, and
     each type of mouth in the layout that the engines give it, but not every combination of them.
     """
-    found = []
+    found = [*_crop_variants(), *_paste_variants(), *_nv12_variants()]
+    if gluon_obstacle() is None:
+        from gpupipe.kernels.report_gluon import gluon_variants
+
+        found += gluon_variants()
+    from gpupipe.kernels.report_network import network_variants
+
+    return found + network_variants()
+
+
+def _crop_variants() -> Iterator[Variant]:
     crop = dict.fromkeys(("frames", "crops"), "*u8") | dict.fromkeys(("index", "boxes"), "*i64")
     crop |= {"frame_stride": "i32", "row_stride": "i32"}
     for config, image, channels_last in (
@@ -106,8 +116,10 @@ def variants() -> list[Variant]:
         types = crop | {"image": image}
         constants: dict[str, Any] = {"CHANNELS_LAST": channels_last, "BLOCK": crop_resize_triton.BLOCK}
         kernel = crop_resize_triton._crop_resize_kernel
-        found.append(Variant(kernel, "crop_resize", config, types, constants, ("frame_stride", "row_stride")))
+        yield Variant(kernel, "crop_resize", config, types, constants, ("frame_stride", "row_stride"))
 
+
+def _paste_variants() -> Iterator[Variant]:
     paste = dict.fromkeys(("crops", "frames", "out"), "*u8") | dict.fromkeys(("crop_index", "index", "boxes"), "*i64")
     strides = ["mouth_stride", "frame_stride", "row_stride", "keep_stride", "keep_row_stride", "out_stride"]
     sizes = ["frame_height", "frame_width", "mouth_row_stride"]
@@ -126,7 +138,7 @@ def variants() -> list[Variant]:
         ("NV12, planar uint8, feather, keep", "*u8", "mouth_column_stride", True, True, True),
     ):
         types = paste | {"mouth": mouth, "feather": "fp32"} | dict.fromkeys([*strides, *sizes, *others], "i32")
-        constants = {unit_stride: 1, "NV12": nv12, "FEATHER": feather, "KEEP": keep}
+        constants: dict[str, Any] = {unit_stride: 1, "NV12": nv12, "FEATHER": feather, "KEEP": keep}
         constants |= {"TILE_ROWS": rows, "TILE_COLUMNS": columns}
         if keep:
             types["keep"] = "*u8"
@@ -134,25 +146,20 @@ def variants() -> list[Variant]:
             constants["keep"] = None
         multiples = [*strides, *sizes, *(["channel_stride"] if unit_stride == "mouth_column_stride" else [])]
         kernel = paste_blend_triton._paste_blend_kernel
-        found.append(Variant(kernel, "paste_blend", config, types, constants, tuple(multiples)))
+        yield Variant(kernel, "paste_blend", config, types, constants, tuple(multiples))
 
+
+def _nv12_variants() -> list[Variant]:
     size = {"height": "i32", "width": "i32"}
     block = {"BLOCK": nv12_triton.BLOCK}
     cell = {"frames": "*u8", "out": "*u8", "frame_stride": "i32", "row_stride": "i32", **size}
     words = {"frames": "*i32", "out": "*i32", **size}
-    found += [
+    return [
         Variant(nv12_triton._to_nv12_wide_kernel, "to_nv12", "16×2 pixels", words, block, ("height", "width")),
         Variant(nv12_triton._to_nv12_cell_kernel, "to_nv12", "2×2 pixels", cell, block),
         Variant(nv12_triton._from_nv12_wide_kernel, "from_nv12", "16×2 pixels", words, block, ("height", "width")),
         Variant(nv12_triton._from_nv12_cell_kernel, "from_nv12", "2×2 pixels", cell, block),
     ]
-    if gluon_obstacle() is None:
-        from gpupipe.kernels.report_gluon import gluon_variants
-
-        found += gluon_variants()
-    from gpupipe.kernels.report_network import network_variants
-
-    return found + network_variants()
 
 
 def compiled_kernel(variant: Variant, arch: int) -> Any:

@@ -2,6 +2,16 @@
 
 A row is made when the next stage asks for it, and only as many are kept as that one reads. Within a row, one or two
 vectors of channels are made at a time, in tiles of pixels whose sums fill the registers.
+
+A product goes over a pixel's inputs x[k] one by one or, of 16-bit floats, in pairs. For each it multiplies registers of
+the matrix, w[k, c] for the channels c that are made, by x[k] or by the pair, repeated in all lanes:
+
+                      register of the matrix                          repeated                a lane adds up
+    float32           w[k, c]    w[k, c+1]   …                        x[k]   x[k]    …        all products of its c
+    bfloat16, pairs   w[k, c]    w[k+1, c]   w[k, c+1]  w[k+1, c+1] … x[k]   x[k+1]  …        the same, in float32
+    float16, pairs    as bfloat16                                     as bfloat16             a c's even k, or odd k
+
+In float16 a vector's sums so take two registers, whose neighbouring lanes are added in the end.
 """
 
 from __future__ import annotations
@@ -254,7 +264,7 @@ class RowWriter(Writer):
                     lambda: begin_tile(x, pixels) if begin_tile else self.loaded(bias, together) * pixels,
                     pixels,
                     weights,
-                    self.reader(source, origin, x),
+                    self.reader(origin, x, source.pixel, source.channel),
                     group,
                 )
                 for i, value in enumerate(sums):
@@ -322,15 +332,15 @@ class RowWriter(Writer):
                         values = self.convolve(source, row, depthwise, vector, self.plus(first, x), pixels)
                         for p, value in enumerate(values):
                             self.store(value, self.at(buffer, self.times(x, depth), p * depth + v * self.lanes))
-                self._project(Pixels(lambda row: buffer, depth), buffer, group, weights, depth, chunk, here)
+                self._project(buffer, group, weights, depth, chunk, here)
             if rounded:
                 with self.loop(0, chunk * outputs * self.lanes, self.lanes) as i:
                     self.store(self.load(self.at(here, i)), self.at(finished, i))
 
     def _project(
-        self, source: Pixels, buffer: Pointer, group: Value, weights: Pointwise, depth: int, chunk: int, target: Pointer
+        self, buffer: Pointer, group: Value, weights: Pointwise, depth: int, chunk: int, target: Pointer
     ) -> None:
-        """Add the product of a group of ``depth`` channels to a chunk of pixels."""
+        """Add the product of a group of ``depth`` channels, (chunk, depth), to a chunk of pixels."""
         together, pixels = weights.together, self.tile(chunk, weights.sums)
         with self.loop(0, weights.vectors // together) as part, self.loop(0, chunk, pixels) as x:
             here = self.at(target, self.times(x, weights.vectors * self.lanes), self.times(part, together * self.lanes))
@@ -341,7 +351,7 @@ class RowWriter(Writer):
                 lambda: [self.load(place) for place in places],
                 pixels,
                 weights,
-                self.reader(source, buffer, x),
+                self.reader(buffer, x, depth),
                 part,
                 self.times(group, depth),
                 depth,
@@ -404,10 +414,10 @@ class RowWriter(Writer):
         added = map(self.sums_of_pairs, sums[:: min(2, weights.sums)], others)
         return [self.add(before, one) for before, one in zip(begin(), added, strict=True)]
 
-    def reader(self, source: Pixels, row: Pointer, x: Value) -> Callable[[Value, int], Pointer]:
-        """The pointer to channel k of the pixel p columns to the right of x."""
-        here = self.at(row, self.times(x, source.pixel))
-        return lambda k, p: self.at(here, self.times(k, source.channel), p * source.pixel)
+    def reader(self, row: Pointer, x: Value, pixel: int, channel: int = 1) -> Callable[[Value, int], Pointer]:
+        """The pointer to channel k of the pixel p columns to the right of x; neighbours are so many floats apart."""
+        here = self.at(row, self.times(x, pixel))
+        return lambda k, p: self.at(here, self.times(k, channel), p * pixel)
 
     def convolved(self, size: int) -> int:
         """Pixels that are convolved at once: their sums, and the pixels that they share, lie in registers."""
@@ -430,11 +440,6 @@ def _together(vectors: int) -> int:
 def largest_divisor(of: int, most: int) -> int:
     """The largest one of a number that is not above ``most``."""
     return max(n for n in range(1, most + 1) if of % n == 0)
-
-
-def convolutions(layers: nn.Module) -> list[nn.Conv2d]:
-    """All of a module's."""
-    return [layer for layer in layers.modules() if isinstance(layer, nn.Conv2d)]
 
 
 def matrix_of(layer: nn.Conv2d) -> Tensor:

@@ -55,7 +55,7 @@ from gpupipe.kernels.whole_block_parts import (
 
 NUM_WARPS = 4
 TILE = (6, 30)
-"""Rows and columns of output pixels a program."""
+"""Rows and columns of output pixels a program: the kernel is written for these, and for no others."""
 
 _MOUTH = gl.constexpr(8)  # columns of the head's product: three channels and padding
 _COLUMNS = gl.constexpr(  # 32 pixels of a row × 32 channels: a lane has a pixel and 8 channels, a warp 8 pixels

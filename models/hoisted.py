@@ -165,3 +165,8 @@ def conv1x1(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return layer
+
+
+def convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    """A module's convolutions, in the order they run."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]

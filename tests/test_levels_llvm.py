@@ -167,7 +167,7 @@ def test_the_speech_s_depths(mode: Mode, processor: Processor) -> None:
 def test_the_upsampling_aligns_corners(halves: tuple[object, SpeechHalf]) -> None:
     up, here = copy.deepcopy(halves[1].up3), this_processor()
     low, skip = noise(1, up.low.in_channels, 20, 20), noise(1, up.skip.in_channels, 40, 40)
-    (found,) = run(up_level(up, 40), [stored(low, here), stored(skip, here)])
+    (found,) = run(up_level(up, 40, processor=here), [stored(low, here), stored(skip, here)])
     up.up.align_corners = False
     assert not close(found, up(low, skip))
 
@@ -202,7 +202,8 @@ def test_a_wrong_number_is_seen_as_such(halves: tuple[TemplateHalf, object]) -> 
     """A NaN spreads to the rows that read it, and to no others."""
     image = noise(1, 6, 40, 40)
     image[0, 0, 20, 20] = float("nan")
-    hidden, x2 = run(first_level(halves[0].hidden, halves[0].down1, 20), [image[0]])
+    level = first_level(halves[0].hidden, halves[0].down1, 20, processor=this_processor())
+    hidden, x2 = run(level, [image[0]])
     rows = [found.isnan().flatten(1).any(dim=1).nonzero().flatten().tolist() for found in (hidden, x2)]
     assert rows == [[19, 20, 21], [8, 9, 10, 11, 12]], (
         "x2's rows 9 to 11 read those of hidden, and make their neighbours"

@@ -162,9 +162,9 @@ def train(
     if not (template / "landmarks" / f"{rig.FRAMES - 1}.lms").is_file():
         write_template(template)
     pictures = Pictures(*read_template(template), device=device)
-    heard = train_encoder(out, utterance_count=utterances, steps=encoder_steps, width=width, device=device)
     sounds = make_sounds(out / "sounds.npz", utterances, seed=1)
     held_out = make_sounds(out / "sounds-held-out.npz", 24, seed=2)
+    heard = train_encoder(out, sounds, held_out, steps=encoder_steps, width=width, device=device)
     network, pairs, drawn = train_painter(out, pictures, sounds.mouth, width=width, steps=painter_steps)
     listener = Listener(width)
     listener.load_state_dict(heard["listener"])

@@ -50,6 +50,10 @@ class Sounds:
     mel_at: np.ndarray
     row_at: np.ndarray
 
+    def __len__(self) -> int:
+        """How many utterances."""
+        return len(self.row_at) - 1
+
     @property
     def hours(self) -> float:
         """Length of the sound."""
@@ -164,15 +168,15 @@ def evaluate(listener: Listener, sounds: Sounds, *, device: torch.device) -> dic
     return result
 
 
-def train_encoder(out: Path, *, utterance_count: int, steps: int, width: float, device: torch.device) -> dict[str, Any]:
-    """Train, or go on training, and leave ``encoder.pt`` in ``out``.
+def train_encoder(
+    out: Path, sounds: Sounds, held_out: Sounds, *, steps: int, width: float, device: torch.device
+) -> dict[str, Any]:
+    """Train on ``sounds``, or go on training, and leave ``encoder.pt`` in ``out``; ``held_out`` is to measure with.
 
     Returns:
         Its contents: ``listener`` (state dict), ``record`` (data, steps, losses, held-out result).
     """
     path = out / "encoder.pt"
-    sounds = make_sounds(out / "sounds.npz", utterance_count, seed=1)
-    held_out = make_sounds(out / "sounds-held-out.npz", 24, seed=2)
     torch.manual_seed(0)
     listener = Listener(width).to(device).to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(listener.parameters(), weight_decay=0.01)
@@ -197,7 +201,7 @@ def train_encoder(out: Path, *, utterance_count: int, steps: int, width: float, 
         logger.info("encoder held out: %s", json.dumps({k: round(v, 4) for k, v in entry.items()}))
         record = {
             "hours_of_sound": round(sounds.hours, 2),
-            "utterances": utterance_count,
+            "utterances": len(sounds),
             "steps": step,
             "windows_per_step": CLIPS * ROWS,
             "history": history,

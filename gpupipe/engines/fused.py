@@ -34,7 +34,7 @@ from gpupipe.kernels.inverted_residual import (
 )
 from gpupipe.kernels.pointwise import padded, pointwise, upsample_expand
 from gpupipe.models.fold import fold_batch_norms
-from gpupipe.models.hoisted import SKIPS, HoistedUp, SpeechHalf, TemplateHalf
+from gpupipe.models.hoisted import SKIPS, HoistedUp, SpeechHalf, TemplateHalf, conv1x1, convolutions
 from gpupipe.models.unet328 import INPUT_SIZE, UNet328
 
 Step = Callable[[Tensor], Tensor]
@@ -63,7 +63,9 @@ class FusedEngine:
         template, speech = TemplateHalf(network), SpeechHalf(network)
 
         expand, depthwise = convolutions(template.hidden)
-        self._first = self._block([expand, depthwise, _identity(expand.out_channels)], INPUT_SIZE)
+        # The first block's own projection is folded into the layers that read it: this one changes nothing.
+        identity = conv1x1(torch.eye(expand.out_channels)[:, :, None, None], None)
+        self._first = self._block([expand, depthwise, identity], INPUT_SIZE)
         downs = (template.down1, template.down2, template.down3, template.down4, template.down5)
         self._downs = [self._down(down, INPUT_SIZE >> level) for level, down in enumerate(downs)]
         self._bottleneck = self._pack(template.bottleneck)
@@ -167,18 +169,6 @@ class FusedEngine:
             return planes.relu_().permute(0, 2, 3, 1).contiguous()
 
         return convolve
-
-
-def convolutions(module: nn.Module) -> list[nn.Conv2d]:
-    """A module's convolutions, in the order they run."""
-    return [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-
-
-def _identity(channels: int) -> nn.Conv2d:
-    """A projection that changes nothing. The first block needs one: its own is folded into the layers that read it."""
-    layer = nn.Conv2d(channels, channels, 1, bias=False, device="meta")  # draws no weights
-    layer.weight = nn.Parameter(torch.eye(channels)[:, :, None, None], requires_grad=False)
-    return layer
 
 
 DECLARATION = Declaration(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gpupipe.engines.base import Declaration, EngineName
-from gpupipe.engines.fused import Entry, FusedEngine, Step, convolutions
+from gpupipe.engines.fused import Entry, FusedEngine, Step
 from gpupipe.kernels.dispatch import obstacle
 from gpupipe.kernels.pointwise import padded
 from gpupipe.kernels.whole_block import (
@@ -26,7 +26,7 @@ from gpupipe.kernels.whole_block import (
     pack_whole_block,
     whole_block,
 )
-from gpupipe.models.hoisted import HoistedUp
+from gpupipe.models.hoisted import HoistedUp, convolutions
 from gpupipe.models.unet328 import UNet328
 
 SMALLEST_MAP = 80
