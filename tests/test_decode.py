@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -135,6 +136,13 @@ def test_size_is_found_without_decoding(
     assert bool(decoded) == (behind == b"x" or suffix == "webp")
 
 
+def test_size_of_a_file_that_is_shorter_than_the_end_that_is_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "0.gif"
+    Image.new("P", (3, 2)).save(path)
+    assert path.stat().st_size < decode._LAST_BYTES
+    assert image_size(path) == (2, 3)
+
+
 @pytest.mark.parametrize("block", [b"", b"Exif\0\0", b"Exif\0\0II*\0", b"Exif\0\0XX" + bytes(40)])
 def test_a_block_that_is_none_asks_for_nothing(block: bytes) -> None:
     image = Image.new("RGB", (2, 2))
@@ -188,6 +196,9 @@ def test_kinds_of_png(mode: str, picture: np.ndarray, tmp_path: Path) -> None:
 def test_palette_with_transparency(picture: np.ndarray, tmp_path: Path) -> None:
     image = Image.fromarray(picture[..., ::-1]).convert("P")
     image.save(tmp_path / "0.png", transparency=bytes([0, 128, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # Pillow's
+        read_image(tmp_path / "0.png")
     assert np.array_equal(read_image(tmp_path / "0.png").numpy(), cv2.imread(str(tmp_path / "0.png")))
 
 
@@ -207,7 +218,10 @@ def test_a_forked_process_decodes_on_threads_of_its_own(picture: np.ndarray, tmp
 # ── damaged files ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("content", [b"text\n", b"%PDF-1.7\n", b"GIF89a\x01\x00", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"text\n", b"%PDF-1.7\n", b"GIF89a\x01\x00", b"GIF89a" + bytes(7) + b";", b"\x89PNG\r\n\x1a\n" + bytes(40)],
+)
 def test_file_that_is_no_picture(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "parsing.png").write_bytes(content)
     with pytest.raises(InputError, match=r"parsing\.png: cannot be decoded .*expected a whole JPEG or PNG image"):

@@ -114,11 +114,12 @@ def test_figures_of_one_precision_leave_another_s_alone(network: UNet328) -> Non
         ("versions", lambda: versions() | {"torch": "0"}),
         ("versions", lambda: versions() | {"llvmlite": "0"}),
         ("versions", lambda: versions() | {"onnxruntime": "0"}),
+        ("BATCH_SIZES", {"cpu": 2}),
     ],
-    ids=["device", "gpupipe", "torch", "llvmlite", "onnxruntime"],
+    ids=["device", "gpupipe", "torch", "llvmlite", "onnxruntime", "batch"],
 )
 def test_auto_measures_again_on_another_machine(
-    network: UNet328, name: str, other: Callable[..., object], timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    network: UNet328, name: str, other: object, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed.update(onnxruntime=0.2, eager=0.1)
     make_engine(network, device=CPU)
@@ -127,9 +128,31 @@ def test_auto_measures_again_on_another_machine(
     assert make_engine(network, device=CPU).name == "onnxruntime"
 
 
+@pytest.mark.usefixtures("timed")
+def test_figures_of_a_gpu_are_those_of_its_triton(network: UNet328, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(remembered, "device_name", lambda device: "a GPU")
+    remembered.remember(network, gpu, torch.float32, {"eager": 3.0})
+    assert remembered.recall(network, gpu, torch.float32) == {"eager": 3.0}
+    monkeypatch.setattr(remembered, "versions", lambda: versions() | {"onnxruntime": "0"})
+    assert remembered.recall(network, gpu, torch.float32) == {"eager": 3.0}, "which has no part in it"
+    monkeypatch.setattr(remembered, "versions", lambda: versions() | {"triton": "0"})
+    assert remembered.recall(network, gpu, torch.float32) is None
+
+
+@pytest.mark.usefixtures("timed")
+def test_figures_that_hardly_differ_are_told_apart(network: UNet328) -> None:
+    """A tiny network takes microseconds on a GPU."""
+    figures = {"onnxruntime": 0.0123, "eager": 0.0122}
+    remembered.remember(network, CPU, torch.float32, figures)
+    assert remembered.recall(network, CPU, torch.float32) == figures
+
+
 def test_auto_measures_again_what_it_cannot_read(network: UNet328, timed: dict[str, float]) -> None:
     timed.update(onnxruntime=0.1, eager=0.2)
-    for damage in ("", "[]", '{"x": ', json.dumps({remembered._key(network, CPU, torch.float32): {"eager": "fast"}})):
+    odd = ({"eager": "fast", "onnxruntime": 1.0}, ["eager", "onnxruntime"], "eager onnxruntime", None)
+    key = remembered._key(network, CPU, torch.float32)
+    for damage in ("", "[]", '{"x": ', *(json.dumps({key: figures}) for figures in odd)):
         remembered.cache_file().parent.mkdir(exist_ok=True)
         remembered.cache_file().write_text(damage)
         assert make_engine(network, device=CPU).name == "onnxruntime"

@@ -24,6 +24,7 @@ def test_first_line_of_an_error_or_its_type(error: Exception, line: str) -> None
     [
         (InputError("a.npy: is empty;\n expected rows"), "a.npy: is empty; expected rows"),
         (MemoryError(), "MemoryError"),
+        (MemoryError("Unable to allocate 9 GiB"), "Unable to allocate 9 GiB"),
         (KeyError("x"), "KeyError: 'x'"),
         (RuntimeError(), "RuntimeError"),
     ],

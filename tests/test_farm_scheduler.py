@@ -125,7 +125,8 @@ def test_a_job_that_failed_is_tried_again_when_its_parts_are_back(farm_jobs: Job
     assert isinstance(joined, JoinTask) and scheduler.next_task() is None
     joined.path.write_text("joined")
     scheduler.settle(joined, Joined(24, None, "checksum", 1.0))
-    assert scheduler.finished and (scheduler.done, scheduler.frames, state.status) == (1, 24, "done")
+    assert scheduler.finished and (scheduler.done, scheduler.frames) == (1, 24)
+    assert (state.status, state.attempts, state.error) == ("done", 1, None)
 
 
 @pytest.mark.parametrize("others", [[1000], [1, 1], [1]], ids=["one other", "two others", "a part left"])
@@ -385,6 +386,13 @@ def test_a_face_whose_parts_are_all_handed_out_is_not_to_come(farm_jobs: Jobs, t
     task = scheduler.next_task(frames=1000)
     assert isinstance(task, RenderTask) and {part.job.output for part in task.parts} == {"0.mp4", "deep/er/2.mp4"}
     assert scheduler.upcoming() == before[1:]
+
+
+def test_a_face_under_way_is_needed_before_those_to_come(farm_jobs: Jobs, tmp_path: Path) -> None:
+    scheduler = scheduler_of(farm_jobs[:2], tmp_path)
+    before = scheduler.upcoming()
+    scheduler.next_task()
+    assert len(before) == 2 and scheduler.upcoming() == before
 
 
 @pytest.mark.parametrize(("seconds", "parts"), [(1e-300, 3), (2.9, 3), (3.1, 2), (1e308, 1)])

@@ -14,7 +14,7 @@ from gpupipe import InputError
 from gpupipe.errors import OutputError
 from gpupipe.farm.jobs import read_jobs
 from gpupipe.features import SpeechFeatures
-from gpupipe.files import cache_folder, input_file, input_folder, replacing
+from gpupipe.files import cache_folder, check_writable, input_file, input_folder, replacing, similar
 from gpupipe.landmarks import read_landmarks
 from gpupipe.models import load_state_dict
 from gpupipe.video.decode import read_image
@@ -54,6 +54,12 @@ def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
         input_folder(tmp_path / "file", "template directory")
     with pytest.raises(InputError, match=r"null (byte|character)"):
         input_file("a\0b", "file")
+
+
+def test_a_broken_link_is_not_pointed_to_in_its_own_place(tmp_path: Path) -> None:
+    (tmp_path / "02.jpg").symlink_to(tmp_path / "nowhere")
+    assert similar(tmp_path / "2.jpg") == "; there is 02.jpg"
+    assert similar(tmp_path / "02.jpg") == ""
 
 
 def test_an_interrupt_leaves_nothing_however_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +132,11 @@ def test_names_as_long_as_the_file_system_takes(stem: str, tmp_path: Path) -> No
     with replacing(tmp_path / f"{stem}.mp4") as temporary:
         temporary.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == [f"{stem}.mp4"]
+
+
+def test_a_folder_s_name_that_is_too_long(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"out\.mp4: cannot be written: File name too long"):
+        check_writable(tmp_path / ("x" * 300) / "out.mp4")
 
 
 def test_two_that_write_one_file_at_once(tmp_path: Path) -> None:

@@ -349,12 +349,14 @@ def test_saved_frames(tiny_model: MakeModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "frame", [np.zeros((8, 8, 3), np.float32), np.zeros((8, 8, 4), np.uint8), np.zeros((3, 8, 8), np.uint8)]
+    ("shape", "dtype"), [((8, 8, 3), "float32"), ((8, 8, 4), "uint8"), ((3, 8, 8), "uint8"), ((0, 8, 3), "uint8")]
 )
-def test_arrays_that_are_not_frames_are_not_saved(frame: np.ndarray, tiny_model: MakeModel, tmp_path: Path) -> None:
+def test_arrays_that_are_not_frames_are_not_saved(
+    shape: tuple[int, ...], dtype: str, tiny_model: MakeModel, tmp_path: Path
+) -> None:
     """Otherwise its bytes, taken in another order, would be saved as a picture."""
     with pytest.raises(InputError, match=r"frame_00000\.jpg: frame is .*expected uint8 \(H, W, 3\)"):
-        FrameGenerator(tiny_model()).save_frames([frame], tmp_path)
+        FrameGenerator(tiny_model()).save_frames([np.zeros(shape, dtype)], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

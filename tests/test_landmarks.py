@@ -120,6 +120,7 @@ def test_missing_file_and_directory(tmp_path: Path) -> None:
 def test_box_is_the_square_of_points_1_31_and_52() -> None:
     assert face_box(points(100, 200, 61)) == (100, 200, 161, 261)
     assert face_box(torch.tensor(points(100, 200, 61))) == (100, 200, 161, 261)
+    assert face_box(points(100, 200, 61, count=53)) == (100, 200, 161, 261)
     assert face_box(points(100.9, 200.9, 61).tolist()) == (100, 200, 161, 261)
     assert face_box(points(-30.9, -5.5, 61)) == (-30, -5, 30, 55), "towards zero at both ends: one pixel shorter"
 

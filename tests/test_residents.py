@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,15 @@ def test_the_avatar_needed_last_makes_room(jobs: list[Job], soon: tuple[int, ...
     stays = 1 - leaves
     assert residents.get(jobs[stays], "nv12")[1] is avatars[stays]
     assert residents.used <= residents.budget
+
+
+def test_a_network_leaves_with_the_last_of_its_avatars(jobs: list[Job], tiny_checkpoint: Callable[..., Path]) -> None:
+    residents = Residents("cpu", budget=int(1.5 * needed(jobs[0])))
+    network = weakref.ref(residents.get(jobs[0], "nv12")[0].unet_model)
+    residents.get(jobs[1], "nv12")
+    assert network() is not None, "now with another face"
+    residents.get(jobs[1].model_copy(update={"checkpoint": str(tiny_checkpoint(seed=1))}), "nv12")
+    assert network() is None
 
 
 def test_an_avatar_is_given_the_room_that_the_others_leave(jobs: list[Job]) -> None:

@@ -82,6 +82,7 @@ def test_pieces_join_to_the_whole(
     monkeypatch.setattr("gpupipe.mel._PIECE_COLUMNS", 37)
     monkeypatch.setattr("gpupipe.mel._BATCH_WINDOWS", 11)
     chunks = [wave[at : at + chunk] for at in range(0, len(wave), chunk)]
+    chunks.insert(1, wave[:0])
     pieces = list(mel_pieces(chunks))
     assert max(piece.shape[1] for piece in pieces) <= 37
     torch.testing.assert_close(torch.cat(pieces, dim=1), mel, atol=1e-5, rtol=0)

@@ -205,6 +205,8 @@ def test_gpu_stages_are_timed_by_events(clock: Clock, monkeypatch: pytest.Monkey
     half_of_the_gpu = 10 * 2  # seconds: without the paste in it, with what the host did meanwhile
     assert stages.busy() == {"template decode": 2, "template half": half_of_the_gpu, "paste": 10 * 1}
     assert stages.bound(cores=64).startswith("the GPU (")
+    clock.cpu_time = 64 * clock.now
+    assert stages.bound(cores=64).startswith("the GPU ("), "busy cores do not hide a busy GPU"
     stages.write_trace(tmp_path / "trace.json")
     assert '"GPU"' in (tmp_path / "trace.json").read_text()
 

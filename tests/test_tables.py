@@ -60,6 +60,8 @@ def test_the_headline_s_bfloat16_is_of_its_own_run_and_template() -> None:
     assert "**8.0×** with `--precision bfloat16`" in TABLES["headline"](run)
     assert "**9.0×** with `--precision float16`" in TABLES["headline"]([*run, ratio("gpupipe_float16", 9)]), "faster"
     assert "**8.0×** with `--precision bfloat16`" in TABLES["headline"]([*run, ratio("gpupipe_float16", 7)])
+    again = ratio("gpupipe_bfloat16", 7, time="2027")
+    assert "**7.0×** with `--precision bfloat16`" in TABLES["headline"]([*run, again]), "the newer"
     for other in ({"template": "ben"}, {"n": 5}, {"commit": "d"}, {"device": "another"}):
         assert "bfloat16" not in TABLES["headline"]([run[0], ratio("gpupipe_bfloat16", 9, **other)]), other
     assert "bfloat16" not in TABLES["headline"]([run[0], ratio("gpupipe_bfloat16", 3)]), "slower: nobody's headline"

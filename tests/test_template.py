@@ -174,6 +174,7 @@ def test_missing_directories(template: Path, tmp_path: Path) -> None:
 def test_frames_that_are_all_misnamed_are_pointed_out(name: str, template: Path) -> None:
     for path in (template / "full_body_img").iterdir():
         path.rename(path.with_name(name.format(int(path.stem))))
+    (template / "full_body_img" / ".DS_Store").touch()
     message = refusal(template, template / "full_body_img")
     assert message.endswith(f"holds no template frame; expected 0.jpg, 1.jpg, …; there is {name.format(0)}")
 

@@ -22,6 +22,7 @@ from gpupipe.avatar import Avatar
 from gpupipe.kernels.nv12 import from_nv12
 from gpupipe.models import Mode
 from gpupipe.schedule import template_indices
+from gpupipe.template import _even_window, template_size
 
 
 @pytest.fixture
@@ -53,9 +54,15 @@ def test_template_keeps_what_fits(budget: int | None, folder: Path, video: Path)
     )
 
 
+def test_window_is_the_least_even_rectangle_around_the_boxes() -> None:
+    assert _even_window([(41, 31, 102, 93), (44, 33, 100, 95)]) == (40, 30, 102, 96)
+    assert _even_window([(40, 30, 102, 94)]) == (40, 30, 102, 94)
+
+
 def test_suffix_in_capitals(folder: Path) -> None:
     (folder / "template.mp4").rename(folder / "template.MP4")
     assert Template.from_directory(folder).length == FRAMES
+    assert template_size(folder) == (FRAMES, WIDTH, HEIGHT)
 
 
 @pytest.mark.parametrize(

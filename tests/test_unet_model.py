@@ -260,6 +260,20 @@ def test_onnx_file_matches_the_network_at_any_batch_size(mode: Mode, tiny_model:
     assert np.abs(deaf - expected).max() > 1e-2
 
 
+def test_onnx_file_does_not_depend_on_a_program_s_defaults(tiny_model: MakeModel, tmp_path: Path) -> None:
+    plain, other = (tmp_path / name for name in ("plain.onnx", "other.onnx"))
+    tiny_model().export_to_onnx(plain)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            tiny_model().export_to_onnx(other)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(usual)
+    assert other.read_bytes() == plain.read_bytes()
+
+
 @pytest.mark.parametrize("opset", [14, 18])
 def test_operator_set_can_be_chosen(opset: int, tiny_model: MakeModel, tmp_path: Path) -> None:
     tiny_model().export_to_onnx(str(tmp_path / "unet.onnx"), opset_version=opset)
@@ -295,6 +309,23 @@ def test_onnx_file_that_differs_from_the_network_is_removed(
         GpupipeError, match=r"ONNX Runtime differs from PyTorch by 0\.00\d+ at batch 1; expected at most"
     ):
         model.export_to_onnx(tmp_path / "unet.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_onnx_file_that_is_right_for_one_sample_only_is_removed(
+    tiny_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The export sees a batch of one, whose size a layer may take for a constant."""
+    fold = gpupipe.onnx_export.fold_batch_norms
+
+    def folded(network: Any) -> Any:
+        network = fold(network)
+        network.outc.register_forward_hook(lambda layer, given, out: out + torch.arange(len(out))[:, None, None, None])
+        return network
+
+    monkeypatch.setattr(gpupipe.onnx_export, "fold_batch_norms", folded)
+    with pytest.raises(GpupipeError, match=r"differs from PyTorch by .* at batch 3; expected at most"):
+        tiny_model().export_to_onnx(tmp_path / "unet.onnx")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
-import logging
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -60,6 +62,23 @@ def test_every_way_leads_to_the_same_frames(
         assert torch.equal(frames.read(numbers), expected[numbers]), numbers
 
 
+def test_one_thread_decodes_at_a_time(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that two threads ask at once ends the process."""
+    met: list[bool] = []
+    meet = threading.Barrier(2, action=lambda: met.append(True))
+    frames = VideoFrames(video)
+
+    def decode(number: int) -> torch.Tensor:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meet.wait(0.2)
+        return torch.zeros(3)
+
+    monkeypatch.setattr(frames, "_frame", decode)
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(frames.read, [[30], [5]]))
+    assert met == []
+
+
 @pytest.mark.parametrize(
     ("suffix", "codec"), [("mkv", "libx264"), ("mov", "mjpeg"), ("webm", "libvpx"), ("mp4", "libx265")]
 )
@@ -70,6 +89,14 @@ def test_other_containers_and_codecs(suffix: str, codec: str, tmp_path: Path) ->
     expected, frames = decoded(path), VideoFrames(path)
     for number in (19, 3, 4, 0, 12):
         assert torch.equal(frames.read([number])[0], to_bt709(expected[number], frames.colours))
+
+
+def test_a_frame_that_the_decoder_calls_corrupt_is_refused(video: Path) -> None:
+    frames = VideoFrames(video)
+    damaged: Any = Mock(pts=frames._times[0], is_corrupt=True, width=WIDTH, height=HEIGHT)
+    frames._frames = iter([damaged])
+    with pytest.raises(InputError, match=r"template\.mp4: frame 0 cannot be decoded; expected a whole video file"):
+        frames.read([0])
 
 
 def begun_later(path: Path, target: Path, frames: int) -> Path:
@@ -182,9 +209,8 @@ def test_a_file_is_closed_after_its_last_user(video: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize("extent", [ColorRange.MPEG, ColorRange.JPEG])
 @pytest.mark.parametrize("space", [Colorspace.ITU709, Colorspace.ITU601])
 def test_colours_by_their_tags(
-    space: Colorspace, extent: ColorRange, tagged: bool, size: tuple[int, int], tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    space: Colorspace, extent: ColorRange, tagged: bool, size: tuple[int, int], tmp_path: Path
+) -> None:
     if not tagged:  # the default for video of that size
         space, extent = (Colorspace.ITU709 if size[0] == 1280 else Colorspace.ITU601), ColorRange.MPEG
     images = pictures(2, size)
@@ -192,8 +218,7 @@ def test_colours_by_their_tags(
     frames = VideoFrames(path)
     matrix = "bt709" if space == Colorspace.ITU709 else "bt601"
     assert frames.colours == Colours(matrix, full_range=extent == ColorRange.JPEG)
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == (not tagged)
+    assert frames.names_colours == tagged
     found = cv2.PSNR(from_nv12(frames.read([1]))[0].numpy(), images[1])
     assert found > 36
     if frames.colours != BT709:

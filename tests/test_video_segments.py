@@ -6,68 +6,27 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import av
 import av.error
-import cv2
 import numpy as np
 import pytest
 import torch
-from clips import write_wav
+from encoded_clips import HEIGHT, LENGTH, WIDTH, luma, moving_clip, packets_of, write
 
-from gpupipe import InputError
-from gpupipe.kernels.nv12 import to_nv12
-from gpupipe.versions import numbers
-from gpupipe.video import join, ways
+from gpupipe.video import ways
 from gpupipe.video.codecs import PictureFormat, configure, segment_length
 from gpupipe.video.encode import VideoWriter
-from gpupipe.video.join import _fraction, _packets, join_videos
 from gpupipe.video.segments import MAX_WORKERS, POOL_BYTES, DecodeTimes, HostEncoder, SegmentPool, pool_size
-
-WIDTH, HEIGHT = 96, 64
-LENGTH = 50
-"""Frames of a segment at 25 frames a second."""
 
 
 @pytest.fixture(scope="module")
 def clip() -> torch.Tensor:
-    """Two whole segments and 11 frames of drifting colours, all different: NV12."""
-    count = 2 * LENGTH + 11
-    colours = np.random.default_rng(0).integers(256, size=(6, 30, 3)).astype(np.uint8)
-    wide = cv2.resize(colours, (WIDTH + 2 * count, HEIGHT), interpolation=cv2.INTER_CUBIC)
-    return to_nv12(torch.from_numpy(np.stack([wide[:, 2 * i : 2 * i + WIDTH] for i in range(count)])))
-
-
-def write(path: Path, frames: torch.Tensor, **options: Any) -> Path:
-    with VideoWriter(path, width=WIDTH, height=HEIGHT, **{"segmented": True, **options}) as writer:
-        for batch in frames.split(7):
-            writer.write(batch)
-    return path
-
-
-def packets_of(path: Path) -> list[tuple[int, int, bool, bytes]]:
-    """pts and dts in frames, whether a decoder can begin there, and the bytes."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        step = 1 / (stream.average_rate * stream.time_base)
-        packets = [packet for packet in container.demux(stream) if packet.size]
-        return [(round(p.pts / step), round(p.dts / step), p.is_keyframe, bytes(p)) for p in packets]
-
-
-def luma(path: Path) -> tuple[list[float], np.ndarray]:
-    with av.open(str(path)) as container:
-        frames = list(container.decode(video=0))
-    return [frame.time for frame in frames], np.stack([f.reformat(format="gray").to_ndarray() for f in frames])
-
-
-def write_silence(path: Path, seconds: float) -> Path:
-    return write_wav(path, np.zeros(round(16000 * seconds)))
+    return moving_clip()
 
 
 def use_workers(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
@@ -207,110 +166,7 @@ def test_clips_that_end_anywhere(codec: str, count: int, clip: torch.Tensor, tmp
     assert times == pytest.approx([i / 25 for i in range(count)])
 
 
-# ── parts of a clip ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("codec", "suffix", "fps"),
-    [
-        ("h264", "mp4", 25),
-        ("h264", "mkv", 25),
-        ("h264", "mp4", Fraction(30000, 1001)),
-        ("h264", "mkv", Fraction(30000, 1001)),
-        ("hevc", "mp4", 25),
-        ("av1", "mp4", 25),
-        ("mjpeg", "mp4", 5),  # so long that FFmpeg does not wait for the sound
-        ("ffv1", "mkv", 25),
-    ],
-)
-def test_joined_parts_are_the_clip(codec: str, suffix: str, fps: Any, clip: torch.Tensor, tmp_path: Path) -> None:
-    length = PictureFormat(WIDTH, HEIGHT, Fraction(fps), 20).segment_length
-    starts = [0, length, len(clip) - 1] if length * 2 > len(clip) else [0, length, 2 * length]
-    parts = [
-        write(tmp_path / f"{first}.{suffix}", clip[first:last], codec=codec, fps=fps)
-        for first, last in zip(starts, [*starts[1:], len(clip)], strict=True)
-    ]
-    sound = write_silence(tmp_path / "silence.wav", len(clip) / fps)
-    joined, whole = tmp_path / f"joined.{suffix}", tmp_path / f"whole.{suffix}"
-    video = join_videos(parts, joined, sound=sound)
-    assert video == (len(clip), pytest.approx(len(clip) / fps, abs=1e-3))
-    write(whole, clip, codec=codec, fps=fps, sound=sound)
-    times, pictures = luma(joined)
-    assert times == pytest.approx([i / float(fps) for i in range(len(clip))], abs=1e-3)
-    _, alone = zip(*map(luma, parts), strict=True)
-    assert np.array_equal(pictures, np.concatenate(alone))
-    if suffix == "mp4" and codec != "av1" and starts[2] % length == 0:
-        assert packets_of(joined) == packets_of(whole), "no trace of the joint"
-    with av.open(str(joined)) as container, av.open(str(whole)) as other:
-        assert container.streams.audio[0].codec_context.name == "aac"
-        assert container.streams.video[0].start_time == 0
-        for name in ("codec_tag", "colorspace", "color_range", "color_primaries", "color_trc", "pix_fmt"):
-            found, expected = (getattr(c.streams.video[0].codec_context, name) for c in (container, other))
-            assert found == expected, name
-        order, control = (sorted((p.pos, p.stream.type) for p in c.demux() if p.size) for c in (container, other))
-        assert "audio" in [kind for _, kind in order[:10]], "sound beside the picture"
-        assert sorted(kind for _, kind in order) == sorted(kind for _, kind in control), "to its end"
-
-
-@pytest.mark.skipif(numbers(av.__version__) < (18,), reason=f"PyAV {av.__version__} writes no rate for a copied stream")
-@pytest.mark.parametrize("codec", ["ffv1", "mpeg4"])
-def test_joined_parts_keep_their_rate(codec: str, clip: torch.Tensor, tmp_path: Path) -> None:
-    """In Matroska times are in milliseconds, and these codecs tell no rate, or another."""
-    fps = Fraction(30000, 1001)
-    parts = [write(tmp_path / f"{first}.mkv", clip[first : first + 2], codec=codec, fps=fps) for first in (0, 2)]
-    join_videos(parts, tmp_path / "joined.mkv")
-    with av.open(str(tmp_path / "joined.mkv")) as container:
-        assert _fraction(container.streams.video[0].average_rate) == fps
-
-
-def other_size(folder: Path, clip: torch.Tensor) -> Path:
-    with VideoWriter(folder / "part.mp4", width=64, height=64, segmented=True) as writer:
-        writer.write(clip[:2, :, :64].contiguous())
-    return folder / "part.mp4"
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (other_size, r"part\.mp4: has another size than .*first\.mp4 \(64×64, not 96×64\)"),
-        (lambda folder, clip: write(folder / "part.mp4", clip[:2], codec="hevc"), "another codec .*hevc, not h264"),
-        (lambda folder, clip: write(folder / "part.mp4", clip[:9], fps=20), "another frames a second .*20, not 25"),
-        (lambda folder, clip: write(folder / "part.mp4", clip[:2], crf=30), "another header than"),
-        (lambda folder, clip: folder / "part.mp4", r"part\.mp4: no such video"),
-        (lambda folder, clip: write_silence(folder / "part.wav", 1), r"part\.wav: has no picture"),
-    ],
-)
-def test_parts_that_do_not_belong_together(
-    make: Callable[[Path, torch.Tensor], Path], message: str, clip: torch.Tensor, tmp_path: Path
-) -> None:
-    first = write(tmp_path / "first.mp4", clip[:9])
-    other = make(tmp_path, clip)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(InputError, match=message):
-        join_videos([first, other], tmp_path / "out" / "joined.mp4")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_no_parts(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"joined\.mp4: there are no parts to join"):
-        join_videos([], tmp_path / "joined.mp4")
-
-
-def test_a_part_without_a_frame_rate(clip: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = write(tmp_path / "part.mp4", clip[:2])
-    monkeypatch.setattr(join, "_fraction", lambda value: Fraction(0))
-    with pytest.raises(InputError, match=r"part\.mp4: has no frame rate"):
-        join_videos([part], tmp_path / "joined.mp4")
-
-
-def test_a_part_that_ends_in_an_error() -> None:
-    def demux(stream: Any) -> Iterator[av.Packet]:
-        yield av.Packet(b"x")
-        raise av.error.InvalidDataError(1, "damaged")
-
-    part: Any = SimpleNamespace(streams=SimpleNamespace(video=[None]), demux=demux)
-    with pytest.raises(InputError, match=r"part\.mp4: cannot be read to its end"):
-        list(_packets(Path("part.mp4"), part))
+# ── the pool ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(("first", "delay"), [(0, 0), (-2, 2), (-16, 16), (-55834575973, 1), (7, 1)])
@@ -323,9 +179,6 @@ def test_decode_times_run_on(first: int, delay: int) -> None:
         times.set(packet)
         found.append(packet.dts)
     assert found == [n - delay for n in range(4)]
-
-
-# ── the pool ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Recorder:

@@ -213,6 +213,8 @@ def test_encoders_of_rgb(codec: str, suffix: str, tmp_path: Path) -> None:
     frames = torch.tensor([200, 60, 30], dtype=torch.uint8).expand(2, 48, 64, 3).contiguous()
     write(tmp_path / f"clip.{suffix}", frames, codec=codec)
     shown = np.stack([frame.to_ndarray(format="bgr24") for frame in decode(tmp_path / f"clip.{suffix}")])
+    with av.open(str(tmp_path / f"clip.{suffix}")) as container:
+        assert container.streams.video[0].codec_context.color_range == ColorRange.JPEG
     assert np.abs(shown.astype(int) - frames.numpy()).max() <= 4
 
 
