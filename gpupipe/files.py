@@ -131,7 +131,7 @@ def check_not_read(path: str | Path, *inputs: object) -> None:
         inputs: what is read; only names and paths are compared.
     """
     for given in inputs:
-        with contextlib.suppress(OSError):  # mostly because there is none yet
+        with contextlib.suppress(OSError, ValueError):  # mostly because there is none yet
             if isinstance(given, str | Path) and Path(path).samefile(given):
                 raise InputError(f"{path}: would be written over what it is made of; expected another name")
 

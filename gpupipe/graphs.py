@@ -129,8 +129,9 @@ def _end(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
     try:
         graph.capture_end()
     except RuntimeError:
-        graph.reset()
         _failed.append(graph)
+        with contextlib.suppress(RuntimeError):
+            graph.reset()
         with contextlib.suppress(RuntimeError):  # newer versions have ended it themselves
             torch._C._cuda_endAllocateToPool(device, pool)
             torch._C._cuda_releasePool(device, pool)
