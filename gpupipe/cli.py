@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import gc
 import io
-import json
 import os
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from rich.table import Table
 from gpupipe import __version__, options
 from gpupipe.console import (
     console,
+    print_json,
     print_record,
     print_states,
     print_waterfall,
@@ -294,7 +294,7 @@ def farm(
             soft_wrap=True,
         )
         if as_json:
-            print(json.dumps(record.as_dict()))
+            print_json(record.as_dict())
         if record.parked:
             raise typer.Exit(1)
 
@@ -353,7 +353,7 @@ def bench(
         report = benchmark.run(asked, lambda line: console.print(line, soft_wrap=True))
         benchmark.show(report, standard_output())
         if as_json:
-            print(json.dumps([row.as_dict() for row in report.rows]))
+            print_json([row.as_dict() for row in report.rows])
         if report.failed:
             raise typer.Exit(1)
 
@@ -371,7 +371,7 @@ def doctor(
             measure_engines(device)
         facts = examine(device)
         if as_json:
-            print(json.dumps(facts))
+            print_json(facts)
             return
         table = Table(box=None, show_header=False)
         for section, lines in facts.items():

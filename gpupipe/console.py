@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from gpupipe.errors import InputError, one_line
+from gpupipe.errors import GpupipeError, InputError, one_line
+from gpupipe.memory import out_of_memory
 from gpupipe.pipeline import RenderRecord
 
 if TYPE_CHECKING:
@@ -44,6 +45,14 @@ class _Messages(Console):
         sys.stderr = None
 
 
+class _Tables(Console):
+    """Standard output."""
+
+    def __exit__(self, *error: object) -> None:
+        with _writing_output():
+            super().__exit__(*error)
+
+
 console = _Messages(stderr=True, markup=False, highlight=False)  # a path may hold what looks like markup
 
 
@@ -62,15 +71,18 @@ def reporting(debug: bool) -> Iterator[None]:
     except typer.Exit:
         raise
     except KeyboardInterrupt:
-        console.print("gpupipe: interrupted; all files that are left are whole", soft_wrap=True)
+        console.print("gpupipe: interrupted; every file under its own name is whole", soft_wrap=True)
         raise typer.Exit(1) from None
     except BrokenPipeError:  # what was made is whole: it is told afterwards
-        console.print("gpupipe: standard output was closed; all files that are left are whole", soft_wrap=True)
+        console.print("gpupipe: standard output was closed; every file under its own name is whole", soft_wrap=True)
         raise typer.Exit(1) from None
     except Exception as error:
         if debug:
             traceback.print_exc()
-        console.print(f"gpupipe: {one_line(error)}", soft_wrap=True)
+        told = one_line(error)
+        if out_of_memory(error):
+            told = f"not enough memory ({told}); --memory-budget limits what is kept of template frames"
+        console.print(f"gpupipe: {told}", soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
 
 
@@ -185,7 +197,7 @@ def print_states(states: list[JobState], as_json: bool) -> None:
     counts = Counter(state.status for state in states)
     console.print(", ".join(f"{count} {status}" for status, count in counts.items()))
     if as_json:
-        print(json.dumps([dataclasses.asdict(state) for state in states]))
+        print_json([dataclasses.asdict(state) for state in states])
 
 
 def print_waterfall(record: RenderRecord | None) -> None:
@@ -200,9 +212,26 @@ def print_waterfall(record: RenderRecord | None) -> None:
     console.print(f"bounded by {record.bound}", soft_wrap=True)
 
 
+@contextlib.contextmanager
+def _writing_output() -> Iterator[None]:
+    """Say what cannot be written, where the system's error names no file."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise GpupipeError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def print_json(value: object) -> None:
+    """Print a record on standard output, as one line."""
+    with _writing_output():
+        print(json.dumps(value))
+
+
 def standard_output() -> Console:
     """Return the console for tables; if it is not a terminal, each row is one line, however long."""
-    output = Console()
+    output = _Tables()
     if not output.is_terminal:
         output.width = 10_000
     return output
@@ -218,4 +247,4 @@ def print_record(record: RenderRecord | None, output: Path, as_json: bool) -> No
         soft_wrap=True,
     )
     if as_json:
-        print(json.dumps(record.as_dict()))
+        print_json(record.as_dict())

@@ -88,6 +88,8 @@ def _kind(mode: int) -> str:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file beside ``path``, with the same suffix; rename it on success, delete it on any failure.
 
+    A link of that name is replaced, not followed.
+
     Raises:
         OutputError: the folder is missing or not writable, or the disk is full. Errors about other files pass through.
     """

@@ -31,7 +31,10 @@ def available_cores() -> int:
     The variable is for processes that divide a machine's cores among them. A container's CPU quota is a limit too,
     rounded up to whole cores.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # macOS has none; a sandbox may forbid it
+        cores = os.cpu_count() or 1
     if (quota := cpu_quota()) is not None:
         cores = min(cores, math.ceil(quota))
     wanted = os.environ.get("GPUPIPE_CORES", "")

@@ -1,7 +1,9 @@
-"""How much of a machine's memory what is kept of template frames may take."""
+"""How much of a machine's memory what is kept of template frames may take, and whether there was too little."""
 
 from __future__ import annotations
 
+import contextlib
+import re
 from pathlib import Path
 
 import torch
@@ -13,13 +15,20 @@ def default_budget(device: torch.device) -> int:
     """Bytes that the caches may take on a device.
 
     Half of what is free on a GPU, counting what PyTorch holds there and does not use; a quarter of what is available
-    on the host or, in a container, of what is left of its limit if that is less.
+    on the host or, if that is less, of what is left of a container's limit or of the process's (``ulimit -v``).
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)) // 2
-    left = memory_left()
-    return (_available() if left is None else min(left, _available())) // 4
+    limits = (_available(), memory_left(), _address_space_left())
+    return min(left for left in limits if left is not None) // 4
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory. On a CPU PyTorch and ONNX Runtime have no type of their own."""
+    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+        return re.search("(can't|failed to) allocate memory|not enough memory|bad_alloc", str(error), re.I) is not None
+    return isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def _available() -> int:
@@ -31,3 +40,15 @@ def _available() -> int:
     except OSError:
         pass
     return 4 << 30  # no such file outside Linux: assume a small machine
+
+
+def _address_space_left() -> int | None:
+    """Bytes that this process may still map; None without a limit, and where none is known."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # noqa: PLC0415 - Windows has none
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+            return max(0, limit - pages * resource.getpagesize())
+    return None

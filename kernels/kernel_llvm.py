@@ -101,8 +101,18 @@ def _object_file(plan: Plan, processor: Processor, machine: Any) -> tuple[int, b
         with replacing(path) as temporary:
             temporary.write_bytes(hashlib.sha256(code).digest() + code)
     except OutputError as error:
-        logger.warning("%s; kernels are compiled again next time", error)
+        _warn_once(path.parent, str(error))
     return writer.scratch_bytes, code[_COUNT_BYTES:]
+
+
+_warned: set[Path] = set()
+
+
+def _warn_once(folder: Path, reason: str) -> None:
+    """Warn of the first kernel that a folder does not take."""
+    if folder not in _warned:
+        _warned.add(folder)
+        logger.warning("%s; kernels are compiled again next time", reason)
 
 
 @functools.cache

@@ -60,12 +60,12 @@ def test_signals_leave_nothing_half_written(number: int, clip: dict[str, Path], 
         running.send_signal(number)  # as `timeout` does, terminals that close, and people who press Ctrl-C twice
         _, told = running.communicate(timeout=60)
     assert running.returncode == 1
-    assert "gpupipe: interrupted; all files that are left are whole" in told and "Traceback" not in told
+    assert "gpupipe: interrupted; every file under its own name is whole" in told and "Traceback" not in told
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip_frames"]
     assert all(cv2.imread(str(path)) is not None for path in kept.iterdir()), "and nothing but images"
 
 
-@pytest.mark.parametrize("words", ["--version", "doctor --json", "--help"])
+@pytest.mark.parametrize("words", ["--version", "doctor --json", "doctor", "--help"])
 @pytest.mark.parametrize("where", ["/dev/full", "pipe"])
 def test_standard_output_that_takes_nothing_is_one_line(where: str, words: str) -> None:
     name = Path(sys.executable).with_name("gpupipe")
@@ -76,7 +76,7 @@ def test_standard_output_that_takes_nothing_is_one_line(where: str, words: str) 
         assert done.returncode == 1, done.stderr
         lines = done.stderr.splitlines()
         assert len(lines) == 1 or (not lines and where == "pipe"), "Rich ends in silence where nobody reads"
-        assert all(line.startswith("gpupipe: ") for line in lines)
+        assert all(line.startswith("gpupipe: standard output ") for line in lines)
 
 
 def test_signal_handlers_are_restored() -> None:

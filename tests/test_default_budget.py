@@ -29,6 +29,19 @@ def test_a_host_that_does_not_tell_is_taken_for_a_small_one(monkeypatch: pytest.
     assert default_budget(CPU) == 1 << 30
 
 
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_a_quarter_of_what_a_process_may_still_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``ulimit -v`` and batch systems limit it."""
+    import resource
+
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = mapped + (400 << 20)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: {resource.RLIMIT_AS: (limit, limit)}[what])
+    assert 90 << 20 < default_budget(CPU) < 110 << 20
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1, 1))
+    assert default_budget(CPU) == 0
+
+
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="memory is read from /proc")
 def test_a_part_of_the_memory_there_is() -> None:
     assert 1 << 20 < default_budget(CPU) < 1 << 44

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -19,7 +21,7 @@ from gpupipe.demo.evaluate import Agreement, agreement, measure_gap
 from gpupipe.demo.mouth import mouth_track
 from gpupipe.demo.sheet import GAP, TILE, TILES, WAVE, write_contact_sheet
 from gpupipe.demo.train import read_template, render_sample
-from gpupipe.errors import InputError, OutputError
+from gpupipe.errors import DiskFullError, InputError, OutputError
 from gpupipe.landmarks import face_box
 from gpupipe.models.checkpoint import load_state_dict
 from gpupipe.video.sound import load_audio
@@ -278,6 +280,20 @@ def test_a_sheet_that_cannot_be_written_is_told_before_anything_is_rendered(tmp_
     with pytest.raises(OutputError, match=r"out\.png: is a folder"):
         render_demo(None, tmp_path / "out.mp4", 0.2, device="cpu")
     assert not (tmp_path / "out.mp4").exists()
+
+
+def test_no_room_for_the_cut_sound_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = av.open
+
+    def full(path: Any, *mode: str, **options: Any) -> Any:
+        if mode == ("w",):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return opened(path, *mode, **options)
+
+    monkeypatch.setattr(av, "open", full)
+    (tmp_path / "it.wav").write_bytes(wav(bytes(96000), rate=48000))
+    with pytest.raises(DiskFullError, match=r"^[^:]*cut\.wav: cannot be written: No space left on device$"):
+        cut_sound(tmp_path / "it.wav", tmp_path / "cut.wav", 1)
 
 
 @pytest.mark.parametrize("seconds", [None, 0.5])

@@ -211,7 +211,24 @@ def test_a_failing_engine_is_logged_and_not_taken(
     assert told in fallbacks(), "and logged again"
 
 
-@pytest.mark.parametrize("reason", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def no_memory_on_a_cpu() -> Exception:
+    """PyTorch has no type for it."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 50, dtype=torch.uint8)
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        no_memory_on_a_cpu(),
+        RuntimeError("Failed to allocate memory for requested buffer of size 8"),
+        OSError(24, "Too many open files"),
+    ],
+    ids=["CUDA", "Python", "CPU", "ONNX Runtime", "files"],
+)
 def test_an_engine_that_found_no_memory_is_measured_again(
     network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch, reason: Exception
 ) -> None:

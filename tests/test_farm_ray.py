@@ -320,6 +320,29 @@ def test_a_cluster_is_started_here_unless_one_is_named(
     assert {name: asked[name] for name in given} == given
 
 
+@pytest.mark.parametrize(
+    ("error", "raised", "told"),
+    [
+        (SystemExit(15), KeyboardInterrupt, "^$"),  # Ray's way to end on SIGTERM
+        (OSError("AF_UNIX path length cannot exceed 107 bytes"), InputError, "Ray at 'local' cannot be reached .*107"),
+    ],
+    ids=["stopped", "no socket"],
+)
+def test_ray_that_does_not_start_is_ended(
+    error: BaseException, raised: type[BaseException], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: object) -> None:
+        raise error
+
+    ended: list[bool] = []
+    ray = SimpleNamespace(init=init, shutdown=lambda: ended.append(True))
+    monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
+    scheduler: Any = None
+    with pytest.raises(raised, match=told):
+        cluster.work_on_ray(scheduler, workers=1, address=None, options={})
+    assert ended == ([True] if raised is KeyboardInterrupt else [])
+
+
 def test_a_cluster_that_is_not_there(jobs: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be reached"):
         run_farm(jobs, tmp_path / "out", address="auto", device="cpu")

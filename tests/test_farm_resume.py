@@ -61,6 +61,19 @@ def test_results_that_a_killed_run_had_not_finished_are_removed(tmp_path: Path) 
         assert sorted(path.name for path in tmp_path.iterdir()) == [".gpupipe-farm", ".results-1.part.mp4"]
 
 
+def test_what_a_killed_worker_had_begun_goes_when_its_job_is_tried_again(farm_jobs: Jobs, tmp_path: Path) -> None:
+    """Also if the job is parked again."""
+    jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[:2]))
+    some = ledger.Ledger(tmp_path / "out", jobs)
+    for job in jobs:
+        some.folder(job).mkdir(parents=True)
+        for name in (".00000-5eed.part.mp4", ".00001.mp4-5eed.part.json", "00000.mp4", "00000.mp4.json"):
+            (some.folder(job) / name).touch()
+    some.reset(jobs[0])
+    assert sorted(path.name for path in some.folder(jobs[0]).iterdir()) == ["00000.mp4", "00000.mp4.json"]
+    assert len(list(some.folder(jobs[1]).iterdir())) == 4
+
+
 def test_a_state_that_names_another_output_is_not_taken(farm_jobs: Jobs, tmp_path: Path) -> None:
     jobs = read_jobs(write_jobs(tmp_path / "jobs.jsonl", farm_jobs[1:2]))
     some = ledger.Ledger(tmp_path, jobs)

@@ -27,6 +27,17 @@ def test_a_user_s_number_of_cores(wanted: str, cores: int, monkeypatch: pytest.M
     assert available_cores() == cores
 
 
+def test_a_sandbox_may_forbid_to_ask_for_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(process: int) -> set[int]:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("gpupipe.lanes.cpu_quota", lambda: None)
+    monkeypatch.setattr(os, "sched_getaffinity", forbidden, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    monkeypatch.delenv("GPUPIPE_CORES", raising=False)
+    assert available_cores() == 5
+
+
 def test_each_core_has_a_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpupipe.lanes.available_cores", lambda: 5)
     barrier = threading.Barrier(5, timeout=10)

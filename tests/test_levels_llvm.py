@@ -395,6 +395,8 @@ def test_kernels_work_where_nothing_can_be_kept(
     assert sigmoid_of_one() == 0.7311
     assert f"{tmp_path / 'cache'}" in caplog.text
     assert "; kernels are compiled again next time" in caplog.text
+    sigmoid_of_one()
+    assert len(compiled) == 2 and len(caplog.records) == 1, "told once"
 
 
 @pytest.mark.parametrize(

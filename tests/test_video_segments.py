@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import weakref
@@ -359,3 +360,22 @@ def test_pool_size_follows_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert pool_size(huge) == POOL_BYTES // (120 * 3840 * 2160 * 3 // 2) == 1
     monkeypatch.setattr("gpupipe.video.segments.default_budget", lambda device: 32 * 10**9)
     assert pool_size(huge) == 8 * 10**9 // (120 * 3840 * 2160 * 3 // 2) == 5
+
+
+@pytest.mark.parametrize("started", [0, 1, 2])
+def test_a_video_without_a_thread_to_write_it_leaves_nothing(
+    started: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user may have so many processes and no more: two encoders and the one that feeds them."""
+    start, before, count = threading.Thread.start, set(threading.enumerate()), itertools.count()
+
+    def limited(thread: threading.Thread) -> None:
+        if next(count) == started:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    use_workers(monkeypatch, 2)
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        VideoWriter(tmp_path / "clip.mp4", width=WIDTH, height=HEIGHT, segmented=True)
+    assert list(tmp_path.iterdir()) == [] and set(threading.enumerate()) <= before

@@ -17,7 +17,7 @@ import av
 import torch
 
 from gpupipe.demo.sheet import write_contact_sheet
-from gpupipe.errors import InputError
+from gpupipe.errors import InputError, output_error
 from gpupipe.files import check_not_read, check_writable, media_url
 from gpupipe.mel import FEATURE_FPS
 from gpupipe.pipeline import FrameGenerationPipeline, Progress, RenderRecord
@@ -93,8 +93,22 @@ def cut_sound(source: str | Path, target: str | Path, seconds: float) -> Path:
 
     Raises:
         InputError: ``source`` is missing, unreadable or has no sound, or its beginning is too short to be heard.
+        OutputError: ``target`` cannot be written.
     """
     source, target = Path(source), Path(target)
+    try:
+        written = _write_cut(source, target, seconds)
+    except OSError as error:
+        raise output_error(target, error) from error
+    try:
+        next(audio_chunks(target))
+    except InputError as error:  # it would name a file that the user does not know
+        raise InputError(f"{source}: {written:.3g} s of it are too short; expected a few milliseconds") from error
+    return target
+
+
+def _write_cut(source: Path, target: Path, seconds: float) -> float:
+    """Write the first ``seconds`` of a sound; return how many there were."""
     with open_sound(source) as sound, av.open(media_url(target), "w") as out:
         track = sound.streams.audio[0]
         layout = mixed_layout(track)
@@ -112,10 +126,4 @@ def cut_sound(source: str | Path, target: str | Path, seconds: float) -> Path:
             if left <= 0:
                 break
         out.mux(stream.encode(None))
-    try:
-        next(audio_chunks(target))
-    except InputError as error:  # it would name a file that the user does not know
-        raise InputError(
-            f"{source}: {at / track.rate:.3g} s of it are too short; expected a few milliseconds"
-        ) from error
-    return target
+    return float(at / track.rate)

@@ -17,6 +17,7 @@ from gpupipe.errors import DeviceError, first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.graphs import replayed
 from gpupipe.lanes import map_in_lanes
+from gpupipe.memory import out_of_memory
 from gpupipe.models.unet328 import UNet328, random_inputs
 
 _RUNS = 3
@@ -95,7 +96,7 @@ def measure(network: UNet328, device: torch.device, dtype: torch.dtype, engines:
         except Exception as error:  # compilers raise what they like
             reasons.append(f"{name}: {first_line(error)}")
             figures[name] = math.inf
-            if isinstance(error, torch.OutOfMemoryError | MemoryError | _PaintsOtherwise):
+            if out_of_memory(error) or isinstance(error, OSError | _PaintsOtherwise):
                 passing.add(name)
             return
         built[name] = engine

@@ -58,7 +58,10 @@ def work_on_ray(scheduler: Scheduler, *, workers: int | None, address: str | Non
     quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
     try:
         ray.init(address=address, num_cpus=cores, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except SystemExit as stopped:  # SIGTERM while it starts: its own handlers leave so
+        ray.shutdown()
+        raise KeyboardInterrupt from stopped
+    except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"Ray at {address!r} cannot be reached ({' '.join(str(error).split())})") from error
     finally:
         if interrupt is not None and threading.current_thread() is threading.main_thread():

@@ -166,7 +166,12 @@ class Ledger:
             return False
 
     def reset(self, job: Job, fingerprint: str = "") -> JobState:
-        """Forget what is known of a job: other inputs make another clip, and another run tries anew."""
+        """Forget what is known of a job: other inputs make another clip, and another run tries anew.
+
+        What a worker that was killed had begun to write is removed.
+        """
+        for left in self.folder(job).glob(".*.part*"):
+            left.unlink(missing_ok=True)
         state = self.states[job.output] = JobState(job.output, fingerprint=fingerprint)
         return state
 

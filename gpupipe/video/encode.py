@@ -145,9 +145,9 @@ class VideoWriter:
             self._resources.callback(self._pool.close)
             if self._way.where != "nvenc":  # NVENC opens with its first frame: see _mux
                 self._write_header()
+            self._thread = threading.Thread(target=self._run, name=f"{ENCODE_THREAD} {self.path.name}", daemon=True)
+            self._thread.start()
             self._resources = self._resources.pop_all()
-        self._thread = threading.Thread(target=self._run, name=f"{ENCODE_THREAD} {self.path.name}", daemon=True)
-        self._thread.start()
 
     def write(self, frames: Tensor) -> None:
         """Queue a batch, which then belongs to the writer. Waits while the encoder is more than two batches behind.

@@ -187,8 +187,12 @@ class SegmentPool(Generic[Picture]):
             threading.Thread(target=self._work, args=(make, k), name=f"{ENCODE_THREAD} {name} {k}", daemon=True)
             for k in range(workers)
         ]
-        for thread in self._threads:
-            thread.start()
+        try:
+            for thread in self._threads:
+                thread.start()
+        except RuntimeError:  # there may be no more threads
+            self.close()
+            raise
 
     def encode(self, picture: Picture) -> list[av.Packet]:
         """Take the clip's next frame; return the packets that are next in order, as far as they are ready.
@@ -226,7 +230,8 @@ class SegmentPool(Generic[Picture]):
             if thread.is_alive():
                 inbox.put(None)
         for thread in self._threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
 
     def _ready(self) -> list[av.Packet]:
         if self._error is not None:
