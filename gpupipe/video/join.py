@@ -39,7 +39,8 @@ def join_videos(
 ) -> JoinedVideo:
     """Join videos that :class:`~gpupipe.video.encode.VideoWriter` wrote, silent and with the same options, in order.
 
-    Each part begins with a frame that needs no other, so that parts may have been written anywhere and at any time.
+    Each part begins with a frame that needs no other, so that parts may have been written anywhere and at any time. The
+    first has at least three frames, or is the longest: shorter ones do not show how long an encoder holds frames back.
     When all but the last have a whole number of segments (:attr:`~gpupipe.video.codecs.PictureFormat.segment_length`),
     the packets are those of the clip written in one go.
 
