@@ -36,7 +36,7 @@ def write_video(
     tagged: bool = True,
     rotation: int = 0,
     pixel_aspect: str = "1",
-    rate: int = 25,
+    rate: int | Fraction = 25,
     **options: str,
 ) -> Path:
     """Encode BGR images, converted by FFmpeg to ``space`` and ``extent``, which are also the tags, if any."""

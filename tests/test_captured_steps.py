@@ -125,8 +125,9 @@ def painted(
 def test_replayed_batches_equal_launched_ones(step: int, painted: Callable[[str], tuple[Avatar, list[Tensor]]]) -> None:
     """A smaller batch fits into the graph of the first; for a larger one another is captured."""
     one, expected = painted("cpu")
-    one._capture_below = math.inf
+    one._capture_below, before = math.inf, one._painted
     found = [replayed(one, *batch) for batch in batches(one.template)[::step]]
+    assert one._painted - before == (1 if step == 1 else 2), "one capture serves all that it has room for"
     assert all(map(torch.equal, found, expected[::step]))
     assert not torch.equal(found[0], found[1])
     assert one._graphed is not None

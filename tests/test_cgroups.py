@@ -18,7 +18,8 @@ V2 |= {"a/memory.current": f"{400 * MiB}\n", "a/b/memory.stat": f"anon 5\ninacti
 
 BOTH = V2 | {"a/b/cpu.max": "300000 100000\n", "a/memory.max": f"{450 * MiB}\n"}  # the enclosing group has less left
 
-V1 = {"own": "5:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n0::/docker/x\n"}  # the host's path: here it is the root
+V1 = {"own": "6:cpuset:/y\n5:memory:/docker/x\n4:cpu,cpuacct:/docker/x\n0::/docker/x\n"}  # the host's: here "/"
+V1 |= {"cpu/y/cpu.cfs_quota_us": "50000\n", "cpu/y/cpu.cfs_period_us": "100000\n"}  # another process's group
 V1 |= {"cpu/cpu.cfs_quota_us": "150000\n", "cpu/cpu.cfs_period_us": "100000\n"}
 V1 |= {"memory/memory.limit_in_bytes": f"{256 * MiB}\n", "memory/memory.usage_in_bytes": f"{200 * MiB}\n"}
 V1 |= {"memory/memory.stat": f"inactive_file 1\ntotal_inactive_file {8 * MiB}\n"}

@@ -82,7 +82,7 @@ def as_model_state_dict(state: State, folder: Path) -> Path:
 
 
 def as_net(state: State, folder: Path) -> Path:
-    torch.save({"net": state, "epoch": 7}, folder / "net.pth")
+    torch.save({"net": state, "model": "a name", "epoch": 7}, folder / "net.pth")
     return folder / "net.pth"
 
 
@@ -93,6 +93,10 @@ def as_compiled(state: State, folder: Path) -> Path:
 
 def as_compiled_in_parallel(state: State, folder: Path) -> Path:
     return as_compiled({f"module.{name}": value for name, value in state.items()}, folder)
+
+
+def as_parallel_around_compiled(state: State, folder: Path) -> Path:
+    return as_data_parallel({f"_orig_mod.{name}": value for name, value in state.items()}, folder)
 
 
 def as_data_parallel(state: State, folder: Path) -> Path:
@@ -116,8 +120,12 @@ def without_counters(state: State, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "save", [as_pth, as_safetensors, as_old_pth, as_wrapped, as_model, as_data_parallel, as_half, without_counters]
-)
+    "save",
+    [
+        as_pth, as_safetensors, as_old_pth, as_wrapped, as_model, as_model_state_dict, as_net, as_data_parallel,
+        as_compiled, as_compiled_in_parallel, as_parallel_around_compiled, as_half, without_counters,
+    ],
+)  # fmt: skip
 def test_reads_back_what_was_saved(save: Callable[[State, Path], Path], state: State, tmp_path: Path) -> None:
     network = load_unet(save(state, tmp_path))
     assert not network.training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import wave
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock, call, create_autospec
 
 import av
 import cv2
@@ -19,7 +21,7 @@ import pytest
 import torch
 from commands import FRAMES, QUICK, render_words, run, write_clip
 
-from gpupipe import __version__, cli
+from gpupipe import FrameGenerationPipeline, __version__, cli
 from gpupipe.cli import main
 from gpupipe.farm import FarmRecord
 from gpupipe.models.audio_encoder import AudioEncoder
@@ -117,6 +119,49 @@ def test_options_reach_the_render(clip: dict[str, Path], tmp_path: Path) -> None
         assert container.streams.video[0].average_rate == 10
 
 
+@pytest.mark.parametrize("command", ["render", "frames"])
+def test_every_option_reaches_the_pipeline(
+    command: str, clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = create_autospec(FrameGenerationPipeline)
+    made.return_value.last_render = None
+    monkeypatch.setattr(cli, "FrameGenerationPipeline", made)
+    for name in ("print_record", "print_waterfall", "_suggest_precision"):
+        monkeypatch.setattr(cli, name, lambda *_: None)
+    np.save(tmp_path / "wenet.npy", np.zeros((2, 256, 16, 32), np.float32))
+    inputs = {"checkpoint": clip["checkpoint"], "template": clip["template"], "audio-features": tmp_path / "wenet.npy"}
+    of_both = {"mode": "wenet", "device": "cpu", "start-frame": 2, "blend": "none", "feather": 3.5, "batch-size": 6}
+    of_both |= {"memory-budget": 7, "engine": "eager", "precision": "float32", "fps": 12.5}
+    of_one = {"crf": 31, "codec": "hevc", "preset": "slow", "audio": clip["sound"], "profile": tmp_path / "trace.json"}
+    flags, out = ["--exact", "--use-parsing"], tmp_path / "out.mp4"
+    if command == "render":
+        words = inputs | of_both | of_one | {"output": out, "frames-dir": tmp_path / "kept"}
+    else:
+        words = inputs | of_both | {"output-dir": out, "format": "png"}
+    result = run(command, *(word for name, value in words.items() for word in (f"--{name}", value)), *flags)
+    assert result.exit_code == 0, result.output
+
+    def told(function: Any, call: Any, first: tuple[Any, ...] = ()) -> dict[str, Any]:
+        return dict(inspect.signature(function).bind(*first, *call.args, **call.kwargs).arguments)
+
+    assert told(FrameGenerationPipeline, made.call_args) == {
+        "checkpoint_path": clip["checkpoint"], "mode": "wenet", "device": "cpu", "engine": "eager", "exact": True,
+        "precision": "float32", "blend": "none", "feather": 3.5, "batch_size": 6, "memory_budget": 7_000_000,
+    }  # fmt: skip
+    name = "generate_video" if command == "render" else "generate_frames_only"
+    asked = told(getattr(FrameGenerationPipeline, name), getattr(made.return_value, name).call_args, (None,))
+    del asked["self"], asked["progress"]
+    expected = {"audio_features_path": words["audio-features"], "template_dir": clip["template"], "start_frame": 2}
+    expected |= {"fps": 12.5, "use_parsing": True}
+    if command == "render":
+        expected |= {name: of_one[name] for name in ("crf", "codec", "preset", "profile")}
+        expected |= {"audio_path": clip["sound"], "output_path": out}
+        expected |= {"save_frames": True, "frames_dir": tmp_path / "kept"}
+    else:
+        expected |= {"output_dir": out, "image_format": "png", "resample": True}
+    assert asked == expected
+
+
 def test_profile_prints_where_time_went(clip: dict[str, Path], tmp_path: Path) -> None:
     result = run(*render_words(clip, tmp_path / "out.mp4", "--profile", tmp_path / "trace.json", *QUICK, "--json"))
     assert result.exit_code == 0, result.output
@@ -185,7 +230,9 @@ def test_frames_at_another_rate_are_those_of_the_video(clip: dict[str, Path], tm
     assert [path.read_bytes() for path in frames] == [path.read_bytes() for path in kept], "--frames-dir keeps them"
 
 
-@pytest.mark.parametrize("words", [(), ("--encoder", "ave.pth")])
+@pytest.mark.parametrize(
+    "words", [(), ("--encoder", "ave.pth"), ("--encoder", "ave.pth", "--audio", "a.wav", "--mode", "hubert")]
+)
 def test_frames_without_sound_or_features_is_refused(
     words: tuple[str, ...], clip: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -203,6 +250,30 @@ def test_export_and_reference_write_their_files(clip: dict[str, Path], tmp_path:
     assert result.exit_code == 0, result.output
     facts = json.loads((tmp_path / "reference" / "metadata.json").read_text())
     assert facts["sample_indices"] == [0, FRAMES - 1]
+
+
+def test_the_mode_reaches_what_is_exported(
+    clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint tells hubert's network from ave's, which would be exported without an error."""
+    exported = Mock()
+    monkeypatch.setattr(cli, "export_unet", exported)
+    words = ("--checkpoint", clip["checkpoint"], "--mode", "hubert")
+    assert run("export", *words, "--output", tmp_path / "unet.onnx").exit_code == 0
+    (network, path), _ = exported.call_args
+    assert (network.mode, path) == ("hubert", tmp_path / "unet.onnx")
+
+
+def test_reference_frames_are_exact(clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = create_autospec(FrameGenerationPipeline)
+    made.return_value.generate_reference_outputs.return_value = {"sample_indices": [0]}
+    monkeypatch.setattr(cli, "FrameGenerationPipeline", made)
+    words = ("--checkpoint", clip["checkpoint"], "--template", clip["template"], "--audio-features", clip["features"])
+    words += ("--mode", "hubert", "--device", "cpu", *QUICK, "--output-dir", tmp_path, "--num-sample-frames", "3")
+    assert run("reference", *words).exit_code == 0
+    assert made.call_args == call(clip["checkpoint"], "hubert", "cpu", engine="eager", exact=True)
+    asked = made.return_value.generate_reference_outputs.call_args
+    assert asked == call(clip["features"], clip["template"], tmp_path, 3)
 
 
 def exit_code(words: str, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -402,3 +473,21 @@ def test_a_farm_s_record_is_alone_on_standard_output(tmp_path: Path, monkeypatch
     result = run("farm", tmp_path / "jobs.jsonl", "--output-dir", tmp_path, "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["done"] == 1
     assert "(raylet) A worker died" in result.stderr
+
+
+@pytest.mark.parametrize("parked", [0, 1])
+def test_every_option_reaches_the_farm(parked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that is parked is told by the exit code."""
+    run_farm = Mock(return_value=FarmRecord(1, 0, 1 - parked, parked, 10, 1.0, "cpu", 1))
+    monkeypatch.setattr("gpupipe.farm.run_farm", run_farm)
+    options = {"device": "cpu", "batch-size": 3, "memory-budget": 5, "part-seconds": 8, "workers": 2, "ray": "auto"}
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    result = run("farm", tmp_path / "jobs.jsonl", "--output-dir", tmp_path, *words, "--force")
+    assert result.exit_code == parked, result.output
+    told = dict(run_farm.call_args.kwargs)
+    del told["on_job_end"]
+    assert run_farm.call_args.args == (tmp_path / "jobs.jsonl", tmp_path)
+    assert told == {
+        "device": "cpu", "batch_size": 3, "memory_budget": 5_000_000, "part_seconds": 8, "workers": 2,
+        "address": "auto", "force": True,
+    }  # fmt: skip

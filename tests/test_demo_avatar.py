@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import wave
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -294,6 +295,16 @@ def test_no_room_for_the_cut_sound_is_told_as_such(tmp_path: Path, monkeypatch: 
     (tmp_path / "it.wav").write_bytes(wav(bytes(96000), rate=48000))
     with pytest.raises(DiskFullError, match=r"^[^:]*cut\.wav: cannot be written: No space left on device$"):
         cut_sound(tmp_path / "it.wav", tmp_path / "cut.wav", 1)
+
+
+def test_cut_sound_keeps_both_channels_up_to_the_end(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(-9000, 9000, (20_000, 2), np.int16)
+    with wave.open(str(tmp_path / "stereo.wav"), "wb") as file:
+        file.setparams((2, 2, 16_000, 0, "NONE", ""))
+        file.writeframes(values.tobytes())
+    with wave.open(str(cut_sound(tmp_path / "stereo.wav", tmp_path / "cut.wav", 0.3))) as file:
+        found = np.frombuffer(file.readframes(-1), np.int16).reshape(-1, file.getnchannels())
+    assert np.array_equal(found, values[:4800])
 
 
 @pytest.mark.parametrize("seconds", [None, 0.5])

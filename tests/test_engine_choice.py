@@ -381,6 +381,25 @@ def test_an_engine_with_other_results_is_not_taken(
 
 
 @pytest.mark.usefixtures("compiler")
+def test_an_engine_is_built_in_its_own_precision(network: UNet328) -> None:
+    """Its weights are multiplied on the CPU, or on its device, whatever the program's own autocast."""
+    seen: list[tuple[bool, ...]] = []
+
+    def make(network: UNet328, *, device: torch.device, dtype: torch.dtype) -> EagerEngine:
+        seen.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")))
+        return EagerEngine(network, device=CPU, dtype=dtype)
+
+    declared = Declaration("eager", make)
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            declared.build(network, torch.device("cuda"), torch.float32)
+            assert torch.is_autocast_enabled("cpu") and torch.is_autocast_enabled("cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert seen == [(False, False)]
+
+
 def test_compile_is_taken_only_where_a_measurement_found_it_fastest(network: UNet328, timed: dict[str, float]) -> None:
     timed.update(onnxruntime=0.2, eager=0.1, compile=0.01)
     assert make_engine(network, device=CPU).name == "eager", "compiling takes minutes: not measured unasked"

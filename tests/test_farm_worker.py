@@ -57,6 +57,35 @@ def test_frames_that_wait_for_encoders_are_bounded(
     assert most // 2 < max(waiting) <= most
 
 
+def test_parts_that_are_not_finished_are_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose turn to be finished has not come, too; the one under way is finished."""
+    ends = threading.Event()
+    left: list[str] = []
+
+    class Waiting(Writer):
+        def finish(self) -> dict[str, Any]:
+            assert ends.wait(10)
+            left.append(f"{self.part.name} whole")
+            return {}
+
+        def abandon(self) -> None:
+            left.append(f"{self.part.name} abandoned")
+
+    monkeypatch.setattr("gpupipe.farm.worker._PartWriter", Waiting)
+    monkeypatch.setattr("gpupipe.farm.worker.room_for_frames", lambda: 100)
+    parts: list[Any] = [SimpleNamespace(name=name, bytes=1, on_nvenc=False) for name in "abcd"]
+    with pytest.raises(KeyboardInterrupt), _OpenParts(SimpleNamespace()) as open_parts:  # type: ignore[arg-type]
+        *shots, _ = open_parts.shots(parts)
+        for shot in shots:
+            piece: Any = SimpleNamespace(shot=shot, frames=shot.frames)
+            open_parts.write([piece], [None])  # type: ignore[list-item]
+        while not open_parts._ending[0][1].running():
+            time.sleep(0.001)
+        threading.Timer(0.05, ends.set).start()
+        raise KeyboardInterrupt
+    assert sorted(left) == ["a whole", "b abandoned", "c abandoned", "d abandoned"]
+
+
 @pytest.fixture
 def worker() -> Worker:
     return Worker(SimpleNamespace(device=torch.device("cpu")), batch_size=2)  # type: ignore[arg-type]

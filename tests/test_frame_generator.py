@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -22,6 +25,7 @@ from gpupipe.fallbacks import fallbacks
 from gpupipe.models import MODES, Mode
 from gpupipe.shots import Piece
 from gpupipe.video.decode import read_images
+from gpupipe.video.images import ImageWriter
 
 MakeModel = Callable[..., UNetModel]
 MakeTemplate = Callable[..., Path]
@@ -162,6 +166,19 @@ def test_only_what_is_shown_again_is_kept(
     assert avatars[0]._derived.capacity == kept
 
 
+def test_all_that_is_shown_may_be_kept_on_a_gpu(tiny_model: MakeModel, template: Path) -> None:
+    """Where a captured step reads from the cache alone."""
+    generator = FrameGenerator(tiny_model())
+    opened = generator.open_template_directory(template)
+    opened.device = torch.device("cuda")
+    with (
+        mock.patch.object(generator, "avatar", side_effect=KeyboardInterrupt) as made,
+        pytest.raises(KeyboardInterrupt),
+    ):
+        generator.stream(opened, SpeechFeatures(features(3)))
+    assert made.call_args.kwargs["cacheable"].tolist() == [False, True, True, True, False]
+
+
 def test_stream_gives_the_same_frames_in_batches(tiny_model: MakeModel, template: Path) -> None:
     generator = FrameGenerator(tiny_model(), batch_size=4)
     opened = generator.open_template(template / "full_body_img", template / "landmarks")
@@ -294,7 +311,8 @@ def test_audio_may_be_windows_or_rows_arrays_or_tensors(mode: Mode, tiny_model: 
 def test_a_single_row_is_an_error_that_says_what_to_do(mode: Mode, tiny_model: MakeModel, template: Path) -> None:
     generator = FrameGenerator(tiny_model(mode), mode)
     row = features(1, mode)
-    for form in (row, row[0], row.reshape(-1), np.float32(0), features(15, mode), features(17, mode)):
+    turned = features(16, mode).reshape(16, -1).T  # has as many values as a window
+    for form in (row, row[0], row.reshape(-1), np.float32(0), features(15, mode), features(17, mode), turned):
         with pytest.raises(
             InputError, match=rf"^audio_features: shape is .* gpupipe\.audio_windows\(features, '{mode}'\)"
         ):
@@ -390,6 +408,48 @@ def test_frames_that_stop_coming_leave_the_ones_before(tiny_model: MakeModel, tm
         FrameGenerator(tiny_model()).save_frames(broken(), tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names[0] == "frame_00000.jpg" and not [name for name in names if name.startswith(".")]
+
+
+def test_several_threads_save_frames_and_few_wait_for_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Otherwise memory would grow with the clip wherever frames come faster than they are written."""
+    together, saved, waiting = threading.Barrier(2, timeout=10), [], []
+
+    def save(frame: Image, path: Path) -> Path:
+        together.wait()
+        time.sleep(0.01)
+        saved.append(path)
+        return path
+
+    monkeypatch.setattr("gpupipe.video.images.available_cores", lambda: 2)
+    monkeypatch.setattr("gpupipe.video.images.save_image", save)
+    with ImageWriter(tmp_path) as writer:
+        for count in range(1, 13):
+            writer.write(np.zeros((8, 8, 3), np.uint8))
+            waiting.append(count - len(saved))
+    assert len(saved) == 12
+    assert max(waiting) <= 2
+
+
+def test_an_error_between_frames_is_told_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not that of a frame before it, nor a warning of what is missing; and nothing is written after it."""
+    begun, ended = threading.Event(), threading.Event()
+
+    def save(frame: Image, path: Path) -> Path:
+        begun.set()
+        time.sleep(0.1)
+        ended.set()
+        raise OutputError("no room")
+
+    (tmp_path / "frame_00009.jpg").touch()
+    monkeypatch.setattr("gpupipe.video.images.save_image", save)
+    with pytest.raises(KeyboardInterrupt), ImageWriter(tmp_path) as writer:
+        writer.write(np.zeros((8, 8, 3), np.uint8))
+        assert begun.wait(10)
+        raise KeyboardInterrupt
+    assert ended.is_set()
+    assert not caplog.records
 
 
 def test_saved_frames_are_opencv_s_jpegs(tiny_model: MakeModel, template: Path, tmp_path: Path) -> None:

@@ -54,6 +54,27 @@ def test_inputs_are_overwritten_after_the_replay_that_reads_them(monkeypatch: py
     assert said == ["copy", "replay", "1 waits", "copy", "replay"]
 
 
+def test_a_capture_begins_after_what_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its inputs were copied on the current stream: an index that is not there yet may be any number."""
+    cuda, said = MagicMock(**{"current_device.return_value": 0}), []
+    monkeypatch.setattr(torch, "cuda", cuda)
+    side = MagicMock(**{"wait_stream.side_effect": said.append})
+    monkeypatch.setattr(graphs, "own_stream", lambda device, use: side)
+    graphs.capture(lambda: said.append("step"))
+    assert said == [cuda.current_stream.return_value, "step", "step"]
+
+
+def test_what_a_branch_made_is_kept_until_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branch's next work would be given its memory."""
+    cuda, result = MagicMock(), MagicMock()
+    monkeypatch.setattr(torch, "cuda", cuda)
+    monkeypatch.setattr(graphs, "own_stream", MagicMock())
+    with graphs.on_side_stream(CUDA) as join:
+        pass
+    join(result)
+    result.record_stream.assert_called_once_with(cuda.current_stream.return_value)
+
+
 def test_a_replay_keeps_what_the_step_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory would be given away, and is still read."""
     monkeypatch.setattr(torch, "cuda", MagicMock(**{"current_device.return_value": 0}))

@@ -180,3 +180,28 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["7"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no forking here")
+def test_a_lock_s_holder_may_fork_and_all_can_take_it_afterwards() -> None:
+    """Its other threads and its children, which would wait for ever otherwise."""
+    program = """
+import os, signal
+from concurrent.futures import ThreadPoolExecutor
+from gpupipe.locks import forkable_lock
+lock = forkable_lock()
+def taken():
+    with lock:
+        return 7
+signal.alarm(20)
+with lock:
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        lock.release()
+        os._exit(ThreadPoolExecutor(1).submit(taken).result())
+with ThreadPoolExecutor(1) as another:
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), another.submit(taken).result())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["7", "7"]

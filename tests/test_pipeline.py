@@ -125,10 +125,12 @@ def test_frame_count_is_exact(count: int, render: Callable[..., Path], clip: dic
     ("fps", "count"), [(20, 9), (30, 13), (50, 22), (10, 4), (29.97, 13), (Fraction(30000, 1001), 13)]
 )
 def test_frame_rate(
-    fps: Any, count: int, render: Callable[..., Path], pipeline: FrameGenerationPipeline, frames: list[Image]
-) -> None:
+    fps: Any, count: int, render: Callable[..., Path], pipeline: FrameGenerationPipeline, frames: list[Image],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     """As many frames as the features last; each shows what 25 frames a second show at its time, beside the sound."""
     path = render(fps=fps, crf=10)
+    assert not [record for record in caplog.records if "sound lasts" in record.getMessage()]
     with av.open(str(path)) as container:
         times = [frame.time for frame in container.decode(video=0)]
         assert float(container.streams.video[0].average_rate) == pytest.approx(float(fps), rel=1e-4)

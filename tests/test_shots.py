@@ -157,6 +157,7 @@ def test_pieces_show_every_frame_once(fps: float, limit: int) -> None:
         piece = shot.piece(start, limit)
         assert 0 < len(piece.rows) <= limit
         for part in (piece, *piece.halves()):
+            assert part.frames
             expected = shot.timing.rows(part.frames.start, part.frames.stop)
             np.testing.assert_array_equal(part.rows[part.row_of_frame], expected)
         assert [n for half in piece.halves() for n in half.frames] == list(piece.frames)

@@ -1,0 +1,57 @@
+"""How computing and encoding share a machine: what is measured, and what is made of it."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+
+import pytest
+from bench_files import write_bench_files
+from conftest import MakeTemplate
+
+from gpupipe import FrameGenerationPipeline
+from gpupipe.benchmarks import bench_overlap
+from gpupipe.benchmarks.bench_overlap import Cost
+from gpupipe.benchmarks.common import read_rows
+
+
+def test_a_measurement_is_recorded_where_it_is_told(
+    make_template: MakeTemplate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eager = functools.partial(FrameGenerationPipeline, engine="eager")  # the others are not to be measured first
+    monkeypatch.setattr(bench_overlap, "FrameGenerationPipeline", eager)
+    files, results = write_bench_files(tmp_path, make_template), tmp_path / "results"
+    words = [word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", str(path))]
+    words += ["--width", "0.125", "--frames", "4", "--rounds", "1", "--record", "--results", str(results)]
+    monkeypatch.setattr("sys.argv", ["bench_overlap", *words])
+    bench_overlap.main()
+    rows = read_rows(results)
+    works = ("compute", "encode", "render", "network")
+    expected = {(work, metric) for work in works for metric in ("throughput", "cpu")}
+    assert {(row["provider"], row["metric"]) for row in rows} == expected | {
+        ("render", metric) for metric in ("ratio", "least", "share")
+    }
+    assert all(row["value"] == 4 and row["n"] == 1 and row["p50"] > 0 for row in rows if row["metric"] != "share")
+    assert {(row["config"]["template"], row["config"]["engine"]) for row in rows} == {("speaker", "eager")}
+    printed = capsys.readouterr().out
+    assert all(f"turn 1: {work} " in printed for work in works) and f"recorded in {results}" in printed
+
+
+def test_the_ratios_are_those_of_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of a turn's slower half alone."""
+    monkeypatch.setattr(bench_overlap, "available_cores", lambda: 2)
+    costs = {
+        "compute": [Cost(4, 6), Cost(1, 2)],
+        "encode": [Cost(2, 2), Cost(5, 4)],
+        "render": [Cost(6, 8), Cost(10, 8)],
+        "network": [Cost(3, 4), Cost(3, 2)],
+    }
+    rows = {(row.provider, row.metric): row for row in bench_overlap._rows(costs, {}, argparse.Namespace(frames=20))}
+    told = {metric: (rows["render", metric].p20, rows["render", metric].p80) for metric in ("ratio", "least", "share")}
+    low, high = 0.2, 0.8  # of the way between the two turns
+    expected = {"ratio": (1.5, 2.0), "least": (0.6, 1.0), "share": (50, 75)}
+    for metric, (least, most) in expected.items():
+        assert told[metric] == pytest.approx([least + part * (most - least) for part in (low, high)]), metric
+    assert rows["encode", "throughput"].p50 == pytest.approx((10 + 4) / 2)
+    assert rows["compute", "cpu"].p50 == pytest.approx(1000 * 4 / 20)
