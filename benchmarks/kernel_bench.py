@@ -92,7 +92,7 @@ def beside_torch(
     """:func:`rows_of` a kernel, then of its plain-torch reference: ``module`` chooses, by its ``backend``."""
 
     def plainly() -> object:
-        with mock.patch.object(module, "backend", return_value="torch"):
+        with mock.patch.object(module, "backend", lambda device: "torch"):
             return function()
 
     for provider, one in {dispatch.backend(device): function, "torch": plainly}.items():

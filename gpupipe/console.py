@@ -81,7 +81,7 @@ def reporting(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         told = one_line(error)
         if out_of_memory(error):
-            told = f"not enough memory ({told}); --memory-budget limits what is kept of template frames"
+            told = f"not enough memory ({told}); --memory-budget of render, frames and farm limits what is kept"
         console.print(f"gpupipe: {told}", soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, InputError) else 1) from None
 

@@ -127,15 +127,17 @@ def check_writable(path: str | Path) -> None:
 
 
 def check_not_read(path: str | Path, *inputs: object) -> None:
-    """Raise InputError if a file that is to be written is one of those it is made of, which would be lost.
+    """Raise InputError if a file that is to be written is one of those it is made of, or a link to one.
 
     Args:
         inputs: what is read; only names and paths are compared.
     """
     for given in inputs:
+        same = False
         with contextlib.suppress(OSError, ValueError):  # mostly because there is none yet
-            if isinstance(given, str | Path) and Path(path).samefile(given):
-                raise InputError(f"{path}: would be written over what it is made of; expected another name")
+            same = isinstance(given, str | Path) and Path(path).samefile(given)
+        if same:
+            raise InputError(f"{path}: is what it would be made of; expected another name")
 
 
 def make_folder(path: str | Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from gpupipe.cgroups import memory_left
+from gpupipe.errors import GpupipeError
 
 
 def default_budget(device: torch.device) -> int:
@@ -25,10 +26,11 @@ def default_budget(device: torch.device) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no memory. On a CPU PyTorch and ONNX Runtime have no type of their own."""
-    if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-        return re.search("(can't|failed to) allocate memory|not enough memory|bad_alloc", str(error), re.I) is not None
-    return isinstance(error, torch.OutOfMemoryError | MemoryError)
+    """Whether an error of PyTorch, ONNX Runtime or Python says that there was no memory: not all have a type for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    told = "(can't|failed to) allocate memory|not enough memory|out of memory|alloc_failed|bad_alloc"
+    return not isinstance(error, GpupipeError | OSError) and re.search(told, str(error), re.IGNORECASE) is not None
 
 
 def _available() -> int:

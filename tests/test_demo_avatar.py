@@ -311,7 +311,7 @@ def test_cut_sound_keeps_both_channels_up_to_the_end(tmp_path: Path) -> None:
 def test_a_film_is_not_written_over_by_what_speaks_its_sound(seconds: float | None, tmp_path: Path) -> None:
     film = tmp_path / "film.mp4"
     film.write_bytes(b"not looked into yet")
-    with pytest.raises(InputError, match=r"film\.mp4: would be written over what it is made of"):
+    with pytest.raises(InputError, match=r"film\.mp4: is what it would be made of"):
         render_demo(film, film, seconds)
     assert film.read_bytes() == b"not looked into yet"
 

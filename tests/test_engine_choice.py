@@ -32,6 +32,7 @@ from gpupipe.errors import DeviceError, DeviceLostError
 from gpupipe.fallbacks import fallbacks
 from gpupipe.kernels import dispatch
 from gpupipe.models import UNet328
+from gpupipe.quiet_onnxruntime import onnxruntime
 from gpupipe.versions import versions
 
 CPU = torch.device("cpu")
@@ -224,10 +225,11 @@ def no_memory_on_a_cpu() -> Exception:
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         no_memory_on_a_cpu(),
-        RuntimeError("Failed to allocate memory for requested buffer of size 8"),
+        onnxruntime.capi.onnxruntime_pybind11_state.Fail("Failed to allocate memory for requested buffer of size 8"),
+        RuntimeError("CUDA error: out of memory"),
         OSError(24, "Too many open files"),
     ],
-    ids=["CUDA", "Python", "CPU", "ONNX Runtime", "files"],
+    ids=["CUDA", "Python", "CPU", "ONNX Runtime", "CUDA's library", "files"],
 )
 def test_an_engine_that_found_no_memory_is_measured_again(
     network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch, reason: Exception
@@ -380,7 +382,6 @@ def test_an_engine_with_other_results_is_not_taken(
     assert (told in caplog.text) == wrong
 
 
-@pytest.mark.usefixtures("compiler")
 def test_an_engine_is_built_in_its_own_precision(network: UNet328) -> None:
     """Its weights are multiplied on the CPU, or on its device, whatever the program's own autocast."""
     seen: list[tuple[bool, ...]] = []
@@ -400,6 +401,7 @@ def test_an_engine_is_built_in_its_own_precision(network: UNet328) -> None:
     assert seen == [(False, False)]
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compile_is_taken_only_where_a_measurement_found_it_fastest(network: UNet328, timed: dict[str, float]) -> None:
     timed.update(onnxruntime=0.2, eager=0.1, compile=0.01)
     assert make_engine(network, device=CPU).name == "eager", "compiling takes minutes: not measured unasked"

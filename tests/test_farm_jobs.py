@@ -137,6 +137,12 @@ def test_an_output_that_a_job_reads_is_refused(audio: str, tmp_path: Path) -> No
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["2.mp4"]
 
 
+def test_an_output_that_is_a_template_s_video_is_refused(tmp_path: Path) -> None:
+    job = GOOD | {"template": str(tmp_path / "anna"), "output": "anna/template.mp4"}
+    with pytest.raises(InputError, match=r"output anna/template\.mp4 is .*/anna/template\.mp4, which a job reads"):
+        run_farm(write(tmp_path, job), tmp_path, device="cpu")
+
+
 def test_a_file_without_jobs(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no jobs"):
         read_jobs(write(tmp_path, "", ""))

@@ -81,7 +81,8 @@ def test_parts_that_are_not_finished_are_abandoned(monkeypatch: pytest.MonkeyPat
             open_parts.write([piece], [None])  # type: ignore[list-item]
         while not open_parts._ending[0][1].running():
             time.sleep(0.001)
-        threading.Timer(0.05, ends.set).start()
+        shutdown = open_parts._executor.shutdown  # when the others have been cancelled
+        monkeypatch.setattr(open_parts._executor, "shutdown", lambda: (ends.set(), shutdown()))
         raise KeyboardInterrupt
     assert sorted(left) == ["a whole", "b abandoned", "c abandoned", "d abandoned"]
 

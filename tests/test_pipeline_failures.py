@@ -101,13 +101,13 @@ def test_a_video_is_not_written_over_what_it_is_made_of(
     if way == "a link":
         output = tmp_path / "out" / "link.mp4"
         output.symlink_to(film)
-    with pytest.raises(InputError, match=rf"^{output}: would be written over what it is made of"):
+    with pytest.raises(InputError, match=rf"^{output}: is what it would be made of"):
         render(audio_path=film, output_path=output)
     assert film.read_bytes() == before
     face = make_template(tmp_path / "face", frames=FRAMES)
     shutil.rmtree(face / "full_body_img")
     template = shutil.move(film, face / "template.mp4")
-    with pytest.raises(InputError, match=rf"^{template}: would be written over what it is made of"):
+    with pytest.raises(InputError, match=rf"^{template}: is what it would be made of"):
         render(template_dir=face, output_path=template)
     assert template.read_bytes() == before
 

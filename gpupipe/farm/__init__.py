@@ -22,6 +22,7 @@ from gpupipe.farm.scheduler import PART_SECONDS, OnJobEnd, Scheduler
 from gpupipe.farm.worker import Worker
 from gpupipe.frame_generator import check_limits
 from gpupipe.versions import versions
+from gpupipe.video.frames import VIDEO_SUFFIXES
 
 __all__ = ["FarmRecord", "Job", "JobState", "farm_status", "read_jobs", "run_farm"]
 
@@ -142,6 +143,8 @@ def _check_files(jobs_path: Path, jobs: list[Job], output_dir: Path) -> None:
         other = seen.setdefault((folders[path.parent], path.name), job.output)
         if other != job.output:
             raise InputError(f"{jobs_path}: outputs {other} and {job.output} are one file; expected one for each job")
-    for given in {os.path.realpath(path) for job in jobs for path in job.inputs()}:
-        if output := seen.get(os.path.split(given)):
-            raise InputError(f"{jobs_path}: output {output} is {given}, which a job reads; expected another name")
+    videos = (Path(job.template) / f"template{suffix}" for job in jobs for suffix in VIDEO_SUFFIXES)
+    for given in {*videos, *(path for job in jobs for path in job.inputs())}:
+        real = os.path.realpath(given)
+        if output := seen.get(os.path.split(real)):
+            raise InputError(f"{jobs_path}: output {output} is {real}, which a job reads; expected another name")
