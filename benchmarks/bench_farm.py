@@ -37,6 +37,7 @@ LENGTHS = (75, 150, 300, 600)
 CLIPS_OF_A_WORKER, FRAMES_OF_A_CLIP = 2, 300
 
 
+@torch.no_grad()
 def main() -> None:
     """Measure, print, and with ``--record`` append to the recorded results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,7 +47,6 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=("overhead", "frames", "workers"), default=["overhead", "frames"])
     add_record_options(parser)
     options = parser.parse_args()
-    torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         scenario = from_options(options, folder)

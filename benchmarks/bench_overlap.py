@@ -48,6 +48,7 @@ class Cost(NamedTuple):
     cpu: float
 
 
+@torch.no_grad()
 def main() -> None:
     """Measure, print, and with ``--record`` append to the recorded results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -57,7 +58,6 @@ def main() -> None:
     add_record_options(parser)
     options = parser.parse_args()
     print(f"{device_name()}; {options.frames} frames, {options.rounds} turns")
-    torch.set_grad_enabled(False)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         scenario = from_options(options, folder)
