@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import gc
 import io
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from rich.table import Table
 from gpupipe import __version__, options
 from gpupipe.console import (
     console,
+    discard_output,
     print_json,
     print_record,
     print_states,
@@ -402,8 +402,7 @@ def main() -> None:
         if sys.stdout is not None:  # as after >&-
             sys.stdout.flush()
     except OSError as error:  # standard output is closed or full
-        with contextlib.suppress(OSError):  # Python would write what is left at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         console.print(f"gpupipe: standard output cannot be written: {error.strerror}", soft_wrap=True)
         status = 1
     sys.exit(status)

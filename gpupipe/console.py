@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -212,6 +213,12 @@ def print_waterfall(record: RenderRecord | None) -> None:
     console.print(f"bounded by {record.bound}", soft_wrap=True)
 
 
+def discard_output() -> None:
+    """Let what standard output still holds go nowhere: Python would try to write it once more at its end, and fail."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextlib.contextmanager
 def _writing_output() -> Iterator[None]:
     """Say what cannot be written, where the system's error names no file."""
@@ -220,6 +227,7 @@ def _writing_output() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
+        discard_output()
         raise GpupipeError(f"standard output cannot be written: {error.strerror}") from error
 
 
