@@ -5,7 +5,7 @@ own, and restores them afterwards. But each function that a kernel calls patches
 ``triton.language.core`` too, and that is never undone: a kernel compiled later in the same process, for the machine in
 :mod:`ptx_machine`, would call the interpreter's operations.
 
-Triton 3.6's takes an array of one element for a number, which NumPy refuses from 2.5 on.
+Triton 3.6's and older take an array of one element for a number, which newer NumPy refuses.
 
 Triton 3.9's makes a block of a truth as one of 32-bit integers, and then does not take it as a mask: a comparison's
 result has the type of what was compared.
@@ -28,10 +28,10 @@ def mend() -> None:
 
     def patch_and_remember(function: Any) -> Any:
         scope = patch(function)
+        interpreter.tl.core.tensor.__index__ = lambda value: int(value.handle.data.item())
         if scope is None:  # of Triton before 3.6, which undoes nothing
             return None
         patched.append(scope)
-        interpreter.tl.core.tensor.__index__ = lambda value: int(value.handle.data.item())
 
         def restore() -> None:
             while patched:
