@@ -23,7 +23,6 @@ from gpupipe.kernels.dispatch import backend, llvm_obstacle, obstacle
 from gpupipe.lanes import available_cores
 from gpupipe.memory import default_budget
 from gpupipe.models import UNet328
-from gpupipe.quiet_torchvision import torchvision_io
 from gpupipe.seam import FEATHER
 from gpupipe.versions import processor_name, versions
 from gpupipe.video.codecs import PictureFormat, encoder_obstacle
@@ -145,8 +144,9 @@ def _device_facts(device: torch.device) -> dict[str, str]:
 def _nvjpeg_obstacle(gpu: torch.device) -> str | None:
     """Return why nvJPEG does not decode a small picture; None if it does."""
     try:
-        io = torchvision_io()
-        io.decode_jpeg(io.encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8)), device=gpu)
+        from torchvision.io import decode_jpeg, encode_jpeg  # noqa: PLC0415 - takes a second
+
+        decode_jpeg(encode_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8)), device=gpu)
     except (ImportError, AttributeError, RuntimeError) as error:
         return first_line(error)
     return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -199,6 +201,41 @@ def test_a_file_is_closed_after_its_last_user(video: Path, tmp_path: Path) -> No
         assert (held("fd"), held("task") <= threads) == (files, True)
     finally:
         gc.enable()
+
+
+CLOSE = """
+import av.logging, contextlib, gc, logging, sys
+from gpupipe import InputError
+from gpupipe.video.frames import VideoFrames
+
+av.logging.set_level(av.logging.ERROR)
+logging.disable()
+for _ in range(20):
+    frames = None
+    with contextlib.suppress(InputError):
+        frames = VideoFrames(sys.argv[1])
+        frames.read([0])
+    frames = None
+    gc.collect()
+"""
+
+
+def test_a_broken_file_is_closed_while_pyav_logs(tmp_path: Path) -> None:
+    """As it does where the program imports torchvision up to 0.25: the decoder's threads then need Python's lock to end
+    what they are at."""
+    noise = np.random.default_rng(0).integers(256, size=(360, 640, 3), dtype=np.uint8)
+    path = tmp_path / "broken.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast", "g": "250"})
+        stream.width, stream.height, stream.pix_fmt = 640, 360, "yuv420p"
+        for shift in range(40):
+            frame = av.VideoFrame.from_ndarray(np.roll(noise, 7 * shift, axis=1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    data = np.fromfile(path, np.uint8)
+    data[len(data) // 10 : len(data) * 9 // 10 : 997] ^= 0x55
+    data.tofile(path)
+    subprocess.run([sys.executable, "-c", CLOSE, str(path)], check=True, timeout=100)
 
 
 # ── which colours ─────────────────────────────────────────────────────────────────────────────────────────────────────

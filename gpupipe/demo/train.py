@@ -24,6 +24,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
+from torchvision.io import encode_jpeg
 
 from gpupipe.demo import corpus, drawing, rig
 from gpupipe.demo.evaluate import agreement
@@ -36,7 +37,6 @@ from gpupipe.errors import InputError
 from gpupipe.frame_generator import FrameGenerator
 from gpupipe.image_processor import ImageProcessor
 from gpupipe.models.unet328 import UNet328
-from gpupipe.quiet_torchvision import torchvision_io
 from gpupipe.schedule import template_indices
 from gpupipe.speech import SpeechEncoder
 from gpupipe.unet_model import UNetModel
@@ -59,7 +59,7 @@ def write_template(folder: Path) -> None:
         (folder / name).mkdir(parents=True, exist_ok=True)
     for index in range(rig.FRAMES):
         rgb = torch.from_numpy(drawing.draw_frame(index)[:, :, ::-1].copy()).permute(2, 0, 1)
-        jpeg = torchvision_io().encode_jpeg(rgb, quality=JPEG_QUALITY)
+        jpeg = encode_jpeg(rgb, quality=JPEG_QUALITY)
         (folder / "full_body_img" / f"{index}.jpg").write_bytes(jpeg.numpy().tobytes())
         lines = "".join(f"{x:.2f} {y:.2f}\n" for x, y in rig.landmarks(index))
         (folder / "landmarks" / f"{index}.lms").write_text(lines)

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from gpupipe.errors import first_line
 from gpupipe.fallbacks import note_fallback
-from gpupipe.quiet_torchvision import torchvision_io
 from gpupipe.versions import numbers
 from gpupipe.video.codecs import PictureFormat, configure
 
@@ -218,7 +217,8 @@ def _jpeg(rgb: Tensor, quality: int) -> bytes:
     one's, and nothing orders our copy of the JPEG after its encoding: such a program should not have gpupipe encode
     them.
     """
-    encode_jpeg = torchvision_io().encode_jpeg
+    from torchvision.io import encode_jpeg  # noqa: PLC0415 - takes a second
+
     with torch.cuda.stream(_jpeg_stream(rgb.device) if rgb.is_cuda else None):
         jpeg: Tensor = encode_jpeg(rgb, quality=quality).cpu()
     return jpeg.numpy().tobytes()

@@ -19,7 +19,6 @@ from gpupipe.errors import InputError, first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.files import input_file
 from gpupipe.lanes import available_cores
-from gpupipe.quiet_torchvision import torchvision_io
 
 _JPEG_SUFFIXES = {".jpg", ".jpeg"}
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
@@ -187,11 +186,13 @@ def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
         note_fallback(f"nvJPEG {reason}: the CPU decodes such files")
         return None
     try:
-        io = torchvision_io()  # may lack these one day: torchvision plans to leave decoding to torchcodec
-        data = [io.read_file(str(path)) for path in paths]
+        # Takes a second. May fail one day: torchvision plans to leave decoding to torchcodec.
+        from torchvision.io import ImageReadMode, decode_jpeg, read_file  # noqa: PLC0415
+
+        data = [read_file(str(path)) for path in paths]
         # nvJPEG has been seen to write wrong pixels into memory that another stream still used: wait for all streams.
         torch.cuda.synchronize(device)
-        images = io.decode_jpeg(data, mode=io.ImageReadMode.RGB, device=device)
+        images = decode_jpeg(data, mode=ImageReadMode.RGB, device=device)
         torch.cuda.synchronize(device)
         return torch.stack(images).flip(1).permute(0, 2, 3, 1).contiguous()
     except (ImportError, AttributeError, RuntimeError) as error:  # AttributeError: an operator it was built without

@@ -91,7 +91,8 @@ class VideoFrames:
         self.decoder: VideoDecoder = "threads"
         self._container = self._open()
         # PyAV's containers refer to themselves: file and threads would stay until Python looks for cycles.
-        weakref.finalize(self, self._container.close).atexit = False  # at exit another thread may still decode
+        self._close = weakref.finalize(self, _close, self._container)
+        self._close.atexit = False  # then another thread may still decode
         first, start = self._first()
         self.width, self.height = first.width, first.height
         # No player shows frames before the first decoded one: they refer to pictures that were cut away.
@@ -122,7 +123,8 @@ class VideoFrames:
 
     def close(self) -> None:
         """Close the file."""
-        self._container.close()
+        with self._lock:
+            self._close()
 
     # ── the file ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -176,7 +178,7 @@ class VideoFrames:
             return container, ""
         except (av.error.FFmpegError, RuntimeError, ValueError, StopIteration) as error:
             if container is not None:
-                container.close()
+                _close(container)
             return None, first_line(error)
 
     def _first(self) -> tuple[av.VideoFrame, int]:
@@ -334,3 +336,13 @@ def to_bt709(frame: Tensor, colours: Colours) -> Tensor:
     chroma = [cb * row[1] + cr * row[2] + 128 for row in matrix[1:]]
     out = torch.cat([luma * matrix[0][0] + shift + 16, torch.stack(chroma, dim=-1).view(height // 2, width)])
     return out.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+
+
+def _close(container: av.container.InputContainer) -> None:
+    """Close a file whose frames were decoded.
+
+    When PyAV frees a decoder, it keeps Python's lock and waits for the decoder's threads. With PyAV's log on, which
+    torchvision up to 0.25 switches on, one that has an error to tell waits for that lock: so let them finish before.
+    """
+    container.streams.video[0].codec_context.flush_buffers()
+    container.close()
