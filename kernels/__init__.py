@@ -16,6 +16,7 @@
     what they share                          common_triton.py; packed_triton.py: half           common_llvm.py: written
                                                precision two at a time, for the network's       kernel_llvm.py: compiled
 
-dispatch.py says which implementation runs on a device; report.py, with report_network.py and report_gluon.py, what the
-compiler makes of every kernel.
+dispatch.py says which implementation runs on a device; launch_triton.py, how Triton's kernels are launched, and that an
+engine's are compiled together; report.py, with report_network.py and report_gluon.py, what the compiler makes of every
+kernel.
 """

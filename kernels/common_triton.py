@@ -1,5 +1,4 @@
-"""What the Triton kernels share: an option of launches, whether loops may be pipelined, rounding, and stores of four
-values side by side.
+"""What the Triton kernels share: whether loops may be pipelined, rounding, and stores of four values side by side.
 
 Plain Triton only: no libdevice and no inline assembly, so that Triton's interpreter can run the kernels on a CPU.
 """
@@ -16,10 +15,6 @@ from gpupipe.versions import numbers
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's interpreter runs the kernels. It was decided when they were defined."""
-
-FUSION = {"enable_fp_fusion": True}
-"""An option of every launch: a product and a sum become one instruction. Triton up to 3.9 does so where nothing is
-said; 3.9 warns that 3.10 will not."""
 
 _FENCES_COPIES = numbers(triton.__version__) >= (3, 7, 1)
 """Whether Triton puts a fence between asynchronous copies to shared memory and tensor cores that read it through the

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import FUSION, INTERPRETED, join4, round_saturate
+from gpupipe.kernels.common_triton import INTERPRETED, join4, round_saturate
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, MASK_COLUMNS, MASK_ROWS, RING
 from gpupipe.kernels.cubic_triton import clamped, cubic_axis, weight_at
-from gpupipe.kernels.dispatch import on_its_device
+from gpupipe.kernels.launch_triton import launch
 
 _SIZE = tl.constexpr(CROP_SIZE)
 _INNER = tl.constexpr(INNER_SIZE)
@@ -221,7 +221,6 @@ def _words(blue, green, red, seen, kind: tl.constexpr):
     return b | (g << 16), r | (masked << 16), tl.where(seen, g | (r << 16), 0)
 
 
-@on_its_device
 def crop_resize_triton(
     frames: Tensor, index: Tensor, boxes: Tensor, *, dtype: torch.dtype, channels_last: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -241,7 +240,9 @@ def crop_resize_triton(
     image = torch.empty(shape, dtype=dtype, device=frames.device, memory_format=layout)
     if samples:
         grid = (triton.cdiv(_SQUARES.value**2, BLOCK), samples)
-        _crop_resize_kernel[grid](
+        launch(
+            _crop_resize_kernel,
+            grid,
             frames,
             index.contiguous(),
             boxes.contiguous(),
@@ -251,6 +252,5 @@ def crop_resize_triton(
             frames.stride(1),
             CHANNELS_LAST=channels_last,
             BLOCK=BLOCK,
-            **FUSION,
         )
     return crops, image

@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import FUSION, INTERPRETED
-from gpupipe.kernels.dispatch import on_its_device
+from gpupipe.kernels.common_triton import INTERPRETED
 from gpupipe.kernels.inverted_residual import Projection
+from gpupipe.kernels.launch_triton import launch
 from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, multiply_add_relu, relu_to
 
 
@@ -260,7 +260,6 @@ def chunk_of(tile: Tile, dtype: torch.dtype) -> int:
     return tile.chunk if dtype == torch.float16 or INTERPRETED else max(16, tile.chunk // 2)
 
 
-@on_its_device
 def depthwise_triton(hidden: Tensor, taps: Tensor, bias: Tensor, *, stride: int = 1) -> Tensor:
     """Depthwise 3×3 convolution and ReLU alone: (B, H, W, C) → (B, ⌈H / stride⌉, ⌈W / stride⌉, C)."""
     samples, height, width, channels = hidden.shape
@@ -269,7 +268,9 @@ def depthwise_triton(hidden: Tensor, taps: Tensor, bias: Tensor, *, stride: int 
     strips = triton.cdiv(samples * shape[2], tile.columns)
     out = hidden.new_empty(*shape, channels)
     if samples:
-        _depthwise_kernel[(triton.cdiv(shape[1], 4), strips, channels // tile.chunk)](
+        launch(
+            _depthwise_kernel,
+            (triton.cdiv(shape[1], 4), strips, channels // tile.chunk),
             hidden,
             taps,
             bias,
@@ -285,12 +286,10 @@ def depthwise_triton(hidden: Tensor, taps: Tensor, bias: Tensor, *, stride: int 
             CHUNK=tile.chunk,
             num_warps=tile.warps,
             num_stages=1,
-            **FUSION,
         )
     return out
 
 
-@on_its_device
 def depthwise_project_triton(
     hidden: Tensor, projection: Projection, *, stride: int = 1, residual: Tensor | None = None
 ) -> Tensor:
@@ -302,7 +301,9 @@ def depthwise_project_triton(
     strips = triton.cdiv(samples * shape[2], tile.columns)
     out = hidden.new_empty(*shape, outputs)
     if samples:
-        _depthwise_project_kernel[(triton.cdiv(shape[1], 4), strips)](
+        launch(
+            _depthwise_project_kernel,
+            (triton.cdiv(shape[1], 4), strips),
             hidden,
             *projection,
             residual,
@@ -319,6 +320,5 @@ def depthwise_project_triton(
             CHUNK=chunk_of(tile, hidden.dtype),
             num_warps=tile.warps,
             num_stages=1,
-            **FUSION,
         )
     return out

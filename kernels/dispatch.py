@@ -9,19 +9,14 @@ import functools
 import importlib.util
 import platform
 import subprocess
-from collections.abc import Callable
-from typing import Concatenate, Literal, ParamSpec, TypeVar
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from gpupipe.errors import first_line
 from gpupipe.fallbacks import note_fallback
 
 Backend = Literal["triton", "llvm", "torch"]
-
-_Rest = ParamSpec("_Rest")
-_Result = TypeVar("_Result")
 
 OLDEST_CAPABILITY = (8, 0)
 """The lowest compute capability that the kernels are compiled and checked for (see :mod:`gpupipe.kernels.report`)."""
@@ -92,16 +87,3 @@ def _launch_obstacle() -> str | None:
     except Exception as error:  # no compiler, no cache folder that can be written …
         return f"triton cannot launch them: {first_line(error)}"
     return None
-
-
-def on_its_device(
-    launch: Callable[Concatenate[Tensor, _Rest], _Result],
-) -> Callable[Concatenate[Tensor, _Rest], _Result]:
-    """A launcher that launches on its first tensor's device: Triton takes the current device, wherever they lie."""
-
-    @functools.wraps(launch)
-    def on_device(first: Tensor, /, *rest: _Rest.args, **options: _Rest.kwargs) -> _Result:
-        with torch.cuda.device_of(first):
-            return launch(first, *rest, **options)
-
-    return on_device

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import FUSION, INTERPRETED
+from gpupipe.kernels.common_triton import INTERPRETED
 from gpupipe.kernels.depthwise_triton import Tile, chunk_of, depthwise_rows, strip_columns
-from gpupipe.kernels.dispatch import on_its_device
 from gpupipe.kernels.inverted_residual import Block
+from gpupipe.kernels.launch_triton import launch
 from gpupipe.kernels.packed_triton import sigmoid
 
 
@@ -96,7 +96,6 @@ def block_tile(channels: int, hidden: int, outputs: int) -> Tile:
     return Tile(32, hidden if hidden <= 32 else 16, 2)
 
 
-@on_its_device
 def inverted_residual_triton(
     x: Tensor,
     block: Block,
@@ -115,7 +114,9 @@ def inverted_residual_triton(
     strips = triton.cdiv(samples * shape[2], tile.columns)
     out = x.new_empty(*shape, outputs) if head is None else x.new_empty(samples, 3, *shape[1:], dtype=dtype)
     if samples:
-        _inverted_residual_kernel[(triton.cdiv(shape[1], 4), strips)](
+        launch(
+            _inverted_residual_kernel,
+            (triton.cdiv(shape[1], 4), strips),
             x,
             block.expand,
             block.expand_bias,
@@ -137,6 +138,5 @@ def inverted_residual_triton(
             CHUNK=chunk_of(tile, x.dtype),
             num_warps=tile.warps,
             num_stages=1,
-            **FUSION,
         )
     return out

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import FUSION, INTERPRETED, join4
-from gpupipe.kernels.dispatch import on_its_device
+from gpupipe.kernels.common_triton import INTERPRETED, join4
+from gpupipe.kernels.launch_triton import launch
 from gpupipe.kernels.nv12 import FRACTION_BITS, INVERSE_BITS, bgr_weights, yuv_weights
 
 _SHIFT = tl.constexpr(FRACTION_BITS)
@@ -265,7 +265,6 @@ def _from_nv12_cell_kernel(frames, out, frame_stride, row_stride, height, width,
 # ── launchers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@on_its_device
 def to_nv12_triton(frames: Tensor) -> Tensor:
     """As :func:`gpupipe.kernels.nv12.to_nv12`, by a kernel; nothing is read back and nothing waits."""
     samples, height, width, _ = frames.shape
@@ -274,7 +273,6 @@ def to_nv12_triton(frames: Tensor) -> Tensor:
     return out
 
 
-@on_its_device
 def from_nv12_triton(frames: Tensor) -> Tensor:
     """As :func:`gpupipe.kernels.nv12.from_nv12`, by a kernel; nothing is read back and nothing waits."""
     samples, rows, width = frames.shape
@@ -291,12 +289,12 @@ def _launch(wide_kernel: Any, cell_kernel: Any, frames: Tensor, out: Tensor, hei
     samples, _, width = frames.shape[:3]
     if vectorizable(frames):
         grid = (triton.cdiv(height // 2 * (width // 16), BLOCK), samples)
-        wide_kernel[grid](_as_words(frames), _as_words(out), height, width, BLOCK=BLOCK, **FUSION)
+        launch(wide_kernel, grid, _as_words(frames), _as_words(out), height, width, BLOCK=BLOCK)
         return
     if not frames[0, 0].is_contiguous():
         frames = frames.contiguous()
     grid = (triton.cdiv(height // 2 * (width // 2), BLOCK), samples)
-    cell_kernel[grid](frames, out, frames.stride(0), frames.stride(1), height, width, BLOCK=BLOCK, **FUSION)
+    launch(cell_kernel, grid, frames, out, frames.stride(0), frames.stride(1), height, width, BLOCK=BLOCK)
 
 
 def vectorizable(frames: Tensor) -> bool:

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import FUSION, INTERPRETED, round_saturate, truncate
+from gpupipe.kernels.common_triton import INTERPRETED, round_saturate, truncate
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, RING
 from gpupipe.kernels.cubic_triton import clamped, cubic_axis, cubic_tap, weight_at
-from gpupipe.kernels.dispatch import on_its_device
+from gpupipe.kernels.launch_triton import launch
 from gpupipe.kernels.nv12_triton import store_cell
 
 _SIZE = tl.constexpr(CROP_SIZE)
@@ -258,7 +258,6 @@ def _store_pixel(to, pixel, mask):
     tl.store(to + 2, pixel[2].to(tl.uint8), mask=mask)
 
 
-@on_its_device
 def paste_blend_triton(
     mouth: Tensor,
     crops: Tensor,
@@ -297,7 +296,9 @@ def paste_blend_triton(
     tiles = triton.cdiv(width + extra, 2 * tile_columns)
     grid = (tiles * triton.cdiv(height + extra, 2 * tile_rows), samples)
     if samples:
-        _paste_blend_kernel[grid](
+        launch(
+            _paste_blend_kernel,
+            grid,
             mouth,
             crops,
             crop_index.contiguous(),
@@ -321,6 +322,5 @@ def paste_blend_triton(
             KEEP=keep is not None,
             TILE_ROWS=tile_rows,
             TILE_COLUMNS=tile_columns,
-            **FUSION,
         )
     return out

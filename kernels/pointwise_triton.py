@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gpupipe.kernels.common_triton import FUSION, INTERPRETED, can_pipeline
-from gpupipe.kernels.dispatch import on_its_device
+from gpupipe.kernels.common_triton import INTERPRETED, can_pipeline
+from gpupipe.kernels.launch_triton import launch
 from gpupipe.kernels.packed_triton import accumulator_dtype, multiply_add, relu_to
 
 
@@ -171,7 +171,6 @@ def upsample_tiles(low: int, skip: int, n: int) -> dict[str, int]:
     return {**blocks, "num_warps": 8, "num_stages": 1}
 
 
-@on_its_device
 def pointwise_triton(
     x: Tensor,
     weight: Tensor,
@@ -190,7 +189,9 @@ def pointwise_triton(
     tiles = pointwise_tiles(k, n, narrow=narrow, pipelined=can_pipeline(x.device))
     grid = (triton.cdiv(pixels, tiles["BLOCK_M"]) * (n // tiles["BLOCK_N"]),)
     if pixels:
-        _pointwise_kernel[grid](
+        launch(
+            _pointwise_kernel,
+            grid,
             x,
             weight,
             bias,
@@ -204,12 +205,10 @@ def pointwise_triton(
             N=n,
             RELU=relu,
             **tiles,
-            **FUSION,
         )
     return out
 
 
-@on_its_device
 def upsample_expand_triton(
     low: Tensor, skip: Tensor, index: Tensor, low_weight: Tensor, skip_weight: Tensor, bias: Tensor
 ) -> Tensor:
@@ -221,7 +220,9 @@ def upsample_expand_triton(
     tiles = upsample_tiles(low_channels, skip_channels, n)
     grid = (triton.cdiv(samples * height * width, tiles["BLOCK_M"]) * (n // tiles["BLOCK_N"]),)
     if samples:
-        _upsample_expand_kernel[grid](
+        launch(
+            _upsample_expand_kernel,
+            grid,
             low,
             skip,
             index,
@@ -236,6 +237,5 @@ def upsample_expand_triton(
             SKIP=skip_channels,
             N=n,
             **tiles,
-            **FUSION,
         )
     return out

@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from gpupipe.kernels import crop_resize_triton, nv12_triton, paste_blend_triton
-from gpupipe.kernels.common_triton import FUSION
+from gpupipe.kernels.launch_triton import FUSION
 from gpupipe.kernels.whole_block import gluon_obstacle
+from gpupipe.lanes import available_cores
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities, times ten: A100, RTX 30, RTX 40 and L4, H100, B200, RTX 50."""
@@ -263,22 +263,15 @@ def report(architectures: Iterable[int] = ARCHITECTURES, kernels: Collection[str
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set; the kernels are interpreted, and cannot be compiled")
-    architectures = list(architectures)
-    if len(architectures) == 1:
-        return _of_architecture(architectures[0], kernels)
-    # A process for each: the compiler works on one core, and minutes for each architecture.
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as processes:
-        found = processes.map(_of_architecture, architectures, [kernels] * len(architectures))
-        return [row for rows in found for row in rows]
-
-
-def _of_architecture(arch: int, kernels: Collection[str] | None) -> list[Row]:
-    wanted = [variant for variant in variants() if kernels is None or variant.name in kernels]
-    return [
-        compile_variant(variant, arch)
-        for variant in wanted
-        if variant.architectures is None or arch in variant.architectures
+    jobs = [
+        (variant, arch)
+        for arch in architectures
+        for variant in variants()
+        if (kernels is None or variant.name in kernels)
+        and (variant.architectures is None or arch in variant.architectures)
     ]
+    with ThreadPoolExecutor(available_cores()) as threads:
+        return list(threads.map(lambda job: compile_variant(*job), jobs))
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -7,7 +7,7 @@ made.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from gpupipe.kernels import depthwise_triton, inverted_residual, inverted_residual_triton, pointwise, pointwise_triton
-from gpupipe.kernels.common_triton import FUSION
 from gpupipe.kernels.inverted_residual import Block, Projection
+from gpupipe.kernels.launch_triton import launches_taken
 from gpupipe.kernels.report import Variant
 
-KERNELS = {
-    "pointwise": (pointwise_triton, "_pointwise_kernel"),
-    "upsample_expand": (pointwise_triton, "_upsample_expand_kernel"),
-    "depthwise": (depthwise_triton, "_depthwise_kernel"),
-    "depthwise_project": (depthwise_triton, "_depthwise_project_kernel"),
-    "inverted_residual": (inverted_residual_triton, "_inverted_residual_kernel"),
+NAMES = {
+    pointwise_triton._pointwise_kernel: "pointwise",
+    pointwise_triton._upsample_expand_kernel: "upsample_expand",
+    depthwise_triton._depthwise_kernel: "depthwise",
+    depthwise_triton._depthwise_project_kernel: "depthwise_project",
+    inverted_residual_triton._inverted_residual_kernel: "inverted_residual",
 }
-"""Each noun's module, and the kernel in it."""
+"""Each kernel's noun."""
 
 BATCH = 64
 
@@ -116,10 +116,9 @@ class Launches:
         self.config = ""
         self.variants: list[Variant] = []
 
-    def record(self, name: str, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """One launch: positional arguments are the kernel's first, and keywords its constants and the launch's own."""
-        warps, stages = options.pop("num_warps", 4), options.pop("num_stages", None)
-        options = {key: value for key, value in options.items() if key not in FUSION}
+    def record(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        """One launch, as :func:`~gpupipe.kernels.launch_triton.launch` takes it; its grid does not matter here."""
+        name, warps, stages = NAMES[kernel], options.pop("num_warps", 4), options.pop("num_stages", None)
         given = dict(zip(kernel.arg_names, arguments, strict=False))
         types = {key: _type_name(value) for key, value in given.items() if value is not None}
         constants = options | {key: None for key, value in given.items() if value is None}
@@ -133,23 +132,12 @@ class Launches:
 def recording() -> Iterator[Launches]:
     """Within this context launches of the network's kernels are recorded instead of made, on any device."""
     launches = Launches()
-    with contextlib.ExitStack() as stack:
-        for module in (pointwise, inverted_residual):
-            stack.enter_context(mock.patch.object(module, "backend", return_value="triton"))
-        for name, (module, attribute) in KERNELS.items():
-            stand_in = _StandIn(name, getattr(module, attribute), launches)
-            stack.enter_context(mock.patch.object(module, attribute, stand_in))
+    with (
+        mock.patch.object(pointwise, "backend", return_value="triton"),
+        mock.patch.object(inverted_residual, "backend", return_value="triton"),
+        launches_taken(launches.record),
+    ):
         yield launches
-
-
-class _StandIn:
-    """Takes a kernel's place: ``stand_in[grid](…)`` records the launch."""
-
-    def __init__(self, name: str, kernel: Any, launches: Launches) -> None:
-        self._name, self._kernel, self._launches = name, kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments, **options: self._launches.record(self._name, self._kernel, arguments, options)
 
 
 def _type_name(value: Tensor | int) -> str:

@@ -28,8 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from gpupipe.kernels.common_triton import FUSION
-from gpupipe.kernels.dispatch import on_its_device
+from gpupipe.kernels.launch_triton import launch
 from gpupipe.kernels.whole_block import PackedBlock, PackedHead, check_maps
 from gpupipe.kernels.whole_block_parts import (
     CHUNK,
@@ -260,7 +259,6 @@ def _whole_block_kernel(
 # ── launcher ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@on_its_device
 def whole_block_gluon(
     skip: Tensor,
     block: PackedBlock,
@@ -296,7 +294,9 @@ def whole_block_gluon(
     if wgmma is None:
         wgmma = skip.is_cuda and torch.cuda.get_device_capability(skip.device) == (9, 0)
     rows, columns = TILE
-    _whole_block_kernel[(-(-height // rows) * -(-width // columns), samples)](
+    launch(
+        _whole_block_kernel,
+        (-(-height // rows) * -(-width // columns), samples),
         skip,
         None if index is None else index.contiguous(),
         low,
@@ -317,6 +317,5 @@ def whole_block_gluon(
         HEAD=head is not None,
         WGMMA=wgmma,
         num_warps=NUM_WARPS,
-        **FUSION,
     )
     return out

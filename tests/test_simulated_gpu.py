@@ -15,7 +15,8 @@ from gpupipe.kernels.whole_block import gluon_obstacle
 TESTS = Path(__file__).resolve().parent
 NEWER_TRITON = [TESTS / f"test_{name}.py" for name in ("gluon_cubins", "ptx_machine", "whole_block_gluon")]
 """Files that are skipped where Triton has no Gluon."""
-GRAPHS = (TESTS / "test_graphs.py", TESTS / "test_captured_steps.py")
+COMPILED = [TESTS / f"test_{name}.py" for name in ("graphs", "captured_steps", "kernel_launch")]
+"""Files whose tests need compiled kernels, not their references."""
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +48,14 @@ def test_simulated_gpu_detects_mistakes(libraries: list[Path]) -> None:
 def test_gpu_tests_with_reference_kernels(libraries: list[Path]) -> None:
     """All but the kernels: their plain references run in their place."""
     marked = "cuda and not hardware"
-    ignored = [*GRAPHS, *(NEWER_TRITON if gluon_obstacle() is not None else [])]
+    ignored = [*COMPILED, *(NEWER_TRITON if gluon_obstacle() is not None else [])]
     run(libraries, TESTS, "-m", marked, *(f"--ignore={file}" for file in ignored))
 
 
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))
-def test_graphs_with_compiled_kernels(libraries: list[Path]) -> None:
+def test_what_needs_compiled_kernels(libraries: list[Path]) -> None:
     """On a simulated GPU as new as the kernels need, which executes them as Triton compiles them."""
-    run(libraries, *GRAPHS, "-m", "cuda", arch=90)
+    run(libraries, *COMPILED, "-m", "cuda", arch=90)
 
 
 @pytest.mark.skipif(gluon_obstacle() is not None, reason=str(gluon_obstacle()))

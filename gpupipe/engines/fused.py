@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
 
 from gpupipe.engines.base import Declaration, EngineName, Features
-from gpupipe.kernels.dispatch import obstacle
+from gpupipe.kernels.dispatch import backend, obstacle
 from gpupipe.kernels.inverted_residual import (
     Projection,
     depthwise_project,
@@ -33,9 +33,10 @@ from gpupipe.kernels.inverted_residual import (
     pack_projection,
 )
 from gpupipe.kernels.pointwise import padded, pointwise, upsample_expand
+from gpupipe.lanes import available_cores
 from gpupipe.models.fold import fold_batch_norms
 from gpupipe.models.hoisted import SKIPS, HoistedUp, SpeechHalf, TemplateHalf, conv1x1, convolutions
-from gpupipe.models.unet328 import INPUT_SIZE, UNet328
+from gpupipe.models.unet328 import INPUT_SIZE, UNet328, random_inputs
 
 Step = Callable[[Tensor], Tensor]
 """A block on (B, H, W, channels)."""
@@ -171,9 +172,27 @@ class FusedEngine:
         return convolve
 
 
+def with_kernels_compiled(engine: FusedEngine, network: UNet328) -> FusedEngine:
+    """``engine``, its kernels compiled on all cores. Otherwise its first batch has them compiled one by one.
+
+    They do not depend on the size of the batch.
+    """
+    if backend(engine.device) == "triton":
+        from gpupipe.kernels.launch_triton import compile_together  # noqa: PLC0415 - loads Triton
+
+        image, audio = random_inputs(network, 1)
+        index = torch.zeros(1, dtype=torch.int64, device=engine.device)
+        compile_together(lambda: engine.decode(engine.encode(image), index, audio), available_cores())
+    return engine
+
+
+def _build(network: UNet328, *, device: torch.device, dtype: torch.dtype) -> FusedEngine:
+    return with_kernels_compiled(FusedEngine(network, device=device, dtype=dtype), network)
+
+
 DECLARATION = Declaration(
     "fused",
-    FusedEngine,
+    _build,
     devices=("cuda",),
     dtypes=(torch.float16, torch.bfloat16),
     obstacle=lambda device, dtype: obstacle(device),

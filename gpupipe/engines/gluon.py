@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gpupipe.engines.base import Declaration, EngineName
-from gpupipe.engines.fused import Entry, FusedEngine, Step
+from gpupipe.engines.fused import Entry, FusedEngine, Step, with_kernels_compiled
 from gpupipe.kernels.dispatch import obstacle
 from gpupipe.kernels.pointwise import padded
 from gpupipe.kernels.whole_block import (
@@ -101,7 +101,7 @@ def _fits(layers: Sequence[nn.Conv2d], size: int) -> bool:
 
 DECLARATION = Declaration(
     "gluon",
-    lambda network, device, dtype: GluonEngine(network, device=device),
+    lambda network, device, dtype: with_kernels_compiled(GluonEngine(network, device=device), network),
     devices=("cuda",),
     dtypes=(torch.float16,),
     obstacle=lambda device, dtype: gluon_obstacle() or obstacle(device),

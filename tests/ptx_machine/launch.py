@@ -70,6 +70,8 @@ def machine(
             f"{self.fn.__name__}: the launch leaves it to Triton's version what is fused"
         )
         kernel = compile_only(self, *arguments, grid=grid, warmup=True, **options)
+        if warmup:
+            return kernel
         given = dict(zip(self.arg_names, arguments, strict=False)) | options
         passed = [given[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"]
         scratch = (kernel.metadata.global_scratch_size, kernel.metadata.profile_scratch_size)
