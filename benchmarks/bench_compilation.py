@@ -38,8 +38,7 @@ def main() -> None:
     print(f"{device_name()}; {len(_kernels())} kernels for sm_{options.arch}, {options.rounds} turns")
     for turn in range(options.rounds):
         for threads in ways if turn % 2 == 0 else reversed(ways):
-            with multiprocessing.get_context("spawn").Pool(1) as process:
-                seconds[threads].append(process.apply(_seconds, (options.arch, threads)))
+            seconds[threads].append(_in_a_new_process(options.arch, threads))
             print(f"turn {turn + 1}: {threads} threads {seconds[threads][-1]:.1f} s", flush=True)
     rows = [
         row(
@@ -69,6 +68,11 @@ def _kernels() -> list[Variant]:
         engine = FusedEngine(network, device=meta)
         engine.decode(engine.encode(image), torch.empty(1, dtype=torch.int64, device=meta), audio)
     return launches.variants
+
+
+def _in_a_new_process(arch: int, threads: int) -> float:
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        return process.apply(_seconds, (arch, threads))
 
 
 def _seconds(arch: int, threads: int) -> float:
