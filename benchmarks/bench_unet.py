@@ -75,6 +75,7 @@ class Contestant:
         frames: how many frames a call paints.
         facts: what a row's ``config`` says of it alone.
         cached: the template's half is not part of the call.
+        peak_bytes: the most that PyTorch allocated for it on a GPU: weights, inputs, and what a call needs besides.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Contestant:
     frames: int
     facts: dict[str, Any]
     cached: bool = False
+    peak_bytes: int | None = None
 
 
 # ── who takes part ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -145,6 +147,8 @@ def _by_engine(
     network: UNet328, device: torch.device, batch: int, precision: Precision, name: EngineName
 ) -> list[Contestant]:
     """An engine on CUDA, with nothing cached and with the template's half cached."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     image, audio = _inputs(network, batch, device)
     index, told = torch.arange(batch, device=device), {"precision": precision}
     try:
@@ -161,8 +165,11 @@ def _by_engine(
         return engine.decode(features, index, audio)
 
     of_pytorch = name in ("eager", "compile")
-    runs = [replayed(tuned(function) if of_pytorch else function) for function in (whole, half)]
-    return [Contestant(name, run, batch, told, cached) for run, cached in zip(runs, (False, True), strict=True)]
+    made = []
+    for function, cached in ((whole, False), (half, True)):
+        run = replayed(tuned(function) if of_pytorch else function)
+        made.append(Contestant(name, run, batch, told, cached, torch.cuda.max_memory_allocated(device) - before))
+    return made
 
 
 def onnxruntime_peers(
@@ -263,7 +270,8 @@ def measure(contestants: list[Contestant], device: torch.device, rounds: int, fo
 def rows_of(
     network: UNet328, contestants: list[Contestant], found: Measured, device: torch.device, batch: int
 ) -> list[Row]:
-    """Rows ``latency``, ``operations`` and ``layerwise_floor`` of each contestant that was measured, or failed.
+    """Rows ``latency``, ``throughput``, ``operations``, ``bandwidth`` (of the bytes that layers one by one would
+    move), ``layerwise_floor`` and, on a GPU, ``memory`` of each contestant that was measured, or failed.
 
     Args:
         batch: the place on the rows' axis.
@@ -290,7 +298,12 @@ def rows_of(
         rates = Spread.of([operations / 1e9 / seconds for seconds in result])
         floor = Spread.of([100 * moved / copy_bandwidth(device) / seconds for seconds in result])
         rows.append(row(Spread.of([1000 * s for s in result]), metric="latency", unit="ms/frame", **what))
+        rows.append(row(Spread.of([1 / s for s in result]), metric="throughput", unit="frames/s", **what))
         rows.append(row(rates, metric="operations", unit="Gop/s", **what))
+        bandwidth = Spread.of([moved / 1e9 / seconds for seconds in result])
+        rows.append(row(bandwidth, metric="bandwidth", unit="GB/s", **what))
+        if one.peak_bytes is not None:
+            rows.append(row(Spread.of([one.peak_bytes / 1e6]), metric="memory", unit="MB", **what))
         rows.append(row(floor, metric="layerwise_floor", unit="% of its speed", **what))
     return rows
 

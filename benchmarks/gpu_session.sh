@@ -82,11 +82,15 @@ gpupipe=("$python" -c 'from gpupipe.cli import main; main()')
 scene=$layout/bundled-1280x720
 part scene 60 "$python" -m gpupipe.benchmarks.scenario "$scene" --size 1280x720
 mv "$scene/template" "$scene/bundled-1280x720" 2>/dev/null # rows name a template by its folder
-bench=("${gpupipe[@]}" bench --device cuda --template "$scene/bundled-1280x720" --audio-features "$scene/features.npy"
-    --audio "$scene/speech.flac" --results "$out")
+clip=(--template "$scene/bundled-1280x720" --audio-features "$scene/features.npy" --audio "$scene/speech.flac")
+bench=("${gpupipe[@]}" bench --device cuda "${clip[@]}" --results "$out")
 unet=("$python" -m gpupipe.benchmarks.bench_unet --device cuda --rounds 10 --record --results "$out")
 part bench_unet 90 "${unet[@]}" --batch 64 1 --precision float16 --engine gluon fused eager
 part bench_end_to_end 150 "${bench[@]}" --frames 600 --rounds 2 --record
+overlap=("$python" -m gpupipe.benchmarks.bench_overlap --device cuda "${clip[@]}" --frames 600 --rounds 2 --record
+    --results "$out")
+part bench_overlap 60 "${overlap[@]}"
+part bench_mjpeg 45 "${overlap[@]}" --codec mjpeg
 part tests_cuda 150 "${pytest[@]}" -m cuda "${marked[@]}"
 part precision 40 "$python" -m gpupipe.benchmarks.precision --device cuda --record --results "$out"
 for name in "${kernels[@]}"; do

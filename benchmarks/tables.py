@@ -18,6 +18,7 @@ from typing import Any
 from gpupipe.benchmarks import plots, recorded
 from gpupipe.benchmarks.claims import CLAIMS
 from gpupipe.benchmarks.common import RESULTS, ROOT, Record, read_rows
+from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.engines.choice import LOWER_ON_CPU
 
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "scale.md")
@@ -128,8 +129,12 @@ def hours(rows: Rows) -> str:
 
 
 def side_by_side(rows: Rows) -> str:
-    """All contestants of `gpupipe bench`, with memory and time to load."""
-    lines = ["machine, template | clip | who | frames/s (p20–p80) | ratio (p20–p80) | memory, MB | load, s | commit"]
+    """All contestants of `gpupipe bench`, with memory, energy (of a GPU that counts it) and time to load."""
+    energy = any(row["metric"] == "energy" for row in rows)
+    lines = [
+        "machine, template | clip | who | frames/s (p20–p80) | ratio (p20–p80) | memory, MB |"
+        f"{' J a frame |' if energy else ''} load, s | commit"
+    ]
     for group, by_length in recorded.clips(rows).items():
         for frames, found in sorted(by_length.items()):
             for provider, name in recorded.NAMES.items():
@@ -144,6 +149,7 @@ def side_by_side(rows: Rows) -> str:
                     _spread(speed),
                     _ratio(ratio) if ratio else "",
                     f"{memory['p50']:.0f}" if memory else "",
+                    *([_median(found.get((provider, "energy")))] if energy else []),
                     f"{load['p50']:.1f}" if load else "",
                     f"`{speed['commit']}`",
                 ]
@@ -212,30 +218,90 @@ def claims(rows: Rows) -> str:
 
 
 def unet(rows: Rows) -> str:
-    """Milliseconds a frame of the full-width network alone, by device, batch and precision; the newest of each."""
-    newest: dict[tuple[Any, ...], Record] = {}
+    """Milliseconds a frame of the full-width network alone, by device, batch and precision; the newest of each.
+
+    The floor is that of layers that run one by one, whose bytes go to memory and back.
+    """
+    newest: dict[tuple[Any, ...], dict[str, Record]] = {}
     for row in rows:
         config = row["config"]
-        if row["what"] == "unet" and row["metric"] == "latency" and row["error"] is None and config["width"] == 1:
-            newest[row["device"], config["precision"], row["value"], row["provider"], config["cached"]] = row
-    lines = ["machine | precision, batch | the network in | template's half | ms a frame (p20–p80) | commit"]
-    for (device, precision, batch, provider, cached), row in sorted(
-        newest.items(), key=lambda item: (*item[0][:3], -item[1]["p50"])
+        if row["what"] == "unet" and row["error"] is None and config["width"] == 1:
+            key = row["device"], config["precision"], row["value"], row["provider"], config["cached"]
+            newest.setdefault(key, {})[row["metric"]] = row
+    lines = [
+        "machine | precision, batch | the network in | template's half | ms a frame (p20–p80) |"
+        " % of the layers' floor's speed | commit"
+    ]
+    for (device, precision, batch, provider, cached), found in sorted(
+        newest.items(), key=lambda item: (*item[0][:3], -item[1]["latency"]["p50"])
     ):
-        half = "kept" if cached else "run"
+        row, half = found["latency"], "kept" if cached else "run"
         spread = f"**{row['p50']:.4g}** ({row['p20']:.4g}–{row['p80']:.4g})"
-        lines.append(f"{device} | {precision}, {batch:g} | {provider} | {half} | {spread} | `{row['commit']}`")
+        cells = (device, f"{precision}, {batch:g}", provider, half, spread, _median(found.get("layerwise_floor")))
+        lines.append(f"{' | '.join(cells)} | `{row['commit']}`")
+    return _table(lines)
+
+
+def kernels(rows: Rows) -> str:
+    """The kernels around the network, and its blocks: time, and the share of the device's copy bandwidth."""
+    newest: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for row in rows:
+        if row["metric"] in ("latency", "bandwidth", "ratio") and "case" in row["config"] and row["error"] is None:
+            key = row["device"], row["what"], row["config"]["case"], row["value"], row["provider"]
+            newest.setdefault(key, {})[row["metric"]] = row
+    lines = ["machine | kernel | case | batch | by | µs a frame (p20–p80) | GB/s | % of copying | commit"]
+    for (device, what, case, batch, provider), found in sorted(newest.items()):
+        row = found["latency"]
+        p50, p20, p80 = map(_figure, (row["p50"], row["p20"], row["p80"]))
+        shares = (_median(found["bandwidth"]), _median(found["ratio"]))
+        cells = (device, what, case, f"{batch:g}", provider, f"**{p50}** ({p20}–{p80})", *shares)
+        lines.append(f"{' | '.join(cells)} | `{row['commit']}`")
+    return _table(lines)
+
+
+def overlap(rows: Rows) -> str:
+    """Computing, encoding and both at once; the newest of each engine, clip and codec."""
+    newest: dict[tuple[Any, ...], dict[tuple[str, str], Record]] = {}
+    for row in rows:
+        if row["what"] == "overlap" and row["error"] is None:
+            config = row["config"]
+            precision = config.get("precision", "float32" if config["exact"] else "float16")
+            key = (
+                recorded.group_of(row),
+                f"{config['engine']}, {precision}",
+                row["value"],
+                config.get("codec", "libx264"),
+            )
+            newest.setdefault(key, {})[row["provider"], row["metric"]] = row
+    lines = [
+        "machine, template | engine | clip | codec | compute, frames/s | encode | render |"
+        " time, of the slower's (least) | speed, of the encoder's | CPU time outside the network | commit"
+    ]
+    for (group, engine, frames, codec), found in sorted(newest.items()):
+        ratio = found["render", "ratio"]
+        least, alone, share = (found.get(("render", metric)) for metric in ("least", "of_encoder", "share"))
+        cells = [
+            *(str(group), engine, f"{frames:g} frames", codec),
+            *(_median(found[work, "throughput"]) for work in ("compute", "encode", "render")),
+            f"**{ratio['p50']:.2f}×**" + (f" ({least['p50']:.2f}×)" if least else ""),
+            *(f"{one['p50']:.0f} %" if one else "" for one in (alone, share)),
+            f"`{ratio['commit']}`",
+        ]
+        lines.append(" | ".join(cells))
     return _table(lines)
 
 
 def precision(rows: Rows) -> str:
-    """What a number format costs in picture quality, for networks of two widths."""
+    """What a number format costs in picture quality, for networks of two widths, and what it gains in speed."""
     newest: dict[tuple[str, str], dict[tuple[float, str], Record]] = {}
     for row in rows:
         if row["what"] == "precision" and row["error"] is None:
             width = row["config"].get("width", 0.25)  # of older rows: the bundled network's
             newest.setdefault((row["provider"], row["value"]), {})[width, row["metric"]] = row
-    lines = ["format | by | PSNR, width ¼ | largest difference | PSNR, full width | largest difference | commit"]
+    lines = [
+        "format | by | PSNR, width ¼ | largest difference | PSNR, full width | largest difference |"
+        " its speech half, ms (in float32) | commit"
+    ]
     bundled = {key: found for key, found in newest.items() if (0.25, "psnr") in found}
     for (provider, name), found in sorted(bundled.items(), key=lambda item: -item[1][0.25, "psnr"]["p50"]):
         by = f"{provider} on {found[0.25, 'psnr']['device']}"
@@ -246,9 +312,22 @@ def precision(rows: Rows) -> str:
             for metric, unit in (("psnr", " dB"), ("largest_difference", " of 255")):
                 one = found.get((width, metric))
                 cells.append(f"{one['p50']:.1f}{unit}" if one else "")
+        times = [_kept(rows, found[0.25, "psnr"]["device"], provider, one) for one in (name, "float32")]
+        cells.append("{:.1f} ({:.1f})".format(*times) if all(times) else "")
         commits = ", ".join(f"`{commit}`" for commit in sorted({one["commit"] for one in found.values()}))
         lines.append(f"{name} | {by} | {' | '.join(cells)} | {commits}")
     return _table(lines)
+
+
+def _kept(rows: Rows, device: str, engine: str, precision: str) -> float | None:
+    """Milliseconds of the full-width network's speech half in an engine, at the batch that it renders in."""
+    found = None
+    for row in rows:
+        if (row["what"], row["metric"], row["device"], row["provider"]) == ("unet", "latency", device, engine):
+            config, batch = row["config"], BATCH_SIZES["cuda" if row["driver"] else "cpu"]
+            if row["error"] is None and (config["width"], config["cached"], row["value"]) == (1, True, batch):
+                found = row["p50"] if config["precision"] == precision else found
+    return found
 
 
 def instructions(rows: Rows) -> str:
@@ -300,6 +379,8 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "headline": headline,
     "hours": hours,
     "instructions": instructions,
+    "kernels": kernels,
+    "overlap": overlap,
     "precision": precision,
     "side_by_side": side_by_side,
     "stages": stages,
@@ -342,6 +423,15 @@ def _table(lines: list[str]) -> str:
 
 def _spread(row: Record) -> str:
     return f"{row['p50']:.2f} ({row['p20']:.2f}–{row['p80']:.2f})"
+
+
+def _figure(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def _median(row: Record | None) -> str:
+    return _figure(row["p50"]) if row else ""
 
 
 def _ratio(row: Record) -> str:

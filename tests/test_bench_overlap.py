@@ -24,18 +24,37 @@ def test_a_measurement_is_recorded_where_it_is_told(
     files, results = write_bench_files(tmp_path, make_template), tmp_path / "results"
     words = [word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", str(path))]
     words += ["--width", "0.125", "--frames", "4", "--rounds", "1", "--record", "--results", str(results)]
-    monkeypatch.setattr("sys.argv", ["bench_overlap", *words])
+    monkeypatch.setattr("sys.argv", ["bench_overlap", *words, "--device", "cpu"])
     bench_overlap.main()
     rows = read_rows(results)
     works = ("compute", "encode", "render", "network")
     expected = {(work, metric) for work in works for metric in ("throughput", "cpu")}
     assert {(row["provider"], row["metric"]) for row in rows} == expected | {
-        ("render", metric) for metric in ("ratio", "least", "share")
+        ("render", metric) for metric in ("ratio", "of_encoder", "least", "share")
     }
     assert all(row["value"] == 4 and row["n"] == 1 and row["p50"] > 0 for row in rows if row["metric"] != "share")
     assert {(row["config"]["template"], row["config"]["engine"]) for row in rows} == {("speaker", "eager")}
     printed = capsys.readouterr().out
     assert all(f"turn 1: {work} " in printed for work in works) and f"recorded in {results}" in printed
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("codec", ["auto", "mjpeg"])
+def test_a_gpu_s_encoder_is_measured_alone(
+    codec: str, make_template: MakeTemplate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = functools.partial(FrameGenerationPipeline, engine="eager")
+    monkeypatch.setattr(bench_overlap, "FrameGenerationPipeline", eager)
+    files, results = write_bench_files(tmp_path, make_template), tmp_path / "results"
+    words = [word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", str(path))]
+    words += ["--width", "0.125", "--frames", "4", "--rounds", "1", "--record", "--results", str(results)]
+    monkeypatch.setattr("sys.argv", ["bench_overlap", *words, "--device", "cuda", "--codec", codec])
+    bench_overlap.main()
+    rows = read_rows(results)
+    assert {(row["provider"], row["metric"]) for row in rows if row["provider"] == "render"} == {
+        ("render", metric) for metric in ("throughput", "cpu", "ratio", "of_encoder")
+    }
+    assert all(row["config"]["codec"] for row in rows)
 
 
 def test_the_ratios_are_those_of_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,9 @@ def test_an_engine_on_a_gpu_gives_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row for row in bench_unet.rows_of(network, made, found, gpu, 2) if row.provider == "eager"]
     assert len(decoded) == launched > 0, "it is replayed"
     assert all(decoded) and not tunes.benchmark, "PyTorch's layers are at their best, ours as in a render"
-    assert {row.metric for row in rows} == {"latency", "operations", "layerwise_floor"}
+    speed = {"latency", "throughput", "operations", "bandwidth", "layerwise_floor"}
+    assert {row.metric for row in rows} == speed | {"memory"}
+    assert all(row.p50 > 0 for row in rows if row.p50 is not None)
     assert {row.config["cached"] for row in rows} == {True, False}
     assert all(row.error is None and row.value == 2 for row in rows)
 

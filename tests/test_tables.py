@@ -126,13 +126,66 @@ def test_precisions_of_two_widths_share_a_line() -> None:
 
     old = [of(None, "psnr", 41), of(None, "largest_difference", 30)]  # the bundled network's, before widths were told
     full = [of(1, "psnr", 47), of(1, "largest_difference", 9)]
-    alone = "| bfloat16 | llvm on a CPU | 41.0 dB | 30.0 of 255 |  |  | `c30`, `c41` |"
+    alone = "| bfloat16 | llvm on a CPU | 41.0 dB | 30.0 of 255 |  |  |  | `c30`, `c41` |"
     assert TABLES["precision"](old).splitlines()[2:] == [alone]
-    both = "| bfloat16 | llvm on a CPU | 44.0 dB | 30.0 of 255 | 47.0 dB | 9.0 of 255 | `c30`, `c44`, `c47`, `c9` |"
+    both = "| bfloat16 | llvm on a CPU | 44.0 dB | 30.0 of 255 | 47.0 dB | 9.0 of 255 |  | `c30`, `c44`, `c47`, `c9` |"
     assert TABLES["precision"]([*old, *full, of(0.25, "psnr", 44)]).splitlines()[2:] == [both], "the newest of each"
     assert len(TABLES["precision"]([*old, of(1, "psnr", 80, "float16")]).splitlines()) == 3, (
         "needs the bundled network's"
     )
+
+
+def test_a_precision_s_speed_stands_beside_its_errors() -> None:
+    def of(name: str, ms: float, *, cached: bool = True, width: float = 1, device: str = "a CPU") -> Record:
+        config = {"width": width, "cached": cached, "precision": name}
+        row = {"what": "unet", "provider": "llvm", "value": 1, "metric": "latency", "p50": ms, "error": None}
+        return row | {"config": config, "device": device, "driver": None}
+
+    error = {"what": "precision", "provider": "llvm", "value": "bfloat16", "metric": "psnr", "p50": 41, "error": None}
+    error |= {"config": {}, "device": "a CPU", "commit": "c"}
+    others = [of("bfloat16", 7, cached=False), of("bfloat16", 7, width=0.5), of("bfloat16", 7, device="another")]
+    speeds = [of("bfloat16", 8), of("bfloat16", 9.14), of("float32", 15.25), *others]
+    assert "| 9.1 (15.2) |" in TABLES["precision"]([error, *speeds]), "the newest"
+    assert "(" not in TABLES["precision"]([error, *speeds[:2], *others]).splitlines()[2], "nothing to compare with"
+
+
+def test_energy_has_a_column_where_it_is_counted(rows: list[Record]) -> None:
+    speed = next(
+        row for row in rows if (row["what"], row["metric"], row["axis"]) == ("end_to_end", "throughput", "frames")
+    )
+    energy = speed | {"metric": "energy", "unit": "J/frame", "p50": 0.321}
+    assert "J a frame" not in TABLES["side_by_side"](rows)
+    head, _, line = TABLES["side_by_side"]([speed, energy]).splitlines()
+    assert head.split("|").index(" J a frame ") == line.split("|").index(" 0.321 ")
+
+
+def test_kernels_stand_beside_the_copy_bandwidth() -> None:
+    def of(metric: str, p50: float, case: str = "NV12") -> Record:
+        row = {"what": "paste_blend", "provider": "triton", "value": 64, "metric": metric, "error": None}
+        row |= {"p50": p50, "p20": p50 / 2, "p80": 2 * p50, "config": {"case": case}, "device": "a GPU", "commit": "c"}
+        return row
+
+    older, rows = of("latency", 9), [of("latency", 1.234), of("bandwidth", 2900), of("ratio", 72.4)]
+    failed = of("latency", 1, "BGR") | {"error": "RuntimeError: no"}
+    line = "| a GPU | paste_blend | NV12 | 64 | triton | **1.23** (0.617–2.47) | 2900 | 72.4 | `c` |"
+    assert TABLES["kernels"]([older, *rows, failed]).splitlines()[2:] == [line]
+
+
+def test_what_a_render_costs_beside_its_slower_half() -> None:
+    def of(provider: str, metric: str, p50: float, **config: object) -> Record:
+        row = {"what": "overlap", "provider": provider, "metric": metric, "value": 300, "p50": p50, "error": None}
+        config = {"template": "speaker", "engine": "llvm", "exact": True} | config
+        return row | {"config": config, "device": "a CPU", "commit": "c"}
+
+    works = {"compute": 56.2, "encode": 174, "render": 42.9}
+    rows = [of(work, "throughput", speed) for work, speed in works.items()] + [of("render", "ratio", 1.31)]
+    start = "| a CPU; template speaker, full-width network | llvm, float32 | 300 frames | libx264 | 56.2 | 174 | 42.9 |"
+    assert TABLES["overlap"](rows).splitlines()[2:] == [f"{start} **1.31×** |  |  | `c` |"], "an old run"
+    more = [of("render", "least", 1.26), of("render", "share", 34.4), of("render", "of_encoder", 24.7)]
+    whole = f"{start} **1.31×** (1.26×) | 25 % | 34 % | `c` |"
+    assert TABLES["overlap"]([*rows, *more]).splitlines()[2:] == [whole]
+    on_a_gpu = [row | {"config": row["config"] | {"codec": "mjpeg", "exact": False}} for row in rows]
+    assert len(TABLES["overlap"]([*rows, *on_a_gpu]).splitlines()) == 4, "another way"
 
 
 def test_every_claim_names_hardware_and_source_and_is_drawn_apart(drawn: dict[str, str]) -> None:
