@@ -136,8 +136,8 @@ def commit() -> str:
         return named
     if not IN_REPOSITORY:
         return f"gpupipe {package_version('gpupipe') or 'of unknown version'}"
-    head = _output_of("git", "rev-parse", "--short=12", "HEAD")
-    if not head:
+    head, top = _output_of("git", "rev-parse", "--short=12", "HEAD"), _output_of("git", "rev-parse", "--show-toplevel")
+    if not head or not top or Path(top.strip()).resolve() != ROOT:  # ROOT may lie in somebody else's repository
         return "unknown"
     changed = _output_of("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return f"{head.strip()}-dirty" if changed else head.strip()

@@ -15,24 +15,20 @@
 # commit for the rows where the files came without .git. The kernels' ahead-of-time report needs no GPU and is not here.
 set -u
 
-out=$(mkdir -p "$1" && cd "$1" && pwd)
+out=$(mkdir -p "${1:?expected OUT, see the head of this file}" && cd "$1" && pwd) || exit 2
 wheels=${2:+$(realpath "$2")}
 cubins=${3:+$(realpath "$3")}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 deadline=$((SECONDS + ${MINUTES:-9} * 60))
-layout=$(mktemp -d)
+layout=$(mktemp -d) || exit 2
 logs=$layout/logs
 mkdir -p "$logs"
 trap 'rm -rf "$layout"' EXIT
 failed=()
 : >"$out/summary.txt"
 
-# The package's layout when installed, made of links: in the repository its folders are at the top (see Makefile, types).
-mkdir -p "$layout/gpupipe" "$layout/site"
-ln -s "$root"/gpupipe/* "$root/kernels" "$root/models" "$root/benchmarks" "$layout/gpupipe/"
-ln -s "$root/tests" "$layout/"
-export PYTHONPATH="$layout:$layout/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 GPUPIPE_FAIL_WITHOUT_CUDA=1
+export PYTHONPATH="$root:$layout/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 GPUPIPE_FAIL_WITHOUT_CUDA=1
 cd "$layout" || exit 1
 
 part() { # name, seconds it may take, command …

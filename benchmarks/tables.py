@@ -17,7 +17,7 @@ from typing import Any
 
 from gpupipe.benchmarks import plots, recorded
 from gpupipe.benchmarks.claims import CLAIMS
-from gpupipe.benchmarks.common import RESULTS, ROOT, Record, read_rows
+from gpupipe.benchmarks.common import IN_REPOSITORY, RESULTS, ROOT, Record, read_rows
 from gpupipe.engines.base import BATCH_SIZES
 from gpupipe.engines.choice import LOWER_ON_CPU
 
@@ -312,8 +312,8 @@ def precision(rows: Rows) -> str:
             for metric, unit in (("psnr", " dB"), ("largest_difference", " of 255")):
                 one = found.get((width, metric))
                 cells.append(f"{one['p50']:.1f}{unit}" if one else "")
-        times = [_kept(rows, found[0.25, "psnr"]["device"], provider, one) for one in (name, "float32")]
-        cells.append("{:.1f} ({:.1f})".format(*times) if all(times) else "")
+        own, plain = (_kept(rows, found[0.25, "psnr"]["device"], provider, one) for one in (name, "float32"))
+        cells.append(f"{own:.1f} ({plain:.1f})" if own and plain else "")
         commits = ", ".join(f"`{commit}`" for commit in sorted({one["commit"] for one in found.values()}))
         lines.append(f"{name} | {by} | {' | '.join(cells)} | {commits}")
     return _table(lines)
@@ -442,6 +442,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     options = parser.parse_args()
+    if not IN_REPOSITORY:
+        parser.error("the pages are in the repository only")
     rows = read_rows()
     if options.check:
         found = differences(rows)

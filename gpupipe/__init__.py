@@ -1,5 +1,10 @@
 """gpupipe: lip-synced talking-head video, rendered in batches on the GPU, and as fast as it can on a CPU."""
 
+from pathlib import Path
+
+if not Path(__file__).with_name("kernels").is_dir():  # in the repository it lies beside this folder, like other parts
+    __path__.append(str(Path(__file__).parents[1]))
+
 from gpupipe.avatar import Avatar
 from gpupipe.errors import CheckpointError, DeviceError, GpupipeError, InputError, OutputError
 from gpupipe.features import SpeechFeatures, audio_windows

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpupipe.avatar import Avatar
 from gpupipe.engines import EngineName, Precision
-from gpupipe.errors import InputError
+from gpupipe.errors import InputError, whole_number
 from gpupipe.fallbacks import fallbacks
 from gpupipe.features import FeatureSource, SpeechFeatures, save_features_bin
 from gpupipe.files import check_not_read, make_folder, replacing
@@ -303,7 +303,7 @@ class FrameGenerationPipeline:
             InputError: input that cannot be used, or less than one sample frame.
             OutputError: the folder or a file in it cannot be written.
         """
-        if num_sample_frames < 1:
+        if whole_number(num_sample_frames, "number of sample frames", "1 or more") < 1:
             raise InputError(f"number of sample frames is {num_sample_frames}; expected 1 or more")
         speech = SpeechFeatures(audio_features_path, self.mode)
         template = self.generator.open_template_directory(template_dir, clip=(0, len(speech)))

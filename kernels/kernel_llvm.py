@@ -118,7 +118,7 @@ def _warn_once(folder: Path, reason: str) -> None:
 @functools.cache
 def _sources(plan: type[Plan]) -> str:
     """A digest of the code that writes kernels: this folder, which has their constants too, and the plan's module."""
-    sources = sorted({*Path(__file__).parent.glob("*.py"), Path(inspect.getfile(plan))})
+    sources = sorted({*Path(__file__).parent.glob("*.py*"), Path(inspect.getfile(plan))})
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
 
 

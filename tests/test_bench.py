@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import resource
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,15 @@ def test_the_commit_is_told_where_files_came_without_their_history(
     monkeypatch.setattr(common, "ROOT", tmp_path)
     monkeypatch.delenv("GPUPIPE_COMMIT", raising=False)
     assert common.commit.__wrapped__() == "unknown"
+    (tmp_path / "inside").mkdir()
+    for words in (
+        ["init", "--quiet"],
+        ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c", "--allow-empty"],
+    ):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    assert len(common.commit.__wrapped__()) == 12
+    monkeypatch.setattr(common, "ROOT", tmp_path / "inside")
+    assert common.commit.__wrapped__() == "unknown", "that is somebody else's repository"
     monkeypatch.setenv("GPUPIPE_COMMIT", "0123456789ab")
     assert common.commit.__wrapped__() == "0123456789ab"
 

@@ -14,9 +14,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from clips import write_wav
 from fuzz_media import wav
 from PIL import Image
 
+from gpupipe import FrameGenerationPipeline
 from gpupipe.demo import BUNDLE, cut_sound, drawing, render_demo, rig
 from gpupipe.demo.evaluate import Agreement, agreement, measure_gap
 from gpupipe.demo.mouth import mouth_track
@@ -206,6 +208,24 @@ def test_render_demo(tmp_path: Path) -> None:
     tiles = [sheet[:TILE, k * (TILE + GAP) :][:, :TILE].astype(int) for k in range(TILES)]
     assert all(tile.std() > 20 for tile in tiles)
     assert np.abs(tiles[0] - tiles[-1]).mean() > 0.2, "the same moment eight times"
+
+
+@pytest.mark.parametrize(("seconds", "rows"), [(0.05, 1), (None, 13)])
+def test_the_features_of_a_long_sound_are_not_held(
+    seconds: float | None, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie in a file, as a day's take gigabytes."""
+    given: list[np.ndarray] = []
+
+    def generate_video(pipeline: object, features: np.ndarray, *rest: object, **options: object) -> None:
+        given.append(features)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FrameGenerationPipeline, "generate_video", generate_video)
+    sound = write_wav(tmp_path / "sound.wav", np.random.default_rng(0).integers(-5000, 5000, 8400))
+    with pytest.raises(KeyboardInterrupt):
+        render_demo(sound, tmp_path / "out.mp4", seconds, device="cpu")
+    assert isinstance(given[0], np.memmap) and given[0].shape == (rows, 512)
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mov"])

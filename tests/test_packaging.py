@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -15,7 +16,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE", "gpupipe", "kernels", "models", "benchmarks")
+SOURCES = (
+    *("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile"),
+    *("gpupipe", "kernels", "models", "benchmarks", "tests", "docs"),
+)
 PACKAGE_DIRS = {
     "gpupipe": "gpupipe",
     "kernels": "gpupipe/kernels",
@@ -100,6 +104,21 @@ def test_wheel_holds_every_file_of_the_packages(wheel: Path, files: set[str]) ->
     assert sorted(names - files) == [], "only in the wheel"
 
 
+def test_source_distribution_holds_the_repository(source: Path, wheel: Path, tmp_path: Path) -> None:
+    """With what its tests and its README need."""
+    expected = {path.relative_to(source).as_posix() for name in SOURCES for path in _files_under(source / name)}
+    build = f"import setuptools.build_meta as backend; print(backend.build_sdist({str(tmp_path)!r}))"
+    *_, name = run(sys.executable, "-c", build, cwd=source).splitlines()
+    with tarfile.open(tmp_path / name) as archive:
+        found = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    assert {"tests/conftest.py", "benchmarks/gpu_session.sh", "docs/performance.md"} <= expected
+    assert sorted(expected - found) == [], "see MANIFEST.in"
+
+
+def _files_under(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+
+
 def test_wheel_claims_one_top_level_name(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"gpupipe"}
@@ -128,3 +147,11 @@ def test_console_command_is_installed_and_answers(python: Path, tmp_path: Path) 
     said = run(command, "--help", cwd=tmp_path)
     for name in ("render", "demo", "doctor"):
         assert name in said
+
+
+def test_package_runs_where_the_repository_is_the_current_folder(python: Path, source: Path) -> None:
+    """Its folder gpupipe/ is found before the installed package, and lacks what lies beside it there."""
+    assert run(python, "-m", "gpupipe", "--version", cwd=source).strip()
+    told = "import gpupipe.kernels, gpupipe.models; print(gpupipe.kernels.__file__, gpupipe.models.__file__)"
+    kernels, models = run(python, "-c", told, cwd=source).split()
+    assert (Path(kernels).parent, Path(models).parent) == (source / "kernels", source / "models")

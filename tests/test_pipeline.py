@@ -331,11 +331,12 @@ def test_reference_outputs(
         assert np.array_equal(cv2.imread(path), frames[i])
 
 
-def test_no_reference_frames_is_an_error(
-    pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("count", [0, 2.5, "3"])
+def test_no_whole_number_of_reference_frames_is_an_error(
+    count: Any, pipeline: FrameGenerationPipeline, clip: dict[str, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"^number of sample frames is 0; expected 1 or more"):
-        pipeline.generate_reference_outputs(clip["features"], clip["template"], tmp_path / "reference", 0)
+    with pytest.raises(InputError, match=f"^number of sample frames is {count!r}; expected 1 or more"):
+        pipeline.generate_reference_outputs(clip["features"], clip["template"], tmp_path / "reference", count)
     assert not (tmp_path / "reference").exists()
 
 

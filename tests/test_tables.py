@@ -6,7 +6,7 @@ import copy
 
 import pytest
 
-from gpupipe.benchmarks import plots
+from gpupipe.benchmarks import plots, tables
 from gpupipe.benchmarks.claims import CLAIMS
 from gpupipe.benchmarks.common import RESULTS, Record, read_rows
 from gpupipe.benchmarks.tables import PAGES, TABLES, fill, same_plot
@@ -186,6 +186,16 @@ def test_what_a_render_costs_beside_its_slower_half() -> None:
     assert TABLES["overlap"]([*rows, *more]).splitlines()[2:] == [whole]
     on_a_gpu = [row | {"config": row["config"] | {"codec": "mjpeg", "exact": False}} for row in rows]
     assert len(TABLES["overlap"]([*rows, *on_a_gpu]).splitlines()) == 4, "another way"
+
+
+def test_there_are_no_pages_but_in_the_repository(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tables, "IN_REPOSITORY", False)
+    monkeypatch.setattr("sys.argv", ["tables", "--check"])
+    with pytest.raises(SystemExit, match="2"):
+        tables.main()
+    assert "the pages are in the repository only" in capsys.readouterr().err
 
 
 def test_every_claim_names_hardware_and_source_and_is_drawn_apart(drawn: dict[str, str]) -> None:

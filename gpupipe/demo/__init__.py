@@ -14,11 +14,13 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import torch
 
 from gpupipe.demo.sheet import write_contact_sheet
 from gpupipe.errors import InputError, output_error
-from gpupipe.files import check_not_read, check_writable, media_url
+from gpupipe.features import write_features
+from gpupipe.files import check_not_read, check_writable, media_url, replacing
 from gpupipe.mel import FEATURE_FPS
 from gpupipe.pipeline import FrameGenerationPipeline, Progress, RenderRecord
 from gpupipe.speech import SpeechEncoder
@@ -77,7 +79,9 @@ def render_demo(
             sound = cut_sound(sound, Path(folder) / "cut.wav", seconds)
         pipeline = FrameGenerationPipeline(BUNDLE / "unet.safetensors", "ave", device)
         encoder = SpeechEncoder(BUNDLE / "encoder.safetensors", pipeline.unet_model.device)
-        features = torch.cat(list(encoder.covering_features(sound)))
+        with replacing(Path(folder) / "features.npy") as temporary:
+            write_features(encoder.covering_features(sound), temporary)
+        features = np.load(Path(folder) / "features.npy", mmap_mode="r")
         if seconds is not None:  # of a very short sound the encoder makes more rows than it lasts
             features = features[: max(1, round(seconds * FEATURE_FPS))]
         pipeline.generate_video(features, BUNDLE / "template", sound, output, progress=progress)

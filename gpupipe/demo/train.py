@@ -212,7 +212,7 @@ def train(
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m gpupipe.demo.train", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m gpupipe.demo.train", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="work folder; the result is its folder bundle/")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--encoder-steps", type=int, default=320)
