@@ -128,7 +128,7 @@ from gpupipe.engines.fused import FusedEngine
 from gpupipe.engines.gluon import GluonEngine
 from gpupipe.kernels import inverted_residual, pointwise
 from gpupipe.kernels.launch_triton import FUSION, launches_taken
-from gpupipe.kernels.whole_block_gluon import whole_block_gluon
+from gpupipe.kernels.whole_block import gluon_obstacle
 from gpupipe.models.unet328 import UNet328, random_inputs
 from ptx_machine.launch import machine
 
@@ -157,9 +157,12 @@ with (
 ):
     for mode in ("ave", "hubert", "wenet"):
         network = UNet328(mode).eval()
-        fused = FusedEngine(network, device=torch.device("meta"))
-        gluon = GluonEngine(network, device=torch.device("meta"), run=whole_block_gluon)
-        for engine in (fused, gluon):
+        engines = [FusedEngine(network, device=torch.device("meta"))]
+        if gluon_obstacle() is None:
+            from gpupipe.kernels.whole_block_gluon import whole_block_gluon
+
+            engines.append(GluonEngine(network, device=torch.device("meta"), run=whole_block_gluon))
+        for engine in engines:
             one = kernels(engine, network, 1)
             assert len(one) > 20, len(one)
             for batch in (2, 3, 16, 64):
@@ -170,13 +173,12 @@ with (
 
 def test_an_engine_s_kernels_do_not_depend_on_the_batch() -> None:
     """So a batch of one has all of them compiled. Nothing is compiled here, or run."""
-    pytest.importorskip("triton", minversion="3.8", reason="Gluon kernels need Triton 3.8")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 6
+    assert len(done.stdout.splitlines()) == (6 if gluon_obstacle() is None else 3)
 
 
 @pytest.mark.cuda
