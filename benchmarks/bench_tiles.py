@@ -16,7 +16,8 @@ import argparse
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -28,8 +29,10 @@ from torch import Tensor
 from gpupipe.benchmarks.common import Row, Spread, add_record_options, append_rows, row
 from gpupipe.benchmarks.kernel_bench import seconds_of
 from gpupipe.benchmarks.seeded import seeded_network
-from gpupipe.engines.fused import FusedEngine
+from gpupipe.engines.fused import FusedEngine, with_kernels_compiled
 from gpupipe.kernels import depthwise_triton, inverted_residual_triton, pointwise_triton
+from gpupipe.kernels.launch_triton import compile_together
+from gpupipe.lanes import available_cores
 from gpupipe.models.unet328 import INPUT_SIZE
 
 Sizes = dict[str, int]
@@ -123,10 +126,24 @@ class Launch:
         given, made = ("×".join(map(str, tensor.shape)) for tensor in (self._arguments[0], self._expected))
         return f"{self._launcher.name.removesuffix('_triton')} {given} → {made}"
 
+    def compile(self, tiles: Sequence[Sizes]) -> None:
+        """Compile the kernel with each tile, on all cores. :meth:`seconds` tells of those that do not compile."""
+
+        def launch_each() -> None:
+            for tile in tiles:
+                with contextlib.suppress(Exception), self._given(tile):
+                    self()
+
+        compile_together(launch_each, available_cores())
+
+    def _given(self, tile: Sizes) -> AbstractContextManager[object]:
+        """Within this context ``tile`` is in use."""
+        given = self._launcher.module.Tile(**tile) if "chunk" in tile else tile
+        return mock.patch.object(self._launcher.module, self._launcher.tiles, lambda *_, **__: given)
+
     def seconds(self, tile: Sizes) -> float:
         """Seconds with ``tile``; infinity where it does not compile, does not fit or gives a wrong result."""
-        given = self._launcher.module.Tile(**tile) if "chunk" in tile else tile
-        with mock.patch.object(self._launcher.module, self._launcher.tiles, lambda *_, **__: given):
+        with self._given(tile):
             try:
                 result = self()
                 error = float((result.float() - self._expected.float()).abs().max())
@@ -173,21 +190,30 @@ def neighbours(tile: Sizes, most: Sizes) -> Iterator[Sizes]:
                 yield {**tile, name: other}
 
 
-def descend(tile: Sizes, most: Sizes, seconds: Callable[[Sizes], float], *, deadline: float) -> tuple[Sizes, float]:
+def descend(
+    tile: Sizes,
+    most: Sizes,
+    seconds: Callable[[Sizes], float],
+    *,
+    deadline: float,
+    prepare: Callable[[list[Sizes]], object] = lambda tiles: None,
+) -> tuple[Sizes, float]:
     """Go downhill from ``tile`` to one that no neighbour beats; returns that tile and its seconds.
 
     Args:
         most: see :func:`neighbours`.
         seconds: what a tile takes.
         deadline: by ``time.monotonic``; from then on no other tile is tried.
+        prepare: given the tiles that are tried next.
     """
     best, least = tile, seconds(tile)
     tried = [tile]
     while True:
         here, start = best, least
-        for other in neighbours(here, most):
-            if other in tried:
-                continue
+        others = [other for other in neighbours(here, most) if other not in tried]
+        if time.monotonic() < deadline:
+            prepare(others)
+        for other in others:
             if time.monotonic() >= deadline:
                 return best, least
             tried.append(other)
@@ -206,7 +232,8 @@ def _shapes(values: Any) -> Any:
 
 def _network(device: torch.device, batch: int) -> Callable[[], object]:
     """The fused engine's two halves at full width."""
-    engine = FusedEngine(seeded_network(width=1), device=device)
+    network = seeded_network(width=1)
+    engine = with_kernels_compiled(FusedEngine(network, device=device), network)
     image = torch.rand(batch, 6, INPUT_SIZE, INPUT_SIZE, device=device).half()
     image = image.contiguous(memory_format=torch.channels_last)
     index, audio = torch.arange(batch, device=device), torch.randn(batch, 32, 16, 16, device=device)
@@ -215,7 +242,7 @@ def _network(device: torch.device, batch: int) -> Callable[[], object]:
 
 def rows_of(launch: Launch, batch: int, device: torch.device, *, deadline: float) -> list[Row]:
     """A launch's time with the tile in use and, where a faster one was found, with that."""
-    fastest, _ = descend(launch.tile, launch.most, launch.seconds, deadline=deadline)
+    fastest, _ = descend(launch.tile, launch.most, launch.seconds, deadline=deadline, prepare=launch.compile)
     found = {"in use": (launch.tile, launch.seconds(launch.tile))}
     if fastest != launch.tile:  # measured again: of many measurements the least is too low
         found["fastest"] = (fastest, launch.seconds(fastest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from gpupipe.benchmarks import bench_tiles
 from gpupipe.benchmarks.bench_tiles import Sizes, descend, neighbours
 from gpupipe.kernels import depthwise_triton, inverted_residual_triton, pointwise_triton
 from gpupipe.kernels.inverted_residual import pack_block
+from gpupipe.kernels.launch_triton import launches_taken
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEVER = math.inf
@@ -33,14 +35,17 @@ def test_neighbours_differ_by_one_size_and_stay_within_the_channels() -> None:
 
 def test_the_search_goes_downhill_to_the_fastest_tile() -> None:
     tried: list[Sizes] = []
+    prepared = [TILE]
 
     def seconds(tile: Sizes) -> float:
+        assert tile in prepared
         tried.append(tile)
         return abs(math.log2(tile["columns"] / 128)) + abs(math.log2(tile["warps"] / 2)) + 1
 
-    fastest, least = descend(TILE, {"chunk": 32}, seconds, deadline=NEVER)
+    fastest, least = descend(TILE, {"chunk": 32}, seconds, deadline=NEVER, prepare=prepared.extend)
     assert (fastest, least) == ({"columns": 128, "chunk": 32, "warps": 2}, 1)
     assert len(tried) == len({tuple(tile.values()) for tile in tried}), "a tile was compiled twice"
+    assert tried == prepared
 
 
 def test_a_tile_that_fails_or_gains_next_to_nothing_is_not_taken() -> None:
@@ -57,8 +62,8 @@ def test_the_search_ends_with_its_time() -> None:
         tried.append(tile)
         return 1 / len(tried)
 
-    assert descend(TILE, {}, seconds, deadline=time.monotonic()) == (TILE, 1.0)
-    assert tried == [TILE]
+    assert descend(TILE, {}, seconds, deadline=time.monotonic(), prepare=tried.extend) == (TILE, 1.0)
+    assert tried == [TILE], "nothing more is compiled, either"
 
 
 @torch.inference_mode()
@@ -95,3 +100,13 @@ def test_launches_are_made_again_with_other_tiles(monkeypatch: pytest.MonkeyPatc
     assert launch.seconds({**launch.tile, "chunk": 12}) == math.inf
     monkeypatch.setattr(launch, "_expected", 1.1 * run())
     assert launch.seconds(launch.tile) == math.inf
+
+    taken: list[int] = []
+
+    def compile_one_by_one(step: Callable[[], object], threads: int) -> None:
+        with launches_taken(lambda kernel, grid, *arguments, **options: taken.append(options["CHUNK"])):
+            step()
+
+    monkeypatch.setattr(bench_tiles, "compile_together", compile_one_by_one)
+    launch.compile([{**launch.tile, "chunk": chunk} for chunk in (16, 32)])
+    assert taken == [16, 32]
