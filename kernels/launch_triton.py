@@ -13,10 +13,14 @@ import torch
 import triton
 
 from gpupipe.kernels.common_triton import INTERPRETED
+from gpupipe.versions import numbers
 
 FUSION = {"enable_fp_fusion": True}
 """An option of every launch: a product and a sum become one instruction. Triton up to 3.9 does so where nothing is
 said; 3.9 warns that 3.10 will not."""
+
+CAN_COMPILE_TOGETHER = numbers(triton.__version__) >= (3, 6)
+"""Triton 3.5 stays in that mode for good if a kernel cannot be compiled."""
 
 _taker: ContextVar[Callable[..., object] | None] = ContextVar("taker", default=None)
 """What launches are handed to in place of the GPU."""
@@ -52,9 +56,9 @@ def compile_together(step: Callable[[], object], threads: int) -> None:
     compiled when the one before it is done.
 
     ``step`` is run with its launches left out, so whatever it makes is meaningless. A kernel that cannot be compiled
-    raises its error when it is launched.
+    raises its error when it is launched. Triton 3.5 compiles one by one.
     """
-    if INTERPRETED:
+    if INTERPRETED or not CAN_COMPILE_TOGETHER:
         return
 
     def compile_only(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
