@@ -285,6 +285,10 @@ class Writer:
         """min(a, bound), of indices."""
         return self.ir.select(self.ir.icmp_signed(">", a, _index(bound)), _index(bound), a)
 
+    def at_least(self, a: Value, bound: Value) -> Value:
+        """max(a, bound), of indices."""
+        return self.ir.select(self.ir.icmp_signed("<", a, bound), bound, a)
+
     def splat(self, value: float, kind: Any = None) -> Value:
         """A vector of a constant, of the function's kind or another."""
         kind = kind or self.vector

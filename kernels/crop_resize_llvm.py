@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpupipe.kernels.common_llvm import Pointer, Processor, Value, Writer, this_processor
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, MASK_COLUMNS, MASK_ROWS, RING
-from gpupipe.kernels.cubic_llvm import CHANNELS, Taps, resize_row, resized_pixel, store_pixel, tables, wide_enough
+from gpupipe.kernels.cubic_llvm import CHANNELS, Rows, Source, Taps, store_bytes, tables, wide_enough
 from gpupipe.kernels.kernel_llvm import Kernel
 
 _BLOCK = 16
@@ -56,13 +56,12 @@ class _Plan:
         corner, length, down_places, down_weights, across_places, across_weights, crop, image = w.maps
         down, across = Taps(down_places, down_weights), Taps(across_places, across_weights)
         frame, crop, image = corner.to(torch.uint8), crop.to(torch.uint8), image.to(self.dtype)
-        bytes_of_row = w.load_index(length, 0)
-        line = w.scratch(3 * self.width + CHANNELS)
+        stride = 3 * self.width
+        source = Source(lambda y: w.at(frame, w.times(y, stride)), w.load_index(length, 0), stride, 3)
+        rows = Rows(w, source, down, across, CROP_SIZE, CROP_SIZE)
         pixels = w.scratch(CHANNELS * CROP_SIZE, torch.uint8)
         with w.loop(0, CROP_SIZE) as row:
-            resize_row(w, down, row, lambda y: w.at(frame, w.times(y, 3 * self.width)), bytes_of_row, line)
-            with w.loop(0, CROP_SIZE) as x:
-                store_pixel(w, resized_pixel(w, across, x, line, 3), w.at(pixels, w.times(x, CHANNELS)))
+            rows.make(w, row, lambda value, i: store_bytes(w, value, w.at(pixels, i)))
             with w.loop(0, CROP_SIZE, _BLOCK) as start:
                 x = w.at_most(start, CROP_SIZE - _BLOCK)
                 for channel, plane in enumerate(_planes(w, w.at(pixels, w.times(x, CHANNELS)))):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gpupipe.kernels.common_triton import INTERPRETED, join4, round_saturate
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, MASK_COLUMNS, MASK_ROWS, RING
-from gpupipe.kernels.cubic_triton import clamped, cubic_axis, weight_at
+from gpupipe.kernels.cubic_triton import add_pair, clamped, cubic_axis, pair_at, sum_across
 from gpupipe.kernels.launch_triton import launch
 
 _SIZE = tl.constexpr(CROP_SIZE)
@@ -76,19 +76,23 @@ def _crop_resize_kernel(
     pixels1 = pixels0
     pixels2 = pixels0
     pixels3 = pixels0
+    above0 = (zero, zero, zero)
+    above1 = above0
+    above2 = above0
+    above3 = above0
     first = rows[0][0]
     for k in range(3 * height // _SIZE + 5):
         at = corner + clamped(first + k, height) * row_stride
         weights = (
-            weight_at(first + k - rows[0][0], rows[0][1], rows[0][2], rows[0][3], rows[0][4]),
-            weight_at(first + k - rows[1][0], rows[1][1], rows[1][2], rows[1][3], rows[1][4]),
-            weight_at(first + k - rows[2][0], rows[2][1], rows[2][2], rows[2][3], rows[2][4]),
-            weight_at(first + k - rows[3][0], rows[3][1], rows[3][2], rows[3][3], rows[3][4]),
+            pair_at(first + k - rows[0][0], rows[0][1], rows[0][2], rows[0][3], rows[0][4]),
+            pair_at(first + k - rows[1][0], rows[1][1], rows[1][2], rows[1][3], rows[1][4]),
+            pair_at(first + k - rows[2][0], rows[2][1], rows[2][2], rows[2][3], rows[2][4]),
+            pair_at(first + k - rows[3][0], rows[3][1], rows[3][2], rows[3][3], rows[3][4]),
         )
-        pixels0 = _add_row(pixels0, at, column0, weights)
-        pixels1 = _add_row(pixels1, at, column1, weights)
-        pixels2 = _add_row(pixels2, at, column2, weights)
-        pixels3 = _add_row(pixels3, at, column3, weights)
+        pixels0, above0 = _add_row(pixels0, above0, at, column0, weights)
+        pixels1, above1 = _add_row(pixels1, above1, at, column1, weights)
+        pixels2, above2 = _add_row(pixels2, above2, at, column2, weights)
+        pixels3, above3 = _add_row(pixels3, above3, at, column3, weights)
 
     for i in tl.static_range(4):
         y = row + i
@@ -163,33 +167,37 @@ def _columns(column, width):
 
 
 @triton.jit
-def _add_row(pixels, row, column, weights):
-    """Add one source row, seen through a column's taps, to the column's four pixels."""
+def _add_row(pixels, above, row, column, weights):
+    """Add one source row, seen through a column's taps, to the column's four pixels.
+
+    Returns those, and the row's three values, to be given as ``above`` with the next row.
+    """
     b = _tap_sum(row, column)
     g = _tap_sum(row + 1, column)
     r = _tap_sum(row + 2, column)
     w0, w1, w2, w3 = weights
     return (
-        pixels[0] + b * w0,
-        pixels[1] + g * w0,
-        pixels[2] + r * w0,
-        pixels[3] + b * w1,
-        pixels[4] + g * w1,
-        pixels[5] + r * w1,
-        pixels[6] + b * w2,
-        pixels[7] + g * w2,
-        pixels[8] + r * w2,
-        pixels[9] + b * w3,
-        pixels[10] + g * w3,
-        pixels[11] + r * w3,
-    )
+        add_pair(pixels[0], above[0], b, w0),
+        add_pair(pixels[1], above[1], g, w0),
+        add_pair(pixels[2], above[2], r, w0),
+        add_pair(pixels[3], above[0], b, w1),
+        add_pair(pixels[4], above[1], g, w1),
+        add_pair(pixels[5], above[2], r, w1),
+        add_pair(pixels[6], above[0], b, w2),
+        add_pair(pixels[7], above[1], g, w2),
+        add_pair(pixels[8], above[2], r, w2),
+        add_pair(pixels[9], above[0], b, w3),
+        add_pair(pixels[10], above[1], g, w3),
+        add_pair(pixels[11], above[2], r, w3),
+    ), (b, g, r)
 
 
 @triton.jit
 def _tap_sum(row, column):
     x0, x1, x2, x3, w0, w1, w2, w3 = column
-    low = tl.load(row + x0).to(tl.float32) * w0 + tl.load(row + x1).to(tl.float32) * w1
-    return low + tl.load(row + x2).to(tl.float32) * w2 + tl.load(row + x3).to(tl.float32) * w3
+    v0, v1 = tl.load(row + x0).to(tl.float32), tl.load(row + x1).to(tl.float32)
+    v2, v3 = tl.load(row + x2).to(tl.float32), tl.load(row + x3).to(tl.float32)
+    return sum_across(v0, v1, v2, v3, w0, w1, w2, w3)
 
 
 @triton.jit

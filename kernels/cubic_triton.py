@@ -1,4 +1,4 @@
-"""Cubic taps as in :mod:`gpupipe.kernels.cubic`, for the Triton kernels that resize."""
+"""Cubic resizing as in :mod:`gpupipe.kernels.cubic`, with the same steps, for the Triton kernels that resize."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ def cubic_tap(position, source, target):
 
 @triton.jit
 def _keys(x):
-    """Keys' cubic at ``x`` in [0, 1) after the second tap; the same steps as in the reference."""
-    u = x + 1.0
+    """Keys' cubic at ``x`` in [0, 1) after the second tap."""
+    x = ((x + 1.0) - 1.0).to(tl.float64)
     y = 1.0 - x
-    w0 = ((_A * u - 5.0 * _A) * u + 8.0 * _A) * u - 4.0 * _A
-    w1 = ((_A + 2.0) * x - (_A + 3.0)) * x * x + 1.0
-    w2 = ((_A + 2.0) * y - (_A + 3.0)) * y * y + 1.0
-    return w0, w1, w2, 1.0 - w0 - w1 - w2
+    w0 = _A * x * y * y
+    w1 = y * (1.0 + x - (_A + 2.0) * x * x)
+    w2 = x * (1.0 + y - (_A + 2.0) * y * y)
+    w3 = _A * x * x * y
+    return w0.to(tl.float32), w1.to(tl.float32), w2.to(tl.float32), w3.to(tl.float32)
 
 
 @triton.jit
@@ -44,7 +45,22 @@ def clamped(tap, source):
 
 
 @triton.jit
-def weight_at(distance, w0, w1, w2, w3):
-    """The weight ``distance`` taps after the first; 0 outside the four."""
-    outer = tl.where(distance == 0, w0, tl.where(distance == 3, w3, 0.0))
-    return tl.where(distance == 1, w1, tl.where(distance == 2, w2, outer))
+def sum_across(v0, v1, v2, v3, w0, w1, w2, w3):
+    """The weighted sum of a row's taps."""
+    return tl.fma(v3, w3, tl.fma(v2, w2, tl.fma(v1, w1, v0 * w0)))
+
+
+@triton.jit
+def pair_at(distance, w0, w1, w2, w3):
+    """The weights of the row ``distance`` taps after the first, and of the one above it; 0 but for the pairs' second.
+
+    Rows are walked from the top down, and the taps are added up in two pairs.
+    """
+    above = tl.where(distance == 1, w0, tl.where(distance == 3, w2, 0.0))
+    return above, tl.where(distance == 1, w1, tl.where(distance == 3, w3, 0.0))
+
+
+@triton.jit
+def add_pair(total, above, value, weights):
+    """Add a row and the one above it, with :func:`pair_at`'s weights."""
+    return total + tl.fma(above, weights[0], value * weights[1])

@@ -15,10 +15,11 @@ from gpupipe.kernels.common_llvm import Pointer, Processor, Value, Writer, this_
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, RING
 from gpupipe.kernels.cubic_llvm import (
     CHANNELS,
+    PIXEL,
+    Rows,
+    Source,
     Taps,
     load_pixel,
-    resize_row,
-    resized_pixel,
     store_pixel,
     tables,
     wide_enough,
@@ -81,14 +82,15 @@ class _Plan:
         w = Writer(processor, self.maps)
         mouth, crop, frame, box, down_places, down_weights, across_places, across_weights, alpha, keep, out = w.maps
         canvas = _canvas(w, mouth, crop.to(torch.uint8))
+        corners, line = [w.load_index(box, i) for i in range(4)], CHANNELS * CROP_SIZE
+        down, across = Taps(down_places, down_weights), Taps(across_places, across_weights)
+        source = Source(lambda y: w.at(canvas, w.times(y, line)), line, line, CHANNELS)
         painter = _Painter(
-            Taps(down_places, down_weights),
-            Taps(across_places, across_weights),
-            canvas,
-            w.scratch(CHANNELS * CROP_SIZE),
+            Rows(w, source, down, across, w.minus(corners[2], corners[0]), self.width),
+            w.scratch(CHANNELS * self.width),
             frame.to(torch.uint8),
             self.width,
-            [w.load_index(box, i) for i in range(4)],
+            corners,
             alpha if self.faded else None,
             keep.to(torch.uint8) if self.kept else None,
         )
@@ -124,13 +126,12 @@ class _Painter:
     """Finishes rows of a frame.
 
     Attributes:
-        line: of floats, for one row of the canvas at a time.
+        rows: of the box, resized.
+        line: of floats, for one of them at a time.
         box: xmin, ymin, xmax and ymax.
     """
 
-    down: Taps
-    across: Taps
-    canvas: Pointer
+    rows: Rows
     line: Pointer
     frame: Pointer
     width: int
@@ -147,11 +148,10 @@ class _Painter:
         """The pixels of the box, in so many bytes each; ``target`` is where the frame's row begins."""
         xmin, ymin, xmax, _ = self.box
         y, width = w.minus(row, ymin), w.minus(xmax, xmin)
-        canvas = CHANNELS * CROP_SIZE
-        resize_row(w, self.down, y, lambda one: w.at(self.canvas, w.times(one, canvas)), canvas, self.line)
+        self.rows.make(w, y, lambda value, i: w.store(value, w.at(self.line, i)))
         with w.loop(0, width) as column:
             x = w.plus(xmin, column)
-            painted = resized_pixel(w, self.across, column, self.line, CHANNELS)
+            painted = w.ir.load(w.at(self.line, w.times(column, CHANNELS)).place, align=4, typ=PIXEL)
             if self.alpha is not None or self.keep is not None:
                 template = load_pixel(w, self._template(w, row, x))
             if self.alpha is not None:

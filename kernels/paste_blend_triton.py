@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gpupipe.kernels.common_triton import INTERPRETED, round_saturate, truncate
 from gpupipe.kernels.crop_resize import CROP_SIZE, INNER_SIZE, RING
-from gpupipe.kernels.cubic_triton import clamped, cubic_axis, cubic_tap, weight_at
+from gpupipe.kernels.cubic_triton import add_pair, clamped, cubic_axis, cubic_tap, pair_at, sum_across
 from gpupipe.kernels.launch_triton import launch
 from gpupipe.kernels.nv12_triton import store_cell
 
@@ -137,28 +137,30 @@ def _resize(inner, ring, strides, rows, columns, count, REACHES_RING: tl.constex
     """The cell's four pixels from the canvas, row by row: blue, green, red of each, float32."""
     zero = tl.zeros_like(rows[0][1])
     pixels = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    above = (zero, zero, zero, zero, zero, zero)
     first = rows[0][0]
     for k in range(count):
         # There are more rows than some cells need. Those weigh nothing, but must not lie beyond what can be read.
         y = clamped(first + k, _SIZE if REACHES_RING else _RING + _INNER)
-        upper = weight_at(first + k - rows[0][0], rows[0][1], rows[0][2], rows[0][3], rows[0][4])
-        lower = weight_at(first + k - rows[1][0], rows[1][1], rows[1][2], rows[1][3], rows[1][4])
+        upper = pair_at(first + k - rows[0][0], rows[0][1], rows[0][2], rows[0][3], rows[0][4])
+        lower = pair_at(first + k - rows[1][0], rows[1][1], rows[1][2], rows[1][3], rows[1][4])
         b0, g0, r0 = _tap_sums(inner, ring, strides, y, columns[0], REACHES_RING)
         b1, g1, r1 = _tap_sums(inner, ring, strides, y, columns[1], REACHES_RING)
         pixels = (
-            pixels[0] + b0 * upper,
-            pixels[1] + g0 * upper,
-            pixels[2] + r0 * upper,
-            pixels[3] + b1 * upper,
-            pixels[4] + g1 * upper,
-            pixels[5] + r1 * upper,
-            pixels[6] + b0 * lower,
-            pixels[7] + g0 * lower,
-            pixels[8] + r0 * lower,
-            pixels[9] + b1 * lower,
-            pixels[10] + g1 * lower,
-            pixels[11] + r1 * lower,
+            add_pair(pixels[0], above[0], b0, upper),
+            add_pair(pixels[1], above[1], g0, upper),
+            add_pair(pixels[2], above[2], r0, upper),
+            add_pair(pixels[3], above[3], b1, upper),
+            add_pair(pixels[4], above[4], g1, upper),
+            add_pair(pixels[5], above[5], r1, upper),
+            add_pair(pixels[6], above[0], b0, lower),
+            add_pair(pixels[7], above[1], g0, lower),
+            add_pair(pixels[8], above[2], r0, lower),
+            add_pair(pixels[9], above[3], b1, lower),
+            add_pair(pixels[10], above[4], g1, lower),
+            add_pair(pixels[11], above[5], r1, lower),
         )
+        above = (b0, g0, r0, b1, g1, r1)
     return pixels
 
 
@@ -179,9 +181,9 @@ def _tap_sums(inner, ring, strides, y, column, REACHES_RING: tl.constexpr):
     b2, g2, r2 = _canvas(inner, ring, strides, y, x2, REACHES_RING)
     b3, g3, r3 = _canvas(inner, ring, strides, y, x3, REACHES_RING)
     return (
-        b0 * w0 + b1 * w1 + b2 * w2 + b3 * w3,
-        g0 * w0 + g1 * w1 + g2 * w2 + g3 * w3,
-        r0 * w0 + r1 * w1 + r2 * w2 + r3 * w3,
+        sum_across(b0, b1, b2, b3, w0, w1, w2, w3),
+        sum_across(g0, g1, g2, g3, w0, w1, w2, w3),
+        sum_across(r0, r1, r2, r3, w0, w1, w2, w3),
     )
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
+import parity
 import pytest
 import torch
-from parity import EXACT_RESIZE, THIN_CROP, Bound, inside, opencv_resize, resize_bound
+from parity import EXACT_RESIZE, THIN_CROP, Bound, inside, ipp_resize, opencv_resize, resize_bound
 from torch import Tensor
 
 from gpupipe.benchmarks import reference_loop as reference
@@ -164,6 +167,45 @@ def test_cubic_resize_between_any_sizes(source: tuple[int, int], size: tuple[int
     expected = opencv_resize(picture, size)
     bound = THIN_CROP if min(source) < 4 else EXACT_RESIZE
     bound.check(found[0].permute(1, 2, 0).numpy(), expected)
+
+
+SIZES = [((side, side), (328, 328)) for side in (61, 117, 176, 223, 327, 400, 719)] + [
+    ((328, 328), (width, height)) for width, height in ((61, 61), (176, 180), (223, 223), (400, 390), (719, 719))
+]
+"""Of crops on their way in, and of mouths on their way back: width and height."""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="PyTorch's sums were looked at on x86 only")
+@pytest.mark.parametrize(("source", "target"), SIZES)
+def test_a_resize_has_the_bits_that_its_description_gives(source: tuple[int, int], target: tuple[int, int]) -> None:
+    for seed in range(2):
+        picture = noise(seed)[: source[1], : source[0]]
+        found = cubic_resize(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None], *target)
+        assert np.array_equal(found[0].permute(1, 2, 0).numpy(), ipp_resize(picture, target))
+
+
+@pytest.mark.skipif(not cv2.ipp.useIPP(), reason="OpenCV has no IPP here")
+def test_a_resize_has_the_bits_of_ipp_but_for_the_order_of_its_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is another one on other processors. Where it is the same, no value differs."""
+
+    def differing(resize: Callable[[Image, tuple[int, int]], Image]) -> float:
+        values = wrong = 0
+        for (source, target), seed in itertools.product(SIZES, range(3)):
+            picture = np.ascontiguousarray(noise(seed)[: source[1], : source[0]])
+            expected = cv2.resize(picture, target, interpolation=cv2.INTER_CUBIC)
+            difference = np.abs(resize(picture, target).astype(int) - expected)
+            assert difference.max() <= 1
+            values, wrong = values + difference.size, wrong + np.count_nonzero(difference)
+        return wrong / values
+
+    def ours(picture: Image, size: tuple[int, int]) -> Image:
+        return cubic_resize(torch.from_numpy(picture).permute(2, 0, 1)[None], *size)[0].permute(1, 2, 0).numpy()
+
+    assert differing(ours) <= 1e-5
+    # A negative control.
+    keys = parity._keys
+    monkeypatch.setattr(parity, "_keys", lambda x: keys(x.astype(np.float32)))
+    assert differing(ipp_resize) > 1e-5, "with weights that are rounded at each step"
 
 
 def test_a_crop_is_resized_alike_however_it_lies_in_memory() -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from clips import features, rendered
-from parity import EXACT_FRAME, check_frame
+from parity import EXACT_FRAME, Bound, check_frame, inside, ipp_resize
 
-from gpupipe import FrameGenerator, UNetModel
+from gpupipe import FrameGenerator, SpeechEncoder, UNetModel
 from gpupipe.benchmarks import reference_loop as reference
+from gpupipe.demo import BUNDLE
 from gpupipe.models import MODES, Mode, UNet328
 
 MakeModel = Callable[..., UNetModel]
@@ -33,7 +34,13 @@ def boxes_of(template: Path, order: list[int]) -> list[reference.Box]:
 
 
 def check_parity(
-    model: UNetModel, template: Path, sound: np.ndarray, *, start_frame: int = 0, parsing: bool = False
+    model: UNetModel,
+    template: Path,
+    sound: np.ndarray,
+    *,
+    start_frame: int = 0,
+    parsing: bool = False,
+    bound: Bound = EXACT_FRAME,
 ) -> None:
     """Check the contract's bound on every frame of a clip, pasted without feathering."""
     generator = FrameGenerator(model, model.mode, blend="none")
@@ -44,7 +51,7 @@ def check_parity(
     length = len(list((template / "full_body_img").iterdir()))
     order = list(islice(reference.ping_pong(length, start_frame), len(sound)))
     for i, box in enumerate(boxes_of(template, order)):
-        check_frame(found[i], expected[i], box, what=f"frame {i}")
+        check_frame(found[i], expected[i], box, bound, what=f"frame {i}")
         assert not np.array_equal(found[i], reference.read_image(template / "full_body_img" / f"{order[i]}.jpg"))
 
 
@@ -82,6 +89,23 @@ def test_every_frame_of_the_real_template(mode: Mode, golden_checkpoint: Callabl
     length = len(list((speaker / "full_body_img").iterdir()))
     sound = np.load(speaker / "features_ave.npy")[:length] if mode == "ave" else features(length, mode)
     check_parity(model, speaker, sound)
+
+
+def test_bundled_avatar() -> None:
+    """A trained network, which can make seven steps of a mouth's values of one step in its crop's.
+
+    The clip is short, but its windows are of speech: features that the network was not trained on make it wilder.
+    """
+    template, sound = BUNDLE / "template", BUNDLE / "sample.flac"
+    order = list(islice(reference.ping_pong(96, 80), 20))
+    for i, box in zip(order, boxes_of(template, order), strict=True):
+        crop = reference.read_image(template / "full_body_img" / f"{i}.jpg")[inside(box)]
+        expected = cv2.resize(crop, (328, 328), interpolation=cv2.INTER_CUBIC)
+        if not np.array_equal(ipp_resize(crop, (328, 328)), expected):
+            pytest.skip("OpenCV adds up in another order on this processor")
+    encoder = SpeechEncoder(BUNDLE / "encoder.safetensors", "cpu")
+    model = UNetModel(BUNDLE / "unet.safetensors", device="cpu")
+    check_parity(model, template, encoder.features(sound)[60:80], start_frame=80, bound=Bound(1, 0.999))
 
 
 @pytest.mark.parametrize("mode", MODES)
