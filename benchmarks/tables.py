@@ -246,7 +246,7 @@ def kernels(rows: Rows) -> str:
     """The kernels around the network, and its blocks: time, and the share of the device's copy bandwidth."""
     newest: dict[tuple[Any, ...], dict[str, Record]] = {}
     for row in rows:
-        if row["metric"] in ("latency", "bandwidth", "ratio") and "case" in row["config"] and row["error"] is None:
+        if row["what"] != "tiles" and "case" in row["config"] and row["error"] is None:
             key = row["device"], row["what"], row["config"]["case"], row["value"], row["provider"]
             newest.setdefault(key, {})[row["metric"]] = row
     lines = ["machine | kernel | case | batch | by | µs a frame (p20–p80) | GB/s | % of copying | commit"]

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-if not Path(__file__).with_name("kernels").is_dir():  # in the repository it lies beside this folder, like other parts
+# In the repository kernels/, models/ and benchmarks/ lie beside this folder. (Not again for gpupipe.gpupipe.)
+if __name__ == "gpupipe" and not Path(__file__).with_name("kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 from gpupipe.avatar import Avatar

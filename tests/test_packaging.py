@@ -149,6 +149,13 @@ def test_console_command_is_installed_and_answers(python: Path, tmp_path: Path) 
         assert name in said
 
 
+def test_package_in_the_repository_does_not_hold_itself_without_end(python: Path, source: Path) -> None:
+    walk = "import gpupipe, pkgutil; found = pkgutil.walk_packages(gpupipe.__path__, 'gpupipe.', lambda name: None)"
+    names = run(python, "-c", f"{walk}; print(*(module.name for module in found))", cwd=source).split()
+    assert "gpupipe.kernels.cubic" in names
+    assert not any("gpupipe.gpupipe.gpupipe" in name for name in names)
+
+
 def test_package_runs_where_the_repository_is_the_current_folder(python: Path, source: Path) -> None:
     """Its folder gpupipe/ is found before the installed package, and lacks what lies beside it there."""
     assert run(python, "-m", "gpupipe", "--version", cwd=source).strip()

@@ -167,8 +167,9 @@ def test_kernels_stand_beside_the_copy_bandwidth() -> None:
 
     older, rows = of("latency", 9), [of("latency", 1.234), of("bandwidth", 2900), of("ratio", 72.4)]
     failed = of("latency", 1, "BGR") | {"error": "RuntimeError: no"}
+    tile = of("latency", 1, "pointwise") | {"what": "tiles"}
     line = "| a GPU | paste_blend | NV12 | 64 | triton | **1.23** (0.617–2.47) | 2900 | 72.4 | `c` |"
-    assert TABLES["kernels"]([older, *rows, failed]).splitlines()[2:] == [line]
+    assert TABLES["kernels"]([older, *rows, failed, tile]).splitlines()[2:] == [line]
 
 
 def test_what_a_render_costs_beside_its_slower_half() -> None:

@@ -203,6 +203,16 @@ def test_a_file_is_closed_after_its_last_user(video: Path, tmp_path: Path) -> No
         gc.enable()
 
 
+def test_a_closed_file_is_not_read(video: Path) -> None:
+    frames = VideoFrames(video)
+    frames.read([0])
+    frames.close()
+    frames.close()
+    for number in (0, FRAMES - 1):
+        with pytest.raises(InputError, match="is closed; expected an open video file"):
+            frames.read([number])
+
+
 CLOSE = """
 import av.logging, contextlib, gc, logging, sys
 from gpupipe import InputError

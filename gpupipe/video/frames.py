@@ -115,9 +115,11 @@ class VideoFrames:
             NV12 uint8 (n, H·3/2, W) on ``device``, BT.709 in limited range.
 
         Raises:
-            InputError: a frame that cannot be decoded, or is of another size.
+            InputError: a frame that cannot be decoded, or is of another size; or the file is closed.
         """
         with self._lock:
+            if not self._close.alive:  # PyAV would decode from freed memory
+                raise InputError(f"{self.path}: is closed; expected an open video file")
             found = {number: self._frame(number) for number in sorted(set(map(int, numbers)))}
         return torch.stack([found[int(number)] for number in numbers]).to(self.device)
 
