@@ -313,7 +313,7 @@ def precision(rows: Rows) -> str:
                 one = found.get((width, metric))
                 cells.append(f"{one['p50']:.1f}{unit}" if one else "")
         own, plain = (_kept(rows, found[0.25, "psnr"]["device"], provider, one) for one in (name, "float32"))
-        cells.append(f"{own:.1f} ({plain:.1f})" if own and plain else "")
+        cells.append(f"{_figure(own)} ({_figure(plain)})" if own and plain else "")
         commits = ", ".join(f"`{commit}`" for commit in sorted({one["commit"] for one in found.values()}))
         lines.append(f"{name} | {by} | {' | '.join(cells)} | {commits}")
     return _table(lines)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,32 @@ def test_the_ways_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         8: (6, "s", 3),
     }
     assert rows[8]["config"] == {"arch": 86, "kernels": len(bench_compilation._kernels()), "mode": "ave"}
+
+
+def test_each_turn_compiles_all_kernels_into_an_empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On as many threads at once as it says."""
+    both, caches = threading.Barrier(2), []
+
+    def compiled(kernel: str, arch: int) -> None:
+        both.wait(20)
+        folder = os.environ["TRITON_CACHE_DIR"]
+        caches.append((kernel, arch, folder, *Path(folder).iterdir()))
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", "the user's")
+    monkeypatch.setattr(bench_compilation, "_kernels", lambda: ["a", "b"])
+    monkeypatch.setattr(bench_compilation, "compiled_kernel", compiled)
+    assert 0 < bench_compilation._seconds(86, 2) < 60
+    assert {(kernel, arch, *held) for kernel, arch, _, *held in caches} == {("a", 86), ("b", 86)}
+    first = caches[0][2]
+    bench_compilation._seconds(86, 2)
+    assert len({first, caches[-1][2], "the user's"}) == 3
+
+    def fail(kernel: str, arch: int) -> None:
+        raise RuntimeError("ptxas failed")
+
+    monkeypatch.setattr(bench_compilation, "compiled_kernel", fail)
+    with pytest.raises(RuntimeError, match="ptxas failed"):
+        bench_compilation._seconds(86, 1)
 
 
 def test_it_compiles_what_the_engine_launches() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ pytest.importorskip("triton")
 
 from gpupipe.benchmarks import bench_tiles
 from gpupipe.benchmarks.bench_tiles import Sizes, descend, neighbours
+from gpupipe.benchmarks.common import read_rows
 from gpupipe.kernels import depthwise_triton, inverted_residual_triton, pointwise_triton
 from gpupipe.kernels.inverted_residual import pack_block
 from gpupipe.kernels.launch_triton import launches_taken
@@ -53,6 +56,9 @@ def test_a_tile_that_fails_or_gains_next_to_nothing_is_not_taken() -> None:
     assert descend(TILE, {}, lambda tile: 1.0 if tile == TILE else 0.99, deadline=NEVER) == (TILE, 1.0)
     assert descend(TILE, {}, lambda tile: 1.0 if tile == TILE else 0.9, deadline=NEVER)[1] == 0.9
     assert descend(TILE, {}, lambda tile: math.inf, deadline=NEVER) == (TILE, math.inf)
+    wide = {**TILE, "columns": 64}
+    speeds = {(32, 32, 4): 1.0, (64, 32, 4): 0.5}
+    assert descend(TILE, {}, lambda tile: speeds.get(tuple(tile.values()), 0.9), deadline=NEVER) == (wide, 0.5)
 
 
 def test_the_search_ends_with_its_time() -> None:
@@ -64,6 +70,44 @@ def test_the_search_ends_with_its_time() -> None:
 
     assert descend(TILE, {}, seconds, deadline=time.monotonic(), prepare=tried.extend) == (TILE, 1.0)
     assert tried == [TILE], "nothing more is compiled, either"
+
+
+def test_the_slowest_launch_is_first_and_each_counts_as_often_as_it_is_made(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    class Made:
+        """Stands in for a launch: the fewer columns, the faster, down to 16."""
+
+        most: ClassVar = {"columns": 32}
+
+        def __init__(self, name: str, times: int, microseconds: float) -> None:
+            self.name, self.times, self.tile, self._each = name, times, {"columns": 32}, microseconds
+
+        def __str__(self) -> str:
+            return self.name
+
+        def compile(self, tiles: list[Sizes]) -> None:
+            pass
+
+        def seconds(self, tile: Sizes) -> float:
+            return self._each * 1e-6 * tile["columns"] / 32
+
+    made = [Made("short", 1, 100), Made("often", 4, 60), Made("long", 2, 80)]
+    monkeypatch.setattr(bench_tiles, "_network", lambda device, batch: None)
+    monkeypatch.setattr(bench_tiles, "recorded", lambda run: made)
+    words = ["--device", "cpu", "--batch", "10", "--record", "--results"]
+    for seconds, fastest in ((60, 16), (0, 32)):
+        results = tmp_path / str(seconds)
+        monkeypatch.setattr("sys.argv", ["bench_tiles", *words, str(results), "--seconds", str(seconds)])
+        bench_tiles.main()
+        found = [(row["config"]["case"], row["provider"], row["p50"], row["unit"]) for row in read_rows(results)]
+        expected = []
+        for name, each in (("often", 60), ("long", 80), ("short", 100)):
+            expected += [(name, "in use", pytest.approx(each), "µs/launch")]
+            expected += [(name, "fastest", pytest.approx(each / 2), "µs/launch")] if fastest == 16 else []
+        assert found == expected
+        total = "50.00 → 25.00" if fastest == 16 else "50.00 → 50.00"
+        assert f"all launches: {total} µs a frame" in capsys.readouterr().out
 
 
 @torch.inference_mode()
@@ -100,6 +144,8 @@ def test_launches_are_made_again_with_other_tiles(monkeypatch: pytest.MonkeyPatc
     assert launch.seconds({**launch.tile, "chunk": 12}) == math.inf
     monkeypatch.setattr(launch, "_expected", 1.1 * run())
     assert launch.seconds(launch.tile) == math.inf
+    monkeypatch.setattr(launch, "_expected", math.nan * run())
+    assert launch.seconds(launch.tile) == math.inf, "NaN"
 
     taken: list[int] = []
 

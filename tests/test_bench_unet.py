@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpupipe.benchmarks import bench_inverted_residual, bench_unet
 from gpupipe.benchmarks.common import Row
@@ -112,6 +113,83 @@ def test_what_is_measured_is_recorded_before_the_next_comparison(
     with pytest.raises(KeyboardInterrupt):
         bench_unet.main()
     assert "first" in capsys.readouterr().out
+
+
+@torch.inference_mode()
+def test_everybody_on_a_cpu_paints_what_it_says_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many frames, by as many threads, with the template's half or without."""
+    monkeypatch.setattr(bench_unet, "available_cores", lambda: 3)
+    threads: list[int] = []
+    session, lanes, encoded, painted = bench_unet._session, bench_unet.map_in_lanes, [], []
+
+    def counted(function: Any, items: Any) -> Any:
+        done = list(lanes(function, items))
+        painted.extend(done)
+        return done
+
+    monkeypatch.setattr(bench_unet, "_session", lambda graph, n: (threads.append(n), session(graph, n))[1])
+    monkeypatch.setattr(bench_unet, "map_in_lanes", counted)
+    network = seeded_network(width=1 / 8)
+    made = bench_unet.on_cpu(network)
+    assert threads == [3, 1]
+    for kind in (EagerEngine, bench_unet.OnnxRuntimeEngine, bench_unet.LlvmEngine):
+        encode = kind.encode
+        monkeypatch.setattr(kind, "encode", lambda *given, encode=encode: (encoded.append(1), encode(*given))[1])
+    mouth = network(*bench_unet._inputs(network, 1, CPU))
+    for one in made:
+        encoded.clear()
+        painted.clear()
+        result = one.run()
+        mouths = painted or [result]
+        assert len(mouths) == one.frames, one
+        for found in mouths:
+            values = torch.as_tensor(found[0] if isinstance(found, list) else found).float()
+            values = values / (255 if values.max() > 1 else 1)
+            assert (values - mouth).abs().max() < (0.005 if one.facts["precision"] == "float32" else 0.05), one
+        ours = one.name in ("eager", "onnxruntime", "llvm")
+        assert len(encoded) == (one.frames if ours and not one.cached else 0), one
+    assert {(one.name, one.cached) for one in made} >= {(name, c) for name in ("eager", "onnxruntime") for c in (0, 1)}
+
+
+@torch.inference_mode()
+def test_a_cached_half_is_not_counted_and_weights_are_read_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_unet, "copy_bandwidth", lambda device: 1e12)
+    monkeypatch.setattr(bench_unet, "timed", lambda run, device: 8.0)
+    monkeypatch.setattr("gpupipe.benchmarks.common.device_name", str)
+    network, told = seeded_network(width=1 / 8), {"precision": "float16"}
+    made = [bench_unet.Contestant("a", lambda: None, 4, told, cached) for cached in (False, True)]
+    found: bench_unet.Measured = {}
+    bench_unet.measure(made, CPU, 1, found)
+    assert found == {0: [2.0], 1: [2.0]}, "a frame's share of four"
+
+    class Speech(torch.nn.Module):
+        """The other half."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = bench_unet.fold_batch_norms(network)
+
+        def forward(self, audio: torch.Tensor) -> torch.Tensor:
+            return self.network.decode(features, audio)
+
+    image, audio = bench_unet._inputs(network, 1, CPU)
+    features = network.encode(image)
+    with (speech := FlopCounterMode(display=False)):
+        network.decode(features, audio)
+    operations = bench_unet.operations_of(network, image, audio)
+    traffic = bench_unet.layerwise_traffic(network, image, audio)
+    half = bench_unet._traffic(Speech(), (audio,))
+    for device, batch in ((CPU, 1), (torch.device("cuda"), 4)):
+        rows = bench_unet.rows_of(network, made, found, device, batch)
+        by = {(row.metric, row.config["cached"]): row.p50 for row in rows}
+        assert by["latency", False] == 2000 and by["throughput", True] == 0.5
+        assert by["operations", False] == pytest.approx(operations / 2e9)
+        assert by["operations", True] == pytest.approx(speech.get_total_flops() / 2e9)
+        assert by["bandwidth", False] == pytest.approx((traffic.activations + traffic.weights / batch) / 1e9)
+        assert by["bandwidth", True] == pytest.approx(2 * (half.activations + half.weights / batch) / 2e9)
+    layers = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.Identity(), torch.nn.ReLU())
+    counted = bench_unet._traffic(layers, (torch.zeros(1, 2, 4, 5),))
+    assert counted == ((2 + 3 + 3 + 3) * 20, 2 * 3 + 3), "what is left of a batch norm is no layer"
 
 
 @pytest.mark.cuda

@@ -227,9 +227,11 @@ def no_memory_on_a_cpu() -> Exception:
         no_memory_on_a_cpu(),
         onnxruntime.capi.onnxruntime_pybind11_state.Fail("Failed to allocate memory for requested buffer of size 8"),
         RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("std::bad_alloc"),
         OSError(24, "Too many open files"),
     ],
-    ids=["CUDA", "Python", "CPU", "ONNX Runtime", "CUDA's library", "files"],
+    ids=["CUDA", "Python", "CPU", "ONNX Runtime", "CUDA's library", "cuBLAS", "C++", "files"],
 )
 def test_an_engine_that_found_no_memory_is_measured_again(
     network: UNet328, timed: dict[str, float], monkeypatch: pytest.MonkeyPatch, reason: Exception

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -24,7 +25,8 @@ from gpupipe import InputError
 from gpupipe.engines.remembered import remember
 from gpupipe.errors import DeviceLostError, DiskFullError, GpupipeError
 from gpupipe.farm import cluster, read_jobs, run_farm
-from gpupipe.farm.worker import FeaturesTask, RenderTask
+from gpupipe.farm.residents import AvatarKey
+from gpupipe.farm.worker import FeaturesTask, JoinTask, RenderTask
 from gpupipe.models import load_unet
 
 pytest.importorskip("ray", reason="Ray is not installed")
@@ -171,6 +173,67 @@ def test_a_cluster_without_gpus_is_told_as_one(workers: int | None) -> None:
         cluster._RayWorkers(ray, None, workers, {"device": "cuda"})  # type: ignore[arg-type]
 
 
+def test_workers_are_where_cores_are() -> None:
+    """Not on a machine that has left, nor on a cluster's head without any. Each uses no more than it was given."""
+    asked: list[dict[str, Any]] = []
+    ray: Any = SimpleNamespace(
+        nodes=lambda: [
+            {"Alive": True, "Resources": {"memory": 1e9}},
+            {"Alive": True, "Resources": {"CPU": 8.0}},
+            {"Alive": False, "Resources": {"CPU": 64.0}},
+        ],
+        remote=lambda **options: asked.append(options) or (lambda _: SimpleNamespace(remote=lambda *_: None)),
+    )
+    for count, cores in ((None, 8), (2, 4)):
+        workers = cluster._RayWorkers(ray, None, count, {"device": "cpu"}).workers  # type: ignore[arg-type]
+        assert len(workers) == (count or 1)
+        environment = {"env_vars": {"GPUPIPE_CORES": str(cores)}}
+        assert asked[-2] == {"num_cpus": cores, "num_gpus": 0, "runtime_env": environment}
+        assert asked[-1]["num_cpus"] == 0, "a join waits for no worker's cores"
+
+
+def test_a_join_whose_process_dies_is_blamed_and_a_worker_is_given_more_of_its_face(
+    jobs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A video that ends each process that joins it would otherwise be begun for ever."""
+    from ray.exceptions import WorkerCrashedError
+
+    joins: list[object] = []
+
+    def get(ref: object) -> Any:
+        if ref in joins:
+            raise WorkerCrashedError
+        return None, ["torch in place of Triton"]  # all that the worker has told so far, with each task
+
+    def join(task: JoinTask) -> object:
+        joins.append(object())
+        return joins[-1]
+
+    part: Any = SimpleNamespace(job=read_jobs(jobs)[1])
+    tasks = [RenderTask([part]), RenderTask([part]), JoinTask(part.job, [], Path("1.mp4"))]
+    actor = SimpleNamespace(do=SimpleNamespace(remote=lambda task: object()))
+    ray: Any = SimpleNamespace(
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}],
+        remote=lambda **how: (
+            lambda _: SimpleNamespace(
+                remote=join if how.get("scheduling_strategy") == "SPREAD" else lambda options: actor
+            )
+        ),
+        wait=lambda refs, num_returns: (refs[-1:], None),
+        get=get,
+    )
+    lost, asked = [], []
+    scheduler: Any = SimpleNamespace(
+        next_task=lambda *, frames, last_avatar: (asked.append(last_avatar), tasks.pop(0) if tasks else None)[1],
+        lost=lambda task, blamed: lost.append((type(task), blamed)),
+        settle=lambda task, result: None,
+    )
+    assert cluster._RayWorkers(ray, scheduler, 1, {"device": "cpu"}).work() == 1
+    assert lost == [(JoinTask, True)]
+    assert asked[0] is None and set(asked[1:]) == {AvatarKey.of(part.job)}
+    assert caplog.messages.count("torch in place of Triton") == 1
+
+
 def test_a_worker_that_cannot_start_is_no_fault_of_the_jobs(
     jobs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,7 +324,8 @@ def test_a_worker_whose_gpu_is_lost_ends_for_another_to_begin(jobs: Path, monkey
         raise DeviceLostError("cuda:0 is lost to this process")
 
     ended: list[int] = []
-    actor = cluster._RayActor({"device": "cpu", "memory_budget": None, "batch_size": None})
+    actor = cluster._RayActor({"device": "cpu", "memory_budget": 5_000_000, "batch_size": 3})
+    assert (actor._worker.residents.budget, actor._worker.batch_size) == (5_000_000, 3)
     monkeypatch.setattr(actor._worker, "render", lost)
     monkeypatch.setattr(os, "_exit", ended.append)
     part: Any = SimpleNamespace(job=read_jobs(jobs)[0])
@@ -341,6 +405,28 @@ def test_ray_that_does_not_start_is_ended(
     with pytest.raises(raised, match=told):
         cluster.work_on_ray(scheduler, workers=1, address=None, options={})
     assert ended == ([True] if raised is KeyboardInterrupt else [])
+
+
+@pytest.mark.parametrize("error", [None, DiskFullError("no room")])
+def test_a_run_s_cluster_ends_with_it(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a program's second run finds one that is no longer there. Ray's makers are told of neither."""
+
+    def work() -> int:
+        if error is not None:
+            raise error
+        return 1
+
+    seen: list[str] = []
+    ray = SimpleNamespace(
+        init=lambda **_: seen.append(os.environ["RAY_USAGE_STATS_ENABLED"]), shutdown=lambda: seen.append("ended")
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)  # type: ignore[arg-type]
+    monkeypatch.setattr(cluster, "_RayWorkers", lambda *_: SimpleNamespace(work=work))
+    monkeypatch.setattr(os, "environ", {"GPUPIPE_CORES": "1"})
+    scheduler: Any = None
+    with contextlib.nullcontext() if error is None else pytest.raises(DiskFullError):
+        cluster.work_on_ray(scheduler, workers=1, address=None, options={})
+    assert seen == ["0", "ended"]
 
 
 def test_a_cluster_that_is_not_there(jobs: Path, tmp_path: Path) -> None:

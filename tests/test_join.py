@@ -94,6 +94,11 @@ def other_size(folder: Path, clip: torch.Tensor) -> Path:
     return folder / "part.mp4"
 
 
+def not_a_video(folder: Path, clip: torch.Tensor) -> Path:
+    (folder / "part.mp4").write_bytes(b"nothing" * 99)
+    return folder / "part.mp4"
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -103,6 +108,7 @@ def other_size(folder: Path, clip: torch.Tensor) -> Path:
         (lambda folder, clip: write(folder / "part.mp4", clip[:2], crf=30), "another header than"),
         (lambda folder, clip: folder / "part.mp4", r"part\.mp4: no such video"),
         (lambda folder, clip: write_silence(folder / "part.wav", 1), r"part\.wav: has no picture"),
+        (not_a_video, r"part\.mp4: cannot be read as a video"),
     ],
 )
 def test_parts_that_do_not_belong_together(

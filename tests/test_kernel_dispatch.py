@@ -60,6 +60,18 @@ def test_cuda_runs_triton_where_it_can(
     assert said is None or said in noted[0]
 
 
+def test_each_gpu_is_asked_for_itself(noted: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old card may stand beside a new one; none of a ROCm build is asked."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
+    monkeypatch.setattr(dispatch, "_launch_obstacle", lambda: None)
+    assert [dispatch.backend(f"cuda:{index}") for index in (0, 1)] == ["triton", "torch"]
+    assert len(noted) == 1 and "capability is 7.5" in noted[0]
+    dispatch._cuda_obstacle.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert dispatch.backend("cuda:0") == "torch"
+    assert "ROCm" in noted[1]
+
+
 @pytest.mark.parametrize(
     ("compiler", "folder", "said"),
     [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,7 @@ import triton
 from ptx_machine.launch import compiled, machine
 
 from gpupipe.benchmarks.seeded import seeded_network
+from gpupipe.engines import EngineName, fused
 from gpupipe.engines.declared import DECLARED
 from gpupipe.kernels import launch_triton, nv12
 from gpupipe.kernels.common_triton import INTERPRETED
@@ -127,6 +129,26 @@ def test_other_threads_launch_meanwhile(kernels: ModuleType) -> None:
     assert torch.equal(found[0], nv12.to_nv12(FRAMES))
 
 
+def test_a_kernel_is_launched_and_compiled_on_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which need not be the current one."""
+    happened: list[object] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        happened.append(tensor.shape)
+        yield
+        happened.append("left")
+
+    def run(*arguments: object, **options: object) -> None:
+        happened.append(options)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    launch_triton.launch({(2,): run}, (2,), FRAMES, BLOCK=4)
+    with launches_taken(lambda kernel, grid, *arguments, **options: happened.append((kernel, grid))):
+        launch_triton.launch("kernel", (3,), FRAMES, BLOCK=4)
+    assert happened == [FRAMES.shape, {"BLOCK": 4, **FUSION}, "left", FRAMES.shape, ("kernel", (3,)), "left"]
+
+
 SCRIPT = """
 import torch, triton
 from unittest import mock
@@ -185,6 +207,25 @@ def test_an_engine_s_kernels_do_not_depend_on_the_batch() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == (6 if gluon_obstacle() is None else 3)
+
+
+@pytest.mark.parametrize("name", [name for name in ("fused", "gluon") if name in DECLARED])
+def test_engines_are_built_with_their_kernels_compiled_on_all_cores(
+    name: EngineName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their first batch would have them compiled one by one."""
+    asked: list[int] = []
+
+    def compile_all(step: Callable[[], object], threads: int) -> None:
+        asked.append(threads)
+
+    monkeypatch.setattr(launch_triton, "compile_together", compile_all)
+    monkeypatch.setattr(fused, "available_cores", lambda: 5)
+    for kind, threads in (("triton", [5]), ("torch", [])):
+        asked.clear()
+        monkeypatch.setattr(fused, "backend", lambda device, kind=kind: kind)
+        engine = DECLARED[name].make(seeded_network(width=1 / 8), device=torch.device("cpu"), dtype=torch.float32)
+        assert (engine.name, asked) == (name, threads)
 
 
 @together

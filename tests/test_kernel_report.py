@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -75,8 +77,39 @@ def test_more_shared_memory_than_there_is_fails_the_report(
     monkeypatch.setattr(report, "_resources", lambda ptx, arch: (32, 0, 0))
     row = report.compile_variant(report.Variant(None, "large", "", {}, {}), arch)
     assert row.clean == clean
+    assert not any(replace(row, **fault).clean for fault in ({"stack": 8}, {"spills": 4}))
     assert row.shared_bytes == 100 * 1024
     assert clean or row.error == "102400 bytes of shared memory; expected 101376 at most"
+
+
+def test_a_kernel_is_compiled_as_it_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report on other warps, or without fused multiply-adds, would be one on other kernels."""
+    from gpupipe.kernels import report
+    from gpupipe.kernels.launch_triton import FUSION
+    from gpupipe.kernels.report_network import Launches, pointwise_triton
+
+    given: list[tuple[Any, Any, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        report.triton, "compile", lambda source, target, options: given.append((source, target, options))
+    )
+    monkeypatch.setattr(report, "ASTSource", SimpleNamespace)
+    launches = Launches()
+    for _ in range(2):
+        x = torch.empty(1, dtype=torch.float16)
+        launches.record(pointwise_triton._pointwise_kernel, (1,), x, None, num_warps=8, num_stages=2, BLOCK_M=16)
+    (recorded,) = launches.variants
+    first, second, *_ = pointwise_triton._pointwise_kernel.arg_names
+    assert (recorded.num_warps, recorded.num_stages, recorded.types) == (8, 2, {first: "*fp16"})
+    assert recorded.constants == {second: None, "BLOCK_M": 16}
+
+    kernel: Any = SimpleNamespace(arg_names=("frames", "height", "width", "BLOCK"), is_gluon=lambda: False)
+    types = {"frames": "*u8", "height": "i32", "width": "i32"}
+    report.compiled_kernel(report.Variant(kernel, "", "", types, {"BLOCK": 64, "OTHER": 1}, ("width",), 8, None, 2), 90)
+    ((source, target, options),) = given
+    assert options == {"num_warps": 8, "num_stages": 2, **FUSION}
+    assert (target.backend, target.arch) == ("cuda", 90)
+    assert (source.signature, source.constexprs) == (types | {"BLOCK": "constexpr"}, {"BLOCK": 64})
+    assert {source.fn.arg_names[place] for (place,) in source.attrs} == {"frames", "width"}, "of 16 bytes"
 
 
 @pytest.mark.parametrize("fences", [True, False], ids=["as it is now", "before Triton 3.7.1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from clips import write_wav
 from conftest import MakeCheckpoint, MakeTemplate
 
 from gpupipe.benchmarks import bench, contestants, sweeps
+from gpupipe.benchmarks import scenario as scenarios
 from gpupipe.benchmarks.scenario import Scenario, given, resized_template
 from gpupipe.errors import InputError
+from gpupipe.landmarks import read_landmarks
+from gpupipe.video.decode import read_image
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +69,28 @@ def test_a_template_is_resized_with_its_landmarks(files: dict[str, Path], tmp_pa
     after = Template.from_directory(folder)
     assert (after.width, after.height, after.length) == (384, 256, 2)
     assert torch.equal(after.boxes, 2 * before.boxes[:2])
+
+
+def test_the_bundled_avatar_is_written_at_another_size(
+    scenario: Scenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its colours, landmarks on the same places of the picture."""
+
+    def bundled(folder: Path) -> Scenario:
+        return replace(scenario, features=Path(shutil.copy(scenario.features, folder / "sample.npy")))
+
+    monkeypatch.setattr(scenarios, "bundled", bundled)
+    out = tmp_path / "out"
+    monkeypatch.setattr("sys.argv", ["scenario", str(out), "--size", "576x256"])
+    scenarios.main()
+    assert sorted(path.name for path in out.iterdir()) == ["features.npy", "speech.flac", "template"]
+    made = given(out / "template", out / "features.npy", out / "speech.flac", tmp_path, checkpoint=scenario.checkpoint)
+    assert (made.size, made.name) == ((576, 256), "template")
+    before, after = (read_image(one / "full_body_img" / "0.jpg").float() for one in (scenario.template, made.template))
+    smaller = torch.nn.functional.interpolate(after.permute(2, 0, 1)[None], (128, 192), mode="area")[0].permute(1, 2, 0)
+    assert (smaller - before).abs().mean() < 4 < (smaller.flip(-1) - before).abs().mean()
+    points, moved = (read_landmarks(one / "landmarks" / "0.lms") for one in (scenario.template, made.template))
+    assert np.allclose(moved, points * [3, 2], atol=1e-3)
 
 
 # ── what they are given ───────────────────────────────────────────────────────────────────────────────────────────────

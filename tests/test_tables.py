@@ -69,6 +69,7 @@ def test_the_headline_s_bfloat16_is_of_its_own_run_and_template() -> None:
         "the less flattering"
     )
     assert "**6.0×" in TABLES["headline"]([*run, ratio("gpupipe", 6, commit="d", time="2027")]), "the newer"
+    assert "**4.0×" in TABLES["headline"]([*run, ratio("gpupipe", 6, value=60, time="2027")]), "the longer"
     speeds = [ratio("gpupipe", 12, metric="throughput"), ratio("reference_loop_onnxruntime", 8, metric="throughput")]
     assert "and 1.5× those of the same loop on ONNX Runtime, to a" in TABLES["headline"](run + speeds)
     assert "ONNX" not in TABLES["headline"]([*run, speeds[0], speeds[1] | {"commit": "d"}])
@@ -82,7 +83,10 @@ def test_readme_s_table_leaves_out_runs_without_a_peer_and_changed_trees(rows: l
         TABLES["end_to_end"]([row | {"commit": row["commit"].removesuffix("-dirty") + "-dirty"} for row in mine])
         == head
     )
-    assert TABLES["end_to_end"]([row for row in mine if row["provider"] != "reference_loop_onnxruntime"]) == head
+    peer = "reference_loop_onnxruntime"
+    assert TABLES["end_to_end"]([row for row in mine if row["provider"] != peer]) == head
+    other = [row | {"commit": "another"} if row["provider"] == peer else row for row in mine]
+    assert TABLES["end_to_end"](other) == head, "of another run"
 
 
 @pytest.mark.parametrize(("driver", "said"), [("580", True), (None, False)], ids=["beside a GPU", "of a CPU"])
@@ -145,7 +149,7 @@ def test_a_precision_s_speed_stands_beside_its_errors() -> None:
     error |= {"config": {}, "device": "a CPU", "commit": "c"}
     others = [of("bfloat16", 7, cached=False), of("bfloat16", 7, width=0.5), of("bfloat16", 7, device="another")]
     speeds = [of("bfloat16", 8), of("bfloat16", 9.14), of("float32", 15.25), *others]
-    assert "| 9.1 (15.2) |" in TABLES["precision"]([error, *speeds]), "the newest"
+    assert "| 9.14 (15.2) |" in TABLES["precision"]([error, *speeds]), "the newest"
     assert "(" not in TABLES["precision"]([error, *speeds[:2], *others]).splitlines()[2], "nothing to compare with"
 
 
@@ -234,6 +238,35 @@ def test_all_that_a_plot_says_is_inside_of_it(device: str | None, rows: list[Rec
             box, page = text.get_window_extent(canvas.get_renderer()), figure.bbox
             inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
             assert inside or not text.get_text(), f"{name}: {text.get_text()}"
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_a_run_that_failed_hides_no_figure(name: str, rows: list[Record]) -> None:
+    none = {"p20": None, "p50": None, "p80": None, "n": 0, "error": "RuntimeError: no"}
+    never = ("instructions", "half"), ("end_to_end", "stage")  # what fails of these leaves no row
+    failed = [row | none for row in rows if (row["what"], row["axis"]) not in never]
+    assert TABLES[name]([*rows, *failed]) == TABLES[name](rows)
+
+
+def test_a_gpu_s_figures_are_not_told_as_a_cpu_s() -> None:
+    config = {"width": 1, "mode": "ave", "exact": False, "template": "anna", "size": [64, 48]}
+    row = {"what": "end_to_end", "axis": "frames", "error": None, "provider": "gpupipe", "metric": "ratio", "n": 3}
+    row |= {"value": 300, "p50": 90, "time": "2026", "device": "a GPU", "driver": "580", "commit": "c"}
+    assert TABLES["headline"]([row | {"config": config}]).endswith(
+        "on a GPU: 300 frames of 64×48, template anna, full-width network, mode ave, half precision"
+        " ([how it was measured](#results))."
+    )
+    assert "any GPU" not in TABLES["hours"]([row | {"config": config}])
+    # And what a precision gains there is told of a render's batches.
+    error = {"what": "precision", "provider": "fused", "value": "float16", "metric": "psnr", "p50": 41, "error": None}
+    error |= {"config": {}, "device": "a GPU", "commit": "c"}
+    speeds = []
+    for batch, ms in ((tables.BATCH_SIZES["cuda"], 0.125), (1, 0.75)):
+        for name, more in (("float16", 0), ("float32", 1)):
+            row = {"what": "unet", "provider": "fused", "value": batch, "metric": "latency", "p50": ms + more}
+            config = {"width": 1, "cached": True, "precision": name}
+            speeds.append(row | {"config": config, "device": "a GPU", "driver": "580", "error": None})
+    assert "| 0.125 (1.12) |" in TABLES["precision"]([error, *speeds])
 
 
 def test_the_newest_run_counts_whatever_its_place_in_the_file(rows: list[Record]) -> None:

@@ -93,11 +93,20 @@ def test_other_containers_and_codecs(suffix: str, codec: str, tmp_path: Path) ->
         assert torch.equal(frames.read([number])[0], to_bt709(expected[number], frames.colours))
 
 
-def test_a_frame_that_the_decoder_calls_corrupt_is_refused(video: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ({"is_corrupt": True}, "frame 0 cannot be decoded; expected a whole video file"),
+        ({"width": 64}, "frame 0 is 64×128; expected 192×128 as the first"),
+        ({"height": 64}, "frame 0 is 192×64; expected 192×128 as the first"),
+    ],
+)
+def test_a_frame_that_is_not_as_it_should_be_is_refused(fault: dict[str, Any], told: str, video: Path) -> None:
+    """One that the decoder calls corrupt, or of another size, as a stream may change it."""
     frames = VideoFrames(video)
-    damaged: Any = Mock(pts=frames._times[0], is_corrupt=True, width=WIDTH, height=HEIGHT)
-    frames._frames = iter([damaged])
-    with pytest.raises(InputError, match=r"template\.mp4: frame 0 cannot be decoded; expected a whole video file"):
+    given: Any = Mock(**{"pts": frames._times[0], "is_corrupt": False, "width": WIDTH, "height": HEIGHT} | fault)
+    frames._frames = iter([given])
+    with pytest.raises(InputError, match=rf"template\.mp4: {told}"):
         frames.read([0])
 
 
@@ -251,7 +260,7 @@ def test_a_broken_file_is_closed_while_pyav_logs(tmp_path: Path) -> None:
 # ── which colours ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("size", [(WIDTH, HEIGHT), (1280, 96)])
+@pytest.mark.parametrize("size", [(WIDTH, HEIGHT), (1280, 96), (WIDTH, 578)])
 @pytest.mark.parametrize("tagged", [True, False])
 @pytest.mark.parametrize("extent", [ColorRange.MPEG, ColorRange.JPEG])
 @pytest.mark.parametrize("space", [Colorspace.ITU709, Colorspace.ITU601])
@@ -259,18 +268,29 @@ def test_colours_by_their_tags(
     space: Colorspace, extent: ColorRange, tagged: bool, size: tuple[int, int], tmp_path: Path
 ) -> None:
     if not tagged:  # the default for video of that size
-        space, extent = (Colorspace.ITU709 if size[0] == 1280 else Colorspace.ITU601), ColorRange.MPEG
+        space, extent = (Colorspace.ITU601 if size == (WIDTH, HEIGHT) else Colorspace.ITU709), ColorRange.MPEG
     images = pictures(2, size)
     path = write_video(tmp_path / "clip.mp4", images, space=space, extent=extent, tagged=tagged, crf="1")
     frames = VideoFrames(path)
     matrix = "bt709" if space == Colorspace.ITU709 else "bt601"
     assert frames.colours == Colours(matrix, full_range=extent == ColorRange.JPEG)
     assert frames.names_colours == tagged
+    ntsc: Any = Mock(colorspace=6, color_range=1, format=av.VideoFormat("yuv420p"))
+    assert frames._colours_of(ntsc) == Colours("bt601", full_range=False), "by its other number"
     found = cv2.PSNR(from_nv12(frames.read([1]))[0].numpy(), images[1])
     assert found > 36
     if frames.colours != BT709:
         untouched = cv2.PSNR(from_nv12(decoded(path)[1:])[0].numpy(), images[1])
         assert untouched < found - 6, "negative control: taken for BT.709 in limited range"
+
+
+def test_few_large_frames_are_kept(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 of 8K would take 1.6 GB."""
+    monkeypatch.setattr("gpupipe.video.frames._RECENT_BYTES", 4 * WIDTH * HEIGHT * 3 // 2)
+    frames = VideoFrames(video)
+    for number in range(FRAMES):
+        frames.read([number])
+    assert list(frames._recent) == [FRAMES - 4, FRAMES - 3, FRAMES - 2, FRAMES - 1]
 
 
 @pytest.mark.parametrize("colours", [Colours("bt601", False), Colours("bt709", True), Colours("bt601", True)])
