@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	$(BIN)/gpupipe demo --output demo.mp4
 
 test: setup lint types
-	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests --numprocesses 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 lint: setup
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import torch
 
@@ -71,8 +71,8 @@ def _kernels() -> list[Variant]:
 
 
 def _in_a_new_process(arch: int, threads: int) -> float:
-    with multiprocessing.get_context("spawn").Pool(1) as process:
-        return process.apply(_seconds, (arch, threads))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_seconds, arch, threads).result()
 
 
 def _seconds(arch: int, threads: int) -> float:

@@ -392,7 +392,8 @@ def _version(
 
 
 def main() -> None:
-    """Run the command line: exit 0 when done, 2 for wrong input, 1 for anything else."""
+    """Run the command line: exit 0 when done, 2 for wrong input, 130 for Ctrl-C before a command has begun, 1 for
+    anything else."""
     atexit.register(gc.freeze)  # or Python would search all of PyTorch's objects for cycles before it ends: 0.4 s
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters of our help and tables
@@ -401,6 +402,8 @@ def main() -> None:
             status = app(standalone_mode=False)
         if sys.stdout is not None:  # as after >&-
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
     except OSError as error:  # standard output is closed or full
         discard_output()
         console.print(f"gpupipe: standard output cannot be written: {error.strerror}", soft_wrap=True)

@@ -110,9 +110,9 @@ def wrong_usage() -> Iterator[None]:
 def _signals_interrupt() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a command as Ctrl-C does: unfinished files are deleted on the way out.
 
-    A signal that is ignored, as under ``nohup``, stays ignored. After the first signal the others are ignored until the
-    process has ended: ``timeout`` and closing terminals send two, people press Ctrl-C twice, and the second would
-    interrupt the cleanup.
+    A signal that is ignored, as under ``nohup``, stays ignored. While the first is acted upon, until the process has
+    ended, the others are ignored: ``timeout`` and closing terminals send two, people press Ctrl-C twice, and the second
+    would interrupt the cleanup.
     """
     usual = {"SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL, "SIGINT": signal.default_int_handler}
     taken: dict[int, Any] = {}
@@ -120,18 +120,37 @@ def _signals_interrupt() -> Iterator[None]:
         here = {getattr(signal, name): handler for name, handler in usual.items() if hasattr(signal, name)}
         taken = {number: handler for number, handler in here.items() if signal.getsignal(number) == handler}
 
-    def interrupt(*_: object) -> None:
-        while taken:
-            signal.signal(taken.popitem()[0], signal.SIG_IGN)
-        raise KeyboardInterrupt
+    def interrupt(number: int, _: object) -> None:
+        first = not _came
+        _came.append(number)
+        if first or not _is_on_its_way_out():
+            raise KeyboardInterrupt
 
     for number in taken:
         signal.signal(number, interrupt)
     try:
         yield
+    except KeyboardInterrupt:
+        while _came and taken:
+            signal.signal(taken.popitem()[0], signal.SIG_IGN)
+        raise
     finally:
         while taken:
             signal.signal(*taken.popitem())
+        _came.clear()
+
+
+_came: list[int] = []
+"""Signals that came to end the command."""
+
+
+def _is_on_its_way_out() -> bool:
+    """Whether this thread is cleaning up: after an interrupt, or closing the generators that it leaves behind. It need
+    not be: a library may swallow an interrupt, and PyAV does, if it comes during a call that fails."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, (KeyboardInterrupt, GeneratorExit)):
+        error = error.__context__
+    return error is not None
 
 
 class _PlainHandler(logging.Handler):
@@ -155,7 +174,6 @@ class _ProgressLines:
         self._said = 0.0
 
     def __call__(self, done: int, total: int) -> None:
-        """See :func:`progress_bar`."""
         now = time.monotonic()
         if self._first is None:
             self._first, self._said = (done, now), now
@@ -172,14 +190,24 @@ class _ProgressLines:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """Yield a function of (frames done, frames in all) that updates a bar on a terminal, or prints lines otherwise."""
+    """Yield a function of (frames done, frames in all) that updates a bar on a terminal, or prints lines otherwise. It
+    raises the KeyboardInterrupt of a signal that has come without ending the command."""
+
+    def unless_interrupted(show: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            if _came:
+                raise KeyboardInterrupt
+            show(done, total)
+
+        return progress
+
     if not console.is_terminal:
-        yield _ProgressLines()
+        yield unless_interrupted(_ProgressLines())
         return
     columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield unless_interrupted(lambda done, total: bar.update(task, completed=done, total=total))
 
 
 def state_line(state: JobState) -> str:

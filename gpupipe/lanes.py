@@ -10,12 +10,12 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
 from gpupipe.cgroups import cpu_quota
+from gpupipe.handover import Answer, Workers
 from gpupipe.locks import forkable_lock
 from gpupipe.stages import LANE_THREAD
 
@@ -52,17 +52,14 @@ def map_in_lanes(
         lanes: None means as many as there are :func:`available_cores`.
     """
     lanes = lanes or available_cores()
-    workers = ThreadPoolExecutor(lanes, LANE_THREAD, _run_torch_alone)
-    pending: deque[Future[Result]] = deque()
-    try:
+    pending: deque[Answer[Result]] = deque()
+    with Workers(lanes, LANE_THREAD, _run_torch_alone) as workers:
         for item in items:
             pending.append(workers.submit(function, item))
             if len(pending) > lanes:  # one item is queued, so that no lane waits
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    finally:
-        workers.shutdown(cancel_futures=True)
 
 
 def _run_torch_alone() -> None:
@@ -71,7 +68,7 @@ def _run_torch_alone() -> None:
     ``set_num_threads`` also changes the default of later threads, so another thread restores it. A thread of the
     program that uses PyTorch for the first time in between keeps to one, too; so the other thread is started before.
     """
-    with _lock, ThreadPoolExecutor(1) as another:
+    with _lock, Workers(1, "another") as another:
         before = another.submit(torch.get_num_threads).result()
         torch.get_num_threads()  # a thread's first query has it take over whatever was set last
         torch.set_num_threads(1)

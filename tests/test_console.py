@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import typer
 from commands import FRAMES, QUICK, render_words, run, write_clip
+from farming import write_jobs
 
 from gpupipe.console import progress_bar, reporting
 
@@ -58,11 +64,53 @@ def test_signals_leave_nothing_half_written(number: int, clip: dict[str, Path], 
         running.send_signal(number)
         time.sleep(0.05)
         running.send_signal(number)  # as `timeout` does, terminals that close, and people who press Ctrl-C twice
-        _, told = running.communicate(timeout=60)
+        try:
+            _, told = running.communicate(timeout=60)
+        finally:
+            running.kill()  # or this test would wait for one that hangs
     assert running.returncode == 1
     assert "gpupipe: interrupted; every file under its own name is whole" in told and "Traceback" not in told
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip_frames"]
     assert all(cv2.imread(str(path)) is not None for path in kept.iterdir()), "and nothing but images"
+
+
+@pytest.mark.parametrize("command", ["render", "frames", "farm"])
+def test_an_interrupt_while_a_thread_starts_leaves_no_thread(
+    command: str, clip: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At its end Python would wait for it, for ever."""
+    files = {"checkpoint": clip["checkpoint"], "template": clip["template"], "audio_features": clip["features"]}
+    words: list[object] = []
+    for name, path in files.items():
+        words += f"--{name.replace('_', '-')}", path
+    if command == "render":
+        words = render_words(clip, tmp_path / "clip.mp4", "--save-frames", *QUICK)
+    elif command == "frames":
+        words = ["frames", *words, "--output-dir", tmp_path / "frames", *QUICK]
+    else:
+        line = {name: str(path) for name, path in files.items()}
+        line |= {"audio": str(clip["sound"]), "output": "clip.mp4", "engine": "eager"}
+        words = ["farm", write_jobs(tmp_path / "jobs.jsonl", [line]), "--output-dir", tmp_path / "out"]
+    start, there, left = threading.Thread.start, set(threading.enumerate()), 0
+
+    def start_one(thread: threading.Thread) -> None:
+        nonlocal left
+        start(thread)
+        if threading.current_thread() is threading.main_thread():
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    for number in itertools.count(1):
+        left = number
+        if (code := run(*words).exit_code) == 0:
+            break
+        assert code == 1
+    assert number > 5
+    for thread in set(threading.enumerate()) - there:
+        thread.join(10)
+        assert not thread.is_alive(), thread.name
 
 
 @pytest.mark.parametrize("words", ["--version", "doctor --json", "doctor", "--help"])
@@ -89,6 +137,62 @@ def test_signal_handlers_are_restored() -> None:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def usual_signals() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("usual_signals")
+@pytest.mark.parametrize("again", ["a signal", "progress"])
+def test_a_swallowed_interrupt_does_not_make_a_command_deaf(again: str) -> None:
+    """A library may swallow one; perhaps nobody presses Ctrl-C again."""
+    with pytest.raises(typer.Exit), reporting(False), progress_bar() as progress:
+        progress(1, 9)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if again == "progress":
+            progress(2, 9)
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it goes on")
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN, "the process is about to end"
+    with reporting(False), progress_bar() as progress:
+        progress(1, 9)
+
+
+@pytest.mark.usefixtures("usual_signals")
+def test_cleaning_up_is_not_interrupted_again() -> None:
+    done: list[str] = []
+
+    def frames() -> Iterator[int]:
+        try:
+            yield 1
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # while the interrupt leaves the loop
+            done.append("threads")
+
+    def files() -> None:
+        try:
+            for _ in frames():
+                os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            with contextlib.suppress(OSError):
+                raise OSError
+            try:
+                raise OSError
+            except OSError:
+                os.kill(os.getpid(), signal.SIGINT)
+            done.append("files")
+
+    with pytest.raises(typer.Exit), reporting(False):
+        files()
+    assert done == ["threads", "files"]
 
 
 @pytest.mark.parametrize("messages", ["/dev/full", "pipe", "closed"])

@@ -52,18 +52,19 @@ def test_frames_that_wait_for_encoders_are_bounded(
         for shot in open_parts.shots(parts):
             piece: Any = SimpleNamespace(shot=shot, frames=shot.frames)
             open_parts.write([piece], [None])  # type: ignore[list-item]
-            waiting.append(sum(not future.done() for _, future in open_parts._ending))
+            waiting.append(sum(not answer.done for _, answer in open_parts._ending))
         assert [outcome.part for outcome in open_parts.outcomes(wait=True)] == parts
     assert most // 2 < max(waiting) <= most
 
 
 def test_parts_that_are_not_finished_are_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those whose turn to be finished has not come, too; the one under way is finished."""
-    ends = threading.Event()
+    begun, ends = threading.Event(), threading.Event()
     left: list[str] = []
 
     class Waiting(Writer):
         def finish(self) -> dict[str, Any]:
+            begun.set()
             assert ends.wait(10)
             left.append(f"{self.part.name} whole")
             return {}
@@ -79,10 +80,9 @@ def test_parts_that_are_not_finished_are_abandoned(monkeypatch: pytest.MonkeyPat
         for shot in shots:
             piece: Any = SimpleNamespace(shot=shot, frames=shot.frames)
             open_parts.write([piece], [None])  # type: ignore[list-item]
-        while not open_parts._ending[0][1].running():
-            time.sleep(0.001)
-        shutdown = open_parts._executor.shutdown  # when the others have been cancelled
-        monkeypatch.setattr(open_parts._executor, "shutdown", lambda: (ends.set(), shutdown()))
+        assert begun.wait(10)
+        join = threading.Thread.join  # which comes when the others have been dropped
+        monkeypatch.setattr(threading.Thread, "join", lambda thread: (ends.set(), join(thread)))
         raise KeyboardInterrupt
     assert sorted(left) == ["a whole", "b abandoned", "c abandoned", "d abandoned"]
 

@@ -253,7 +253,7 @@ def test_what_cannot_be_captured_is_timed_launched_with_a_warning(
 @pytest.mark.cuda
 def test_two_threads_may_capture_at_once() -> None:
     """One after the other, though both would begin at once."""
-    both = threading.Barrier(2)
+    both = threading.Barrier(2, timeout=60)
 
     def captured(level: float) -> list[float]:
         values, runs = torch.full((3,), level, device=CUDA), []

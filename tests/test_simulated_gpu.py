@@ -31,7 +31,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def run(libraries: list[Path], *arguments: str | Path, arch: int | None = None) -> None:
     """Run tests; fails unless all of them pass, none is skipped, and there is at least one."""
-    words, environment = command(libraries, ["-q", *map(str, arguments)])
+    # A test that hangs says where before this one counts as hanging.
+    words, environment = command(libraries, ["-q", "-o", "faulthandler_timeout=400", *map(str, arguments)])
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_XDIST")}
     if arch is not None:
         environment |= {"SIMULATED_GPU_MAJOR": str(arch // 10), "PTX_MACHINE": str(arch)}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 
 from gpupipe.farm.attempt import Failed, attempt
 from gpupipe.farm.scheduler import Scheduler
 from gpupipe.farm.worker import FeaturesTask, Joined, JoinTask, Part, RenderTask, Worker, join_parts
+from gpupipe.handover import Answer, Workers
 
 
 def work_here(scheduler: Scheduler, worker: Worker) -> None:
@@ -19,8 +19,8 @@ def work_here(scheduler: Scheduler, worker: Worker) -> None:
         DiskFullError: there is no room; what is whole is recorded.
     """
     worker.residents.upcoming = scheduler.upcoming
-    executor = ThreadPoolExecutor(1, "join")
-    joins = _Joins(scheduler, executor)
+    joiner = Workers(1, "join")
+    joins = _Joins(scheduler, joiner)
     try:
         while not scheduler.finished:
             for outcome in worker.render(_parts(scheduler, worker, joins)):
@@ -28,27 +28,27 @@ def work_here(scheduler: Scheduler, worker: Worker) -> None:
             joins.settle(wait=True)
     finally:  # after an error nobody takes what would be joined yet
         joins.stop.set()
-        executor.shutdown(cancel_futures=True)
+        joiner.end()
 
 
 class _Joins:
     """Videos that are being joined in a thread, in the order in which they will be whole; until ``stop`` is set."""
 
-    def __init__(self, scheduler: Scheduler, executor: ThreadPoolExecutor) -> None:
-        self._scheduler, self._executor = scheduler, executor
+    def __init__(self, scheduler: Scheduler, joiner: Workers) -> None:
+        self._scheduler, self._joiner = scheduler, joiner
         self.stop = threading.Event()
-        self._running: deque[tuple[JoinTask, Future[Joined | Failed]]] = deque()
+        self._running: deque[tuple[JoinTask, Answer[Joined | Failed]]] = deque()
 
     def start(self, task: JoinTask) -> None:
         """Join a video as soon as those before it are whole."""
-        joined = self._executor.submit(attempt, join_parts, task.job, task.parts, task.path, self.stop)
+        joined = self._joiner.submit(attempt, join_parts, task.job, task.parts, task.path, self.stop)
         self._running.append((task, joined))
 
     def settle(self, *, wait: bool) -> None:
         """Report the videos that are whole by now; with ``wait``, all of them."""
-        while self._running and (wait or self._running[0][1].done()):
-            task, future = self._running.popleft()
-            self._scheduler.settle(task, future.result())
+        while self._running and (wait or self._running[0][1].done):
+            task, joined = self._running.popleft()
+            self._scheduler.settle(task, joined.result())
 
 
 def _parts(scheduler: Scheduler, worker: Worker, joins: _Joins) -> Iterator[Part]:

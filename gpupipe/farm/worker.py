@@ -14,8 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +31,7 @@ from gpupipe.farm.ledger import file_hash, write_record
 from gpupipe.farm.residents import Residents
 from gpupipe.features import SpeechFeatures, write_features
 from gpupipe.files import make_folder, replacing
+from gpupipe.handover import Answer, Workers
 from gpupipe.shots import Piece, Shot, fill_batches, map_batches, render_batch
 from gpupipe.speech import SpeechEncoder
 from gpupipe.video.encode import VideoWriter
@@ -186,17 +185,17 @@ class _OpenParts:
     def __init__(self, residents: Residents) -> None:
         self._residents = residents
         self._writers: dict[Shot, _PartWriter] = {}
-        self._ending: deque[tuple[_PartWriter, Future[dict[str, Any] | Failed]]] = deque()
+        self._ending: deque[tuple[_PartWriter, Answer[dict[str, Any] | Failed]]] = deque()
         self._failed: deque[Outcome] = deque()
-        self._executor = ThreadPoolExecutor(1, "finish")
+        self._finisher = Workers(1, "finish")
 
     def __enter__(self) -> _OpenParts:
         return self
 
     def __exit__(self, *error: object) -> None:
-        unfinished = [writer for writer, future in self._ending if future.cancel()]
-        self._executor.shutdown()
-        for writer in (*unfinished, *self._writers.values()):
+        dropped = self._finisher.end()
+        unfinished = [writer for writer, answer in self._ending if answer in dropped]
+        for writer in {*unfinished, *self._writers.values()}:
             writer.abandon()
 
     def shots(self, parts: Iterable[Part]) -> Iterator[Shot]:
@@ -219,20 +218,20 @@ class _OpenParts:
             if isinstance(written, Failed):
                 self.fail(piece.shot, written)
             elif piece.frames.stop == piece.shot.frames.stop:
-                del self._writers[piece.shot]
-                self._ending.append((writer, self._executor.submit(attempt, writer.finish)))
+                self._ending.append((writer, self._finisher.submit(attempt, writer.finish)))
+                del self._writers[piece.shot]  # not before: Ctrl-C may come, and it is to be abandoned
                 self._wait_for_the_encoders()
 
     def _wait_for_the_encoders(self) -> None:
         """Wait until memory has room for the frames of the next part: they may come faster than they are encoded. With
         NVENC, whose sessions drivers cap, until no more than one part is being finished."""
         while True:
-            ending = [(writer, future) for writer, future in self._ending if not future.done()]
+            ending = [(writer, answer) for writer, answer in self._ending if not answer.done]
             if len(ending) <= 1:
                 return
             if not ending[-1][0].on_nvenc and sum(writer.bytes for writer, _ in ending) <= room_for_frames():
                 return
-            wait_for([ending[0][1]])
+            ending[0][1].wait()
 
     def fail(self, shot: Shot, failed: Failed) -> None:
         """Give up a shot."""
@@ -246,9 +245,9 @@ class _OpenParts:
         """The parts that are finished or failed by now; with ``wait``, all that are being finished."""
         while self._failed:
             yield self._failed.popleft()
-        while self._ending and (wait or self._ending[0][1].done()):
-            writer, future = self._ending.popleft()
-            yield Outcome(writer.part, future.result())
+        while self._ending and (wait or self._ending[0][1].done):
+            writer, answer = self._ending.popleft()
+            yield Outcome(writer.part, answer.result())
 
 
 class _PartWriter:

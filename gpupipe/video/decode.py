@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 from gpupipe.errors import InputError, first_line
 from gpupipe.fallbacks import note_fallback
 from gpupipe.files import input_file
+from gpupipe.handover import Workers
 from gpupipe.lanes import available_cores
 
 _JPEG_SUFFIXES = {".jpg", ".jpeg"}
@@ -48,6 +47,8 @@ MAX_PIXELS = 1 << 26
 """The most pixels of an image that is decoded; a frame of the largest video, 8192×4320, has half as many."""
 
 JpegDecoder = Literal["cpu", "nvjpeg"]
+
+Result = TypeVar("Result")
 
 
 def read_image(path: str | Path) -> Tensor:
@@ -155,7 +156,7 @@ def read_images(paths: Sequence[Path], *, device: torch.device | str = "cpu", ex
         decoded = _nvjpeg(paths, device)
         if decoded is not None:
             return decoded
-    images = list(_threads().map(read_image, paths))
+    images = _on_threads(read_image, paths)
     for path, image in zip(paths, images, strict=True):
         if image.shape != images[0].shape:
             raise InputError(
@@ -167,7 +168,7 @@ def read_images(paths: Sequence[Path], *, device: torch.device | str = "cpu", ex
 
 def image_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
     """Return :func:`image_size` of each file, found on several threads."""
-    return list(_threads().map(image_size, paths))
+    return _on_threads(image_size, paths)
 
 
 def jpeg_decoder(device: torch.device | str, *, exact: bool) -> JpegDecoder:
@@ -181,7 +182,7 @@ def _nvjpeg(paths: Sequence[Path], device: torch.device) -> Tensor | None:
     Raises:
         InputError: as :func:`read_image`, for what a file's header shows.
     """
-    reason = next(filter(None, _threads().map(_not_for_nvjpeg, paths)), None)
+    reason = next(filter(None, _on_threads(_not_for_nvjpeg, paths)), None)
     if reason is not None:
         note_fallback(f"nvJPEG {reason}: the CPU decodes such files")
         return None
@@ -234,10 +235,8 @@ def exif_orientation(image: Image.Image) -> int:
     return 1
 
 
-@functools.cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(available_cores(), thread_name_prefix="decode")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # a child has the executor, but none of its threads
+def _on_threads(function: Callable[[Path], Result], paths: Sequence[Path]) -> list[Result]:
+    """Call a function for each file."""
+    with Workers(available_cores(), "decode") as threads:
+        answers = [threads.submit(function, path) for path in paths]
+        return [answer.result() for answer in answers]

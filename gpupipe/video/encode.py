@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import queue
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
@@ -25,12 +24,13 @@ from torch import Tensor
 from gpupipe.errors import InputError, OutputError, output_error
 from gpupipe.files import media_url, replacing
 from gpupipe.graphs import own_stream
+from gpupipe.handover import Inbox
 from gpupipe.kernels.nv12 import PixelFormat, from_nv12, to_nv12
 from gpupipe.schedule import frame_rate
 from gpupipe.stages import ENCODE_THREAD, UNTIMED, Stages
 from gpupipe.video.codecs import PictureFormat, check_preset, configure, takes_quality, why
 from gpupipe.video.cuda import JpegEncoder, NvencEncoder, configure_nvenc, rgb_planes
-from gpupipe.video.segments import DecodeTimes, Encoder, HostEncoder, SegmentPool, put_unless_failed
+from gpupipe.video.segments import DecodeTimes, Encoder, HostEncoder, SegmentPool
 from gpupipe.video.sound import SoundTrack
 from gpupipe.video.ways import choose_way
 
@@ -132,7 +132,7 @@ class VideoWriter:
         self.pixel_format: PixelFormat = "nv12" if whole else "bgr"
         self._decode_times = DecodeTimes()
         self._error: BaseException | None = None
-        self._batches: queue.Queue[_Batch | None] = queue.Queue(_QUEUE)
+        self._batches: Inbox[_Batch] = Inbox(_QUEUE)
         self._resources = contextlib.ExitStack()
         with self._resources:
             temporary = self._resources.enter_context(replacing(self.path))
@@ -146,7 +146,12 @@ class VideoWriter:
             if self._way.where != "nvenc":  # NVENC opens with its first frame: see _mux
                 self._write_header()
             self._thread = threading.Thread(target=self._run, name=f"{ENCODE_THREAD} {self.path.name}", daemon=True)
-            self._thread.start()
+            try:
+                self._thread.start()
+            except BaseException:  # there may be no more threads; or Ctrl-C came while it starts
+                self._error = RuntimeError("the video was not begun")
+                self._batches.end()
+                raise
             self._resources = self._resources.pop_all()
 
     def write(self, frames: Tensor) -> None:
@@ -163,7 +168,7 @@ class VideoWriter:
         elif frames.dim() == 4:
             frames = to_nv12(pad_to_even(frames))
         batch = self._to_host(frames) if self._way.where == "host" else _Batch(frames, _mark(frames))
-        put_unless_failed(self._batches, batch, lambda: self._error)
+        self._batches.put(batch, lambda: self._error)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -254,12 +259,7 @@ class VideoWriter:
     def _stop(self, error: BaseException | None) -> None:
         """Wait for the thread: until all is written or, after an error, until it has seen the error."""
         self._error = self._error or error
-        while self._error is None:
-            with contextlib.suppress(queue.Full):
-                self._batches.put(None, timeout=0.5)
-                break
-        with contextlib.suppress(queue.Full):  # after an error the thread may be waiting for a batch
-            self._batches.put_nowait(None)
+        self._batches.end()
         self._thread.join()
 
     def _run(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from gpupipe.errors import InputError
 from gpupipe.files import make_folder, replacing
+from gpupipe.handover import Answer, Workers
 from gpupipe.lanes import available_cores
 from gpupipe.transfer import as_array
 
@@ -72,8 +72,8 @@ class ImageWriter:
         self._prefix = prefix
         self._image_format = image_format
         self._threads = min(available_cores(), _MOST_THREADS)
-        self._pool = ThreadPoolExecutor(self._threads, "gpupipe images")
-        self._pending: deque[Future[Path]] = deque()
+        self._workers = Workers(self._threads, "gpupipe images")
+        self._pending: deque[Answer[Path]] = deque()
 
     def write(self, frame: NDArray[np.uint8] | Tensor) -> None:
         """Write the next frame, uint8 (H, W, 3); its memory may be used again at once.
@@ -83,7 +83,7 @@ class ImageWriter:
             OutputError: it, or an earlier one, cannot be written.
         """
         path = frame_path(self._folder, len(self.paths), self._prefix, image_format=self._image_format)
-        self._pending.append(self._pool.submit(save_image, np.array(as_array(frame), order="C"), path))
+        self._pending.append(self._workers.submit(save_image, np.array(as_array(frame), order="C"), path))
         self.paths.append(str(path))
         if len(self._pending) > self._threads:  # one waits, so that no thread has to
             self._pending.popleft().result()
@@ -98,7 +98,7 @@ class ImageWriter:
             while self._pending and kind is None:
                 self._pending.popleft().result()
         finally:
-            self._pool.shutdown(cancel_futures=True)
+            self._workers.end()
         if kind is None:
             _warn_of_others(self._folder, len(self.paths), self._prefix, self._image_format)
 

@@ -11,8 +11,6 @@ out the same whichever worker encodes it, at any time and beside any number of o
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import sys
 import threading
 from collections import deque
@@ -24,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpupipe.handover import Inbox
 from gpupipe.lanes import available_cores
 from gpupipe.memory import default_budget
 from gpupipe.stages import ENCODE_THREAD, UNTIMED, Stages
@@ -33,7 +32,6 @@ MAX_WORKERS = 16
 POOL_BYTES = 2_000_000_000
 """Bytes that frames waiting for encoders may take on a small machine: see :func:`room_for_frames`."""
 
-Item = TypeVar("Item")
 Picture = TypeVar("Picture")
 Picture_contra = TypeVar("Picture_contra", contravariant=True)
 
@@ -129,18 +127,6 @@ class DecodeTimes:
         self.packets += 1
 
 
-def put_unless_failed(inbox: queue.Queue[Item], item: Item, error: Callable[[], BaseException | None]) -> None:
-    """Put an item into a queue once there is room; raise ``error()`` as soon as the queue's reader has failed."""
-    while (failure := error()) is None:
-        with contextlib.suppress(queue.Full):
-            inbox.put(item, timeout=0.5)
-            return
-    try:
-        raise failure
-    finally:
-        del failure  # its traceback holds this frame
-
-
 class _Segment:
     """What has come out of one segment so far."""
 
@@ -179,7 +165,7 @@ class SegmentPool(Generic[Picture]):
         self._error: BaseException | None = None
         self._segments: deque[_Segment] = deque()
         size = 2 if length is None else length + 1
-        self._inboxes: list[queue.Queue[Any]] = [queue.Queue(size) for _ in range(workers)]
+        self._inboxes: list[Inbox[Any]] = [Inbox(size) for _ in range(workers)]
         self._inbox = self._inboxes[0]  # of the last segment's encoder
         # Kept as long as the pool: NVENC's surfaces must outlive the first session, which is the stream's.
         self._encoders: dict[int, Encoder[Picture]] = {}
@@ -190,7 +176,7 @@ class SegmentPool(Generic[Picture]):
         try:
             for thread in self._threads:
                 thread.start()
-        except RuntimeError:  # there may be no more threads
+        except BaseException:  # there may be no more threads; or Ctrl-C came, and one is only just starting
             self.close()
             raise
 
@@ -223,14 +209,13 @@ class SegmentPool(Generic[Picture]):
 
     def _give(self, picture: Picture | None) -> None:
         """Hand the next frame, or None for the segment's end, to the encoder of the last segment."""
-        put_unless_failed(self._inbox, (self._segments[-1], self._frames, picture), lambda: self._error)
+        self._inbox.put((self._segments[-1], self._frames, picture), lambda: self._error)
 
     def _join(self) -> None:
-        for inbox, thread in zip(self._inboxes, self._threads, strict=True):
-            if thread.is_alive():
-                inbox.put(None)
+        for inbox in self._inboxes:
+            inbox.end()
         for thread in self._threads:
-            if thread.ident is not None:  # it was started
+            if thread.is_alive():
                 thread.join()
 
     def _ready(self) -> list[av.Packet]:
