@@ -217,15 +217,18 @@ def test_workers_are_given_whole_paths(farm_jobs: Jobs, tmp_path: Path, monkeypa
 def test_an_error_leaves_what_would_be_joined(farm_jobs: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clip of hours takes minutes to be joined, and nobody would take it."""
     began: list[str] = []
+    one_began = threading.Event()
     stopped: list[bool] = []
 
     def join(job: Any, parts: Any, path: Any, stop: threading.Event) -> Any:
         began.append(job.output)
+        one_began.set()
         stopped.append(stop.wait(20))
         raise InputError("not joined")
 
     def stop(self: Any, *, wait: bool) -> None:
         if len(self._running) == 2:
+            assert one_began.wait(20)
             raise KeyboardInterrupt
 
     monkeypatch.setattr(local, "join_parts", join)

@@ -33,8 +33,10 @@ pytest.importorskip("ray", reason="Ray is not installed")
 
 
 @pytest.fixture(autouse=True)
-def own_signal_handler() -> Iterator[None]:
-    """Ray has one of its own where a test starts it by itself."""
+def beside_other_tests(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ray's workers leave the cores to other work, of which there is as long as tests run. And it has a signal handler
+    of its own where a test starts it by itself."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
