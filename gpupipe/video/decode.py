@@ -236,7 +236,9 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def _on_threads(function: Callable[[Path], Result], paths: Sequence[Path]) -> list[Result]:
-    """Call a function for each file."""
+    """Call a function for each file; for one, which is what a CPU's batch has, on this thread."""
+    if len(paths) == 1:
+        return [function(paths[0])]
     with Workers(available_cores(), "decode") as threads:
         answers = [threads.submit(function, path) for path in paths]
         return [answer.result() for answer in answers]
