@@ -51,6 +51,7 @@ def interrupted(step: Callable[[], object], at: int, files: set[str]) -> bool:
         return trace
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 looks for one that wants them when tracing is switched on
     sys.settrace(trace)
     try:
         step()
