@@ -59,7 +59,7 @@ def interrupt_renders(folder: Path, renders: int, chance: random.Random) -> list
     clip = write_clip(folder, conftest.write_template, lambda: checkpoint)
     clip["features"] = folder / "long.npy"
     np.save(clip["features"], np.zeros((FRAMES, 512), np.float32))
-    wrong, ends = [], Counter[int]()
+    wrong, ends = [], Counter[int | None]()
     for _ in range(renders):
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
@@ -68,7 +68,7 @@ def interrupt_renders(folder: Path, renders: int, chance: random.Random) -> list
         number, after = chance.choice(SIGNALS), chance.uniform(0.05, LATEST)
         time.sleep(after)
         code = interrupt(render, number, chance.choice((0, 0.001, 0.05)))
-        ends[0 if code is None else code] += 1
+        ends[code] += 1
         # Before a command listens, signals end it as they end any program.
         left = sorted(path.name for path in out.iterdir() if path.name != "clip_frames")
         if code not in {1, 130, *(-number for number in SIGNALS)} or left:

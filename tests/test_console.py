@@ -22,6 +22,7 @@ import typer
 from commands import FRAMES, QUICK, render_words, run, write_clip
 from farming import write_jobs
 
+from gpupipe import cli
 from gpupipe.console import progress_bar, reporting
 
 
@@ -137,6 +138,18 @@ def test_signal_handlers_are_restored() -> None:
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_before_a_command_has_begun(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def app(**_: object) -> None:
+        raise KeyboardInterrupt  # while typer looks at the options
+
+    monkeypatch.setattr(cli, "app", app)
+    monkeypatch.setattr(cli.atexit, "register", lambda function: None)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture
